@@ -1,0 +1,37 @@
+# Everything runs in .venv, made from pinned versions. `make demo` and `make test` are the two commands.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test check engines clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+.venv/.ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvfold needs Python 3.11 or newer; set PYTHON=python3.x"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.ready  ## fold the shipped checkpoint: GQA and MQA, uptrained, measured, reported (5 minutes)
+	$(BIN)/kvfold demo
+
+check: .venv/.ready  ## quick: format, lint, strict types, import layers, fast tests, docs in step
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not slow'
+
+test: .venv/.ready  ## everything that CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+engines: .venv/.ready  ## build llama.cpp from source (7 minutes), load a student in it and in CTranslate2, record
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	$(BIN)/python benchmarks/engines.py
+
+clean:  ## remove what the commands above made
+	rm -rf .venv demo build dist .mypy_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""Write the pages that are made from code and records, so that no number or flag is typed twice.
+
+python docs/generate.py          writes docs/commands.md, README's table and figure, docs/miniature.md
+python docs/generate.py --check  changes nothing; exit 1 when one of them is out of step
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+import typing
+from pathlib import Path
+
+from typer.models import ArgumentInfo, OptionInfo
+
+from kvfold import record
+from kvfold.cli import COMMANDS
+from kvfold.report import miniature_page, readme_figure, readme_with_table
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands() -> str:
+    """Every command with its arguments and flags, from the settings that they are generated from."""
+    parts = [
+        "# Commands",
+        "",
+        "Generated from the settings of each stage by `python docs/generate.py`.",
+        "Counts may be written `20M`, lists `1,2,4`.",
+        "Every command takes `--help`; exit status 0 done, 2 a mistake to mend, 3 a gate missed, 130 interrupted.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        parameters = inspect.signature(command.with_flags(), eval_str=True).parameters
+        arguments, options = [], []
+        for parameter in parameters.values():
+            if not typing.get_args(parameter.annotation):
+                continue
+            info = next(
+                each for each in parameter.annotation.__metadata__ if isinstance(each, ArgumentInfo | OptionInfo)
+            )
+            if isinstance(info, ArgumentInfo):
+                arguments.append((info.metavar or parameter.name.upper(), info.help))
+            else:
+                named = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
+                flag = next((each for each in named if each.startswith("--")), f"--{parameter.name}")
+                options.append((flag, info.help))
+        parts += [f"## kvfold {name}", "", (command.function.__doc__ or "").strip(), ""]
+        parts += ["```", " ".join(["kvfold", name, *(metavar for metavar, _ in arguments), "[flags]"]), "```", ""]
+        parts += [f"- `{metavar}`: {words}" for metavar, words in arguments]
+        parts += ["", "| flag | |", "|---|---|"]
+        parts += [f"| `{flag}` | {str(words).replace('|', chr(92) + '|')} |" for flag, words in options]
+        parts += [""]
+    return "\n".join(parts)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page and what it must say."""
+    results = ROOT / "results"
+    made = {
+        ROOT / "docs" / "commands.md": commands(),
+        ROOT / "README.md": readme_with_table((ROOT / "README.md").read_text(encoding="utf-8"), results),
+    }
+    miniature = [each for each in record.read_all(results) if each.name.startswith("miniature")]
+    if any(each.kind == "evaluate" and not each.name.startswith("miniature") for each in record.read_all(results)):
+        figure = ROOT / "docs" / "quality-against-bytes.svg"
+        with tempfile.TemporaryDirectory() as folder:
+            made[figure] = readme_figure(results, Path(folder) / figure.name).read_text(encoding="utf-8")
+    if miniature:
+        made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)
+    return made
+
+
+def main() -> int:
+    """Write or check."""
+    stale = [
+        path
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8").rstrip() != text.rstrip()
+    ]
+    for path in stale:
+        print(f"out of step: {path.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            path.write_text(pages()[path].rstrip() + "\n", encoding="utf-8")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""kvfold folds the KV cache of a transformer that is already trained.
+
+The public names are imported when they are first used: `import kvfold` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "plan": "kvfold.plan",
+    "convert": "kvfold.convert",
+    "uptrain": "kvfold.uptrain",
+    "pretrain": "kvfold.pretrain",
+    "evaluate": "kvfold.evaluate",
+    "bench": "kvfold.bench",
+    "report": "kvfold.report",
+    "export": "kvfold.export",
+    "run": "kvfold.run",
+    "load": "kvfold.hf",
+    "KvfoldError": "kvfold.errors",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604 - strings, all of them
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(types.ModuleType):
+    """`kvfold.plan` is the function; its module of the same name is reached by `from kvfold.plan import ...`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # the import system binds a submodule to its package: that would hide the function behind its module
+        if not (name in _WHERE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""What a student computes: attention kernels in plain torch, each beside its textbook reference."""

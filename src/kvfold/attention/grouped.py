@@ -1,0 +1,136 @@
+"""Grouped attention: query heads in groups of `H / G`, each group reading one key/value head (arXiv 2305.13245, 2.1).
+
+    o_h = softmax(scale * q_h k_g^T + mask) v_g,    g = h // (H / G)
+
+Query heads of a group read the same keys, so when one token is decoded they become the rows of one small matrix:
+`q (B, H, 1, E) -> (B, G, H/G, E)`. Keys and values are then read once for the whole group, and never repeated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvfold.attention.blocked import blocked_attention, worthwhile
+
+
+def grouped_attention(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of grouped heads, `o_BHTE`; on a CPU the keys and values of a group are never repeated in memory.
+
+    `mask` broadcasts to (B, H, T, S): bool (True: look at it) or float (added to the logits). `causal` lets the last
+    query see every key, also when S > T. `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets 0.
+    """
+    heads, tokens, width = q_BHTE.shape[1:]
+    groups, keys = k_BGSE.shape[1:3]
+    if tokens == 1 and not dropout:
+        return _decode(q_BHTE, k_BGSE, v_BGSE, mask, 1 / math.sqrt(width) if scale is None else scale)
+    if causal and (mask is not None or keys != tokens):
+        mask, causal = _with_causal(mask, tokens, keys, q_BHTE.device), False
+    if causal and not dropout and worthwhile(q_BHTE, k_BGSE):
+        return blocked_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale)
+    if heads != groups and mask is not None and q_BHTE.is_cuda:
+        # with both a mask and shared heads, sdpa on CUDA would write the logits of a whole prompt into memory
+        k_BGSE, v_BGSE = (each.repeat_interleave(heads // groups, dim=1) for each in (k_BGSE, v_BGSE))
+    return scaled_dot_product_attention(
+        q_BHTE,
+        k_BGSE,
+        v_BGSE,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=heads != k_BGSE.shape[1],
+    )
+
+
+def _with_causal(mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """The mask of a causal model whose last query sees every key, joined to another mask."""
+    causal_TS = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+    if mask is None:
+        return causal_TS
+    return mask & causal_TS if mask.dtype == torch.bool else mask.masked_fill(~causal_TS, -math.inf)
+
+
+def _decode(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One query token: the `R = H / G` query heads of a group are the rows of one matrix."""
+    batch, heads, _, width = q_BH1E.shape
+    groups = k_BGSE.shape[1]
+    q_BGRE = q_BH1E.reshape(batch, groups, heads // groups, width)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
+        mask = mask.reshape(mask.shape[0], groups, heads // groups, mask.shape[-1])
+    if _matmul_is_faster(q_BGRE, k_BGSE) and (mask is None or mask.dtype == torch.bool):
+        o_BGRE = _by_matmul(q_BGRE * scale, k_BGSE, v_BGSE, mask)
+    else:
+        o_BGRE = scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale)
+    return o_BGRE.reshape(batch, heads, 1, v_BGSE.shape[-1])
+
+
+def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
+    """Whether two matrix products beat the fused kernel; the bounds are measured (`benchmarks/decode.py`).
+
+    On a CPU the fused kernel is slow for few rows: 4 times slower than matmul for one row of bfloat16. Its single
+    call wins where the keys are few, and where many rows share them.
+    """
+    rows = q_BGRE.shape[2]
+    if k_BGSE.device.type != "cpu":
+        return False
+    if _is_half(k_BGSE):
+        return rows < 4 or k_BGSE.numel() >= 1 << 18
+    return rows < 8 and k_BGSE.numel() >= 1 << 19
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _by_matmul(q_BGRE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits, softmax and weighted sum as separate products, the logits in full; `q` is scaled already."""
+    # keys first: for a handful of rows of float32, MKL computes the tall product at twice the speed of the wide one
+    logits_BGRS = q_BGRE @ k_BGSE.mT if _is_half(k_BGSE) else (k_BGSE @ q_BGRE.mT).mT.contiguous()
+    if mask is None:
+        return logits_BGRS.softmax(-1) @ v_BGSE
+    # the lowest number and not -inf: a row without any visible key keeps finite gradients, and then gets 0
+    logits_BGRS = logits_BGRS.masked_fill(~mask, torch.finfo(logits_BGRS.dtype).min)
+    return logits_BGRS.softmax(-1).masked_fill(~mask, 0.0) @ v_BGSE
+
+
+def reference(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The textbook: one head after the other, logits in full. Same arguments and answer as `grouped_attention`."""
+    heads, tokens, keys = q_BHTE.shape[1], q_BHTE.shape[2], k_BGSE.shape[2]
+    group = heads // k_BGSE.shape[1]
+    scale = 1 / math.sqrt(q_BHTE.shape[-1]) if scale is None else scale
+    visible_TS = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTE.device)
+    if causal:
+        visible_TS = visible_TS.tril(keys - tokens)
+    outputs = []
+    for head in range(heads):
+        logits_BTS = scale * torch.einsum("bte,bse->bts", q_BHTE[:, head], k_BGSE[:, head // group])
+        logits_BTS = logits_BTS.masked_fill(~visible_TS, -math.inf)
+        if mask is not None:
+            mask_BTS = mask.expand(q_BHTE.shape[0], heads, tokens, keys)[:, head]
+            if mask.dtype == torch.bool:
+                logits_BTS = logits_BTS.masked_fill(~mask_BTS, -math.inf)
+            else:
+                logits_BTS = logits_BTS + mask_BTS
+        outputs.append(torch.einsum("bts,bse->bte", logits_BTS.softmax(-1), v_BGSE[:, head // group]))
+    return torch.stack(outputs, dim=1)

@@ -1,0 +1,441 @@
+"""Checkpoints: opened lazily by tensor name, hashed by content, followed through their conversions, and saved.
+
+A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), or `kvfold:demo`, which
+ships with the package. Its content hash is that of `config.json` and of every tensor, whatever the shards and the
+container. `kvfold.json` holds its lineage: the root teacher, and each step from there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import CheckpointError
+from kvfold.families import Family, family_of
+from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
+from kvfold.progress import SILENT, Progress
+from kvfold.record import versions
+from kvfold.shape import Shape
+from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, stored_tensors, tensors_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "TensorSpec",
+    "Writer",
+    "carry_over",
+    "content_hash",
+    "descend",
+    "locate",
+    "natural",
+    "read_config",
+    "save_model",
+]
+
+FORMAT = 1  # of kvfold.json
+DEMO = Path(__file__).parent / "assets" / "demo"
+TIED = "lm_head.weight"  # left out of names and hash when the config ties it and it equals the embedding
+
+_BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # say nothing of what is computed
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")  # what a hub download needs
+_UNWANTED = ("consolidated*", "original/*", "onnx/*")  # other engines' copies of the same weights
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_OWN = (
+    "config.json",
+    MANIFEST,
+    "train.jsonl",
+    "README.md",
+)  # a model card speaks of the teacher: the student gets its own
+
+
+def locate(source: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint; a hub id is downloaded, config and lineage alone if `weights` are not wanted.
+
+    Raises CheckpointError when there is no such directory and the hub has no such model either.
+    """
+    path = DEMO if str(source) == "kvfold:demo" else Path(source)
+    if path.is_dir():
+        if path.name.endswith(".partial") and (path / CLAIM).exists():
+            raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
+        return path
+    if path.exists():
+        raise CheckpointError("is a file, not a checkpoint's directory", where=path)
+    if path.with_name(path.name + ".partial").is_dir():
+        raise CheckpointError("is not finished", where=path, next="repeat the command that makes it")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
+        raise CheckpointError("no such directory", where=path)
+    return _download(str(source), weights=weights)
+
+
+def _download(source: str, *, weights: bool) -> Path:
+    """The hub's cache directory of a model, safetensors before `.bin`."""
+    import huggingface_hub  # only here: nothing local needs it
+
+    name, _, revision = source.partition("@")
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED)
+                )
+            )
+        except Exception as error:  # its client raises the errors of four libraries
+            answer = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(
+                f"no such directory, and the hub has no answer for it: {answer[:200]}", where=source
+            ) from error
+
+    if not weights:
+        return fetch("config.json", MANIFEST)
+    folder = fetch(*_SMALL, "*.safetensors")
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch(*_SMALL, "*.bin")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a directory. Raises CheckpointError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError("no config.json", where=folder, next="is this a transformers checkpoint?")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError("is not a JSON object", where=path, next="download it again")
+    return config
+
+
+class Checkpoint:
+    """A checkpoint whose config, family, shape and headers are read and checked; tensors are read when asked for."""
+
+    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
+        self.path, self.name, self.config = path, name, config
+        self.family: Family = family_of(config)
+        self.shape: Shape = self.family.shape(config)
+        self._stored = stored_tensors(path)
+        if self._tied_twice():
+            del self._stored[TIED]
+        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
+        manifest = path / MANIFEST
+        self.lineage: dict[str, Any] | None = read_json(manifest)
+        if manifest.exists() and not (isinstance(self.lineage, dict) and self.lineage.get("format") == FORMAT):
+            raise CheckpointError(
+                f"is not a lineage of format {FORMAT}",
+                where=manifest,
+                next="restore it, or delete it to start a new one",
+            )
+        self._verify()
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a local directory or a hub id.
+
+        Raises CheckpointError when files are missing, damaged or not what config.json says, and UnsupportedModel
+        when the architecture is not known or the weights are quantised.
+        """
+        path = locate(source)
+        name = path.resolve().name if Path(source).is_dir() else str(source)
+        return cls(path, name, read_config(path))
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in order of layers and not of letters."""
+        return sorted(self._stored, key=natural)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
+        return self._entry(name).spec
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped from its file: pages come in when they are looked at, and go with the tensor."""
+        return self._entry(name).read()
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({stored.file for stored in self._stored.values()})
+
+    def hash(self, progress: Progress = SILENT) -> str:
+        """Content hash of config and tensors, independent of shards and container; streamed, read at most once.
+
+        Raises CheckpointError when the lineage beside it speaks of another content.
+        """
+        missing = [name for name in self.names() if name not in self.digests]
+        progress = progress if missing else SILENT
+        progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
+        try:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                for name, found in zip(missing, pool.map(lambda name: digest(self.read(name)), missing), strict=True):
+                    self.digests[name] = found
+                    progress.advance(self.spec(name).nbytes)
+        finally:
+            progress.stop()
+        specs = {name: self.spec(name) for name in self.names()}
+        hashed = content_hash(self.config, specs, self.digests)
+        if self.lineage and self.lineage.get("hash") != hashed:
+            raise CheckpointError(
+                f"the weights or config.json have changed since {MANIFEST} was written",
+                where=self.path,
+                next=f"restore them, or delete {MANIFEST} to make this a root teacher of its own",
+            )
+        return hashed
+
+    def root_hash(self) -> str:
+        """Content hash of the first teacher of the chain; a checkpoint without lineage is its own."""
+        return str(self.lineage["root"]["hash"]) if self.lineage else self.hash()
+
+    def tokenizer_hash(self) -> str | None:
+        """Hash of the tokenizer, or None when there is none; what truncation and padding are set to does not count."""
+        fast = read_json(self.path / "tokenizer.json")
+        if isinstance(fast, dict):
+            return fingerprint({key: value for key, value in fast.items() if key not in ("truncation", "padding")})
+        slow = [
+            self.path / name
+            for name in (
+                "tokenizer.model",
+                "spiece.model",
+                "sentencepiece.bpe.model",
+                "vocab.json",
+                "merges.txt",
+                "vocab.txt",
+            )
+        ]
+        there = {path.name: path.read_bytes().hex() for path in slow if path.is_file()}
+        return fingerprint(there) if there else None
+
+    def _entry(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"has no tensor {name}", where=self.path)
+        return self._stored[name]
+
+    def _tied_twice(self) -> bool:
+        """Is the output projection stored beside the embedding that it is tied to, equal to it?"""
+        if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
+            return False
+        head = self._stored[TIED]
+        same = [name for name, other in self._stored.items() if "embed" in name and other.spec == head.spec]
+        return any(digest(head.read()) == digest(self._stored[name].read()) for name in same)
+
+    def _verify(self) -> None:
+        """Check names, shapes and dtypes against the family, from headers alone."""
+        for site, attention in self.shape.sites.items():
+            for role, shape in attention.roles().items():
+                name = self.family.tensor(site, role)
+                if name not in self._stored:
+                    raise CheckpointError(
+                        f"tensor {name} is missing ({role} of {site})", where=self.path, next=self._hint(name)
+                    )
+                spec = self._stored[name].spec
+                if spec.shape != shape:
+                    raise CheckpointError(
+                        f"tensor {name} does not have the shape that config.json implies",
+                        where=self._stored[name].file,
+                        got=spec.shape,
+                        allowed=shape,
+                    )
+                if not spec.floating:
+                    raise CheckpointError(
+                        f"tensor {name} is not of floating numbers",
+                        where=self._stored[name].file,
+                        got=spec.dtype,
+                        allowed=", ".join(FLOATS),
+                        next="use the unquantised checkpoint",
+                    )
+        there = sum(stored.spec.numel for stored in self._stored.values())
+        if there < self.shape.parameters:
+            raise CheckpointError(
+                "tensors are missing",
+                where=self.path,
+                got=f"{there:,} parameters",
+                allowed=f"{self.shape.parameters:,}, by config.json",
+                next=self._gap(),
+            )
+
+    def _hint(self, name: str) -> str | None:
+        """Say what may be wrong when a tensor of an attention is not there."""
+        last = name.rsplit(".", 2)[-2:]
+        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
+        return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
+
+    def _gap(self) -> str | None:
+        """Name a tensor that some layers have and another lacks."""
+        layers: dict[str, set[str]] = {}
+        for name in self._stored:
+            if found := re.search(r"\.(\d+)\.", name):
+                layers.setdefault(name[: found.start()] + ".{}." + name[found.end() :], set()).add(found[1])
+        everywhere = set().union(*layers.values())
+        for pattern, some in sorted(layers.items()):
+            if some != everywhere:
+                return f"is {pattern.format(min(everywhere - some, key=int))} lost?"
+        return None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _same_module(first: str, second: str) -> bool:
+    """Are two tensors of the same place, up to the layer's number?"""
+    return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> str:
+    """One hash of what a checkpoint computes: its config without book-keeping, and its tensors.
+
+    The output projection does not count where the config ties it and it equals the embedding.
+    """
+    specs = dict(specs)
+    if config.get("tie_word_embeddings") and TIED in specs:
+        same = [name for name in specs if "embed" in name and digests[name] == digests[TIED]]
+        if same:
+            del specs[TIED]
+    known = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    return fingerprint({"config": known, "tensors": tensors_hash(specs, digests)})
+
+
+def descend(
+    source: Checkpoint,
+    *,
+    inputs: str,
+    stage: str,
+    settings: Mapping[str, Any],
+    calibration: str | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    wall_seconds: float | None = None,
+) -> dict[str, Any]:
+    """The lineage of what a stage makes of a checkpoint; `save_model` and `convert` add the content hash."""
+    before = source.lineage or {"steps": []}
+    root = before.get("root")
+    if root is None or root["hash"] == source.hash():
+        root = {  # by the name under which it was found now, whatever it was called when it was trained
+            "hash": source.hash(),
+            "name": source.name,
+            "config": source.config,
+            "parameters": source.shape.parameters,
+        }
+    step = {
+        "stage": stage,
+        "settings": dict(settings),
+        "source": source.hash(),
+        "calibration": calibration,
+        "tokens": tokens,
+        "seed": seed,
+        "versions": versions(),
+        "wall_seconds": wall_seconds,
+    }
+    return {
+        "format": FORMAT,
+        "inputs": inputs,
+        "hash": None,
+        "root": root,
+        "steps": [*before["steps"], step],
+        "tokenizer": source.tokenizer_hash(),
+    }
+
+
+def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint | None:
+    """The first teacher of a student's lineage, known by its content; None when it is in none of the usual places.
+
+    They are the name that the lineage has for it, that name beside or above the student, and the hub.
+    """
+    if student.lineage is None or student.root_hash() == student.hash(progress):
+        return None
+    root = student.lineage["root"]
+    name = str(root["name"])
+    beside = [str(folder / Path(name).name) for folder in student.path.resolve().parents[:3]]
+    for place in dict.fromkeys([name, *beside]):
+        if not (Path(place) / "config.json").is_file() and not (place == name and re.search("[/:]", name)):
+            continue
+        try:
+            found = Checkpoint.open(place)
+        except CheckpointError:  # something else of that name, or a hub that is not reached: not the teacher
+            continue
+        if found.hash(progress) == root["hash"]:
+            return found
+    return None
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def carry_over(source: Checkpoint, folder: Path) -> None:
+    """Copy what lies beside weights and config: tokenizer, chat template, generation settings, licence."""
+    for path in carried(source):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def carried(source: Checkpoint) -> list[Path]:
+    """The files that `carry_over` copies."""
+    return [
+        path
+        for path in sorted(source.path.iterdir())
+        if (path.is_file() or path.name == "additional_chat_templates")
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.suffix not in _WEIGHTS
+        and path.name not in _OWN
+    ]
+
+
+def save_model(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    lineage: Mapping[str, Any],
+    like: Checkpoint | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> str:
+    """Save a trained model into a folder (an output's `work`) and return its content hash, which the lineage gets too.
+
+    Each tensor has the dtype of its namesake in `like`, whose tokenizer and other files are carried over; without
+    one, `dtype`, else the config's. An output projection that is tied to the embedding is not saved.
+    Raises CheckpointError when `like` has a tensor that `state` lacks, OutputError when the disk refuses.
+    """
+    names = like.names() if like else sorted(state, key=natural)
+    if config.get("tie_word_embeddings") and not like:
+        names = [name for name in names if name != TIED]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(f"the trained model lost {len(missing)} tensors, the first is {missing[0]}", where=folder)
+    floats = dtype or str(config.get("dtype") or "float32")
+    specs = {
+        name: TensorSpec(
+            tuple(state[name].shape),
+            like.spec(name).dtype
+            if like and not dtype
+            else floats
+            if state[name].is_floating_point()
+            else _dtype(state[name]),
+        )
+        for name in names
+    }
+    with disk_errors(folder):
+        if like:
+            carry_over(like, folder)
+        write_json(folder / "config.json", config)
+        with Writer(folder, specs, shard_bytes=shard_bytes) as writer:
+            for name in names:
+                writer.write(name, state[name])
+            writer.close()
+        hashed = content_hash(config, specs, writer.digests)
+        write_json(folder / MANIFEST, {**lineage, "hash": hashed})
+    return hashed
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

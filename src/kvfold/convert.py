@@ -1,0 +1,343 @@
+"""Convert a checkpoint: for each group of sites, read -> method -> write; every other tensor is copied byte for byte.
+
+Tensors stream from mapped files into files whose headers are already written, so memory holds one group of sites and
+never the model. Source and student are hashed in the same pass. A conversion that was stopped keeps its whole shards,
+and the same command does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from kvfold import methods
+from kvfold.checkpoint import Checkpoint, TensorSpec, Writer, carried, carry_over, content_hash, descend, natural
+from kvfold.errors import Interrupted, OutputError, SettingError
+from kvfold.output import MANIFEST, Output, disk_errors, fingerprint, free_bytes, open_output, read_json, write_json
+from kvfold.progress import SILENT, Progress
+from kvfold.recipe import decode
+from kvfold.shape import Answers, Request, Site, SiteTensors
+from kvfold.shards import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvfold.data import TokenFile
+
+CORES = os.cpu_count() or 1
+CREW = min(4, CORES)  # threads that copy and hash
+SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """How a student is written, and what a method may read besides the weights."""
+
+    calibration: str | None = field(
+        default=None, metadata={"help": "Text that the teacher reads once, for methods that ask something of it."}
+    )
+    calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens of it."})
+    shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest file of weights, in bytes (5G)."})
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = field(
+        default="source", metadata={"help": "Format of the student's weights."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be, with SettingError."""
+        for name in ("calibration_tokens", "shard_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1", where="convert", got=getattr(self, name))
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    method: str = "gqa",
+    settings: Mapping[str, Any] | None = None,
+    *,
+    options: ConvertSettings = ConvertSettings(),
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the student that `method` with `settings` makes of `src` to `dst`, and return its path.
+
+    Raises SettingError for settings that cannot be, CheckpointError for a source that cannot be read, OutputError
+    when `dst` holds something else or cannot be written, and Interrupted on Ctrl-C: the same call then continues.
+    """
+    started, dst = time.monotonic(), Path(dst)
+    source = Checkpoint.open(src)
+    if source.path.resolve().is_relative_to(dst.resolve()):
+        raise OutputError("the source lies there", where=dst, next="choose another path: a teacher is never changed")
+    chosen = methods.get(method)
+    config = decode(chosen.Config, settings or {}, method)
+    config.check(source.shape)
+    calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
+    if calibration:
+        asked = {**_settings(method, config, options), "calibration": calibration.hash}
+    else:  # nothing is left to choose: `8` and `self=8` ask for the same student
+        asked = _settings(method, chosen.resolve(config, source.shape, {}), options)
+    if not overwrite and _complete(source, dst, asked, calibration is not None):
+        progress.say(f"{dst} is complete: it was made from this source with these settings")
+        return dst
+    try:
+        with disk_errors(dst):
+            output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
+            answers = calibration.answers(source, progress) if calibration else {}
+            resolved = chosen.resolve(config, source.shape, answers)
+            job = _Job.plan(source, chosen, resolved, answers, options.dtype)
+            with Writer(output.work, job.specs, shard_bytes=options.shard_size, resume=output.resumed) as writer:
+                _check_space(source, output, job.specs, writer)
+                job.run(writer, progress)
+                writer.close()
+            carry_over(source, output.work)
+            made = _config(source, job.student, options.dtype)
+            if made == source.config:
+                shutil.copyfile(source.path / "config.json", output.work / "config.json")
+            else:
+                write_json(output.work / "config.json", made)
+            lineage = descend(
+                source,
+                inputs=_inputs(source, asked),
+                stage="convert",
+                settings=_settings(method, resolved, options),
+                calibration=calibration.hash if calibration else None,
+                wall_seconds=round(time.monotonic() - started, 3),
+            )
+            hashed = content_hash(made, job.specs, writer.digests)
+            write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
+            output.commit()
+    except KeyboardInterrupt:
+        raise Interrupted("stopped", where=dst, next="the same command continues") from None
+    return output.path
+
+
+# --- what was asked, and whether it is there ------------------------------------------------------------------------
+
+
+def _settings(method: str, config: Any, options: ConvertSettings) -> dict[str, Any]:
+    """The settings that decide a student, in one flat mapping."""
+    return {
+        "method": method,
+        **dataclasses.asdict(config),
+        "dtype": options.dtype,
+        "shard_size": options.shard_size,
+    }
+
+
+def _complete(source: Checkpoint, dst: Path, asked: Mapping[str, Any], calibrated: bool) -> bool:
+    """Is the student that is asked for there already? The source is read only when the settings agree."""
+    manifest = read_json(dst / MANIFEST)
+    if not isinstance(manifest, dict) or not manifest.get("steps"):
+        return False
+    if not calibrated and fingerprint(manifest["steps"][-1]["settings"]) != fingerprint(asked):
+        return False
+    return bool(manifest.get("inputs") == _inputs(source, asked))
+
+
+def _inputs(source: Checkpoint, asked: Mapping[str, Any]) -> str:
+    """The hash of settings and source that a finished student bears."""
+    return fingerprint({"stage": "convert", **asked, "source": source.hash()})
+
+
+def _stamp(source: Checkpoint) -> str:
+    """What tells a source from another without reading it: by this, unfinished work is known again."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files()]
+    return fingerprint([source.config, files])
+
+
+def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorSpec], writer: Writer) -> None:
+    """Refuse to start what the disk cannot hold."""
+    needed = sum(spec.nbytes for name, spec in specs.items() if name not in writer.digests)
+    needed += sum(path.stat().st_size for path in carried(source)) + SLACK
+    free = free_bytes(output.work)
+    if free < needed:
+        raise OutputError(
+            "the disk has too little room",
+            where=output.path,
+            got=f"{free / 1e9:.2f} GB free",
+            allowed=f"{needed / 1e9:.2f} GB or more",
+            next="free some space, or choose another path",
+        )
+
+
+def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[str, Any]:
+    """The student's config.json: the source's own, key for key, with the fields changed that the method changes."""
+    before, after = source.family.fields(source.shape), source.family.fields(student.shape) | dict(student.fields)
+    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    if student.model_type:
+        changed["model_type"] = student.model_type
+    if dtype != "source":
+        changed |= {key: dtype for key in ("dtype", "torch_dtype") if key in source.config} or {"dtype": dtype}
+    return {**source.config, **changed}
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What a method asks of the teacher, and the text that the teacher will read for it."""
+
+    requests: Sequence[Request]
+    tokens: TokenFile
+    hash: str
+
+    def answers(self, source: Checkpoint, progress: Progress) -> Answers:
+        """Let the teacher read."""
+        from kvfold.calibrate import calibrate  # loads transformers: only for methods that ask
+
+        return calibrate(source, self.requests, self.tokens, progress=progress)
+
+
+def _calibration(
+    source: Checkpoint, method: str, requests: Sequence[Request], options: ConvertSettings, progress: Progress
+) -> _Calibration | None:
+    """The calibration that a method needs, if any. Raises SettingError when no text is given for it."""
+    if not requests:
+        return None
+    if options.calibration is None:
+        raise SettingError(
+            f"{method} asks the teacher to read a little text, and none is given",
+            where="convert",
+            next="add --calibration TEXT (a file, a folder, a hub data set, stdlib or self)",
+        )
+    from kvfold.calibrate import calibration_hash
+    from kvfold.data import token_file
+
+    tokens = token_file(
+        options.calibration, source.path, max_tokens=options.calibration_tokens, teacher=source.path, progress=progress
+    )
+    return _Calibration(requests, tokens, calibration_hash(tokens))
+
+
+# --- the pass over the tensors --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion with nothing left to choose: which sites go together, and every tensor that will be written."""
+
+    source: Checkpoint
+    method: methods.Method
+    config: Any
+    answers: Answers
+    student: methods.Student
+    groups: Sequence[tuple[Site, ...]]
+    specs: Mapping[str, TensorSpec]
+
+    @classmethod
+    def plan(cls, source: Checkpoint, method: methods.Method, config: Any, answers: Answers, dtype: str) -> _Job:
+        """Lay out the student's tensors from the shapes alone."""
+        groups, student = method.groups(config, source.shape), method.student(config, source.shape)
+        specs = {name: source.spec(name) for name in source.names()}
+        for site in (site for group in groups for site in group):
+            old = {role: source.family.tensor(site, role) for role in source.shape.sites[site].roles()}
+            kinds = {role: specs.pop(name).dtype for role, name in old.items()}
+            for role, shape in student.shape.sites[site].roles().items():
+                specs[source.family.tensor(site, role)] = TensorSpec(shape, kinds.get(role, kinds["q"]))
+        if dtype != "source":
+            specs = {
+                name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
+            }
+        ordered = {name: specs[name] for name in sorted(specs, key=natural)}
+        return cls(source, method, config, answers, student, groups, ordered)
+
+    def run(self, writer: Writer, progress: Progress) -> None:
+        """Write every tensor that is not there yet, in the student's order: this thread converts, others copy."""
+        import torch
+
+        family, shape = self.source.family, self.student.shape
+        belongs = {
+            family.tensor(site, role): group
+            for group in self.groups
+            for site in group
+            for role in shape.sites[site].roles()
+        }
+        left = [name for name in self.specs if name not in writer.digests]
+        progress.start("converting", sum(self.specs[name].nbytes for name in left), "bytes")
+        begun: set[tuple[Site, ...]] = set()
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(before, CORES - CREW)))  # two teams on the same cores wait for each other
+        try:
+            with _Crew(progress) as crew:
+                for name in left:
+                    if name not in belongs:
+                        crew.give(self._copy, name, self.source.read(name), writer)
+                    elif belongs[name] not in begun:
+                        begun.add(belongs[name])
+                        self._convert(belongs[name], writer, crew, progress)
+        finally:
+            torch.set_num_threads(before)
+            progress.stop()
+
+    def _convert(self, group: Sequence[Site], writer: Writer, crew: _Crew, progress: Progress) -> None:
+        """Convert one group of sites; what the method hands back untouched is copied."""
+        name = self.source.family.tensor
+        given = {}
+        for site in group:
+            attention = self.source.shape.sites[site]
+            given[site] = SiteTensors(
+                attention, {role: self.source.read(name(site, role)) for role in attention.roles()}
+            )
+        converted = self.method.convert(given, self.answers, self.config)
+        for site in group:
+            old, new = given[site].roles, converted[site]
+            for role, tensor in old.items():
+                if new.get(role) is not tensor:
+                    crew.give(self._note, name(site, role), tensor)
+            for role, tensor in new.items():
+                if name(site, role) in writer.digests:
+                    continue
+                if tensor is old.get(role):
+                    crew.give(self._copy, name(site, role), tensor, writer)
+                else:
+                    writer.write(name(site, role), tensor)
+                    progress.advance(self.specs[name(site, role)].nbytes)
+
+    def _copy(self, name: str, tensor: Tensor, writer: Writer) -> int:
+        """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""
+        written = writer.write(name, tensor)
+        same = self.specs[name].dtype == self.source.spec(name).dtype
+        self.source.digests[name] = written if same else digest(tensor)
+        return self.specs[name].nbytes
+
+    def _note(self, name: str, tensor: Tensor) -> int:
+        """Hash a tensor of the source that the student does not keep."""
+        self.source.digests[name] = digest(tensor)
+        return 0
+
+
+class _Crew:
+    """A few threads with a short queue, so that files fill in order; the first failure stops the rest."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._pool = ThreadPoolExecutor(CREW)
+        self._pending: deque[Future[int]] = deque()
+        self._progress = progress
+
+    def give(self, work: Callable[..., int], *given: Any) -> None:
+        """Hand over work, which returns the bytes it wrote; wait when the queue is full. Raises what work raised."""
+        self._pending.append(self._pool.submit(work, *given))
+        if len(self._pending) > 4 * CREW:
+            self._progress.advance(self._pending.popleft().result())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while kind is None and self._pending:
+                self._progress.advance(self._pending.popleft().result())
+        finally:
+            self._pool.shutdown(cancel_futures=True)

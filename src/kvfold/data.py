@@ -1,0 +1,395 @@
+"""Text in, batches out: sources of text, and packed token files that are memory-mapped.
+
+A token file is one long row of token ids, documents separated by the tokenizer's own end token. It is cut into
+windows of fixed length, each seen once per epoch in an order that depends on seed and epoch alone: the batch of step
+`n` is a function of (seed, n), so a run that was stopped continues exactly by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvfold.errors import DataError, SettingError
+from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
+from kvfold.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+READERS = (".txt", ".jsonl", ".parquet")
+PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory is some hundred times that
+WHOLE = 1 << 24  # characters: a text up to here is tokenised whole, whatever part of it is asked for
+SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of one
+
+# Parts of the standard library that are tests, other programs, or written by the build of this very machine.
+_NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
+_MACHINE = re.compile(r"_sysconfigdata|config-|_sysconfig_vars")
+
+STDLIB_HELDOUT = (
+    "argparse",
+    "asyncio/streams",
+    "calendar",
+    "csv",
+    "fractions",
+    "heapq",
+    "html/parser",
+    "json",
+    "logging/handlers",
+    "queue",
+    "random",
+    "sched",
+    "shlex",
+    "statistics",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "urllib/robotparser",
+    "wave",
+    "xml/dom/pulldom",
+)
+"""Modules and packages of the standard library that `stdlib` leaves out and `stdlib:heldout` holds."""
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(source: str | Path) -> Iterator[str]:
+    """Documents of a source, in an order that never changes.
+
+    A `.txt` file is one document, each line of a `.jsonl` (key `text`) and each row of a `.parquet` (column `text`)
+    is one; a folder holds such files; `stdlib` is the source of Python's own library, `stdlib:heldout` the modules
+    that it leaves out; anything else is a hub data set, `owner/name[:config[:split]]`. Raises DataError.
+    """
+    name = str(source)
+    path = Path(source)
+    if name in ("stdlib", "stdlib:heldout"):
+        yield from _stdlib(heldout=name.endswith("heldout"))
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+        if not files:
+            raise DataError("no text in this folder", where=path, allowed=", ".join(READERS))
+        for file in files:
+            yield from _read_file(file)
+    elif path.exists():
+        yield from _read_file(path)
+    elif path.suffix in READERS or path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", name):
+        raise DataError(
+            "no such text", where=source, allowed="a file, a folder, a hub data set `owner/name`, stdlib or self"
+        )
+    else:
+        yield from _hub(name)
+
+
+def _stdlib(heldout: bool) -> Iterator[str]:
+    """Modules of Python's library, by path; the held-out ones or all others."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        module = path.relative_to(root).with_suffix("")
+        if _NOT_LIBRARY & set(module.parts) or any(_MACHINE.match(part) for part in module.parts):
+            continue
+        names = {"/".join(module.parts[: depth + 1]) for depth in range(len(module.parts))}
+        if bool(names & set(STDLIB_HELDOUT)) == heldout:
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    """Documents of one file."""
+    if path.suffix not in READERS:
+        raise DataError("unknown kind of text file", where=path, got=path.suffix or "no suffix", allowed=READERS)
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+        elif path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        else:
+            yield from _column(_datasets().load_dataset("parquet", data_files=str(path), split="train"), path)
+    except UnicodeDecodeError as error:
+        raise DataError("is not UTF-8 text", where=path, got=f"byte {error.start}") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError('is not one JSON object with a "text" a line', where=f"{path}:{number}") from error
+            if not isinstance(text, str):
+                raise DataError('"text" is not a string', where=f"{path}:{number}", got=type(text).__name__)
+            yield text
+
+
+def _datasets() -> Any:
+    """The `datasets` library. Raises SettingError when it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise SettingError(
+            "parquet files and hub data sets need `datasets`", next="pip install 'kvfold[data]'"
+        ) from error
+    return datasets
+
+
+def _hub(name: str) -> Iterator[str]:
+    """Rows of a hub data set, streamed."""
+    repository, config, split = [*name.split(":"), "", ""][:3]
+    try:
+        rows = _datasets().load_dataset(repository, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
+    yield from _column(rows, name)
+
+
+def _column(rows: Iterable[dict[str, Any]], where: object) -> Iterator[str]:
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise DataError('no column "text"', where=where, got=", ".join(row))
+        yield row["text"]
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What identifies a text: SHA-256 of its documents, how many they are, and their characters."""
+
+    hash: str
+    documents: int
+    characters: int
+
+
+def text_facts(source: str | Path, limit: int | None = None) -> TextFacts:
+    """Hash the documents of a source, reading at most `limit` characters. Raises DataError when there is no text."""
+    digest, documents, characters = hashlib.sha256(), 0, 0
+    for text in _limited(read_texts(source), limit):
+        digest.update(f"{len(text)}\n".encode() + text.encode("utf-8", "replace"))
+        documents, characters = documents + 1, characters + len(text)
+    if not characters:
+        raise DataError("the text is empty", where=source)
+    return TextFacts(digest.hexdigest(), documents, characters)
+
+
+def _limited(texts: Iterable[str], limit: int | None) -> Iterator[str]:
+    """Whole documents until `limit` characters are passed; empty ones are left out."""
+    seen = 0
+    for text in texts:
+        if limit is not None and seen >= limit:
+            return
+        if text:
+            yield text
+        seen += len(text)
+
+
+# --- token files ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A row of token ids on disk: `vocab_size` is one more than the largest id that it may hold."""
+
+    path: Path
+    tokens: np.ndarray[Any, Any] = field(repr=False)
+    vocab_size: int
+    hash: str  # of the text, or of what it was sampled from
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def windows(self, length: int) -> int:
+        """Windows of `length` tokens that each have a next token to predict."""
+        return (len(self.tokens) - 1) // length
+
+    def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
+        """Refuse a text shorter than one batch, and ids that the model has no embedding for, with DataError."""
+        if self.windows(length) < batch_size:
+            raise DataError(
+                "the text is shorter than one batch",
+                where=self.source,
+                got=f"{len(self):,} tokens",
+                allowed=f"at least {batch_size * length + 1:,}",
+                next="give more text, or a smaller batch or sequence length",
+            )
+        if self.vocab_size > vocab_size:
+            raise DataError(
+                "the tokenizer knows more tokens than the model has embeddings",
+                where=self.source,
+                got=f"{self.vocab_size:,}",
+                allowed=f"at most {vocab_size:,}",
+                next="use the tokenizer that the model was trained with",
+            )
+
+    def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Tensor:
+        """The `ids_BT` of a step, `length + 1` wide: inputs and targets overlap by `length - 1` tokens."""
+        windows = self.windows(length)
+        rows = np.empty((batch_size, length + 1), dtype=np.int64)
+        for row in range(batch_size):
+            epoch, index = divmod(step * batch_size + row, windows)
+            start = int(_order(windows, seed, epoch)[index]) * length
+            rows[row] = self.tokens[start : start + length + 1]
+        return torch.from_numpy(rows)
+
+
+@lru_cache(maxsize=4)
+def _order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    """The order in which an epoch sees its windows."""
+    return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def token_file(
+    source: str | Path,
+    tokenizer_dir: str | Path,
+    *,
+    max_tokens: int | None = None,
+    enough: int | None = None,
+    teacher: str | Path | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> TokenFile:
+    """A text as tokens, or the first `max_tokens` of them, packed; tokenised once for each text and tokenizer.
+
+    Of a text that is longer than what `enough` tokens surely take, the rest is not read. `self` is that many tokens
+    sampled from `teacher` with `seed`. Raises DataError when there is no text or no
+    tokenizer, SettingError when `self` lacks what it needs, OutputError when the cache cannot be written.
+    """
+    from kvfold import hf  # loads transformers: not for those who only read text
+
+    tokenizer = hf.load_tokenizer(tokenizer_dir)
+    sampled = str(source) == "self"
+    # a token is longer than this only in tables and blanks: reading stops there, however long the source is
+    wanted = max_tokens or enough
+    limit = None if wanted is None else max(32 * wanted, WHOLE)
+    if sampled:
+        if teacher is None or wanted is None:
+            raise SettingError("text `self` is a number of tokens sampled from a teacher", next="give both")
+        from kvfold.checkpoint import Checkpoint
+
+        identity = f"self:{Checkpoint.open(teacher).hash()}:{seed}:{wanted}"
+    else:
+        facts = text_facts(source, limit)
+        identity = facts.hash
+    key = fingerprint([FORMAT, identity, _tokenizer_hash(tokenizer)])[:32]
+    path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
+    if read_json(path.with_suffix(".json")) is None:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if sampled:
+                assert teacher is not None
+                assert wanted is not None
+                rows = _sample(teacher, tokenizer, wanted, seed, progress)
+            else:
+                rows = _tokenise(_limited(read_texts(source), limit), tokenizer, facts.characters, progress)
+            _write(path, rows, tokenizer, identity)
+    return open_token_file(path, str(source), max_tokens)
+
+
+def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> TokenFile:
+    """Map a token file into memory. Raises DataError when it is not what was written."""
+    facts = read_json(path.with_suffix(".json"))
+    if facts is None or not path.exists() or path.stat().st_size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
+        raise DataError("a token file of the cache is damaged", where=path, next="delete it; it is made anew")
+    tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
+    return TokenFile(path, tokens[:max_tokens], int(facts["vocab_size"]), str(facts["hash"]), source)
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """What tells a tokenizer from another: its whole definition, or its vocabulary when it has no such thing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return fingerprint(tokenizer.get_vocab() if backend is None else backend.to_str())
+
+
+def _write(path: Path, rows: Iterator[list[int]], tokenizer: Any, identity: str) -> None:
+    """Write rows of ids one after the other, and the facts last: without them the file does not exist."""
+    written, largest = 0, 0
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    sibling = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with sibling.open("wb") as file:
+            for row in rows:
+                ids = np.asarray(row, dtype=dtype)
+                file.write(ids.tobytes())
+                written, largest = written + len(ids), max(largest, int(ids.max(initial=0)))
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
+    # tokens that were added to a vocabulary, and that no model has an embedding for, count when the text uses them
+    vocabulary = max(int(tokenizer.vocab_size), largest + 1)
+    write_json(
+        path.with_suffix(".json"), {"tokens": written, "dtype": dtype, "vocab_size": vocabulary, "hash": identity}
+    )
+
+
+def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: Progress) -> Iterator[list[int]]:
+    """Ids of each document: what the tokenizer itself puts before a text, the text, the end token."""
+    end = tokenizer.eos_token_id
+    before = [token for token in tokenizer("")["input_ids"] if token != end]
+    progress.start("tokenise", characters, "characters")
+    try:
+        for text in texts:
+            yield before
+            for piece in _pieces(text):
+                yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+                progress.advance(len(piece))
+            if end is not None:
+                yield [end]
+    finally:
+        progress.stop()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of about `PIECE` characters that end at a line's end where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            line = text.rfind("\n", start, end)
+            end = line + 1 if line > start else end
+        yield text[start:end]
+        start = end
+
+
+def _sample(teacher: str | Path, tokenizer: Any, tokens: int, seed: int, progress: Progress) -> Iterator[list[int]]:
+    """Documents that a model writes from its first token on, at temperature 1, `SAMPLED` at a time."""
+    from kvfold import hf
+
+    end = tokenizer.eos_token_id
+    first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise DataError("the tokenizer has neither a first nor an end token to sample from", where=teacher)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hf.load(teacher, device=device)
+    length = min(int(model.config.max_position_embeddings), LONGEST_SAMPLE) - 1  # type: ignore[union-attr,arg-type]
+    start_B1 = torch.full((SAMPLED, 1), first, device=device)
+    written = 0
+    progress.start("sample from the teacher", tokens, "tokens")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            while written < tokens:
+                ids_BT = hf.generate(
+                    model, start_B1, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+                )
+                for row in ids_BT.tolist():
+                    stop = row.index(end, 1) + 1 if end in row[1:] else len(row)
+                    kept = row[:stop][: tokens - written]
+                    written += len(kept)
+                    progress.advance(len(kept), f"{written:,} of {tokens:,}")
+                    yield kept
+    finally:
+        progress.stop()

@@ -1,0 +1,98 @@
+"""Does an engine compute what transformers computes? Logits of given texts, and tokens decoded with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold.errors import UnsupportedModel
+
+Logits = NDArray[np.float32]
+
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2, "int8": 0.1}
+"""Root mean square of the difference over the spread of the logits, by precision of the stored weights.
+
+llama.cpp rounds activations to the precision of the weights too. A head in a wrong place costs about 1.
+"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers answers in float32: prompts, their greedy continuations, and the logits of every position."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    logits: list[Logits]  # (T, V) of prompt and answer, the last token's left out
+
+    def texts(self) -> list[list[int]]:
+        """The ids that `logits` belong to."""
+        return [
+            (prompt + answer)[: len(rows)]
+            for prompt, answer, rows in zip(self.prompts, self.answers, self.logits, strict=True)
+        ]
+
+
+def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: int, prompts: int = 3) -> Reference:
+    """Ask a transformers model: random prompts of `prompt_tokens` ids (the same each time), continued greedily.
+
+    No token ends an answer: an engine that stops at its end token is compared as far as it went.
+    """
+    import torch
+
+    ids_BT = torch.randint(vocab_size, (prompts, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    new_BT, rows, answer, cache = ids_BT, [], [], None
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            found = model(new_BT, past_key_values=cache, use_cache=True)
+            cache, new_BT = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            rows.append(found.logits.float())
+            answer.append(new_BT)
+    logits_BTV = torch.cat(rows, dim=1)
+    return Reference(ids_BT.tolist(), torch.cat(answer, dim=1).tolist(), list(logits_BTV.numpy()))
+
+
+def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Differences in logits, and how many greedy tokens are the same up to the first that is not.
+
+    `near_ties` of `differing_answers` part where the two best logits are closer than twice the largest difference.
+    """
+    expected, got = np.concatenate(known.logits), np.concatenate(list(logits))
+    difference = got - expected
+    largest = float(np.abs(difference).max())
+    same = total = differing = ties = 0
+    for prompt, answer, rows, other in zip(known.prompts, known.answers, known.logits, answers, strict=True):
+        length = min(len(answer), len(other))
+        parted = next((n for n in range(length) if answer[n] != other[n]), None)
+        total += length
+        same += length if parted is None else parted
+        if parted is not None:
+            best = np.sort(rows[len(prompt) - 1 + parted])[-2:]
+            differing += 1
+            ties += bool(best[1] - best[0] <= 2 * largest)
+    return {
+        "positions": len(expected),
+        "max_difference": largest,
+        "relative_difference": float(np.sqrt(np.mean(difference**2)) / expected.std()),
+        "tokens": total,
+        "same_tokens": same,
+        "differing_answers": differing,
+        "near_ties": ties,
+    }
+
+
+def require(found: dict[str, Any], engine: str, weights: str) -> None:
+    """Raise UnsupportedModel unless the logits agree within the tolerance and every other token is a near tie."""
+    tolerance = TOLERANCE[weights]
+    wrong = None
+    if not found["relative_difference"] <= tolerance:  # also when it is not a number
+        wrong = f"logits differ by {found['relative_difference']:.3g} of their spread (tolerance {tolerance:g})"
+    elif found["near_ties"] < found["differing_answers"]:
+        wrong = f"{found['differing_answers'] - found['near_ties']} greedy answers differ where it is no near tie"
+    if wrong:
+        raise UnsupportedModel(
+            f"{engine} does not compute what transformers does: {wrong}", next="nothing was exported"
+        )

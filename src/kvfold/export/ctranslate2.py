@@ -1,0 +1,115 @@
+"""CTranslate2: its own loader reads the weights, and is told the head width and the rotary scaling that it overlooks.
+
+The converter of CTranslate2 4.8 takes `hidden_size / num_attention_heads` for the head width of a Llama, ignores
+`llama3` rotary scaling on a CPU, and decodes wrongly once a sliding window is full; so the specification is built
+here, per-frequency factors say the scaling, and a window becomes a limit on the context (`limits.window`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvfold.checkpoint import Checkpoint
+from kvfold.errors import SettingError
+from kvfold.export.agreement import Logits, Reference
+from kvfold.export.limits import common_attention, frequency_factors
+from kvfold.output import read_json
+
+NAME = "CTranslate2"
+
+
+def available() -> None:
+    """Raise SettingError when CTranslate2 is not installed."""
+    try:
+        import ctranslate2  # noqa: F401
+    except ImportError as error:
+        raise SettingError("ctranslate2 is not installed", next="pip install 'kvfold[ct2]'") from error
+
+
+def version() -> str:
+    """The version of CTranslate2."""
+    import ctranslate2
+
+    return str(ctranslate2.__version__)
+
+
+def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
+    """Write `model.bin`, `config.json` and `vocabulary.json`; takes the modules out of `model` on the way.
+
+    Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids.
+    """
+    import torch
+    from ctranslate2.converters.transformers import LlamaLoader
+
+    from kvfold.hf import load_tokenizer
+
+    tokenizer, loader, spec = load_tokenizer(source.path), LlamaLoader(), _specification(source)
+    with torch.no_grad():
+        loader.set_decoder(spec.decoder, model.model)
+        loader.set_linear(spec.decoder.projection, model.lm_head)
+        loader.set_config(spec.config, model, tokenizer)
+        spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
+        spec.validate()
+        spec.optimize(quantization=weights)
+        spec.save(str(folder))
+    return {}
+
+
+def _specification(source: Checkpoint) -> Any:
+    """The empty specification of a decoder of this shape."""
+    from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
+    from ctranslate2.specs.attention_spec import RotaryScalingType
+
+    attention = common_attention(source, NAME)
+    assert attention.rope is not None
+    factors, positions = frequency_factors(attention.rope), source.shape.max_positions
+    scaling: dict[str, Any] = {}
+    if factors is not None:
+        # "Su" holds one factor for each frequency; with equal lengths it scales nothing else
+        lengths = {"original_max_position_embeddings": positions, "max_position_embeddings": positions}
+        scaling = {"rotary_scaling_type": RotaryScalingType.Su, **lengths}
+    spec = TransformerDecoderModelSpec.from_config(
+        source.shape.num_layers,
+        attention.num_attention_heads,
+        activation=common_spec.Activation.SWISH,
+        pre_norm=True,
+        ffn_glu=True,
+        rms_norm=True,
+        rotary_dim=0,
+        rotary_interleave=False,
+        rotary_base=attention.rope.theta,
+        num_heads_kv=attention.num_key_value_heads,
+        head_dim=attention.head_dim,
+        **scaling,
+    )
+    if factors is not None:
+        for layer in spec.decoder.layer:
+            layer.self_attention.rotary_scaling_long_factor = factors
+            layer.self_attention.rotary_scaling_short_factor = factors
+    return spec
+
+
+def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
+    """Load the export on the CPU and ask it what transformers was asked: logits by text, and greedy answers."""
+    import ctranslate2
+    import torch
+
+    engine = ctranslate2.Generator(
+        str(folder),
+        device="cpu",
+        compute_type="int8" if weights == "int8" else "float32",
+        intra_threads=torch.get_num_threads(),
+    )
+    words = read_json(folder / "vocabulary.json")
+    logits = [np.array(engine.forward_batch([text]), dtype=np.float32)[0] for text in known.texts()]
+    answers = engine.generate_batch(
+        [[words[number] for number in prompt] for prompt in known.prompts],
+        max_length=len(known.answers[0]),
+        beam_size=1,
+        include_prompt_in_result=False,
+        return_end_token=True,
+    )
+    return logits, [list(answer.sequences_ids[0]) for answer in answers]

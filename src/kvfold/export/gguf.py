@@ -1,0 +1,283 @@
+"""GGUF for llama.cpp: written tensor by tensor with gguf-py, and read back.
+
+The layout is that of llama.cpp's own converter, which is the better choice where it knows the tokenizer; it refuses
+byte-level tokenizers that are not on its list, and every model with a vocabulary of its own is one. Architecture
+`llama` rotates neighbouring pairs where transformers rotates halves: the rows of each head of q and k change places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold.checkpoint import TIED, Checkpoint
+from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
+from kvfold.export.agreement import Logits, Reference
+from kvfold.export.limits import common_attention, frequency_factors, window
+from kvfold.output import read_json
+
+NAME = "llama.cpp"
+FILE = "model.gguf"
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {  # the pattern of a tokenizer.json -> llama.cpp's name for it
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}\p{{N}}{{1,3}}{_REST}": "llama-bpe",
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}\p{{N}}{_REST}": "qwen2",
+}
+
+
+def available() -> None:
+    """Raise SettingError when gguf-py is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise SettingError("gguf is not installed", next="pip install 'kvfold[gguf]'") from error
+
+
+def version() -> str:
+    """The version of llama-cpp-python, or of gguf-py where that is all there is."""
+    import importlib.metadata
+
+    for package in ("llama-cpp-python", "gguf"):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise AssertionError("available() comes first")
+
+
+def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
+    """Write `model.gguf`, one tensor in memory at a time; says which vocabulary it holds. `model` is not used.
+
+    Raises UnsupportedModel for tensors that the architecture does not know, SettingError for float16 that overflows.
+    """
+    import gguf
+
+    architecture = gguf.MODEL_ARCH.QWEN2 if source.shape.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    with closing(gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])) as writer:
+        _describe(writer, source, weights)
+        vocabulary = _vocabulary(writer, source)
+        plan = list(_tensors(source, architecture, weights))
+        for name, _, kind, shape in plan:
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, origin, kind, _ in plan:
+            writer.write_tensor_data(_data(source, name, origin, kind))
+    return {"vocabulary": vocabulary}
+
+
+def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
+    """The hyperparameters of the file."""
+    import gguf
+
+    attention, shape, limit = common_attention(source, NAME), source.shape, window(source)
+    assert attention.rope is not None
+    kinds = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "int8": "MOSTLY_Q8_0"}
+    writer.add_type("model")
+    writer.add_name(source.name)
+    writer.add_file_type(gguf.LlamaFileType[kinds[weights]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(shape.num_layers)
+    writer.add_context_length(min(shape.max_positions, limit or shape.max_positions))
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(int(source.config["intermediate_size"]))
+    writer.add_head_count(attention.num_attention_heads)
+    writer.add_head_count_kv(attention.num_key_value_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_rope_dimension_count(attention.head_dim)
+    writer.add_rope_freq_base(attention.rope.theta)
+    writer.add_layer_norm_rms_eps(float(source.config.get("rms_norm_eps", 1e-6)))
+    writer.add_vocab_size(shape.vocab_size)
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _tensors(source: Checkpoint, architecture: Any, weights: str) -> Iterator[tuple[str, str, Any, tuple[int, ...]]]:
+    """Name in the file, name in the checkpoint ("" for rotary factors), stored kind and shape of each tensor."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(architecture, source.shape.num_layers)
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
+    wanted = gguf.GGMLQuantizationType[kinds[weights]]
+    attention = common_attention(source, NAME)
+    if frequency_factors(attention.rope) is not None:
+        if architecture is not gguf.MODEL_ARCH.LLAMA:
+            raise UnsupportedModel(f"{NAME} scales no rotary frequencies of this architecture", where=source.path)
+        yield "rope_freqs.weight", "", gguf.GGMLQuantizationType.F32, (attention.head_dim // 2,)
+    for origin in source.names():
+        if origin.endswith("rotary_emb.inv_freq") or (origin == TIED and source.config.get("tie_word_embeddings")):
+            continue  # computed from the base; the embedding itself
+        name = names.get_name(origin, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise UnsupportedModel(f"{NAME} has no place for tensor {origin}", where=source.path)
+        shape = source.spec(origin).shape
+        kind = wanted
+        if len(shape) == 1:
+            kind = gguf.GGMLQuantizationType.F32
+        elif shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = gguf.GGMLQuantizationType.F16  # its rows do not divide into blocks
+        yield name, origin, kind, shape
+
+
+def _data(source: Checkpoint, name: str, origin: str, kind: Any) -> NDArray[Any]:
+    """One tensor as the file holds it."""
+    import gguf
+
+    attention = common_attention(source, NAME)
+    if not origin:
+        factors = frequency_factors(attention.rope)
+        assert factors is not None
+        return factors
+    values: NDArray[np.float32] = source.read(origin).float().numpy()
+    if source.shape.model_type != "qwen2":
+        if ".attn_q." in name:
+            values = interleave(values, attention.num_attention_heads)
+        elif ".attn_k." in name:
+            values = interleave(values, attention.num_key_value_heads)
+    with np.errstate(over="ignore"):
+        stored: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+    if kind == gguf.GGMLQuantizationType.F16 and not np.isfinite(stored).all():
+        raise SettingError(f"float16 cannot hold {origin}", got=f"{np.abs(values).max():.3g}", next="choose bfloat16")
+    return stored
+
+
+def interleave(values: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of each head from halves `0 1 2 3` to neighbours `0 2 1 3`; `heads` are those of this very tensor."""
+    rows = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return rows.swapaxes(1, 2).reshape(values.shape)
+
+
+# --- vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def _vocabulary(writer: Any, source: Checkpoint) -> str:
+    """Put the tokenizer into the file where llama.cpp can run it; returns its name, or why there is none."""
+    import gguf
+
+    tokenizer = read_json(source.path / "tokenizer.json")
+    split = byte_level_split(tokenizer) if isinstance(tokenizer, dict) else None
+    if split is None:
+        writer.add_tokenizer_model("none")
+        return "none: not a byte-level tokenizer that llama.cpp splits the same way; it takes and gives token ids"
+    words = {number: word for word, number in tokenizer["model"]["vocab"].items()}
+    added = {each["id"]: each for each in tokenizer["added_tokens"]}
+    tokens, types = [], []
+    for number in range(source.shape.vocab_size):
+        if number in added:
+            tokens.append(added[number]["content"])
+            types.append(gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED)
+        else:
+            tokens.append(words.get(number, f"[PAD{number}]"))
+            types.append(gguf.TokenType.NORMAL if number in words else gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(source.path, load_merges=True, n_vocab=source.shape.vocab_size)
+    special.add_to_gguf(writer, quiet=True)
+    return f"byte-level BPE, split as {split}"
+
+
+def byte_level_split(tokenizer: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how a byte-level `tokenizer.json` splits text before its merges; None when it has none."""
+    model, first = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges"):
+        return None
+    steps = first["pretokenizers"] if first.get("type") == "Sequence" else [first]
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if len(steps) == 1:
+        return "gpt-2" if last.get("use_regex", True) and not tokenizer.get("normalizer") else None
+    if len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        return _SPLITS.get(pattern) if steps[0].get("behavior") == "Isolated" else None
+    return None
+
+
+# --- reading back ---------------------------------------------------------------------------------------------------
+
+
+def loadable() -> bool:
+    """Is llama-cpp-python here to load the file?"""
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def inspect(source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
+    """Read the file with gguf-py: the tensors that were planned, with their shapes, and the head counts.
+
+    Raises CheckpointError when something is not as it should be.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(folder / FILE)
+    architecture = gguf.MODEL_ARCH.QWEN2 if source.shape.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    there = {each.name: (each.tensor_type, tuple(int(n) for n in each.shape[::-1])) for each in reader.tensors}
+    wanted = {name: (kind, shape) for name, _, kind, shape in _tensors(source, architecture, weights)}
+    attention, prefix = common_attention(source, NAME), gguf.MODEL_ARCH_NAMES[architecture]
+    heads = {"head_count": attention.num_attention_heads, "head_count_kv": attention.num_key_value_heads}
+    found = {key: int(reader.get_field(f"{prefix}.attention.{key}").contents()) for key in heads}
+    if there != wanted or found != heads:
+        raise CheckpointError("the file does not hold what was written", where=folder / FILE, got=found, allowed=heads)
+    return {"tensors": len(there), **found}
+
+
+def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
+    """Load the file in llama.cpp, with a float32 cache, and ask it what transformers was asked."""
+    import torch
+
+    engine = _load(folder, len(known.texts()[0]) + 1, torch.get_num_threads())
+    logits, answers = [], []
+    for text, prompt, wanted in zip(known.texts(), known.prompts, known.answers, strict=True):
+        engine.reset()
+        engine.eval(text)
+        logits.append(np.array(engine.scores[: len(text)], dtype=np.float32))
+        engine.reset()
+        engine.eval(prompt)
+        said: list[int] = []
+        for _ in wanted:
+            said.append(int(engine.scores[engine.n_tokens - 1].argmax()))
+            if len(said) < len(wanted):
+                engine.eval(said[-1:])
+        answers.append(said)
+    engine.close()
+    return logits, answers
+
+
+def tokenize(folder: Path, text: str) -> list[int]:
+    """The ids that llama.cpp reads a text as."""
+    engine = _load(folder, 8, 1)
+    ids = list(engine.tokenize(text.encode(), add_bos=False, special=False))
+    engine.close()
+    return ids
+
+
+def _load(folder: Path, context: int, threads: int) -> Any:
+    import llama_cpp
+
+    return llama_cpp.Llama(
+        str(folder / FILE),
+        n_ctx=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )

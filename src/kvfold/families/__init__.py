@@ -1,0 +1,70 @@
+"""Families: where a model architecture keeps its attention. One file each, discovered by being here.
+
+A family is a module of this package with one frozen `FAMILY`. CONTRIBUTING.md walks through adding one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+from kvfold.errors import UnsupportedModel, did_you_mean
+from kvfold.shape import Shape, Site
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps the tensors of its attention, and what `config.json` says of them."""
+
+    name: str
+    model_types: tuple[str, ...]
+    about: str
+    attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
+    tensors: Mapping[str, str]  # role -> tensor name below that module
+    shape: Callable[[Json], Shape]  # config.json -> Shape; raises UnsupportedModel
+    fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> the config.json fields that say it
+    tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
+
+    def module(self, site: Site) -> str:
+        """Path of the site's attention module, as `named_modules` of transformers spells it."""
+        return self.attention[site.kind].format(layer=site.layer)
+
+    def tensor(self, site: Site, role: str) -> str:
+        """Name of the tensor that plays this role; a role that no source has is named after itself."""
+        return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight')}"
+
+
+@cache
+def all_families() -> dict[str, Family]:
+    """Every family by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    found = [cast(Family, importlib.import_module(f"{__name__}.{name}").FAMILY) for name in names]
+    return {family.name: family for family in found}
+
+
+def family_of(config: Json) -> Family:
+    """The family that takes this `config.json`. Raises UnsupportedModel, also for quantised weights."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModel("config.json has no model_type", next="is this a transformers checkpoint?")
+    if config.get("quantization_config"):
+        kind = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModel(
+            f"the weights are quantised ({kind}); folding needs the numbers that quantising threw away",
+            next="convert the unquantised checkpoint, and quantise the student",
+        )
+    families = all_families()
+    known = {kind: family for family in families.values() for kind in family.model_types}
+    if model_type not in known:
+        raise UnsupportedModel(
+            f"architecture {model_type!r} is not supported",
+            allowed=", ".join(sorted(known)),
+            next=did_you_mean(model_type, known),
+        )
+    return known[model_type]

@@ -1,0 +1,34 @@
+"""llama: decoders that keep q, k, v and o apart, rotate half-split, and gate their MLP.
+
+Llama, Mistral (whose sliding window bounds the cache) and every model that shares the layout.
+"""
+
+from __future__ import annotations
+
+from kvfold.families import Family, Json
+from kvfold.families._decoder import TENSORS, decoder_shape, heads_field, number, tiny_decoder
+from kvfold.shape import Shape
+
+
+def _shape(config: Json) -> Shape:
+    attention = frozenset("qkvo") if config.get("attention_bias") else frozenset[str]()
+    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    return decoder_shape(
+        config,
+        "llama",
+        biases=attention,
+        mlp_biases=bool(config.get("mlp_bias")),
+        windows=[window] * number(config, "num_hidden_layers"),
+    )
+
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama", "mistral"),
+    about="Llama, Mistral (sliding window) and every decoder of that layout",
+    attention={"self": "model.layers.{layer}.self_attn"},
+    tensors=TENSORS,
+    shape=_shape,
+    fields=heads_field,
+    tiny=lambda: tiny_decoder("llama", "LlamaForCausalLM"),
+)

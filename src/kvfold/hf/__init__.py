@@ -1,0 +1,28 @@
+"""The door to transformers: the only package of kvfold that imports it.
+
+Importing it registers the attention `kvfold` with transformers' own interfaces; nothing of theirs is patched.
+"""
+
+from __future__ import annotations
+
+from kvfold.hf.attention import NAME as ATTENTION
+from kvfold.hf.attention import attention_outputs, with_attention
+from kvfold.hf.decoding import fork, generate, live_cache_bytes, new_cache, preallocated
+from kvfold.hf.loading import build, load, load_tokenizer
+
+__all__ = [
+    "ATTENTION",
+    "CacheKind",
+    "attention_outputs",
+    "build",
+    "fork",
+    "generate",
+    "live_cache_bytes",
+    "load",
+    "load_tokenizer",
+    "new_cache",
+    "read",
+    "new_cache",
+    "preallocated",
+    "with_attention",
+]

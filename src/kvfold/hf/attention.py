@@ -1,0 +1,94 @@
+"""The attention `kvfold` for transformers' models, and ways to look at and switch a model's attention.
+
+Two registrations belong together. Without the second, transformers builds no mask for a name that it does not know,
+and left-padded rows attend to their padding without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvfold.attention.grouped import grouped_attention
+from kvfold.errors import SettingError
+
+NAME = "kvfold"
+"""What `attn_implementation` calls it."""
+
+_REFUSED = ("softcap", "s_aux", "position_bias")
+
+
+def _forward(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention signature -> `(o_BTHE, None)`: attention weights are never made.
+
+    A window is in the mask already. Raises SettingError for what this attention cannot honour.
+    """
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise SettingError(f"attention `{NAME}` has no {name}", next="load the model with attention sdpa or eager")
+    tokens = query_BHTE.shape[2]
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
+    if causal and tokens > 1:
+        # no mask and more keys than queries: the empty tail of a static cache that is being prefilled
+        key_BGSE, value_BGSE = key_BGSE[:, :, :tokens], value_BGSE[:, :, :tokens]
+    o_BHTE = grouped_attention(
+        query_BHTE, key_BGSE, value_BGSE, mask=attention_mask, causal=causal, scale=scaling, dropout=dropout
+    )
+    return o_BHTE.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attention_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what the attention modules at these paths return, after `o`, by path: `o_BTD`, with its gradient.
+
+    Each forward of the model fills the mapping anew. Raises SettingError for a path that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[path] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for path in paths:
+        if path not in modules:
+            raise SettingError("the model has no module of this name", where=path)
+    handles = [modules[path].register_forward_hook(keep(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        found.clear()
+
+
+@contextmanager
+def with_attention(model: Any, name: str) -> Iterator[None]:
+    """Switch a model to another attention (`kvfold`, `sdpa`, `eager`) for a while."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,103 @@
+"""Generation, step by step or whole, and what its cache holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+
+
+def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
+    """Continue each row by `max_new_tokens`, greedily unless the options say otherwise: ids of prompt and answer.
+
+    The options are those of transformers' `generate`. Left-padded rows need an `attention_mask`.
+    """
+    options.setdefault("attention_mask", torch.ones_like(ids_BT))
+    options.setdefault("do_sample", False)
+    if model.generation_config.pad_token_id is None:
+        options.setdefault("pad_token_id", 0)
+    with torch.no_grad():
+        ids = model.generate(ids_BT, max_new_tokens=max_new_tokens, **options)
+    assert isinstance(ids, Tensor)
+    return ids
+
+
+def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
+    """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
+
+    Raises SettingError when transformers has no fp8 cache for this model (a sliding window).
+    """
+    if kind == "growing":
+        return DynamicCache(config=model.config)
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    try:
+        return QuantizedCache("fp8", model.config)
+    except ValueError as error:
+        raise SettingError("transformers has no fp8 cache for layers with a window") from error
+
+
+def read(model: Any, ids_BT: Tensor, cache: Cache) -> Tensor:
+    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph."""
+    with torch.inference_mode():
+        logits_B1V = model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    assert isinstance(logits_B1V, Tensor)
+    return logits_B1V[:, -1]
+
+
+def live_cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache keeps alive: the sum over its storages, each once and whole.
+
+    A sliding window kept as a view holds more than it shows, a static cache holds its whole reserve, and a quantised
+    one its scales. Counters of tokens (integers without dimensions) do not count.
+    """
+    storages: dict[tuple[torch.device, int], int] = {}
+    waiting: list[Any] = [vars(layer) for layer in cache.layers]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.dim() or value.is_floating_point():
+                storage = value.untyped_storage()
+                storages[storage.device, storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return sum(storages.values())
+
+
+def new_cache(model: Any, kind: Literal["native", "fp8"] = "native") -> Cache:
+    """An empty cache that grows, of the model's dtype or of fp8. The fp8 one is for models without windows."""
+    return DynamicCache(config=model.config) if kind == "native" else QuantizedCache("fp8", model.config)
+
+
+def fork(cache: Cache) -> Cache:
+    """A cache to decode into from where this one stands, sharing what it holds: this one can be forked again.
+
+    A growing cache never writes into its tensors; a preallocated one writes only behind its tokens, so of its forks
+    only the last is whole.
+    """
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and not value.dim():  # a counter, which is counted up in place
+                setattr(layer, name, value.clone())
+    return made
+
+
+def preallocated(cache: Cache, model: Any, tokens: int) -> Cache | None:
+    """The same contents in a cache that holds room for `tokens` from the start; None where a layer has a window.
+
+    Decoding then copies no cache, as in serving engines.
+    """
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    made = StaticCache(config=model.config, max_cache_len=tokens)
+    for grown, layer in zip(cache.layers, made.layers, strict=True):
+        layer.update(grown.keys, grown.values)
+    return made

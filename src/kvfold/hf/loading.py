@@ -1,0 +1,103 @@
+"""Loading checkpoints and building fresh models through transformers' Auto classes: quiet, strict, one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from kvfold.checkpoint import Checkpoint, locate
+from kvfold.errors import CheckpointError, DataError, SettingError, choices
+from kvfold.hf.attention import NAME
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = NAME) -> nn.Module:
+    """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
+
+    `attention` is `kvfold`, or one of transformers' own (`sdpa`, `eager`). Raises CheckpointError when the checkpoint
+    cannot be read, or its tensors are not exactly those of its architecture (transformers would make up what is
+    missing); UnsupportedModel when no family takes it.
+    """
+    kind = _dtype(dtype)
+    source = Checkpoint.open(path)
+    try:
+        with quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=kind, attn_implementation=attention, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
+    for problem in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(name) for name in found.get(f"{problem}_keys", ()))
+        if names:
+            raise CheckpointError(
+                f"{problem} tensors", where=path, got=", ".join(names[:3]), next="is config.json that of these weights?"
+            )
+    model.to(device).eval()
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises DataError when it has none, CheckpointError when there is no such place."""
+    folder = locate(path)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
+
+
+def build(config: Mapping[str, Any], *, seed: int, attention: str = "sdpa", dtype: str = "float32") -> nn.Module:
+    """A fresh model of a `config.json`, in training mode; its weights depend on `seed` alone.
+
+    Raises SettingError when transformers cannot read the config.
+    """
+    kind = _dtype(dtype)
+    try:
+        made = AutoConfig.for_model(**config)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(made, attn_implementation=attention, dtype=kind)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise SettingError(f"the config makes no model: {_first_line(error)}") from error
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise SettingError(f"dtype {name!r} is not known", allowed=choices(DTYPES))
+    kind = getattr(torch, name)
+    assert isinstance(kind, torch.dtype)
+    return kind
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the advice and the traces that libraries add."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no log lines of transformers, for the length of one call."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,442 @@
+"""What a conversion will save and cost, from `config.json` alone: no tensor is read, torch is not loaded.
+
+Cache bytes are exact. Decode speed is the roofline's, and so is the largest batch: what the device allows, before
+any kernel's or engine's own losses. docs/plan.md explains every row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvfold import methods
+from kvfold.checkpoint import locate, read_config
+from kvfold.engines import Engine, engines
+from kvfold.errors import SettingError, choices
+from kvfold.families import family_of
+from kvfold.output import MANIFEST, read_json
+from kvfold.recipe import decode
+from kvfold.roofline import Hardware, HardwareName, Step, cache_share, decode_step, hardware
+from kvfold.shape import DTYPE_BYTES, CacheSpec, Shape, grouped_cache
+
+TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 masters and the two moments of AdamW
+SLOTS = 2  # training states kept at a time: the last good one stays while the next is written
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Where and how the student would be used, and how long it would be trained."""
+
+    context: int | None = field(
+        default=None, metadata={"help": "Tokens in each sequence's cache; the model's own maximum, at most 8192."}
+    )
+    batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
+    hardware: HardwareName = field(
+        default="h100", metadata={"help": "Device to predict for; local is this machine, measured once."}
+    )
+    tensor_parallel: int = field(default=1, metadata={"help": "Devices that the model is split over."})
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = field(
+        default="source", metadata={"help": "Format of weights and cache when it is served."}
+    )
+    memory_share: float = field(default=0.9, metadata={"help": "Part of the device's memory for weights and cache."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Uptraining tokens as a part of the pre-training tokens; the paper's is 0.05."}
+    )
+    pretraining_tokens: int | None = field(default=None, metadata={"help": "Tokens the source was trained on (2T)."})
+    tokens: int | None = field(default=None, metadata={"help": "Uptraining tokens, instead of --alpha."})
+    kl: bool = field(default=True, metadata={"help": "Uptraining asks the teacher for its logits too."})
+    utilisation: float = field(default=0.4, metadata={"help": "Part of the peak FLOP/s that training reaches."})
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be, with SettingError."""
+        for name in ("context", "batch", "tensor_parallel", "pretraining_tokens", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1", where="plan", got=value)
+        for name in ("memory_share", "utilisation", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SettingError(f"{name} must lie between 0 and 1", where="plan", got=value)
+        if self.alpha is not None and self.tokens is not None:
+            raise SettingError("alpha and tokens both say how long to train", where="plan", next="give one of them")
+        if self.alpha is not None and self.pretraining_tokens is None:
+            raise SettingError(
+                "alpha is a part of the pre-training tokens, and their number is missing",
+                where="plan",
+                next="add --pretraining-tokens (for example 2T), or say --tokens",
+            )
+
+    @property
+    def uptraining_tokens(self) -> int | None:
+        """Tokens to train on, when anything was said about it."""
+        if self.alpha is not None and self.pretraining_tokens is not None:
+            return round(self.alpha * self.pretraining_tokens)
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model, before or after: bytes are exact, seconds and batches are the roofline's on each device."""
+
+    model_type: str
+    kv_heads: str
+    parameters: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cache_bytes: int
+    cache_bytes_per_device: int
+    step_seconds: float
+    tokens_per_second: float
+    bound: Literal["memory", "compute"]
+    weight_share: float  # of the bytes that a step reads
+    largest_batch: int
+    largest_batch_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Uptraining:
+    """What training back would cost: 6 N D FLOPs of the student and 2 N D of the teacher (N parameters, D tokens)."""
+
+    tokens: int
+    alpha: float | None
+    flops: float
+    device_hours: float
+    utilisation: float
+    memory_bytes: int  # float32 masters, gradients and moments, and the teacher; without activations
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk: the student as it is saved, and the states kept while it is trained."""
+
+    student: int
+    uptraining: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will save and cost."""
+
+    source: str
+    method: str
+    settings: Mapping[str, Any]
+    context: int
+    batch: int
+    dtype: str
+    tensor_parallel: int
+    hardware: Hardware
+    before: Side
+    after: Side
+    root_cache_bytes_per_token: int  # of the first checkpoint of the chain; the source's own where there is no chain
+    uptraining: Uptraining | None
+    disk: Disk
+    calibration_bytes: int  # of the answers that the method asks of the teacher; 0 when it asks none
+    engines: tuple[Engine, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def cache_ratio(self) -> float:
+        """The student's cache as a part of the source's, at this context."""
+        return self.after.cache_bytes / self.before.cache_bytes
+
+    @property
+    def speedup(self) -> float:
+        """Decode speed of the student over the source's, by the roofline."""
+        return self.before.step_seconds / self.after.step_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        plain = dataclasses.asdict(self)
+        return plain | {"cache_ratio": self.cache_ratio, "speedup": self.speedup}
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The plan as a table of label, before and after."""
+        before, after = self.before, self.after
+        device = one = "this machine"
+        if self.hardware.name != "local":
+            device, one = self.hardware.name, f"one {self.hardware.name}"
+
+        def both(label: str, show: Any, name: str) -> tuple[str, str, str]:
+            return label, show(getattr(before, name)), show(getattr(after, name))
+
+        def speed(tokens: float) -> str:
+            return f"{count(tokens)} tokens/s"
+
+        rows = [
+            both("architecture", str, "model_type"),
+            both("key/value heads", str, "kv_heads"),
+            both("parameters", count, "parameters"),
+            both(f"weights, {self.dtype}", size, "weight_bytes"),
+            both("cache per token", size, "cache_bytes_per_token"),
+            both(f"cache at {self.context:,} tokens x {self.batch}", size, "cache_bytes"),
+        ]
+        if self.tensor_parallel > 1:
+            rows.append(both(f"  on each of {self.tensor_parallel} devices", size, "cache_bytes_per_device"))
+        if self.root_cache_bytes_per_token != before.cache_bytes_per_token:
+            root = self.root_cache_bytes_per_token
+            rows.append(both("  as a part of the root teacher's", lambda b: f"{b / root:.1%}", "cache_bytes_per_token"))
+        rows += [
+            both(f"decode on {device}, at most", speed, "tokens_per_second"),
+            both(f"largest batch on {device}", lambda batch: f"{batch:,}", "largest_batch"),
+            both("  decode there, at most", speed, "largest_batch_tokens_per_second"),
+            ("disk", "", size(self.disk.student)),
+        ]
+        if self.calibration_bytes:
+            rows.append(("calibration answers", "", size(self.calibration_bytes)))
+        if self.uptraining is not None:
+            cost = self.uptraining
+            share = "" if cost.alpha is None else f" (alpha {cost.alpha:g})"
+            rows += [
+                ("uptraining tokens", "", count(cost.tokens) + share),
+                ("  FLOPs", "", f"{cost.flops:.2g}"),
+                (f"  hours on {one}", "", f"{count(cost.device_hours)} at {cost.utilisation:.0%} of its peak"),
+                ("  memory, no activations", "", size(cost.memory_bytes)),
+                ("  disk for its states", "", size(self.disk.uptraining)),
+            ]
+        loads = [engine.name for engine in self.engines if engine.loads]
+        return [*rows, ("loads in", "", ", ".join(loads))]
+
+
+def plan(
+    src: str | Path,
+    method: str = "gqa",
+    settings: Mapping[str, Any] | None = None,
+    *,
+    options: PlanSettings = PlanSettings(),
+) -> Plan:
+    """Say what converting `src` with this method would save and cost.
+
+    `src` is a checkpoint, a directory that holds only a config.json, that file, or a hub id (whose config.json
+    alone is fetched). Raises SettingError, CheckpointError or UnsupportedModel.
+    """
+    config, lineage = read_source(src)
+    family = family_of(config)
+    shape = family.shape(config)
+    chosen = methods.get(method)
+    made = decode(chosen.Config, settings or {}, method)
+    made.check(shape)
+    student = chosen.student(made, shape)
+    family.fields(student.shape)  # says so now when the architecture cannot express the student
+    device = hardware(options.hardware)
+    use = _Use(options, shape, device, tied=bool(config.get("tie_word_embeddings", False)))
+    source_cache = grouped_cache(shape)
+    before = use.side(shape, source_cache, shape.model_type)
+    after = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or shape.model_type)
+    uptraining = _uptraining(options, device, shape, student.shape)
+    disk = Disk(
+        student=student.shape.parameters * _itemsize(shape.dtype),
+        uptraining=SLOTS * TRAINING_BYTES * student.shape.parameters if uptraining else 0,
+    )
+    root = _root_bytes_per_token(lineage, use.itemsize) or before.cache_bytes_per_token
+    return Plan(
+        source=str(src),
+        method=method,
+        settings=dataclasses.asdict(made),
+        context=use.context,
+        batch=options.batch,
+        dtype=use.dtype,
+        tensor_parallel=options.tensor_parallel,
+        hardware=device,
+        before=before,
+        after=after,
+        root_cache_bytes_per_token=root,
+        uptraining=uptraining,
+        disk=disk,
+        calibration_bytes=sum(request.bytes(shape) for request in set(chosen.needs(made, shape))),
+        engines=engines(student, shape.model_type),
+        warnings=tuple(use.warnings(shape, student.shape, before, after)),
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config.json and the lineage (kvfold.json) of a source, fetching no weights. Raises CheckpointError."""
+    path = Path(src)
+    folder = path.parent if path.name == "config.json" and path.is_file() else locate(src, weights=False)
+    return read_config(folder), read_json(folder / MANIFEST)
+
+
+def _root_bytes_per_token(lineage: Mapping[str, Any] | None, itemsize: int) -> int | None:
+    """Cache bytes per token of the root teacher that a lineage names."""
+    config = ((lineage or {}).get("root") or {}).get("config")
+    if not config:
+        return None
+    return grouped_cache(family_of(config).shape(config)).bytes_per_token(itemsize)
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise SettingError(f"dtype {dtype!r} of config.json is not known", allowed=choices(DTYPE_BYTES))
+    return DTYPE_BYTES[dtype]
+
+
+# --- reckoning ------------------------------------------------------------------------------------------------------
+
+
+class _Use:
+    """One way to serve a model: context, batch, format and devices."""
+
+    def __init__(self, options: PlanSettings, shape: Shape, device: Hardware, tied: bool) -> None:
+        self.options, self.device, self.tied = options, device, tied
+        self.context = options.context or min(shape.max_positions, 8192)
+        self.dtype = shape.dtype if options.dtype == "source" else options.dtype
+        self.itemsize = _itemsize(self.dtype)
+
+    def side(self, shape: Shape, cache: CacheSpec, model_type: str) -> Side:
+        """Bytes, predicted seconds and largest batch of one model."""
+        parallel, batch = self.options.tensor_parallel, self.options.batch
+        share = cache_share(shape, parallel)
+        weights = shape.parameters * self.itemsize
+        step, seconds = self._step(shape, cache, batch)
+        per_sequence = cache.bytes(self.context, itemsize=self.itemsize) * share
+        room = self.device.memory * self.options.memory_share - weights / parallel
+        largest = max(0, int(room // per_sequence))
+        return Side(
+            model_type=model_type,
+            kv_heads=_heads(shape),
+            parameters=shape.parameters,
+            weight_bytes=weights,
+            cache_bytes_per_token=cache.bytes_per_token(self.itemsize),
+            cache_bytes=cache.bytes(self.context, batch=batch, itemsize=self.itemsize),
+            cache_bytes_per_device=round(batch * per_sequence),
+            step_seconds=seconds,
+            tokens_per_second=batch / seconds,
+            bound=step.bound(self.device, self.dtype),
+            weight_share=step.weight_bytes / (step.weight_bytes + step.cache_bytes),
+            largest_batch=largest,
+            largest_batch_tokens_per_second=largest / self._step(shape, cache, largest)[1] if largest else 0.0,
+        )
+
+    def _step(self, shape: Shape, cache: CacheSpec, batch: int) -> tuple[Step, float]:
+        step = decode_step(
+            shape,
+            cache,
+            context=self.context,
+            batch=batch,
+            dtype=self.dtype,
+            tied=self.tied,
+            tensor_parallel=self.options.tensor_parallel,
+        )
+        return step, step.seconds(self.device, self.dtype)
+
+    def warnings(self, source: Shape, student: Shape, before: Side, after: Side) -> list[str]:
+        """What a reader of the numbers should know, one line each."""
+        return [
+            *self._about_heads(student),
+            *self._about_context(source, before, after),
+            *self._about_room(before, after),
+        ]
+
+    def _about_heads(self, student: Shape) -> list[str]:
+        found, parallel = [], self.options.tensor_parallel
+        for heads in sorted({site.num_key_value_heads for key, site in student.sites.items() if key.kind != "encoder"}):
+            named = f"{heads} key/value head{'s' if heads > 1 else ''}"
+            if heads < parallel:
+                found.append(
+                    f"{named} on {parallel} devices: vLLM gives each device a whole head, so a cache of {heads} heads "
+                    f"is kept {parallel / heads:g} times; below {parallel} heads a device saves nothing more"
+                )
+            if max(heads, parallel) % min(heads, parallel):
+                found.append(f"{named} cannot be split evenly over {parallel} devices: vLLM refuses such a model")
+            if heads & (heads - 1):
+                found.append(f"{named} is not a power of two: tensor parallelism over 2, 4 or 8 devices may not work")
+        queries = {site.num_attention_heads for site in student.sites.values()}
+        if any(count % parallel for count in queries):
+            found.append(f"{choices(sorted(queries))} query heads cannot be split over {parallel} devices")
+        return found
+
+    def _about_context(self, source: Shape, before: Side, after: Side) -> list[str]:
+        found = []
+        if self.context > source.max_positions:
+            found.append(f"a context of {self.context:,} is beyond the {source.max_positions:,} positions of the model")
+        windows = [site.window for site in source.sites.values() if site.window is not None]
+        if windows and min(windows) < self.context:
+            layers = (
+                "every layer" if len(windows) == len(source.sites) else f"{len(windows)} of {len(source.sites)} layers"
+            )
+            found.append(
+                f"a sliding window of {min(windows):,} tokens bounds the cache of {layers} already: "
+                "a longer context adds nothing there"
+            )
+        ratio = after.cache_bytes / before.cache_bytes
+        if 0.5 <= ratio < 1:
+            found.append(
+                f"the cache shrinks by {1 / ratio:.2g}x: an fp8 cache of the unconverted source gives 2x "
+                "without any training (from 16 bits); try that first"
+            )
+        return found
+
+    def _about_room(self, before: Side, after: Side) -> list[str]:
+        found, name, batch = [], self.device.name, self.options.batch
+        gain = before.step_seconds / after.step_seconds
+        if after.cache_bytes < before.cache_bytes and gain < 1.25:
+            if before.bound == "compute":
+                reason = "a decode step is bound by its operations, not by what it reads"
+            else:
+                reason = f"weights are {before.weight_share:.0%} of what a decode step reads"
+            found.append(
+                f"{reason} at {self.context:,} tokens x {batch}: it gets {gain:.2f}x faster at most; "
+                "a longer context or a larger batch gains more"
+            )
+        if before.largest_batch == 0 and after.largest_batch == 0:
+            found.append(
+                f"not one sequence of {self.context:,} tokens fits beside the weights on {name}; "
+                "split the model over more devices"
+            )
+        elif batch > after.largest_batch:
+            found.append(f"a batch of {batch} does not fit on {name}, before or after")
+        elif batch > before.largest_batch:
+            found.append(f"a batch of {batch} fits on {name} only after the conversion")
+        return found
+
+
+def _heads(shape: Shape) -> str:
+    """Head counts for people: `8`, or `self 8, cross 4`, or `1 to 8` where layers differ."""
+    kinds: dict[str, set[int]] = {}
+    for site, attention in shape.sites.items():
+        if site.kind != "encoder":
+            kinds.setdefault(site.kind, set()).add(attention.num_key_value_heads)
+    words = {kind: f"{min(n)} to {max(n)}" if len(n) > 1 else str(min(n)) for kind, n in kinds.items()}
+    return next(iter(words.values())) if len(words) == 1 else ", ".join(f"{kind} {n}" for kind, n in words.items())
+
+
+def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student: Shape) -> Uptraining | None:
+    tokens = options.uptraining_tokens
+    if tokens is None:
+        return None
+    flops = float(tokens) * (6 * student.parameters + (2 * teacher.parameters if options.kl else 0))
+    alpha = None if options.pretraining_tokens is None else tokens / options.pretraining_tokens
+    return Uptraining(
+        tokens=tokens,
+        alpha=alpha,
+        flops=flops,
+        device_hours=flops / (device.peak("bfloat16") * options.utilisation) / 3600,
+        utilisation=options.utilisation,
+        memory_bytes=student.parameters * (TRAINING_BYTES + 4)
+        + (teacher.parameters * _itemsize(teacher.dtype) if options.kl else 0),
+    )
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def size(number: float) -> str:
+    """Bytes for people: `512 KiB`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"
+
+
+def count(number: float) -> str:
+    """A count for people: `0.95`, `9,500`, `6.74B`."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

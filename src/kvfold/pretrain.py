@@ -1,0 +1,214 @@
+"""Pre-training: a model from a config, with a tokenizer that it trains itself, in the loop of uptraining.
+
+What comes out is an ordinary checkpoint with a lineage of its own, so `kvfold uptrain --alpha` knows its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from kvfold import distill, hf
+from kvfold.checkpoint import FORMAT, read_config, save_model
+from kvfold.data import TextFacts, read_texts, text_facts, token_file
+from kvfold.errors import SettingError
+from kvfold.families import family_of
+from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerprint, open_output, read_json, write_json
+from kvfold.progress import SILENT, Progress
+from kvfold.recipe import decode, read_yaml
+from kvfold.record import versions
+from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
+
+END = "<|endoftext|>"  # token 0: between documents, and before the first
+SMALLEST_VOCABULARY = 257  # every byte, and the end
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainSettings):
+    """How a model is trained from nothing."""
+
+    data: str = field(
+        default="stdlib",
+        metadata={
+            "help": "Text: a .txt, .jsonl or .parquet file, a folder of them, a hub data set, stdlib (Python's own "
+            "library)."
+        },
+    )
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    schedule: Literal["cosine", "wsd"] = field(
+        default="wsd", metadata={"help": "Learning rate over steps: cosine, or warmup-stable-decay."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, with SettingError."""
+        super().__post_init__()
+        if self.data == "self":
+            raise SettingError("there is no teacher to sample text from", where="pretrain", next="give --data TEXT")
+
+
+def pretrain(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    settings: PretrainSettings = PretrainSettings(),
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Train a fresh model of a `config.json` into `out`, and return its path.
+
+    `config` may be a recipe too: a YAML file whose `config` holds the same keys and whose `pretrain` holds settings,
+    over which those of `settings` go that are not at their defaults. The tokenizer is a byte-level BPE of the text,
+    as large as the config's vocabulary. Raises SettingError, DataError or UnsupportedModel before anything is
+    written, TrainingError when the run diverges, Interrupted on a signal: the same call then continues.
+    """
+    config, settings = _read(config, settings)
+    shape = family_of(config).shape(config)
+    if settings.tokens is None:
+        raise SettingError("say how long to train", where="pretrain", next="give --tokens")
+    if shape.vocab_size < SMALLEST_VOCABULARY:
+        raise SettingError(
+            "vocab_size is too small for a byte-level tokenizer",
+            where="pretrain",
+            got=shape.vocab_size,
+            allowed=f"at least {SMALLEST_VOCABULARY}",
+        )
+    if settings.sequence_length > shape.max_positions:
+        raise SettingError(
+            "sequence_length is longer than the model's positions",
+            where="pretrain",
+            got=settings.sequence_length,
+            allowed=f"1 to {shape.max_positions}",
+        )
+    config = {**config, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    facts = text_facts(settings.data)
+    identity = {**settings.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
+    tokenizer = train_tokenizer(settings.data, facts, shape.vocab_size, shape.max_positions, progress)
+    tokens = token_file(settings.data, tokenizer, progress=progress)
+    tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
+    output = open_output(out, identity, overwrite=overwrite)
+    if output.complete:
+        progress.say(f"{out} is complete: it was trained from this config with these settings")
+        return output.path
+    work = output.work
+    if not output.written():
+        model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
+
+        def objective(ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            h_BTD = distill.hidden_states(model, ids_BT[:, :-1])
+            return distill.token_losses(h_BTD, distill.Head.of(model), ids_BT[:, 1:], {"ce": 1.0})
+
+        named = dict(model.named_parameters())
+        steps = math.ceil(settings.tokens / settings.step_tokens)
+        stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
+        with disk_errors(work):
+            position = train(model, [stretch], tokens, settings, work, progress)
+            shutil.copytree(tokenizer, work, dirs_exist_ok=True)
+            write_json(work / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
+            step = {
+                "stage": "pretrain",
+                "settings": {**dataclasses.asdict(settings), "text": facts.hash},
+                "source": None,
+                "calibration": None,
+                "tokens": position.tokens,
+                "seed": settings.seed,
+                "versions": versions(),
+                "wall_seconds": position.seconds,
+            }
+            config = {**config, "architectures": [type(model).__name__]}
+            _save(output, config, model, step, shape.parameters)
+    State(work).remove()
+    output.commit()
+    return output.path
+
+
+def _save(
+    output: Output, config: Mapping[str, Any], model: nn.Module, step: Mapping[str, Any], parameters: int
+) -> None:
+    """Write the model, which is the root of its own lineage."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    hashed = save_model(output.work, config=config, state=state, lineage={})
+    root = {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters}
+    tokenizer = read_json(output.work / "tokenizer.json")
+    spelled = {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
+    lineage = {
+        "format": FORMAT,
+        "inputs": output.inputs,
+        "hash": hashed,
+        "root": root,
+        "steps": [step],
+        "tokenizer": fingerprint(spelled),
+    }
+    write_json(output.work / MANIFEST, lineage)
+
+
+def _read(
+    config: str | Path | Mapping[str, Any], settings: PretrainSettings
+) -> tuple[dict[str, Any], PretrainSettings]:
+    """The model's config, and the settings with those of a recipe below them."""
+    if isinstance(config, Mapping):
+        return dict(config), settings
+    path = Path(config)
+    if path.suffix not in (".yaml", ".yml"):
+        return read_config(path.parent if path.name == "config.json" else path), settings
+    content = read_yaml(path)
+    recipe = decode(_Recipe, content, str(path))
+    defaults = {each.name: each.default for each in dataclasses.fields(PretrainSettings)}
+    given = {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    return dict(recipe.config), decode(PretrainSettings, {**recipe.pretrain, **given}, f"{path}: pretrain")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A recipe of `kvfold pretrain`."""
+
+    config: Mapping[str, Any] = field(metadata={"help": "The keys of config.json."})
+    pretrain: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+
+def train_tokenizer(source: str, facts: TextFacts, vocab_size: int, positions: int, progress: Progress) -> Path:
+    """A byte-level BPE of a text, as transformers reads it: a folder of the cache, made once.
+
+    Token 0 ends a document, and begins one; `positions` is the longest sequence that the model takes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = cache_folder() / "tokenizers" / fingerprint([facts.hash, vocab_size, positions])[:32]
+    if folder.exists():
+        return folder
+    progress.say(f"training a tokenizer of {vocab_size:,} tokens on {facts.characters:,} characters")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(read_texts(source), trainer)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / folder.name
+            made.mkdir()
+            tokenizer.save(str(made / "tokenizer.json"))
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": END,
+                "eos_token": END,
+                "pad_token": END,
+                "model_max_length": positions,
+                "clean_up_tokenization_spaces": False,
+            }
+            write_json(made / "tokenizer_config.json", settings)
+            made.rename(folder)
+    return folder

@@ -1,0 +1,230 @@
+"""Settings from people: strict decoding of flags and YAML into the dataclasses of the stages, and run recipes.
+
+One path for both: a key that no dataclass knows is an error with the nearest name, a value of the wrong type is an
+error with the right one. Counts may be written `20M` or `64k`, lists `1,2,4`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from kvfold.errors import SettingError, did_you_mean
+from kvfold.output import fingerprint
+
+T = TypeVar("T")
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
+_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+    """Build a settings dataclass from a mapping.
+
+    Raises SettingError for an unknown key (with the nearest), a missing one, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            raise SettingError(
+                f"unknown setting {key!r}",
+                where=where,
+                allowed=None if did_you_mean(key, known) else ", ".join(known) or "none",
+                next=did_you_mean(key, known),
+            )
+    for name, each in known.items():
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise SettingError(f"{name} is needed", where=where, next=each.metadata.get("help"))
+    values = {}
+    for key, value in given.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            values[key] = decode(typing.cast(type[Any], hints[key]), value, f"{where}.{key}")
+            continue
+        try:
+            values[key] = pydantic.TypeAdapter(hints[key]).validate_python(_plain(value, hints[key]))
+        except pydantic.ValidationError as error:
+            raise SettingError(f"{key} cannot be {value!r}", where=where, allowed=describe(hints[key])) from error
+    return cls(**values)
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """Read what people write: `20M`, `1e-3`, `1,2,4`. Booleans are never numbers."""
+    kinds = _kinds(hint)
+    if isinstance(value, bool):
+        return value if bool in kinds else object()
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in ("none", "null") and type(None) in kinds:
+            return None
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            value = [part.strip() for part in text.split(",") if part.strip()]
+        elif int in kinds and str not in kinds and (count := _COUNT.fullmatch(text)):
+            return round(float(count[1]) * _FACTOR[count[2]])
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        items = value if isinstance(value, list | tuple) else [value]
+        inner = next(typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple)
+        return tuple(_plain(item, inner) for item in items)
+    return value
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """A type in words: `a whole number`, `mean, first or random`."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    parts = []
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            parts.append(", ".join(map(str, typing.get_args(kind))))
+        elif typing.get_origin(kind) is tuple:
+            parts.append(f"{words[typing.get_args(kind)[0]].removeprefix('a ')}s between commas")
+        else:
+            parts.append(words.get(kind, getattr(kind, "__name__", str(kind))))
+    return " or ".join(parts)
+
+
+def metavar(hint: Any) -> str:
+    """A type as a flag's help shows it: `N`, `TEXT`, `mean|first|random`, `N,N`."""
+    short = {int: "N", float: "X", str: "TEXT"}
+    kind = next(each for each in _kinds(hint) if each is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return ",".join([short[typing.get_args(kind)[0]]] * 2)
+    return short.get(kind, "VALUE")
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run in one file: what to fold, on which text, through which stages, over which grid and seeds."""
+
+    name: str = field(metadata={"help": "Name of the run; its folder, unless --out says otherwise."})
+    source: str = field(metadata={"help": "The teacher: a directory, a hub id, or kvfold:demo."})
+    data: str = field(metadata={"help": "Text to train on."})
+    heldout: str = field(metadata={"help": "Text to evaluate on, never trained on."})
+    about: str = field(default="", metadata={"help": "What the run shows; printed in its report."})
+    plan: Mapping[str, Any] | None = None
+    convert: Mapping[str, Any] = field(default_factory=lambda: {"method": "gqa"})
+    uptrain: Mapping[str, Any] | None = None
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    bench: Mapping[str, Any] | None = None
+    control: bool = field(default=False, metadata={"help": "Train the unconverted teacher on the same tokens too."})
+    matrix: tuple[Mapping[str, Any], ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a run: the settings of its stages, after the grid and the seed were put in."""
+
+    label: str
+    convert: Mapping[str, Any]
+    uptrain: Mapping[str, Any] | None
+    seed: int
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML reads `1e-6` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file with keys at its top level. Raises SettingError when it is not there or is something else."""
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SettingError(f"is not YAML{line}", where=path, next=getattr(error, "problem", None)) from error
+    if not isinstance(content, dict):
+        raise SettingError("is not a recipe: no keys at its top level", where=path)
+    return content
+
+
+def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; `changes` are `key=value` or `stage.key=value` from the command line.
+
+    Raises SettingError when the file is not there, is not YAML, or holds an unknown key.
+    """
+    content = read_yaml(path)
+    for change in changes:
+        _change(content, change)
+    if isinstance(content.get("matrix"), Mapping):
+        content["matrix"] = [content["matrix"]]
+    return decode(Recipe, content, str(path))
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise SettingError(f"--set {change!r} is not key=value", next="for example --set uptrain.tokens=1M")
+    *stages, last = key.strip().split(".")
+    place = content
+    for stage in stages:
+        inner = place.get(stage)
+        place[stage] = dict(inner) if isinstance(inner, Mapping) else {}
+        place = place[stage]
+    place[last] = yaml.safe_load(text) if text.strip() else None
+
+
+def cells(recipe: Recipe) -> list[Cell]:
+    """Every row of the run: each grid of `matrix` is a product, grids add up, each row runs once per seed."""
+    found: dict[str, Cell] = {}
+    for point in _points(recipe.matrix):
+        stages: dict[str, dict[str, Any] | None] = {
+            "convert": dict(recipe.convert),
+            "uptrain": None if recipe.uptrain is None else dict(recipe.uptrain),
+        }
+        for key, value in point.items():
+            stage, dot, name = key.partition(".")
+            if not dot or stage not in stages:
+                raise SettingError(
+                    f"matrix: {key!r} is not a setting of a stage", allowed="convert.NAME or uptrain.NAME"
+                )
+            settings = stages[stage]
+            if settings is None:
+                raise SettingError(f"matrix: {key!r} needs an {stage} section")
+            settings[name] = value
+        convert, uptrain = stages["convert"] or {}, stages["uptrain"]
+        if uptrain is not None and (uptrain.get("alpha") == 0 or uptrain.get("tokens") == 0):
+            uptrain = None
+        for seed in recipe.seeds:
+            label = "_".join(f"{key.partition('.')[2]}-{value}" for key, value in point.items()) or "student"
+            label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if uptrain is not None else "")
+            cell = Cell(label, convert, uptrain, seed)
+            same = fingerprint([convert, uptrain, seed if uptrain is not None else None])
+            found.setdefault(same, cell)
+    return list(found.values())
+
+
+def _points(matrix: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    if not matrix:
+        yield {}
+    for grid in matrix:
+        axes = [value if isinstance(value, list) else [value] for value in grid.values()]
+        for values in itertools.product(*axes):
+            yield dict(zip(grid, values, strict=True))

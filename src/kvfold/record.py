@@ -1,0 +1,141 @@
+"""Records: every result as one JSON file with what made it. A number in a report, README or page comes from one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvfold import __version__
+from kvfold.errors import OutputError
+from kvfold.output import disk_errors, fingerprint, read_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result: what was run (`kind`, `settings`, `hashes`, `seed`), what came out (`metrics`), and on what."""
+
+    kind: str  # plan, convert, uptrain, evaluate, bench, engine, experiment, ...
+    name: str  # for people: a run or a row of a table
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    hashes: Mapping[str, str | None] = field(default_factory=dict)
+    seed: int | None = None
+    status: Literal["done", "failed", "gate_missed"] = "done"
+    error: str | None = None
+    wall_seconds: float | None = None
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    date: str = ""
+    kvfold_record: int = FORMAT
+
+
+def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], **known: Any) -> Record:
+    """A record of now, on this machine, with the versions and the commit that ran."""
+    known.setdefault("device", device())
+    return Record(
+        kind,
+        name,
+        dict(settings),
+        dict(metrics),
+        versions=versions(),
+        commit=commit(),
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **known,
+    )
+
+
+def path_of(folder: str | Path, kind: str, name: str, settings: Mapping[str, Any]) -> Path:
+    """Where the record of this run lies: one file for one kind, name and settings."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    return Path(folder) / f"{kind}-{safe}-{fingerprint(dict(settings))[:8]}.json"
+
+
+def write(record: Record, folder: str | Path) -> Path:
+    """Write the record into a folder and return its path. Raises OutputError when the disk refuses."""
+    path = path_of(folder, record.kind, record.name, record.settings)
+    with disk_errors(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(record))
+    return path
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for records that cannot be written, while nothing is lost by it. Raises OutputError."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise OutputError("a part of the path is a file", where=folder, next="choose another folder with --records")
+    if not os.access(there, os.W_OK):
+        raise OutputError("no permission to write", where=there, next="choose another folder with --records")
+
+
+def existing(path: Path, hashes: Mapping[str, Any]) -> Record | None:
+    """The record at `path`, if it is there and was not a failure. Raises OutputError when its hashes are others."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kvfold_record") != FORMAT or found["status"] == "failed":
+        return None
+    if found["hashes"] != hashes:
+        raise OutputError(
+            "the record there is of another checkpoint or text",
+            where=path,
+            next="choose another name, or add --overwrite",
+        )
+    return Record(**found)
+
+
+def read_all(folder: str | Path) -> list[Record]:
+    """Every record at or below a folder, by path."""
+    found = []
+    for path in sorted(Path(folder).rglob("*.json")):
+        content = read_json(path)
+        if isinstance(content, dict) and content.get("kvfold_record") == FORMAT:
+            found.append(Record(**content))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of kvfold and of what computes."""
+    names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+    return {"kvfold": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source that runs, with `+` when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        text = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text or None
+
+
+def device() -> str:
+    """The processor in words: its model and the threads that PyTorch uses."""
+    import torch  # records are read by tools that have no need of torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:  # not Linux: the platform's own word stands
+        model = model or "cpu"
+    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"

@@ -1,0 +1,21 @@
+"""Reports out of records: the page of a run, model cards, the README's table and figure, the paper in miniature.
+
+folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), pages (Markdown and SVG)
+"""
+
+from kvfold.report.card import card
+from kvfold.report.page import render, report
+from kvfold.report.pages import miniature_page, readme_figure, readme_table, readme_with_table, refresh
+from kvfold.report.rows import summary
+
+__all__ = [
+    "card",
+    "miniature_page",
+    "readme_figure",
+    "readme_table",
+    "readme_with_table",
+    "refresh",
+    "render",
+    "report",
+    "summary",
+]

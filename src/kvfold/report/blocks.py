@@ -1,0 +1,31 @@
+"""What a page is made of: sections, and in them tables, figures, texts to copy, and samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvfold.report.rows import Table
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of a section: a table, a figure, a text to copy, or samples side by side."""
+
+    kind: Literal["table", "figure", "code", "samples"]
+    title: str
+    about: str = ""
+    table: Table | None = None
+    content: Any = None
+    words: int = 1  # columns of the table that are words
+    folded: bool = False  # shown on demand
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page."""
+
+    id: str
+    title: str
+    about: str
+    blocks: tuple[Block, ...]

@@ -1,0 +1,133 @@
+"""Model cards: a student's README, with where it comes from, what was measured, and how to load it.
+
+A card is written into every trained checkpoint of a run: as README.md, or as MODEL_CARD.md where a README.md of
+somebody else is there already. What kvfold wrote carries its mark, and is written anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import yaml
+
+from kvfold.errors import CheckpointError
+from kvfold.output import MANIFEST, read_json
+from kvfold.record import Record
+from kvfold.report import rows as tables
+from kvfold.report.folder import Folded, Run, commands
+
+_PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
+MARK = "<!-- Written by kvfold; `kvfold report` writes it anew. -->"
+
+
+def templates(kind: Literal["html", "text"]) -> jinja2.Environment:
+    """The templates of the package: HTML escapes whatever is put in, text does not."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("kvfold"),
+        autoescape=kind == "html",
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def write_cards(run: Run) -> list[Path]:
+    """Write the card of every trained checkpoint of a run, and return their paths."""
+    written = []
+    names = {checkpoint.lineage["hash"]: checkpoint.name for checkpoint in run.checkpoints}
+    for checkpoint in run.checkpoints:
+        if any(step["stage"] == "uptrain" for step in checkpoint.lineage["steps"]):
+            path = card_path(checkpoint.path)
+            sibling = path.with_name(path.name + ".tmp")
+            sibling.write_text(card(checkpoint.path, run.records, names=names), encoding="utf-8")
+            os.replace(sibling, path)
+            written.append(path)
+    return written
+
+
+def card_path(folder: Path) -> Path:
+    """README.md of a checkpoint; MODEL_CARD.md where its README.md is not kvfold's."""
+    readme = folder / "README.md"
+    if readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+        return folder / "MODEL_CARD.md"
+    return readme
+
+
+def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> str:
+    """The model card of a checkpoint that kvfold made, with the numbers that `records` hold of it.
+
+    `names` are folders by content hash, for the commands. Raises CheckpointError when there is no lineage.
+    """
+    folder = Path(checkpoint_dir)
+    lineage, config = read_json(folder / MANIFEST), read_json(folder / "config.json") or {}
+    if not isinstance(lineage, dict) or not lineage.get("steps"):
+        raise CheckpointError("has no lineage, so nothing can be said of it", where=folder, next="fold it with kvfold")
+    found = tables.studies(records, {lineage["hash"]: lineage})
+    measured = [
+        (study, replace(row, records=own))  # of the seeds of a row, the one that made this checkpoint
+        for study in found
+        for row in study.rows
+        if (own := tuple(each for each in row.records if each.hashes.get("student") == lineage["hash"]))
+    ]
+    text = (
+        templates("text")
+        .get_template("card.md.j2")
+        .render(
+            mark=MARK,
+            front=_front(lineage, config),
+            name=folder.resolve().name,
+            lineage=lineage,
+            config=config,
+            steps=[(step["stage"], _step(step["settings"]), step.get("tokens")) for step in lineage["steps"]],
+            numbers=[tables.markdown(_numbers(study, row), words=1) for study, row in measured],
+            evaluated=[row.records[0].settings for _, row in measured],
+            commands=commands(Folded(folder, folder.resolve().name, lineage), names or {}),
+            own_classes=config.get("model_type") != lineage["root"]["config"].get("model_type"),
+        )
+    )
+    return _PLACE.sub("", text)
+
+
+def _front(lineage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """YAML front matter, by the hub's rules. The licence is the teacher's, which its own card states."""
+    root, methods = lineage["root"], [step["settings"].get("method") for step in lineage["steps"]]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if str(root["name"]).count("/") == 1 and not str(root["name"]).startswith((".", "/")):
+        front |= {"base_model": root["name"], "base_model_relation": "finetune"}
+    front["tags"] = ["kvfold", "kv-cache", *dict.fromkeys(str(name) for name in methods if name)]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
+
+
+def _step(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value not in (None, (), [])
+    )
+
+
+def _numbers(study: tables.Study, row: tables.Row) -> tables.Table:
+    """Student and teacher side by side."""
+    teacher = study.teacher
+
+    def both(name: str, digits: int) -> list[str]:
+        return [tables.cell(side.metric(name) if side else None, digits) for side in (row, teacher)]
+
+    sizes = [tables.NONE if n is None else f"{n:,.0f}" for n in (row.cache_bytes, row.teacher_cache_bytes)]
+    lines = [
+        ["cache bytes per token", *sizes],
+        ["loss, nats per token", *both("loss", 4)],
+        ["loss merely converted", tables.cell(row.loss_before) if row.trained else tables.NONE, ""],
+        ["perplexity", *both("perplexity", 3)],
+        ["KL to the teacher, nats", tables.cell(row.metric("kl")), ""],
+        ["top-1 agreement with the teacher", tables.percent(row.metric("agreement")), ""],
+    ]
+    for distance, value in row.keyed("copy_loss").items():
+        other = teacher.keyed("copy_loss").get(distance) if teacher else None
+        lines.append([f"copy loss over {int(distance):,} tokens", tables.cell(value, 3), tables.cell(other, 3)])
+    lines += [[f"decode speed at {c:,} × {b}", f"{speed:.2f}×", "1×"] for (c, b), speed in sorted(row.speedups.items())]
+    return ["", "this model", "teacher"], [line for line in lines if line[1] != tables.NONE]

@@ -1,0 +1,110 @@
+"""What lies below the folder of a run: records, checkpoints with their lineages, training logs, the recipe."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.errors import DataError
+from kvfold.output import MANIFEST, read_json
+from kvfold.record import Record, read_all
+from kvfold.report.rows import Study, studies
+
+LOG = "train.jsonl"
+RECIPE = "recipe.yaml"
+HASHES = ("text", "teacher")  # among the settings of a step: what was read, by content
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A checkpoint of the run: where it lies below the run's folder, and its lineage."""
+
+    path: Path
+    name: str
+    lineage: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies below a run's folder."""
+
+    folder: Path
+    records: tuple[Record, ...]
+    checkpoints: tuple[Folded, ...]
+    logs: Mapping[str, tuple[Mapping[str, Any], ...]]  # name of the checkpoint -> lines of its train.jsonl
+    recipe: str | None  # the recipe's text, where the run keeps it
+
+    @property
+    def studies(self) -> list[Study]:
+        """Its records as rows."""
+        return studies(
+            self.records, {checkpoint.lineage["hash"]: checkpoint.lineage for checkpoint in self.checkpoints}
+        )
+
+
+def collect(run_dir: str | Path) -> Run:
+    """Everything that a report needs of a run. Raises DataError when there is nothing to report."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise DataError("no such directory", where=folder, next="give the folder of a run")
+    checkpoints, logs = [], {}
+    for path in sorted(folder.rglob(MANIFEST)):
+        lineage = read_json(path)
+        whole = not any(part.endswith(".partial") for part in path.relative_to(folder).parts)
+        if whole and isinstance(lineage, dict) and "steps" in lineage:
+            name = str(path.parent.relative_to(folder))
+            checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage))
+            if (path.parent / LOG).exists():
+                logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG))
+    records = tuple(read_all(folder))
+    if not records and not checkpoints:
+        raise DataError(
+            "nothing to report: no record and no checkpoint of kvfold is here",
+            where=folder,
+            next="run a recipe first, or point evaluate and bench here with --records",
+        )
+    recipe = folder / RECIPE
+    return Run(
+        folder, records, tuple(checkpoints), logs, recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    )
+
+
+def _log(path: Path) -> Iterator[Mapping[str, Any]]:
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last line of a run that was killed while it wrote
+            continue
+        if isinstance(line, dict) and "tokens" in line and "loss" in line:
+            yield line
+
+
+def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
+    """The commands that made a checkpoint from its root, one a line; `by_hash` names those that lie in the run."""
+    root, steps = checkpoint.lineage["root"], checkpoint.lineage["steps"]
+    lines = []
+    for number, step in enumerate(steps):
+        source = root["name"] if step["source"] == root["hash"] else by_hash.get(step["source"], f"step-{number}")
+        following = steps[number + 1]["source"] if number + 1 < len(steps) else checkpoint.lineage["hash"]
+        made = by_hash.get(following, f"step-{number + 1}")
+        words = ["kvfold", step["stage"], *([source] if source else []), made, *_flags(step["settings"])]
+        lines.append(shlex.join(map(str, words)))
+    return "\n".join(lines)
+
+
+def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Resolved settings as flags; hashes that stand among them are no flags."""
+    for key, value in settings.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key in HASHES:
+            continue
+        if isinstance(value, bool):
+            yield flag if value else f"--no-{flag[2:]}"
+        elif isinstance(value, list | tuple):
+            yield from (flag, ",".join(map(str, value))) if value else ()
+        elif value is not None:
+            yield from (flag, str(value))

@@ -1,0 +1,81 @@
+"""The report of a run: one HTML page with its numbers, figures, samples and what made them, and model cards.
+
+The page is one file: figures are inline SVG, the style is inline, nothing is fetched and no script runs. Everything in
+it comes from records, lineages and training logs below the run's folder; what is not there is left out.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from kvfold.errors import OutputError
+from kvfold.output import disk_errors
+from kvfold.report import figures
+from kvfold.report.card import templates, write_cards
+from kvfold.report.folder import Run, collect
+from kvfold.report.rows import Row
+from kvfold.report.sections import sections
+
+TILES = 6  # students that the head of the page shows
+
+
+def report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the page of a run, and the cards of its trained checkpoints; return the path of the page.
+
+    The page is `run_dir/report.html` unless `out` names another file. Raises DataError when nothing is there to
+    report, OutputError when the disk refuses.
+    """
+    run = collect(run_dir)
+    page = Path(out) if out is not None else run.folder / "report.html"
+    if page.is_dir():
+        raise OutputError("is a directory", where=page, next="name a file, such as report.html")
+    text = render(run)
+    with disk_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        sibling = page.with_name(page.name + ".tmp")
+        sibling.write_text(text, encoding="utf-8")
+        os.replace(sibling, page)
+        write_cards(run)
+    return page
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML: the same bytes for the same run."""
+    missed = [record.name for record in run.records if record.status == "gate_missed"]
+    gated = any(record.metrics.get("gate") for record in run.records)
+    roots = sorted({checkpoint.lineage["root"]["name"] for checkpoint in run.checkpoints})
+    return (
+        templates("html")
+        .get_template("report.html.j2")
+        .render(
+            title=run.folder.resolve().name,
+            about=f"Folded from {', '.join(roots)}." if roots else "",
+            date=max((record.date for record in run.records), default="")[:10],
+            device=next((record.device for record in run.records if record.device), ""),
+            verdict=f"missed by {', '.join(missed)}" if missed else "all hold" if gated else "",
+            missed=bool(missed),
+            tiles=[_tile(row) for study in run.studies[:1] for row in study.rows if row.role == "student"][:TILES],
+            sections=sections(run),
+            figure_style=figures.style(),
+        )
+    )
+
+
+def _tile(row: Row) -> dict[str, Any]:
+    """What the head of the page says of one student."""
+    part = row.cache_bytes / row.teacher_cache_bytes if row.cache_bytes and row.teacher_cache_bytes else None
+    before, after = row.loss_before, row.metric("loss")
+    place = max(row.speedups, default=None)
+    return {
+        "name": row.name,
+        "schooling": row.schooling,
+        "part": part,
+        "bytes": None if part is None else f"{row.teacher_cache_bytes:,.0f} → {row.cache_bytes:,.0f}",
+        "before": before.mean if before and row.trained else None,
+        "after": after.mean if after else None,
+        "teacher": row.teacher_loss,
+        "speed": None if place is None else f"{row.speedups[place]:.2f}",
+        "place": None if place is None else f"{place[0]:,} × {place[1]}",
+    }

@@ -1,0 +1,310 @@
+"""Pages out of records: the table and figure of the README, and the paper in miniature.
+
+A number in these pages is never typed: `refresh` writes the table between two marks, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from kvfold.errors import DataError
+from kvfold.output import disk_errors
+from kvfold.record import Record, read_all
+from kvfold.report import figures
+from kvfold.report import rows as tables
+from kvfold.report.rows import Row, Spread, Study, markdown, studies
+from kvfold.report.sections import quality_points
+
+START, END = "<!-- table:start -->", "<!-- table:end -->"
+MINIATURE = "miniature"  # records of this name are of the sweeps, which have a page of their own
+INITS = ("mean", "first", "random")  # in the order that the paper found
+
+
+# --- the README ----------------------------------------------------------------------------------------------------
+
+
+def _headline_records(results_dir: str | Path) -> list[Record]:
+    return [each for each in read_all(results_dir) if not each.name.startswith(MINIATURE)]
+
+
+def readme_table(results_dir: str | Path) -> str:
+    """The README's table: the headline of every study in a folder of records, the miniature's sweeps left out.
+
+    Empty when nothing was evaluated.
+    """
+    records = _headline_records(results_dir)
+    parts = []
+    for study in studies(records):
+        device = next(row.records[0].device for row in study.everyone)
+        data = study.everyone[0].records[0].settings.get("data")
+        seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
+        about = f"Loss in nats per token of `{data}`; decode speed is the teacher's time over the student's.{seeds}"
+        parts.append(f"{markdown(tables.headline(study), words=2)}\n\n{about} Measured on {tables.plain(device)}.")
+    return "\n\n".join(parts)
+
+
+def readme_figure(results_dir: str | Path, out: str | Path) -> Path:
+    """Write the README's figure, cache bytes per token against loss above the teacher's, as an SVG file.
+
+    Raises DataError when no student has both numbers, OutputError when the disk refuses.
+    """
+    records = _headline_records(results_dir)
+    points = [point for study in studies(records)[:1] for point in quality_points(study, records)]
+    if not any(point.y for point in points):
+        raise DataError("no student with both bytes and loss is here", where=results_dir, next="record its plan too")
+    drawn = figures.scatter(
+        "quality",
+        "Cache bytes per token against loss above the teacher's",
+        points,
+        x_label="cache bytes per token",
+        y_label="loss above the teacher’s (nats)",
+    )
+    _write(Path(out), figures.standalone(drawn))
+    return Path(out)
+
+
+def refresh(readme_path: str | Path, results_dir: str | Path) -> bool:
+    """Put the table of the records between the marks of a page; was it another one before?
+
+    Raises DataError when the page has no marks, OutputError when the disk refuses.
+    """
+    path = Path(readme_path)
+    before = path.read_text(encoding="utf-8")
+    after = readme_with_table(before, results_dir)
+    if before != after:
+        _write(path, after)
+    return before != after
+
+
+def readme_with_table(text: str, results_dir: str | Path) -> str:
+    """A page with the table of the records between its marks. Raises DataError when it has no marks."""
+    made = "\n".join(filter(None, (START, readme_table(results_dir), END)))
+    found = re.search(rf"{START}\n.*?{END}", text, flags=re.S)
+    if found is None:
+        raise DataError(f"the page has no {START} with {END} on a line below it")
+    return text[: found.start()] + made + text[found.end() :]
+
+
+def _write(path: Path, text: str) -> None:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sibling = path.with_name(path.name + ".tmp")
+        sibling.write_text(text, encoding="utf-8")
+        os.replace(sibling, path)
+
+
+# --- the paper in miniature ----------------------------------------------------------------------------------------
+
+
+def miniature_page(records: Sequence[Record]) -> str:
+    """The docs page that holds the paper's orderings against the records of the miniature.
+
+    Every sentence about an ordering is computed: it says that it holds, that it does not, or that the seeds are too
+    far apart to tell. Raises DataError when no student was evaluated.
+    """
+    found = studies(records)
+    if not any(row.role == "student" for study in found for row in study.rows):
+        raise DataError("no evaluation of a student is among the records", next="run recipes/miniature.yaml")
+    device = next((record.device for record in records if record.device), "")
+    parts = [
+        "# The paper in miniature",
+        "Written from the records; do not edit. What *GQA: Training Generalized Multi-Query Transformer Models from "
+        "Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245) found on T5 XXL, tried on the checkpoint that "
+        "ships with kvfold. Loss is in nats per token of held-out text, lower is better; ± is the standard deviation "
+        f"over seeds. Measured on {tables.plain(device)}.",
+    ]
+    for study in found:
+        parts += [*_inits(study), *_alphas(study)]
+    parts += _groups(records, found)
+    return "\n\n".join(parts) + "\n"
+
+
+def _model(row: Row) -> str:
+    """MQA, or GQA with its number of heads."""
+    heads = str(row.settings.get("kv_heads"))
+    return "MQA" if heads == "1" else f"GQA-{heads}"
+
+
+def _students(study: Study) -> list[Row]:
+    return [row for row in study.rows if row.role == "student"]
+
+
+def _alpha(row: Row) -> float:
+    return float(row.training.get("alpha") or 0)
+
+
+def _points(study: Study) -> dict[tuple[str, str, float], Spread]:
+    """Loss by model, init and alpha; alpha 0 is the student merely converted."""
+    found: dict[tuple[str, str, float], Spread] = {}
+    for row in _students(study):
+        model, init = _model(row), str(row.settings.get("init", INITS[0]))
+        for alpha, loss in ((0.0, row.loss_before), (_alpha(row), row.metric("loss"))):
+            if loss is not None:
+                found.setdefault((model, init, alpha), loss)
+    return found
+
+
+def _order(key: str) -> tuple[int, str]:
+    return (len(key), key) if key != "MQA" else (99, key)
+
+
+def compare(lower: Spread, higher: Spread) -> str:
+    """Does the first lie below the second? `yes`, `no`, or `unclear` when the seeds' deviations cover the distance."""
+    distance = higher.mean - lower.mean
+    if abs(distance) <= math.hypot(lower.deviation, higher.deviation) and max(lower.count, higher.count) > 1:
+        return "unclear"
+    return "yes" if distance > 0 else "no"
+
+
+def _say(claim: str, answers: Mapping[str, str]) -> str:
+    """One sentence on a claim of the paper, from the answer of each place where it was tried."""
+    words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be told from these seeds"}
+    said = [
+        f"{word} for {', '.join(places)}"
+        for answer, word in words.items()
+        if (places := [place for place, given in answers.items() if given == answer])
+    ]
+    return f"- {claim}: {'; '.join(said)}."
+
+
+def _inits(study: Study) -> Iterator[str]:
+    """(a) Mean against first against random."""
+    points = _points(study)
+    places = sorted({(model, alpha) for model, _, alpha in points}, key=lambda each: (_order(each[0]), each[1]))
+    lines, first, second = [], {}, {}
+    for model, alpha in places:
+        losses = {init: points[model, init, alpha] for init in INITS if (model, init, alpha) in points}
+        if len(losses) < 2:
+            continue
+        place = f"{model} at alpha {alpha:.3g}"
+        lines.append([place, *(tables.cell(losses.get(init)) for init in INITS)])
+        if {"mean", "first"} <= losses.keys():
+            first[place] = compare(losses["mean"], losses["first"])
+        if {"first", "random"} <= losses.keys():
+            second[place] = compare(losses["first"], losses["random"])
+    if lines:
+        yield "## (a) What a pooled head starts from"
+        yield "The paper (figure 4, MQA at alpha 0.05): the mean of the heads beats the first, the first beats noise."
+        yield markdown((["", *INITS], lines))
+        claims = (("mean is better than first", first), ("first is better than random", second))
+        yield "\n".join(_say(claim, answers) for claim, answers in claims if answers)
+
+
+def _alphas(study: Study) -> Iterator[str]:
+    """(b) Quality over the share of pre-training."""
+    points = {(model, alpha): loss for (model, init, alpha), loss in _points(study).items() if init == INITS[0]}
+    alphas = sorted({alpha for _, alpha in points})
+    models = sorted({model for model, _ in points}, key=_order)
+    if len(alphas) < 3:
+        return
+    lines = [[model, *(tables.cell(points.get((model, alpha))) for alpha in alphas)] for model in models]
+    controls = {_alpha(row): row.metric("loss") for row in study.rows if row.role == "control"}
+    start = study.teacher.metric("loss") if study.teacher else None
+    if controls or start:
+        losses = {0.0: start, **controls}
+        lines.append(["control: the teacher, trained on", *(tables.cell(losses.get(alpha)) for alpha in alphas)])
+    yield "## (b) Quality over alpha"
+    yield (
+        "Alpha is uptraining tokens over pre-training tokens, from mean pooling. The paper (figure 5): GQA is "
+        "reasonable without uptraining and MQA is not; both gain up to 5%, and less beyond."
+    )
+    yield markdown((["", *(f"alpha {alpha:.3g}" for alpha in alphas)], lines))
+    yield "\n".join(_say(claim, answers) for claim, answers in _alpha_claims(points, alphas, models) if answers)
+
+
+def _alpha_claims(
+    points: Mapping[tuple[str, float], Spread], alphas: Sequence[float], models: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    known = {model: [alpha for alpha in alphas if (model, alpha) in points] for model in models}
+    gains = {
+        f"{model} from {low:.3g} to {high:.3g}": compare(points[model, high], points[model, low])
+        for model in models
+        for low, high in pairwise(known[model])
+    }
+    yield "more uptraining is better", gains
+    slower = {}
+    for model in models:
+        for (low, middle), (_, high) in pairwise(pairwise(known[model])):
+            steps = [
+                (points[model, a].mean - points[model, b].mean) / (b - a) for a, b in ((low, middle), (middle, high))
+            ]
+            slower[f"{model} at {middle:.3g}"] = "yes" if steps[1] < steps[0] else "no"
+    yield "each further token brings less", slower
+    against = {
+        f"{model} at alpha {alpha:.3g}": compare(points[model, alpha], points["MQA", alpha])
+        for model in models
+        for alpha in known[model]
+        if model != "MQA" and ("MQA", alpha) in points
+    }
+    yield "GQA is better than MQA", against
+
+
+def _groups(records: Sequence[Record], found: Sequence[Study]) -> Iterator[str]:
+    """(c) Decode time over the number of groups."""
+    for bench in tables.benches(records):
+        heads = groups_of(bench, found)
+        places = sorted({(row["context"], row["batch"]) for row in tables.bench_rows(bench)})
+        counts = sorted(set(heads.values()))
+        times: dict[tuple[int, tuple[int, int]], float] = {
+            (heads[row["model"]], (row["context"], row["batch"])): 1e3 * row["decode_s_per_token"]
+            for row in tables.bench_rows(bench, cache="native")
+            if row["model"] in heads
+        }
+        if len(counts) < 3:
+            continue
+        yield "## (c) Decode time over the number of groups"
+        yield (
+            "Milliseconds per token, by context × batch, teacher and students interleaved in one run. The paper "
+            "(figure 6): from 1 group to 8 of 64 the slowdown is modest, then it grows towards multi-head attention."
+        )
+        lines = [
+            [
+                f"{context:,} × {batch}",
+                *(
+                    f"{times[n, (context, batch)]:.3f}" if (n, (context, batch)) in times else tables.NONE
+                    for n in counts
+                ),
+            ]
+            for context, batch in places
+        ]
+        yield markdown((["", *(f"{n} group{'s' if n > 1 else ''}" for n in counts)], lines))
+        yield "\n".join(_say(claim, answers) for claim, answers in _group_claims(times, places, counts))
+
+
+def groups_of(bench: Record, found: Sequence[Study]) -> dict[str, int]:
+    """Key/value heads of each model of a benchmark: by the rows that evaluated it, the teacher's by its bytes."""
+    heads = {
+        model: int(row.settings["kv_heads"])
+        for model in dict.fromkeys(row["model"] for row in tables.bench_rows(bench))
+        for study in found
+        for row in _students(study)
+        if str(row.settings.get("kv_heads", "")).isdigit()
+        and tables.benched(bench, model, (*row.records, *row.converted))
+    }
+    sizes = {row["model"]: int(row["cache_bytes"]) for row in reversed(tables.bench_rows(bench, cache="native"))}
+    teacher = tables.teacher_model(bench)
+    known = next((model for model in heads if model != teacher), None)
+    if known is not None and teacher not in heads:
+        heads[teacher] = round(heads[known] * sizes[teacher] / sizes[known])
+    return heads
+
+
+def _group_claims(
+    times: Mapping[tuple[int, tuple[int, int]], float], places: Sequence[tuple[int, int]], counts: Sequence[int]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    rising, late = {}, {}
+    for place in places:
+        known = [(count, times[count, place]) for count in counts if (count, place) in times]
+        if len(known) < 3:
+            continue
+        name = f"{place[0]:,} × {place[1]}"
+        rising[name] = "yes" if all(a[1] < b[1] for a, b in pairwise(known)) else "no"
+        half = [time for count, time in known if count * 8 <= counts[-1]] or [known[0][1]]
+        late[name] = "yes" if half[-1] - known[0][1] < (known[-1][1] - known[0][1]) / 2 else "no"
+    yield "fewer groups decode faster, at every step", rising
+    yield "an eighth of the groups costs less than half of the way to multi-head", late

@@ -1,0 +1,308 @@
+"""The sections of a report, out of a run: tables, figures, samples, commands. A section without data is left out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvfold.record import Record
+from kvfold.report import figures
+from kvfold.report import rows as tables
+from kvfold.report.blocks import Block, Section
+from kvfold.report.figures import Line, Point
+from kvfold.report.folder import RECIPE, Run, commands
+from kvfold.report.rows import NONE, Row, Study, Table, headline
+from kvfold.report.speed import plans, speed
+
+_LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
+_LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
+_DRAWN = 160  # points of a training curve
+
+
+def sections(run: Run) -> list[Section]:
+    """Every section of a run that has something to show, in reading order."""
+    found = run.studies
+    made = [
+        *(section for number, study in enumerate(found) for section in _of_study(study, run, number)),
+        plans(run, found),
+        _training(run),
+        speed(run),
+        _gates(run),
+        _samples(found),
+        _failures(run),
+        _commands(run),
+        _provenance(run),
+    ]
+    return [section for section in made if section.blocks]
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def _of_study(study: Study, run: Run, number: int) -> list[Section]:
+    suffix = f"-{number + 1}" if number else ""
+    again = f" ({number + 1})" if number else ""
+    about = "Loss is in nats per token of held-out text. "
+    if any(row.recovered is not None for row in study.rows):
+        about += "Recovered: the part of the conversion's damage that training undid. "
+    if any(row.gap_closed is not None for row in study.rows):
+        about += "Gap closed: against mean pooling of the same bytes and tokens, 100% is the teacher. "
+    if any(len(row.records) > 1 for row in study.rows):
+        about += "± is the standard deviation over seeds. "
+    place = tables.headline_place(study)
+    if place:
+        about += "Decode is the speed over the teacher's at context × batch, measured in one run. "
+    main = Section(
+        f"result{suffix}",
+        f"Result{again}",
+        about.strip(),
+        (Block("table", "What it cost and what it gained", table=headline(study), words=2),),
+    )
+    blocks = (*_quality(study, run, suffix), *_recall(study, suffix))
+    return [main, Section(f"quality{suffix}", f"Quality{again}", "", blocks)]
+
+
+def quality_points(study: Study, records: Sequence[Record]) -> list[Point]:
+    """Cache bytes per token against loss above the teacher's, for everyone whose both are known."""
+    points = []
+    for row in study.everyone:
+        loss = row.metric("loss")
+        if row.cache_bytes is None or loss is None or row.loss_lost is None:
+            continue
+        shift = row.loss_lost - loss.mean
+        points.append(Point(row.label, row.cache_bytes, row.loss_lost, loss.low + shift, loss.high + shift))
+    return points + _fp8_points(study, records)
+
+
+def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
+    """The teacher with an fp8 cache: the bytes that a flag would save; its loss where that was measured."""
+    for bench in tables.benches(records):
+        for row in tables.bench_rows(bench, model=tables.teacher_model(bench), cache="fp8"):
+            per_token = row["cache_bytes"] / (row["context"] * row["batch"])
+            return [Point("teacher, fp8 cache (loss not measured)", per_token, None)]
+    return []
+
+
+def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
+    points = quality_points(study, run.records)
+    if len([point for point in points if point.y is not None]) < 2:
+        return
+    title = "Quality against bytes"
+    drawn = figures.scatter(
+        f"scatter{suffix}", title, points, x_label="cache bytes per token", y_label="loss above the teacher’s (nats)"
+    )
+    rows = [[point.label, f"{point.x:,.0f}", NONE if point.y is None else f"{point.y:+.4f}"] for point in points]
+    yield Block(
+        "figure",
+        title,
+        "Down and to the left is better; a bar is the range over seeds.",
+        table=(["model", "cache bytes/token", "loss above the teacher’s"], rows),
+        content=drawn,
+    )
+
+
+def _recall(study: Study, suffix: str) -> Iterator[Block]:
+    rows = [row for row in study.everyone if row.keyed("copy_loss")]
+    if rows:
+        title = "Copy loss by distance"
+        lines = [
+            Line(
+                row.label,
+                [float(distance) for distance in values],
+                [value.mean for value in values.values()],
+                [value.low for value in values.values()],
+                [value.high for value in values.values()],
+            )
+            for row in rows
+            if (values := row.keyed("copy_loss"))
+        ]
+        about = "Loss on the second occurrence of a random span, after so many tokens. Only recall can lower it."
+        drawn = figures.lines(
+            f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
+        )
+        yield Block("figure", title, about, table=_keyed(rows, "copy_loss", "{:,} tokens"), content=drawn)
+    for name, title, heading in (
+        ("passkey", "Passkey retrieval", "{:,} tokens"),
+        ("passkey_loss", "Loss on the passkey", "{:,} tokens"),
+    ):
+        rows = [row for row in study.everyone if row.keyed(name)]
+        if rows:
+            yield Block("table", title, "By context.", table=_keyed(rows, name, heading))
+    tasks = list(_tasks(study))
+    if tasks:
+        models = [row.label for row in study.everyone if any("lm_eval" in record.metrics for record in row.records)]
+        yield Block("table", "lm-eval", table=(["task", *models], tasks))
+
+
+def _keyed(rows: Sequence[Row], name: str, heading: str) -> Table:
+    keys = sorted({int(key) for row in rows for key in row.keyed(name)})
+    cells = [[tables.cell(row.keyed(name).get(str(key)), 3) for key in keys] for row in rows]
+    return ["model", *(heading.format(key) for key in keys)], [
+        [row.label, *line] for row, line in zip(rows, cells, strict=True)
+    ]
+
+
+def _tasks(study: Study) -> Iterator[list[str]]:
+    """lm-eval: one line per task and metric, one column per model."""
+    found = [[record.metrics.get("lm_eval") or {} for record in row.records] for row in study.everyone]
+    found = [each for each in found if any(each)]
+    names = sorted({(task, name) for each in found for results in each for task in results for name in results[task]})
+    for task, name in names:
+        values = [tables.spread(_number(results.get(task, {}).get(name)) for results in each) for each in found]
+        if any(value is not None for value in values):
+            yield [f"{task}, {name}", *(tables.cell(value, 3) for value in values)]
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _training(run: Run) -> Section:
+    blocks = []
+    parts = {part for lines in run.logs.values() for line in lines for part in line if part not in _LOGGED}
+    if len(parts) > 1:
+        parts.discard("loss")  # the weighted sum of the others
+    for part in sorted(parts, key=lambda part: (list(_LOSSES).index(part) if part in _LOSSES else 9, part)):
+        curves = {
+            name: [(line["tokens"], line[part]) for line in lines if isinstance(line.get(part), int | float)]
+            for name, lines in run.logs.items()
+        }
+        drawn = [Line(_short(name), *_smooth(points)) for name, points in curves.items() if len(points) > 1]
+        if drawn:
+            title = _LOSSES.get(part, part)
+            svg = figures.lines(
+                f"training-{part}",
+                f"{title} over tokens",
+                drawn,
+                x_label="tokens",
+                y_label="nats per token" if part in ("ce", "kl") else title.lower(),
+                marked=False,
+            )
+            rows = [[line.label, f"{line.x[-1]:,.0f}", f"{line.y[0]:.4f}", f"{line.y[-1]:.4f}"] for line in drawn]
+            table = (["run", "tokens", "first", "last"], rows)
+            blocks.append(Block("figure", f"{title} over tokens", "On the training text, smoothed.", table, svg))
+    paces = [
+        [
+            _short(name),
+            f"{lines[-1]['tokens']:,}",
+            f"{statistics.median(line.get('tokens_per_second', 0) for line in lines):,.0f}",
+            f"{lines[-1].get('seconds', 0) / 60:.1f}",
+        ]
+        for name, lines in run.logs.items()
+        if lines
+    ]
+    if paces:
+        blocks.append(Block("table", "Pace", table=(["run", "tokens", "tokens/s, median", "minutes"], paces)))
+    return Section("training", "Loss over tokens", "", tuple(blocks))
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("uptrained/")
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """A running mean over a twentieth of the points, thinned to what a figure can show."""
+    half = len(points) // 40
+    values = [value for _, value in points]
+    smooth = [statistics.fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(points))]
+    step = max(1, -(-len(points) // _DRAWN))
+    kept = sorted({*range(0, len(points), step), len(points) - 1})
+    return [points[at][0] for at in kept], [smooth[at] for at in kept]
+
+
+# --- gate, samples, failures -----------------------------------------------------------------------------------------
+
+
+def _gates(run: Run) -> Section:
+    rows = [
+        [
+            record.name,
+            row["expr"],
+            *(NONE if row[side] is None else f"{row[side]:.4f}" for side in ("left", "right")),
+            "holds" if row["passed"] else "MISSED",
+        ]
+        for record in run.records
+        for row in (record.metrics.get("gate") or {}).get("rows", [])
+    ]
+    columns = ["model", "threshold", "measured", "bound", ""]
+    blocks = (Block("table", "Thresholds", table=(columns, rows), words=2),) if rows else ()
+    return Section("gate", "Gate", "", blocks)
+
+
+def _samples(found: Sequence[Study]) -> Section:
+    """What teacher and students write after the same words, at one seed each."""
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for row in (row for study in found for row in study.rows):
+        for sample in row.records[0].metrics.get("samples") or []:
+            first = [("teacher", sample["teacher"])] if "teacher" in sample else []
+            prompts.setdefault(sample["prompt"], first).append((row.label, sample["student"]))
+    blocks = (Block("samples", "", content=prompts),) if prompts else ()
+    return Section("samples", "Samples side by side", "Greedy, after the same words of held-out text.", blocks)
+
+
+def _failures(run: Run) -> Section:
+    rows = [[record.kind, record.name, record.error or ""] for record in run.records if record.status == "failed"]
+    blocks = (Block("table", "", table=(["kind", "name", "error"], rows), words=3),) if rows else ()
+    return Section("failed", "What failed", "", blocks)
+
+
+# --- how to do it again ----------------------------------------------------------------------------------------------
+
+
+def _commands(run: Run) -> Section:
+    blocks = []
+    if run.recipe is not None:
+        blocks.append(Block("code", "The whole run", content=f"kvfold run {RECIPE}"))
+        blocks.append(Block("code", RECIPE, content=run.recipe.strip(), folded=True))
+    by_hash = {checkpoint.lineage["hash"]: checkpoint.name for checkpoint in run.checkpoints}
+    for checkpoint in run.checkpoints:
+        text = commands(checkpoint, by_hash)
+        blocks.append(Block("code", checkpoint.name, content=text, folded=run.recipe is not None))
+    return Section("again", "Do it again", "With every setting as it was resolved.", tuple(blocks))
+
+
+def _provenance(run: Run) -> Section:
+    """Hashes, lineage, versions and device of everything on the page."""
+    blocks = []
+    if run.checkpoints:
+        rows = [
+            [
+                checkpoint.name,
+                str(checkpoint.lineage["hash"])[:16],
+                f"{checkpoint.lineage['root']['name']} {str(checkpoint.lineage['root']['hash'])[:16]}",
+                " → ".join(_step(step) for step in checkpoint.lineage["steps"]),
+                str(checkpoint.lineage.get("tokenizer") or NONE)[:16],
+            ]
+            for checkpoint in run.checkpoints
+        ]
+        columns = ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"]
+        blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
+    if run.records:
+        made_by = sorted({("device", record.device) for record in run.records if record.device})
+        made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
+        made_by += sorted({(name, version) for record in run.records for name, version in record.versions.items()})
+        blocks.append(
+            Block("table", "Versions and device", table=(["", ""], [list(pair) for pair in made_by]), words=2)
+        )
+        rows = [
+            [
+                record.kind,
+                record.name,
+                record.status,
+                NONE if record.seed is None else str(record.seed),
+                NONE if record.wall_seconds is None else f"{record.wall_seconds:,.1f}",
+                record.date,
+                ", ".join(f"{key} {str(value)[:12]}" for key, value in record.hashes.items() if value) or NONE,
+            ]
+            for record in run.records
+        ]
+        columns = ["kind", "name", "status", "seed", "seconds", "date", "hashes"]
+        blocks.append(Block("table", "Records", table=(columns, rows), words=7, folded=True))
+    return Section("provenance", "Hashes, lineage, versions", "", tuple(blocks))
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    tokens = f" {tables.compact(step['tokens'])} tokens" if step.get("tokens") else ""
+    return f"{step['stage']}{tokens}"

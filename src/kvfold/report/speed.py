@@ -1,0 +1,159 @@
+"""The sections about bytes and seconds: the plan beside what was measured, and decode speed over context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvfold.plan import count, size
+from kvfold.record import Record
+from kvfold.report import figures
+from kvfold.report import rows as tables
+from kvfold.report.blocks import Block, Section
+from kvfold.report.figures import Line
+from kvfold.report.folder import Run
+from kvfold.report.rows import NONE, Study, Table
+
+
+def plans(run: Run, found: Sequence[Study]) -> Section:
+    """What was planned, and beside it what was measured."""
+    blocks = []
+    uses: dict[tuple[Any, ...], list[Record]] = {}
+    for record in run.records:
+        if record.kind == "plan" and record.status == "done":
+            plan = record.metrics
+            use = (plan["context"], plan["batch"], plan["hardware"]["name"], plan["tensor_parallel"], plan["dtype"])
+            uses.setdefault(use, []).append(record)
+    for (context, batch, device, *_), plans in uses.items():
+        title = f"Plans for {context:,} tokens × {batch} on {device}"
+        said = dict.fromkeys(warning for record in plans for warning in record.metrics["warnings"])
+        about = " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in said)
+        blocks.append(Block("table", title, about, table=_plan_table(plans, run.records, found)))
+    for bench in tables.benches(run.records):
+        rows = tables.bench_rows(bench)
+        place = max((row["context"], row["batch"]) for row in rows)
+        largest = _bytes_table(tables.bench_rows(bench, context=place[0], batch=place[1]))
+        title = "Cache bytes: predicted and measured"
+        blocks.append(Block("table", title, _verdict_on_bytes(rows), table=largest, words=2))
+        if len(rows) > len(largest[1]):
+            blocks.append(Block("table", f"All {len(rows)} of them", table=_bytes_table(rows), words=2, folded=True))
+    about = "A plan reads config.json alone: its bytes are exact, its speed is the roofline’s, which no kernel beats."
+    return Section("plan", "Plan against measured", about, tuple(blocks))
+
+
+def _plan_table(plans: Sequence[Record], records: Sequence[Record], found: Sequence[Study]) -> Table:
+    """The teacher, then one line per plan; decode speed by the roofline and, where it was timed there, as measured."""
+    columns = ["model", "key/value heads", "parameters", "cache bytes/token", "cache", "largest batch"]
+    columns += ["decode, at most", "decode, measured", "loads in"]
+    first = plans[0].metrics
+    lines = [["teacher", *_side(first["before"]), "1×", "1×", ""]]
+    place = (first["context"], first["batch"])
+    for record in plans:
+        plan = record.metrics
+        own = [
+            row
+            for study in found
+            for row in study.rows
+            if row.role == "student" and tables.plan_of(records, {"method": row.method, **row.settings}) is record
+        ]
+        words = [plan["method"], *(f"{key.replace('_', ' ')} {value}" for key, value in plan["settings"].items())]
+        timed = next((f"{row.speedups[place]:.2f}×" for row in own if place in row.speedups), NONE)
+        engines = ", ".join(engine["name"] for engine in plan["engines"] if engine["loads"])
+        name = own[0].name if own else ", ".join(words)
+        lines.append([name, *_side(plan["after"]), f"{plan['speedup']:.2f}×", timed, engines])
+    return columns, lines
+
+
+def _side(side: Mapping[str, Any]) -> list[str]:
+    return [
+        str(side["kv_heads"]),
+        count(side["parameters"]),
+        f"{side['cache_bytes_per_token']:,}",
+        size(side["cache_bytes"]),
+        f"{side['largest_batch']:,}",
+    ]
+
+
+def _bytes_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["model", "cache", "context", "batch", "predicted bytes", "measured bytes", ""]
+    return columns, [
+        [
+            row["model"],
+            row["cache"],
+            f"{row['context']:,}",
+            str(row["batch"]),
+            NONE if row.get("predicted_cache_bytes") is None else f"{row['predicted_cache_bytes']:,}",
+            f"{row['cache_bytes']:,}",
+            NONE
+            if row.get("predicted_cache_bytes") is None
+            else "equal"
+            if row["predicted_cache_bytes"] == row["cache_bytes"]
+            else f"{row['cache_bytes'] / row['predicted_cache_bytes']:.3f}×",
+        ]
+        for row in rows
+    ]
+
+
+def _verdict_on_bytes(rows: Sequence[Mapping[str, Any]]) -> str:
+    checked = [row for row in rows if row.get("predicted_cache_bytes") is not None]
+    wrong = [row for row in checked if row["predicted_cache_bytes"] != row["cache_bytes"]]
+    if not checked:
+        return ""
+    return f"{len(wrong)} of {len(checked)} differ." if wrong else "Every cache holds what the plan said, to the byte."
+
+
+def speed(run: Run) -> Section:
+    """Decode time over context, one figure a batch, and every measurement."""
+    blocks = []
+    for number, bench in enumerate(tables.benches(run.records)):
+        blocks += [_decode_figure(bench, batch, f"decode-{number}-{batch}") for batch in _batches(bench)]
+        columns = ["model", "cache", "context", "batch", "prefill, ms", "decode, ms/token", "of teacher", "kernel"]
+        table = (columns, list(_times(bench)))
+        blocks.append(Block("table", f"Every measurement of {bench.name}", table=table, words=2, folded=True))
+    about = "Medians, teacher and students interleaved in one run, each with its best kernel. A speed is a ratio: "
+    about += "seconds are this machine’s."
+    return Section("speed", "Decode speed over context", about, tuple(blocks))
+
+
+def _batches(bench: Record) -> list[int]:
+    return sorted({row["batch"] for row in tables.bench_rows(bench)})
+
+
+def _decode_figure(bench: Record, batch: int, name: str) -> Block:
+    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in tables.bench_rows(bench, batch=batch):
+        series.setdefault((row["model"], row["cache"]), []).append((row["context"], 1e3 * row["decode_s_per_token"]))
+    drawn = [
+        Line(model if cache == "native" else f"{model}, {cache} cache", *map(list, zip(*sorted(points), strict=True)))
+        for (model, cache), points in series.items()
+    ]
+    title = f"Decode at batch {batch}"
+    svg = figures.lines(
+        name, title, drawn, x_label="context (tokens)", y_label="ms per token", log_x=True, from_zero=True
+    )
+    contexts = sorted({int(x) for line in drawn for x in line.x})
+    rows = [
+        [line.label, *(f"{at[x]:.3f}" if x in at else NONE for x in contexts)]
+        for line in drawn
+        for at in [dict(zip(line.x, line.y, strict=True))]
+    ]
+    return Block("figure", title, "Lower is faster.", (["ms per token", *(f"{x:,}" for x in contexts)], rows), svg)
+
+
+def _times(bench: Record) -> Iterator[list[str]]:
+    teacher = {
+        (row["context"], row["batch"]): row["decode_s_per_token"]
+        for row in tables.bench_rows(bench, model=tables.teacher_model(bench), cache="native")
+    }
+    for row in tables.bench_rows(bench):
+        base = teacher.get((row["context"], row["batch"]))
+        yield [
+            row["model"],
+            row["cache"],
+            f"{row['context']:,}",
+            str(row["batch"]),
+            f"{1e3 * row['prefill_s']:.1f}",
+            f"{1e3 * row['decode_s_per_token']:.3f}",
+            NONE if base is None else f"{base / row['decode_s_per_token']:.2f}×",
+            str(row.get("kernel", "")),
+        ]

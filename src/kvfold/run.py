@@ -1,0 +1,214 @@
+"""A whole run from one recipe: plan, convert, uptrain, evaluate, bench, report, over a grid and seeds.
+
+Every stage keeps its own state on disk, so a run that was stopped goes on where it was, and a run that is complete
+says so. A missed gate does not stop the rows after it: the report is written first, then the run ends with exit 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvfold import record
+from kvfold.bench import BenchSettings, bench
+from kvfold.convert import ConvertSettings, convert
+from kvfold.errors import GateMissed, SettingError
+from kvfold.evaluate import EvaluateSettings, evaluate
+from kvfold.output import disk_errors, fingerprint
+from kvfold.plan import PlanSettings, plan
+from kvfold.progress import SILENT, Progress
+from kvfold.recipe import Cell, Recipe, cells, decode, read_recipe
+from kvfold.record import Record
+from kvfold.report import report
+from kvfold.uptrain import UptrainSettings, uptrain
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    recipe: Recipe
+    folder: Path
+    overwrite: bool
+    progress: Progress
+    missed: list[str] = field(default_factory=list)
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "records"
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path | None = None,
+    changes: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Do everything that a recipe says and return the path of the report.
+
+    `changes` are `stage.key=value` strings laid over the recipe. Raises SettingError before any work when a setting
+    of any row is wrong, and GateMissed after the report when a gate does not hold.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, changes)
+    elif changes:
+        raise SettingError("changes are laid over a recipe file; change the Recipe itself")
+    work = _Run(recipe, Path(out or Path("runs") / recipe.name), overwrite, progress)
+    rows = cells(recipe)
+    _check(work, rows)
+    with disk_errors(work.folder):
+        work.folder.mkdir(parents=True, exist_ok=True)
+        written = yaml.safe_dump(asdict(recipe, dict_factory=_given), sort_keys=False, allow_unicode=True)
+        (work.folder / "recipe.yaml").write_text(written, encoding="utf-8")
+    _plans(work, rows)
+    teacher = _evaluate(work, recipe.source, "teacher", {"role": "teacher", "method": "identity"}, teacher=None)
+    students: dict[str, Path] = {}
+    for number, cell in enumerate(rows, 1):
+        progress.say(f"row {number} of {len(rows)}: {cell.label}")
+        students.setdefault(fingerprint(dict(cell.convert)), _cell(work, cell))
+    if recipe.bench is not None:
+        settings = decode(BenchSettings, recipe.bench, "bench")
+        bench([recipe.source, *students.values()], settings, records=work.records, name=recipe.name, progress=progress)
+    page = report(work.folder)
+    if work.missed:
+        raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
+    progress.say(f"teacher loss {teacher.metrics['loss']:.4f}; report: {page}")
+    return page
+
+
+def _given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys of a recipe that say something, as YAML writes them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value not in (None, ())}
+
+
+def _check(work: _Run, rows: Sequence[Cell]) -> None:
+    """Decode every setting of every row, so that a typing error costs a second and not an hour."""
+    for cell in rows:
+        plan(work.recipe.source, *_method(cell.convert), options=_plan_settings(work.recipe))
+        if cell.uptrain is not None:
+            decode(UptrainSettings, {**cell.uptrain, "data": work.recipe.data, "seed": cell.seed}, "uptrain")
+    evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}
+    if work.recipe.control:
+        evaluation.setdefault("control", "the run's own")  # known when the control has been evaluated
+    decode(EvaluateSettings, evaluation, "evaluate")
+    decode(BenchSettings, work.recipe.bench or {}, "bench")
+
+
+def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A recipe's `convert` section without the fields of the stage itself -> method name and its settings."""
+    own = set(ConvertSettings.__dataclass_fields__)
+    return str(settings.get("method", "gqa")), {
+        key: value for key, value in settings.items() if key not in own and key != "method"
+    }
+
+
+def _plan_settings(recipe: Recipe) -> PlanSettings:
+    return decode(PlanSettings, recipe.plan or {}, "plan")
+
+
+def _plans(work: _Run, rows: Sequence[Cell]) -> None:
+    for cell in rows:
+        name, settings = _method(cell.convert)
+        made = plan(work.recipe.source, name, settings, options=_plan_settings(work.recipe))
+        identity = {"method": name, **settings, "plan": dict(work.recipe.plan or {})}
+        record.write(record.make("plan", name, identity, made.as_dict()), work.records)
+
+
+def _cell(work: _Run, cell: Cell) -> Path:
+    """Convert, evaluate, uptrain and evaluate one row; what another row has made already is used as it is."""
+    recipe = work.recipe
+    name, settings = _method(cell.convert)
+    options = {key: value for key, value in cell.convert.items() if key in ConvertSettings.__dataclass_fields__}
+    label = _label(name, cell.convert)
+    converted = work.folder / "converted" / label
+    convert(
+        recipe.source,
+        converted,
+        name,
+        settings,
+        options=decode(ConvertSettings, options, "convert"),
+        overwrite=work.overwrite,
+        progress=work.progress,
+    )
+    row = {"role": "student", "method": name, **settings, "alpha": 0}
+    last = cell.uptrain is None
+    _evaluate(work, converted, f"{label}/converted", row, teacher=recipe.source, judged=last)
+    if cell.uptrain is None:
+        return converted
+    control = _control(work, cell, cell.uptrain) if recipe.control else None
+    trained = work.folder / "uptrained" / cell.label
+    wanted = decode(UptrainSettings, {**cell.uptrain, "data": recipe.data, "seed": cell.seed}, "uptrain")
+    uptrain(converted, trained, wanted, teacher=recipe.source, overwrite=work.overwrite, progress=work.progress)
+    row |= {"seed": cell.seed, **_spent(cell.uptrain)}
+    _evaluate(work, trained, f"{cell.label}/uptrained", row, teacher=recipe.source, judged=True, control=control)
+    return trained
+
+
+def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
+    """Train the unconverted teacher on the same tokens and return the record of its evaluation.
+
+    By cross-entropy, whatever the students' loss is: the teacher's distance to itself is nothing to learn from.
+    """
+    spent = {**settings, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
+    wanted = decode(UptrainSettings, spent, "uptrain")
+    label = f"control_{fingerprint(spent)[:8]}_seed-{cell.seed}"
+    trained = work.folder / "uptrained" / label
+    uptrain(work.recipe.source, trained, wanted, overwrite=work.overwrite, progress=work.progress)
+    row = {"role": "control", "method": "identity", "seed": cell.seed, **_spent(spent)}
+    made = _evaluate(work, trained, label, row, teacher=work.recipe.source)
+    return record.path_of(work.records, made.kind, made.name, made.settings)
+
+
+def _spent(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of a table says of its uptraining."""
+    named = {"alpha": settings.get("alpha"), "tokens": settings.get("tokens")}
+    return {key: value for key, value in named.items() if value is not None} | {
+        "loss_name": settings.get("stages") or settings.get("loss")
+    }
+
+
+def _label(method: str, settings: Mapping[str, Any]) -> str:
+    own = "_".join(f"{key}-{value}" for key, value in settings.items() if key != "method")
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in f"{method}_{own}".strip("_"))
+
+
+def _evaluate(
+    work: _Run,
+    model: str | Path,
+    name: str,
+    row: Mapping[str, Any],
+    *,
+    teacher: str | None,
+    judged: bool = False,
+    control: Path | None = None,
+) -> Record:
+    """Evaluate one model; the gate is for students that are finished, and a missed one waits for the report."""
+    wanted = {**work.recipe.evaluate, "data": work.recipe.heldout}
+    wanted |= {"gate": wanted.get("gate") if judged else None, "control": control and str(control)}
+    settings = decode(EvaluateSettings, wanted, "evaluate")
+    identity = f"{work.recipe.name}/{name}"
+    try:
+        return evaluate(
+            model,
+            settings,
+            teacher=teacher,
+            records=work.records,
+            name=identity,
+            row=row,
+            overwrite=work.overwrite,
+            progress=work.progress,
+        )
+    except GateMissed as missed:
+        work.missed.append(str(missed))
+        return next(each for each in record.read_all(work.records) if each.name == identity)
+
+
+def demo_recipe() -> Path:
+    """The recipe of `kvfold demo`, which ships with the package."""
+    return Path(__file__).parent / "assets" / "demo.yaml"

@@ -1,0 +1,295 @@
+"""The words that methods, families and runtimes share: sites, shapes, roles, cache bytes, requests.
+
+Nothing here holds a tensor or imports torch: a plan is made of these words alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvfold.errors import SettingError, choices, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["self", "cross", "encoder"]
+KINDS: tuple[Kind, ...] = ("self", "cross", "encoder")
+
+Roles = dict[str, "Tensor"]
+"""The tensors of one site by role: `q` (HE, D), `k` and `v` (GE, D), `o` (D, HE), `q_bias`, `k_norm`, ..."""
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One attention of one layer."""
+
+    layer: int
+    kind: Kind = "self"
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.kind == "self" else f"layer {self.layer} ({self.kind})"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a site: rotated head dims, base, layout and scaling as the config states them."""
+
+    dims: int
+    theta: float
+    half_split: bool = True
+    scaling: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The shape of one site: head counts, widths, and the facts that bound what a method may do."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    biases: frozenset[str] = frozenset()  # of "q", "k", "v", "o"
+    norms: Literal["none", "pre_rope", "post_rope"] = "none"  # where q and k are normed
+    rope: Rope | None = None
+    window: int | None = None  # tokens that a query may look back on, itself included
+    scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
+    permutable: bool = True  # may heads change places? (T5's decoder self-attention: no)
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
+
+    @property
+    def query_group(self) -> int:
+        """How many query heads read one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def roles(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the site's tensors by role, as a checkpoint stores them (out, in)."""
+        wide, narrow = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        rows = {"q": wide, "k": narrow, "v": narrow, "o": self.hidden_size}
+        shapes: dict[str, tuple[int, ...]] = {
+            role: (out, wide if role == "o" else self.hidden_size) for role, out in rows.items()
+        }
+        shapes |= {f"{role}_bias": (rows[role],) for role in rows if role in self.biases}
+        if self.norms != "none":
+            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        return shapes | dict(self.extra)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the site."""
+        return sum(math.prod(shape) for shape in self.roles().values())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a whole model, read from `config.json` alone."""
+
+    family: str
+    model_type: str
+    sites: Mapping[Site, Attention]
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    parameters: int
+    dtype: str
+    max_positions: int
+
+    def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
+        """The same model with other attentions at these sites; the parameter count follows."""
+        parameters = self.parameters
+        for site, attention in changed.items():
+            parameters += attention.parameters - self.sites[site].parameters
+        return replace(self, sites={**self.sites, **changed}, parameters=parameters)
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """What a method is handed of one site: its shape, and its tensors by role."""
+
+    attention: Attention
+    roles: Roles
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One thing that a site keeps while decoding, in elements; slots of one `storage` are counted once."""
+
+    storage: str
+    per_token: int = 0
+    constant: int = 0
+    per_encoder_token: int = 0
+    window: int | None = None  # the cache never holds more tokens than this
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a model's cache holds: bytes = constant + per decoder token + per encoder token."""
+
+    slots: tuple[Slot, ...]
+
+    def _unique(self) -> list[Slot]:
+        return list({slot.storage: slot for slot in self.slots}.values())
+
+    def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
+        """Elements that one sequence of `tokens` keeps alive."""
+        return sum(
+            slot.constant
+            + slot.per_token * (tokens if slot.window is None else min(tokens, slot.window))
+            + slot.per_encoder_token * encoder_tokens
+            for slot in self._unique()
+        )
+
+    def bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2, encoder_tokens: int = 0) -> int:
+        """Bytes of the cache of `batch` sequences of `tokens` at `itemsize` bytes an element."""
+        return batch * itemsize * self.elements(tokens, encoder_tokens)
+
+    def bytes_per_token(self, itemsize: int = 2) -> int:
+        """Bytes that one more decoder token adds, before any window is full."""
+        return itemsize * sum(slot.per_token for slot in self._unique())
+
+
+def grouped_cache(shape: Shape) -> CacheSpec:
+    """The cache of grouped attention: per site, keys and values of `num_key_value_heads * head_dim` elements."""
+    slots = []
+    for site, attention in shape.sites.items():
+        if site.kind == "encoder":
+            continue
+        width = attention.num_key_value_heads * attention.head_dim
+        for part in ("k", "v"):
+            name = f"{site.kind}.{site.layer}.{part}"
+            if site.kind == "cross":
+                slots.append(Slot(name, per_encoder_token=width))
+            else:
+                # transformers shows `window - 1` tokens of a sliding layer, as a view of a storage that holds `window`
+                slots.append(Slot(name, per_token=width, window=attention.window))
+    return CacheSpec(tuple(slots))
+
+
+# --- settings that differ by kind of site: `8`, or `self=8,cross=4` ---------------------------------------------
+
+
+def per_kind(setting: str | int, kinds: Sequence[Kind], name: str) -> dict[Kind, int]:
+    """Read `8` or `self=8,cross=4` as one positive whole number per kind of site.
+
+    Raises SettingError when a kind is unknown or missing, or a number is not a positive whole one.
+    """
+    text = str(setting).strip()
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if all(len(pair) == 1 for pair in pairs) and len(pairs) == 1:
+        pairs = [[kind, text] for kind in kinds]
+    found: dict[Kind, int] = {}
+    for pair in pairs:
+        kind = next((known for known in kinds if known == pair[0].strip()), None)
+        if len(pair) != 2 or kind is None:
+            hint = did_you_mean(pair[0].strip(), kinds)
+            raise SettingError(
+                f"{name}: cannot read {text!r}",
+                allowed=f"a whole number, or {','.join(f'{kind}=N' for kind in kinds)}",
+                next=hint,
+            )
+        if kind in found:
+            raise SettingError(f"{name}: {kind} is said twice", got=repr(text))
+        if not pair[1].strip().isdecimal() or int(pair[1]) < 1:
+            raise SettingError(f"{name}: {pair[1].strip()!r} is not a positive whole number", allowed="1 or more")
+        found[kind] = int(pair[1])
+    missing = [kind for kind in kinds if kind not in found]
+    if missing:
+        raise SettingError(f"{name}: nothing said for {choices(missing)}", got=repr(text))
+    return found
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, in order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+# --- what calibration can be asked --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputGram:
+    """Second moments `E[x x^T]` of the input of the site's q, k and v: `gram_DD`, with `mean_D`."""
+
+    site: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8 * (shape.sites[self.site].hidden_size + 1) * shape.sites[self.site].hidden_size
+
+
+@dataclass(frozen=True)
+class QueryGram:
+    """Second moments of each query head before rotation: `gram_HEE`."""
+
+    site: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        attention = shape.sites[self.site]
+        return 8 * attention.num_attention_heads * attention.head_dim**2
+
+
+@dataclass(frozen=True)
+class AttentionGram:
+    """Second moments of the inputs averaged by each head's own attention: `gram_HDD`."""
+
+    site: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        attention = shape.sites[self.site]
+        return 8 * attention.num_attention_heads * attention.hidden_size**2
+
+
+@dataclass(frozen=True)
+class CrossGram:
+    """Second moments `E[x_first x_second^T]` between the inputs of two sites: `gram_DD`."""
+
+    first: Site
+    second: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8 * shape.sites[self.first].hidden_size * shape.sites[self.second].hidden_size
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """`count` sampled tokens of a site before rotation: `q_NHE`, `k_NGE` and `position_N`."""
+
+    site: Site
+    count: int
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float32 answer, positions included."""
+        attention = shape.sites[self.site]
+        heads = attention.num_attention_heads + attention.num_key_value_heads
+        return self.count * (4 * heads * attention.head_dim + 8)
+
+
+Request = InputGram | QueryGram | AttentionGram | CrossGram | SampledPairs
+Answers = Mapping[Request, Mapping[str, "Tensor"]]
+
+
+# --- what uptraining does for a method -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of uptraining.
+
+    `share` is its part of all tokens (the shares of a method add up to 1); `losses` weighs `ce`, `kl` and
+    `attention` (matching of attention outputs); `trainable` names roles, or is empty for every parameter;
+    `rates` multiplies the learning rate by role; `finish` names the `end` of the method to call when it is over.
+    """
+
+    name: str
+    share: float
+    losses: Mapping[str, float]
+    trainable: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
+    finish: str | None = None

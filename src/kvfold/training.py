@@ -1,0 +1,441 @@
+"""The training loop's machinery: schedules, the optimiser, state on disk, the log, and the loop itself.
+
+One process now. What sharding (FSDP2) has to change is `place`, which puts a model where it trains, and `State.save`
+and `State.load`, which put its tensors on disk and back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.data import TokenFile
+from kvfold.errors import Interrupted, SettingError, TrainingError
+from kvfold.output import disk_errors, read_json, write_json
+from kvfold.progress import Progress
+
+LOG = "train.jsonl"
+STATE = "state.json"  # in the work folder: which of the two slots holds the state to go on from
+
+_NO_MATTER = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")
+
+Objective = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""`ids_BT` (length + 1 wide) -> the loss with a gradient, and its parts by name without one."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every training run can be told; `uptrain` and `pretrain` add what to train on."""
+
+    data: str = field(
+        metadata={
+            "help": "Text: a .txt, .jsonl or .parquet file, a folder of them, a hub data set, stdlib (Python's own "
+            "library), or self (sampled from the teacher)."
+        }
+    )
+    tokens: int | None = field(default=None, metadata={"help": "Tokens to train on; 20M is 20 million."})
+    sequence_length: int = field(default=256, metadata={"help": "Tokens of one sequence."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences of one optimiser step."})
+    micro_batch: int | None = field(
+        default=None, metadata={"help": "Sequences of one forward; gradients are summed up to the batch."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    schedule: Literal["cosine", "wsd"] = field(
+        default="cosine", metadata={"help": "Learning rate over steps: cosine, or warmup-stable-decay."}
+    )
+    warmup: float = field(default=0.02, metadata={"help": "Share of the steps that warm up."})
+    decay: float = field(default=0.2, metadata={"help": "Share of the steps that decay (wsd)."})
+    final_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end, as a share of the peak."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices (AdamW)."})
+    beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment."})
+    beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment."})
+    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
+    precision: Literal["bf16", "fp32"] = field(
+        default="bf16", metadata={"help": "What is multiplied in; the trained weights are fp32 either way."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two saved states."})
+    checkpoint_steps: int | None = field(default=None, metadata={"help": "Steps between two saved states, besides."})
+    log_every: int = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of the text, and of what is drawn."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, with SettingError."""
+        for name in ("tokens", "sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1", got=value)
+        for name in ("warmup", "decay", "final_rate", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name} is a share", got=getattr(self, name), allowed="0 to 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name} must be positive", got=getattr(self, name))
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise SettingError(
+                "micro_batch must divide batch_size", got=f"{self.micro_batch}, and a batch of {self.batch_size}"
+            )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.batch_size * self.sequence_length
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the weights: how often to save and to log does not, and what the text is called."""
+        known = asdict(self)
+        return {name: value for name, value in known.items() if name not in _NO_MATTER}
+
+
+def rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step of `steps`.
+
+    Both schedules rise linearly over the warmup. `cosine` then falls as half a cosine; `wsd` stays, and falls as
+    `1 - sqrt` over the last steps (Hägele et al. 2024, arXiv 2405.18392); both end near `final_rate`.
+    """
+    warmup = round(settings.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        fall = 0.5 * (1 - math.cos(math.pi * done))
+    else:
+        decay = min(round(settings.decay * steps), steps - warmup)
+        done = (step - (steps - decay)) / max(1, decay)
+        fall = math.sqrt(done) if done > 0 else 0.0
+    return 1 - (1 - settings.final_rate) * fall
+
+
+@dataclass
+class Work:
+    """One stretch of training: an objective on some parameters for some steps."""
+
+    name: str
+    steps: int
+    objective: Objective
+    groups: Callable[[], list[dict[str, Any]]]  # parameters, their `share` of the learning rate, `weight_decay`
+    finish: Callable[[], None] | None = None  # changes the model when the stretch is over
+
+
+def parameter_groups(
+    named: Mapping[str, nn.Parameter], weight_decay: float, shares: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Parameters by share of the learning rate and weight decay; vectors (norms, biases) do not decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        key = ((shares or {}).get(name, 1.0), weight_decay if parameter.ndim > 1 else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "share": share, "weight_decay": decay} for (share, decay), params in groups.items()]
+
+
+def best_device() -> str:
+    """Where training runs: the accelerator when there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def place(model: nn.Module, settings: TrainSettings) -> nn.Module:
+    """Put a model where it trains, ready to train. Sharding wraps it here."""
+    model.to(best_device()).train()
+    if settings.compile:
+        model.base_model.compile()  # type: ignore[union-attr]
+    return model
+
+
+# --- state on disk -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    stage: int = 0
+    stage_step: int = 0  # steps done in this stage
+    step: int = 0  # steps done in all
+    tokens: int = 0
+    seconds: float = 0.0
+    smooth: float | None = None  # the loss, smoothed
+    lowest: float | None = None  # the lowest that it has been
+
+
+class State:
+    """What a run needs to go on: two slots, and a marker that names the good one.
+
+    A slot is written whole before the marker turns to it, so a process killed at any moment leaves a good state.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def position(self) -> Position | None:
+        """How far the saved state has come; None when there is none."""
+        marker = read_json(self.folder / STATE)
+        return None if marker is None else Position(**marker["position"])
+
+    def save(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state into the slot that is not in use, then turn the marker."""
+        marker = read_json(self.folder / STATE)
+        slot = "state-b.pt" if marker is not None and marker["slot"] == "state-a.pt" else "state-a.pt"
+        with disk_errors(self.folder), (self.folder / slot).open("wb") as file:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(self.folder / STATE, {"slot": slot, "position": vars(position)})
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read the good slot into a model and an optimiser of the same make."""
+        marker = read_json(self.folder / STATE)
+        content = torch.load(self.folder / marker["slot"], map_location=best_device(), weights_only=True)
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+
+    def remove(self) -> None:
+        """Delete the state of a run that is complete."""
+        for name in (STATE, "state-a.pt", "state-b.pt"):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """`train.jsonl`, one object a line, and TensorBoard beside it when that is installed."""
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / LOG
+        kept = []
+        if step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                # a line may be half-written when the process was killed, and lines past the state are made again
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, step)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add one line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's, or None when it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard", purge_step=step)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag that is looked at between steps; the second one is itself again."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop.is_set  # Python delivers signals to the main thread alone
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(kind: int, frame: FrameType | None) -> None:
+        stop.set()
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for kind in before:
+        signal.signal(kind, note)
+    try:
+        yield stop.is_set
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def train(
+    model: nn.Module,
+    works: Sequence[Work],
+    tokens: TokenFile,
+    settings: TrainSettings,
+    folder: Path,
+    progress: Progress,
+) -> Position:
+    """Run every stretch, from the state in `folder` when there is one, and return how far it came.
+
+    Raises TrainingError when the loss is not a number or diverges, Interrupted on a signal; the state is saved first.
+    """
+    state = State(folder)
+    position = state.position() or Position()
+    resumed = position.step > 0
+    for work in works[: position.stage]:
+        if work.finish:
+            work.finish()  # shapes follow the stages that are done; the weights come from the state
+    log = Log(folder, position.step)
+    progress.start("train", sum(work.steps for work in works) * settings.step_tokens, "tokens")
+    progress.advance(position.tokens)
+    try:
+        with _signals() as stopped, torch.random.fork_rng():
+            for work in works[position.stage :]:
+                run = _Run(model, work, tokens, settings, state, position, log, progress, stopped)
+                if resumed:
+                    state.load(model, run.optimizer)
+                    resumed = False
+                run.all()
+        log.write({"done": True, **{name: getattr(position, name) for name in ("step", "tokens", "seconds")}})
+    finally:
+        log.close()
+        progress.stop()
+    return position
+
+
+@dataclass
+class _Run:
+    """One stretch under way."""
+
+    model: nn.Module
+    work: Work
+    tokens: TokenFile
+    settings: TrainSettings
+    state: State
+    position: Position
+    log: Log
+    progress: Progress
+    stopped: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self.parameters = [parameter for group in self.work.groups() for parameter in group["params"]]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            self.work.groups(),
+            lr=self.settings.learning_rate,
+            betas=(self.settings.beta1, self.settings.beta2),
+            fused=True,
+        )
+        self.saved = self.started = self.noted = time.monotonic()
+        self.first = self.noted_step = self.position.step
+
+    def all(self) -> None:
+        """Every step that is left, then the end of the stretch."""
+        settings, position = self.settings, self.position
+        before = position.seconds
+        while position.stage_step < self.work.steps:
+            loss, parts, norm, lr = self.step()
+            position.step, position.stage_step = position.step + 1, position.stage_step + 1
+            position.tokens += settings.step_tokens
+            position.seconds = round(before + time.monotonic() - self.started, 3)
+            self.note(loss, parts, norm, lr)
+            if self.stopped():
+                self.save()
+                raise Interrupted(
+                    f"stopped at step {position.step}, and its state is saved",
+                    where=self.state.folder,
+                    next="the same command continues",
+                )
+            steps, minutes = settings.checkpoint_steps, (time.monotonic() - self.saved) / 60
+            if minutes >= settings.checkpoint_minutes or (steps and position.step % steps == 0):
+                self.save()
+        if self.work.finish:
+            self.work.finish()
+        position.stage, position.stage_step, position.smooth, position.lowest = position.stage + 1, 0, None, None
+
+    def step(self) -> tuple[float, dict[str, float], float, float]:
+        """One optimiser step: loss, its parts, the gradient's norm before clipping, the learning rate."""
+        settings, position = self.settings, self.position
+        torch.manual_seed(settings.seed * 1_000_003 + position.step)  # dropout, where a model has it
+        ids_BT = self.tokens.batch(
+            position.step, seed=settings.seed, batch_size=settings.batch_size, length=settings.sequence_length
+        )
+        lr = settings.learning_rate * rate(settings, position.stage_step, self.work.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        micro = settings.micro_batch or settings.batch_size
+        count = settings.batch_size // micro
+        loss = 0.0
+        parts: dict[str, float] = {}
+        device = best_device()
+        self.optimizer.zero_grad(set_to_none=True)
+        for rows_BT in ids_BT.to(device, non_blocking=True).split(micro):  # type: ignore[no-untyped-call]
+            with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+                value, named = self.work.objective(rows_BT)
+            (value / count).backward()  # type: ignore[no-untyped-call]
+            loss += float(value.detach()) / count
+            for name, part in named.items():
+                parts[name] = parts.get(name, 0.0) + float(part) / count
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip))
+        self.guard(loss, norm)
+        self.optimizer.step()
+        return loss, parts, norm, lr
+
+    def guard(self, loss: float, norm: float) -> None:
+        """Stop, before the weights are touched, when the loss is not a number or far above what it was."""
+        position, what = self.position, None
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            what = f"the gradient's norm is {norm}"
+        else:
+            smooth = loss if position.smooth is None else 0.95 * position.smooth + 0.05 * loss
+            lowest = smooth if position.lowest is None else min(position.lowest, smooth)
+            if smooth > 3 * lowest + 1:
+                what = f"the loss diverged, from {lowest:.3f} to {smooth:.3f}"
+            else:
+                position.smooth, position.lowest = smooth, lowest
+        if what:
+            self.save()
+            raise TrainingError(
+                f"{what} at step {position.step + 1}",
+                where=self.state.folder,
+                next="the state before that step is kept there; train again with a lower learning rate or a longer "
+                "warmup, and --overwrite",
+            )
+
+    def note(self, loss: float, parts: Mapping[str, float], norm: float, lr: float) -> None:
+        """Tell the log and the listener."""
+        position, now = self.position, time.monotonic()
+        if position.step % self.settings.log_every == 0 or position.stage_step == self.work.steps:
+            speed = (position.step - self.noted_step) * self.settings.step_tokens / (now - self.noted)
+            self.noted, self.noted_step = now, position.step
+            self.log.write(
+                {
+                    "step": position.step,
+                    "tokens": position.tokens,
+                    "stage": self.work.name,
+                    "loss": loss,
+                    **parts,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens_per_second": round(speed, 1),
+                    "seconds": position.seconds,
+                }
+            )
+        pace = (position.step - self.first) * self.settings.step_tokens / (now - self.started)
+        self.progress.advance(self.settings.step_tokens, f"loss {loss:.3f}, {pace:,.0f} tokens/s")
+
+    def save(self) -> None:
+        """Save the state as of the last whole step."""
+        self.state.save(self.position, self.model, self.optimizer)
+        self.saved = time.monotonic()

@@ -1,0 +1,326 @@
+"""Uptraining: a converted student trained back to quality on a small part of its teacher's tokens.
+
+The amount is `alpha` times the pre-training tokens (Ainslie et al. 2023, arXiv 2305.13245, section 2.1: 5%), or a
+number of tokens. What is minimised is a formula of losses, `kl`, `ce`, `kl+0.5ce`, `attention`, alone or in stages,
+`attention:0.1,kl:0.9`. Stopped at any moment, the same command continues, to the same weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvfold import distill, hf
+from kvfold.checkpoint import Checkpoint, carry_over, descend, save_model
+from kvfold.data import token_file
+from kvfold.errors import OutputError, SettingError
+from kvfold.output import disk_errors, open_output
+from kvfold.progress import SILENT, Progress
+from kvfold.shape import Stage
+from kvfold.stages import (
+    OF_A_TEACHER,
+    check_shares,
+    finish_of,
+    method_stages,
+    needs_teacher,
+    parameters_of,
+    parse_loss,
+    parse_stages,
+    rates_of,
+    root_teacher,
+    said,
+)
+from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
+
+
+@dataclass(frozen=True)
+class UptrainSettings(TrainSettings):
+    """How a student is trained back."""
+
+    alpha: float | None = field(
+        default=None, metadata={"help": "Tokens as a part of the pre-training tokens; the paper's is 0.05."}
+    )
+    pretraining_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens the teacher was trained on (2T); known when kvfold trained it."}
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={"help": "A formula of ce, kl, attention: kl+0.5ce. Default: kl when there is a teacher."},
+    )
+    stages: str | None = field(
+        default=None, metadata={"help": "Losses one after the other, with their share: attention:0.1,kl:0.9."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL to the teacher."})
+    attention_inputs: Literal["own", "teacher"] = field(
+        default="own", metadata={"help": "What attentions read while only their outputs are matched."}
+    )
+    trainable: tuple[str, ...] = field(
+        default=(), metadata={"help": "Roles to train (q,k,v,o,...); the rest stays as it is. Default: everything."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, with SettingError."""
+        super().__post_init__()
+        if (self.tokens is None) == (self.alpha is None):
+            raise SettingError(
+                "say how long to train, in one way",
+                where="uptrain",
+                got="neither" if self.tokens is None else "tokens and alpha",
+                next="give --tokens, or --alpha",
+            )
+        if self.alpha is not None and not self.alpha > 0:
+            raise SettingError("alpha must be positive", where="uptrain", got=self.alpha)
+        if not self.temperature > 0:
+            raise SettingError("temperature must be positive", where="uptrain", got=self.temperature)
+        if self.loss is not None and self.stages is not None:
+            raise SettingError("loss and stages say the same thing", where="uptrain", next="give one of them")
+        asked = self.asked()
+        if self.attention_inputs == "teacher" and not any(set(stage.losses) == {"attention"} for stage in asked):
+            raise SettingError(
+                "attention_inputs teacher is for a stage that matches attention outputs and nothing else",
+                where="uptrain",
+                next="give --stages attention:0.1,kl:0.9",
+            )
+
+    def asked(self) -> list[Stage]:
+        """The stages that were asked for by `loss` or `stages`; none when that is left to the method."""
+        if self.stages is not None:
+            return parse_stages(self.stages, self.trainable)
+        return [] if self.loss is None else [Stage(self.loss, 1.0, parse_loss(self.loss), self.trainable)]
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def uptrain(
+    student: str | Path,
+    out: str | Path,
+    settings: UptrainSettings,
+    *,
+    teacher: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Train `student` into `out`, a complete checkpoint with its log `train.jsonl`, and return its path.
+
+    `teacher` is the root of the student's lineage unless it is given; losses that need none load none. Raises
+    SettingError, DataError or CheckpointError before anything is written, OutputError when `out` holds something
+    else, TrainingError when the run diverges, and Interrupted on a signal: the same call then continues.
+    """
+    source, out = Checkpoint.open(student), Path(out)
+    if source.path.resolve().is_relative_to(out.resolve()):
+        raise OutputError("the student lies there", where=out, next="choose another path: a source is never changed")
+    if settings.sequence_length > source.shape.max_positions:
+        raise SettingError(
+            "sequence_length is longer than the model's positions",
+            where="uptrain",
+            got=settings.sequence_length,
+            allowed=f"1 to {source.shape.max_positions}",
+        )
+    amount = training_tokens(settings, source)
+    guide = _teacher(source, settings, teacher)
+    stages = _stages(settings, source, guide)
+    tokens = token_file(
+        settings.data,
+        source.path,
+        enough=amount + 1,
+        teacher=(guide or source).path,
+        seed=settings.seed,
+        progress=progress,
+    )
+    tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=source.shape.vocab_size)
+    if not needs_teacher(stages):
+        guide = None
+    identity = {
+        **settings.identity(),
+        "stage": "uptrain",
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+        "amount": amount,
+        "text": tokens.hash,
+        "student": source.hash(),
+        "teacher": guide.hash() if guide else None,
+    }
+    output = open_output(out, identity, overwrite=overwrite)
+    if output.complete:
+        progress.say(f"{out} is complete: it was trained from this student with these settings")
+        return output.path
+    if not output.written():
+        device = best_device()
+        model = place(hf.load(source.path, device=device), settings)
+        other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+        works = _works(source, model, other, stages, settings, amount)
+        with disk_errors(output.work):
+            position = train(model, works, tokens, settings, output.work, progress)
+            lineage = descend(
+                source,
+                inputs=output.inputs,
+                stage="uptrain",
+                settings={
+                    **dataclasses.asdict(settings),
+                    "stages" if len(stages) > 1 else "loss": said(stages),
+                    "text": tokens.hash,
+                    "teacher": identity["teacher"],
+                },
+                tokens=position.tokens,
+                seed=settings.seed,
+                wall_seconds=position.seconds,
+            )
+            _save(output.work, source, model, lineage)
+    State(output.work).remove()
+    output.commit()
+    return output.path
+
+
+def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
+    """Tokens to train on: `tokens`, or `alpha` of the pre-training tokens; SettingError when those are unknown."""
+    if settings.tokens is not None:
+        return settings.tokens
+    steps = (source.lineage or {}).get("steps", [])
+    known = sum(step["tokens"] or 0 for step in steps if step["stage"] == "pretrain")
+    pretraining = settings.pretraining_tokens or known
+    if not pretraining:
+        raise SettingError(
+            "alpha is a part of the pre-training tokens, and their number is not known",
+            where="uptrain",
+            next="add --pretraining-tokens (for example 2T), or say --tokens",
+        )
+    assert settings.alpha is not None
+    return max(1, round(settings.alpha * pretraining))
+
+
+def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:
+    """Write the trained student in its source's dtype, frozen parameters too."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if set(source.names()) <= set(state):
+        save_model(work, config=source.config, state=state, lineage=lineage, like=source)
+        return
+    carry_over(source, work)  # the end of a stage changed the architecture: its tensors are other ones
+    config = model.config.to_dict()  # type: ignore[operator,union-attr]
+    save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
+
+
+# --- teacher and stages --------------------------------------------------------------------------------------------
+
+
+def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | None) -> Checkpoint | None:
+    """The teacher of this run, or None when nothing asks for one: it is told from the lineage unless it is given.
+
+    Raises SettingError when one is needed and there is none, or when it speaks another vocabulary.
+    """
+    asked = settings.asked() or method_stages(source)
+    needed = needs_teacher(asked)
+    if asked and not needed and settings.data != "self":
+        return None
+    if given is not None:
+        found = Checkpoint.open(given)
+    elif source.root_hash() != source.hash():
+        found = root_teacher(source)
+    elif needed:
+        raise SettingError(
+            f"loss {needed} needs a teacher, and {source.name} is nobody's student",
+            where="uptrain",
+            next="add --teacher, or train with --loss ce",
+        )
+    else:
+        return None
+    ours, theirs = source.shape.vocab_size, found.shape.vocab_size
+    own, other = source.tokenizer_hash(), found.tokenizer_hash()
+    if ours != theirs or (own and other and own != other):
+        raise SettingError(
+            "teacher and student speak different vocabularies",
+            where=found.path,
+            got=f"{theirs:,} tokens against {ours:,}" if ours != theirs else "another tokenizer",
+            next="give the teacher that the student was made from",
+        )
+    return found
+
+
+def _stages(settings: UptrainSettings, source: Checkpoint, guide: Checkpoint | None) -> list[Stage]:
+    """What was asked for, else what the method wants, else one loss."""
+    stages = settings.asked() or method_stages(source)
+    if not stages:
+        loss = "ce" if guide is None else "kl"
+        stages = [Stage(loss, 1.0, {loss: 1.0}, settings.trainable)]
+    check_shares(stages)
+    return stages
+
+
+def _works(
+    source: Checkpoint,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    stages: Sequence[Stage],
+    settings: UptrainSettings,
+    amount: int,
+) -> list[Work]:
+    """Stages as work: their steps, objectives, parameters, and what ends them."""
+    steps = math.ceil(amount / settings.step_tokens)
+    paths = [source.family.module(site) for site in source.shape.sites]
+    works, done, share = [], 0, 0.0
+    for stage in stages:
+        share += stage.share
+        end = round(share * steps)
+        parameters_of(source, model, stage)  # refuses an unknown role before the first step
+        works.append(
+            Work(
+                stage.name,
+                end - done,
+                objective(model, teacher, stage.losses, paths, settings),
+                groups=lambda stage=stage: parameter_groups(  # type: ignore[misc]
+                    parameters_of(source, model, stage), settings.weight_decay, rates_of(source, stage)
+                ),
+                finish=None if stage.finish is None else finish_of(source, model, stage.finish),
+            )
+        )
+        done = end
+    return works
+
+
+# --- what is minimised ---------------------------------------------------------------------------------------------
+
+
+def objective(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    losses: Mapping[str, float],
+    paths: Sequence[str],
+    settings: UptrainSettings,
+) -> Objective:
+    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, to the loss and its parts."""
+    asks, matching = bool(OF_A_TEACHER & set(losses)), "attention" in losses
+    forced = matching and len(losses) == 1 and settings.attention_inputs == "teacher"
+
+    def evaluate(ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        with ExitStack() as stack:
+            guide = None
+            if asks:
+                assert teacher is not None
+                if matching:
+                    ours = stack.enter_context(hf.attention_outputs(model, paths))
+                    theirs = stack.enter_context(hf.attention_outputs(teacher, paths))
+                if forced:
+                    stack.enter_context(distill.same_inputs(model, teacher, paths))
+                with torch.no_grad():
+                    guide = (distill.hidden_states(teacher, input_BT), distill.Head.of(teacher))
+            h_BTD = distill.hidden_states(model, input_BT)
+            total = h_BTD.new_zeros(())
+            parts: dict[str, Tensor] = {}
+            if len(losses) > matching:
+                total, parts = distill.token_losses(
+                    h_BTD, distill.Head.of(model), target_BT, losses, teacher=guide, temperature=settings.temperature
+                )
+            if matching:
+                distance = distill.attention_matching(ours, theirs)
+                total, parts = total + losses["attention"] * distance, {**parts, "attention": distance.detach()}
+        return total, parts
+
+    return evaluate

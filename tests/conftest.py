@@ -1,0 +1,138 @@
+"""Shared fixtures: tiny random checkpoints of every family, with a byte-level tokenizer, offline and in a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("kvfold", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("kvfold")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported by any test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level tokenizer of 260 entries: every text encodes, one byte a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> None:
+    """Save a random model of `family.tiny()` with these fields changed; biases and norms are random too."""
+    import torch
+    import transformers
+
+    from kvfold.families import all_families
+
+    config = {**all_families()[family].tiny(), **changes}
+    kept = transformers.AutoConfig.for_model(**config)
+    kept.architectures = config["architectures"]
+    with torch.random.fork_rng(devices=[]):
+        model = getattr(transformers, config["architectures"][0])(kept)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
+    model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
+
+
+def _reshape(folder: Path, shard_size: int | None, form: str) -> None:
+    """Write the weights again as shards of about `shard_size` bytes, or as `.bin`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = ("model", ".safetensors") if form == "safetensors" else ("pytorch_model", ".bin")
+    shards: list[dict[str, Any]] = [{}]
+    for name, tensor in sorted(tensors.items()):
+        if shard_size and shards[-1] and sum(kept.nbytes for kept in shards[-1].values()) + tensor.nbytes > shard_size:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = [f"{stem}-{n:05d}-of-{len(shards):05d}{suffix}" for n in range(1, len(shards) + 1)]
+    for file, shard in zip(files if shard_size else [f"{stem}{suffix}"], shards, strict=True):
+        if form == "safetensors":
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(shard, folder / file)
+    if shard_size:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        }
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def _built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[str, Path] = {}
+
+    def build(family: str, seed: int, shard_size: int | None, form: str, changes: dict[str, Any]) -> Path:
+        key = json.dumps([family, seed, shard_size, form, changes], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / "model"
+            _build(folder, family, seed, changes)
+            if shard_size or form != "safetensors":
+                _reshape(folder, shard_size, form)
+            made[key] = folder
+        return made[key]
+
+    return build
+
+
+@pytest.fixture
+def tiny_checkpoint(_built: Callable[..., Path], byte_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Make a fresh copy of a tiny random checkpoint, to read or to damage.
+
+    `tiny_checkpoint("llama", num_hidden_layers=2)` is a path below `tmp_path`. Keywords that are not named here
+    change fields of `family.tiny()`; the vocabulary is the byte-level tokenizer's unless `tokenizer=False`.
+    `shard_size` is in bytes; `form` is "safetensors" or "bin".
+    """
+
+    def make(
+        family: str = "llama",
+        *,
+        name: str = "teacher",
+        seed: int = 0,
+        shard_size: int | None = None,
+        form: str = "safetensors",
+        tokenizer: bool = True,
+        **changes: Any,
+    ) -> Path:
+        if tokenizer:
+            changes.setdefault("vocab_size", VOCABULARY)
+        folder = tmp_path / name
+        shutil.copytree(_built(family, seed, shard_size, form, changes), folder)
+        if tokenizer:
+            shutil.copytree(byte_tokenizer, folder, dirs_exist_ok=True)
+        return folder
+
+    return make

@@ -1,0 +1,269 @@
+"""The battery: what every method owes on every family, in bits, bytes, tokens and gradients.
+
+Methods and families are discovered, so a new one is under test by being there. A method that is not named in
+`FOLDED` runs with its lossless settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvfold import hf, methods
+from kvfold.checkpoint import Checkpoint
+from kvfold.convert import convert
+from kvfold.errors import SettingError
+from kvfold.families import all_families
+from kvfold.methods import Method
+from kvfold.shape import Shape
+
+METHODS = methods.all_methods()
+ENDLESS = {"eos_token_id": None}  # every generation is as long as it was asked to be
+WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in all_families()},
+    "windowed": ("llama", WINDOWED),
+    "biased": ("llama", {"attention_bias": True}),
+    "grouped": ("llama", {"num_key_value_heads": 2}),
+    "tied": ("qwen2", {"tie_word_embeddings": True}),
+}
+
+
+def _fewer_heads(shape: Shape) -> dict[str, Any]:
+    """Half of the heads: grouped-query attention of a multi-head source, multi-query of a grouped one."""
+    return {"kv_heads": next(iter(shape.sites.values())).num_key_value_heads // 2}
+
+
+FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {"gqa": _fewer_heads}
+MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "gqa": [
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"kv_heads": 64}, "kv_heads"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"kv_heads": "self=2,self=1"}, "kv_heads"),
+        ({"kv_heads": "cross=2"}, "kv_heads"),
+        ({"kv_heads": 2, "init": "median"}, "init"),
+    ],
+    "identity": [({"kv_heads": 2}, "kv_heads")],
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher, the method that folds it, and the student that came out."""
+
+    method: Method
+    name: str
+    shape: Shape
+    settings: dict[str, Any]
+    teacher: Path
+    student: Path
+    model: Any  # the student, with kvfold's attention
+    stock: Any  # the student, as transformers loads it without kvfold
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[(name, source) for name in METHODS for source in SOURCES], ids="-".join)
+def pair(request: pytest.FixtureRequest, _built: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    name, (family, changes) = request.param[0], SOURCES[request.param[1]]
+    teacher = _built(family, 0, None, "safetensors", {**changes, **ENDLESS})
+    method, shape = METHODS[name], Checkpoint.open(teacher).shape
+    settings = FOLDED[name](shape) if name in FOLDED else dataclasses.asdict(method.lossless(shape))
+    student = convert(teacher, tmp_path_factory.mktemp(name) / "student", name, settings)
+    stock, found = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
+    assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return Pair(method, name, shape, settings, teacher, student, hf.load(student), stock.eval())
+
+
+def _ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- logits --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_the_lossless_corner_is_the_teacher_to_the_bit(pair: Pair, tmp_path: Path) -> None:
+    settings = dataclasses.asdict(pair.method.lossless(pair.shape))
+    student, ids = hf.load(convert(pair.teacher, tmp_path / "lossless", pair.name, settings)), _ids(2, 20)
+    assert torch.equal(student(ids).logits, hf.load(pair.teacher)(ids).logits)
+
+
+@torch.inference_mode()
+def test_folding_moves_the_logits(pair: Pair) -> None:
+    """Or the tests of this file would hold for a method that did nothing."""
+    ids = _ids(2, 20)
+    moved = (pair.model(ids).logits - hf.load(pair.teacher)(ids).logits).abs().max()
+    assert (moved > 1e-3) == (pair.name in FOLDED)
+
+
+@torch.inference_mode()
+def test_token_by_token_is_the_whole_prompt(pair: Pair) -> None:
+    ids, cache = _ids(2, 20), DynamicCache(config=pair.model.config)
+    steps = [pair.model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
+    _close(torch.cat(steps, dim=1), pair.model(ids).logits)
+
+
+@torch.inference_mode()
+def test_stock_transformers_computes_the_same_and_saves_it_whole(pair: Pair, tmp_path: Path) -> None:
+    ids = _ids(2, 20)
+    _close(pair.model(ids).logits, pair.stock(ids).logits)
+    pair.model.save_pretrained(tmp_path / "again")
+    again = hf.load(tmp_path / "again")
+    assert torch.equal(again(ids).logits, pair.model(ids).logits)
+    assert {name: each.shape for name, each in again.named_parameters()} == {
+        name: each.shape for name, each in pair.stock.named_parameters()
+    }
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+def _written(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Greedy answers: `ids_BT`, the logits behind each new token `(B, T', V)`, and the cache."""
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True} | options
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    with torch.no_grad():
+        made = model.generate(ids, do_sample=False, **options)
+    return made.sequences[:, ids.shape[1] :], torch.stack(made.logits, dim=1), made.past_key_values
+
+
+def test_a_cache_holds_the_bytes_that_were_promised(pair: Pair) -> None:
+    config = pair.method.resolve(pair.method.Config(**pair.settings), pair.shape, {})
+    promised = pair.method.cache_spec(config, pair.shape)
+    for batch, prompt in ((1, 9), (3, 12)):
+        cache = _written(pair.model, _ids(batch, prompt))[2]
+        cached = prompt + 8 - 1  # the last token was never read
+        assert hf.live_cache_bytes(cache) == promised.bytes(cached, batch=batch, itemsize=4)
+
+
+def test_padding_and_neighbours_do_not_change_a_row(pair: Pair) -> None:
+    ids = _ids(3, 12)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((5, 0, 9)):
+        mask[row, :padding] = 0
+    answers, logits, _ = _written(pair.model, ids * mask, attention_mask=mask)
+    for row, padding in enumerate((5, 0, 9)):
+        alone, expected, _ = _written(pair.model, ids[row : row + 1, padding:])
+        _close(logits[row], expected[0])
+        assert torch.equal(answers[row], alone[0])
+
+
+def test_a_static_cache_writes_the_same(pair: Pair) -> None:
+    dynamic, expected, _ = _written(pair.model, _ids(2, 10))
+    static, logits, _ = _written(pair.model, _ids(2, 10), cache_implementation="static")
+    _close(logits, expected)
+    assert torch.equal(static, dynamic)
+
+
+def test_beams_are_those_of_stock_transformers(pair: Pair) -> None:
+    options = {"num_beams": 4, "num_return_sequences": 2, "output_scores": True}
+    with torch.no_grad():
+        ours, theirs = (
+            model.generate(
+                _ids(2, 10),
+                attention_mask=torch.ones(2, 10),
+                max_new_tokens=8,
+                do_sample=False,
+                return_dict_in_generate=True,
+                **options,
+            )
+            for model in (pair.model, pair.stock)
+        )
+    _close(ours.sequences_scores, theirs.sequences_scores)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("helper", ["prompt-lookup", "teacher"])
+def test_assisted_generation_writes_what_greedy_does(pair: Pair, helper: str) -> None:
+    ids = _ids(1, 4).repeat(1, 3)  # a prompt in which something can be looked up
+    greedy = hf.generate(pair.model, ids, max_new_tokens=12)
+    options = {"assistant_model": hf.load(pair.teacher)} if helper == "teacher" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(hf.generate(pair.model, ids, max_new_tokens=12, **options), greedy)
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(_ids(2, 16), labels=_ids(2, 16), use_cache=False).loss.backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters()}  # None has no clone
+
+
+def test_every_parameter_learns_also_with_checkpointing(pair: Pair) -> None:
+    model: Any = hf.load(pair.student)
+    plain = _gradients(model.train())
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in plain.values())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert model.is_activation_checkpointing
+    again = _gradients(model)
+    assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
+    stock = _gradients(pair.stock)
+    for name, gradient in plain.items():
+        _close(gradient, stock[name])
+
+
+# --- determinism ---------------------------------------------------------------------------------------------------
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote to reads as not-a-number."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_conversion_is_a_function_of_its_inputs(pair: Pair, tmp_path: Path, poisoned: None) -> None:
+    before, expected = _bytes(pair.teacher), Checkpoint.open(pair.student).hash()
+    again = convert(pair.teacher, tmp_path / "again", pair.name, pair.settings)
+    assert Checkpoint.open(again).hash() == expected
+    assert _bytes(again)["model.safetensors"] == _bytes(pair.student)["model.safetensors"]
+    assert _bytes(pair.teacher) == before
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "field"), [(name, *mistake) for name, told in MISTAKES.items() for mistake in told]
+)
+def test_a_setting_that_cannot_be_is_one_line(
+    name: str, settings: dict[str, Any], field: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint(tokenizer=False)
+    with pytest.raises(SettingError) as told:
+        convert(teacher, tmp_path / "out", name, settings)
+    line, value = str(told.value), str(settings[field])
+    assert "\n" not in line
+    assert field in line
+    assert value in line or name == "identity"  # which has no settings to give a value to
+    assert told.value.allowed or told.value.next or told.value.got
+    assert list(tmp_path.iterdir()) == [teacher]

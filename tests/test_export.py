@@ -1,0 +1,405 @@
+"""Exports: what the engine computes is what transformers computes, or nothing is put in place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvfold.convert import convert
+from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
+from kvfold.export import ENGINES, NOT_LOADED, ExportSettings, agreement, export, limits
+from kvfold.export.gguf import byte_level_split, interleave
+from kvfold.progress import Silent
+from kvfold.shape import Rope
+
+Make = Callable[..., Path]
+HAS_GGUF = importlib.util.find_spec("gguf") is not None
+HAS_LLAMA_CPP = HAS_GGUF and importlib.util.find_spec("llama_cpp") is not None
+needs_ct2 = pytest.mark.skipif(importlib.util.find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
+needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="gguf is not installed")
+needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python is not installed")
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QUICK = ExportSettings(prompt_tokens=12, new_tokens=8)
+
+
+class Heard(Silent):
+    """Keeps the lines that were said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """What the export's lineage says of its comparison."""
+    step = json.loads((folder / "kvfold.json").read_text())["steps"][-1]
+    assert step["stage"] == "export"
+    return dict(step["check"])
+
+
+def greedy(path: Path, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
+    """Greedy continuations by stock transformers without a cache, and the smallest margin of a choice."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    answers, margin = [], float("inf")
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(count):
+                best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+                margin = min(margin, float(best.values[0] - best.values[1]))
+                ids.append(int(best.indices[0]))
+        answers.append(ids[len(prompt) :])
+    return answers, margin
+
+
+# --- CTranslate2 ----------------------------------------------------------------------------------------------------
+
+
+@needs_ct2
+@pytest.mark.parametrize(
+    ("family", "changes", "kv_heads"),
+    [
+        ("llama", {}, 2),
+        ("llama", {}, 1),
+        ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 1),
+        ("llama", {"rope_parameters": LLAMA3}, 2),
+        ("llama", {**MISTRAL, "sliding_window": 64}, 2),
+        ("llama", {**MISTRAL, "sliding_window": 64}, 1),
+        ("qwen2", {}, 2),
+        ("qwen2", {}, 1),
+    ],
+    ids=["gqa", "mqa", "wide-heads-biases-tied", "llama3-rope", "mistral-gqa", "mistral-mqa", "qwen2-gqa", "qwen2-mqa"],
+)
+def test_ctranslate2_decodes_the_tokens_of_transformers(
+    tiny_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], kv_heads: int
+) -> None:
+    import ctranslate2
+
+    student = convert(tiny_checkpoint(family, **changes), tmp_path / "student", settings={"kv_heads": kv_heads})
+    out = export(student, tmp_path / "out", "ctranslate2", QUICK)
+
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(4, 260, length).tolist() for length in (1, 7, 30)]
+    expected, margin = greedy(student, prompts, 12)
+    check = found(out)
+    assert check["loaded"]
+    assert check["max_difference"] < 1e-4
+    assert check["same_tokens"] == check["tokens"] > 0
+    assert margin > 10 * check["max_difference"], "a near tie would make this test say nothing: choose other prompts"
+
+    engine = ctranslate2.Generator(str(out), compute_type="float32", intra_threads=1)
+    words = json.loads((out / "vocabulary.json").read_text())
+    said = [  # one by one: of prompts of several lengths, it returns the rest of the longer ones too
+        engine.generate_batch(
+            [[words[number] for number in prompt]],
+            max_length=12,
+            beam_size=1,
+            include_prompt_in_result=False,
+            end_token=[],
+        )[0]
+        for prompt in prompts
+    ]
+    assert [answer.sequences_ids[0] for answer in said] == expected
+    logits = np.array(engine.forward_batch([prompts[2]]))[0]
+    assert len(np.unique(logits.argmax(-1))) > 3  # the model does not repeat one token everywhere
+
+
+@needs_ct2
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_narrow_weights_are_smaller_and_close(tiny_checkpoint: Make, tmp_path: Path, dtype: Any) -> None:
+    teacher = tiny_checkpoint("llama")
+    small = export(teacher, tmp_path / "small", "ctranslate2", ExportSettings(dtype, 12, 8))
+    assert (small / "model.bin").stat().st_size < 0.6 * (teacher / "model.safetensors").stat().st_size
+    assert 1e-6 < found(small)["relative_difference"] < agreement.TOLERANCE[dtype]
+
+
+@needs_ct2
+def test_the_export_says_its_lineage_and_the_window_and_repeating_does_nothing(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    teacher, heard = tiny_checkpoint("llama", **MISTRAL, sliding_window=16), Heard()
+    out = export(teacher, tmp_path / "out", "ctranslate2", progress=heard)
+    assert any("exact for contexts of 16 tokens" in line for line in heard.lines)
+    assert found(out)["exact_up_to"] == 16
+    assert found(out)["positions"] == 3 * 15  # the comparison stays inside the window
+    assert (out / "tokenizer.json").is_file()
+    lineage = json.loads((out / "kvfold.json").read_text())
+    assert lineage["root"]["name"] == "teacher"
+
+    before = (out / "model.bin").stat().st_mtime_ns
+    export(teacher, out, "ctranslate2", progress=heard)
+    assert "is complete" in heard.lines[-1]
+    assert (out / "model.bin").stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="--overwrite"):
+        export(teacher, out, "ctranslate2", QUICK)
+    export(teacher, out, "ctranslate2", QUICK, overwrite=True)
+    assert (out / "model.bin").stat().st_mtime_ns > before
+
+
+@needs_ct2
+def test_an_engine_that_computes_something_else_leaves_nothing(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_checkpoint("llama", rope_parameters=LLAMA3)
+    monkeypatch.setattr(ENGINES["ctranslate2"], "frequency_factors", lambda rope: None)
+    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+        export(teacher, tmp_path / "out", "ctranslate2", QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@needs_ct2
+def test_after_ctrl_c_the_same_export_starts_again(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, out = tiny_checkpoint("llama"), tmp_path / "out"
+
+    def stop(*_: Any) -> None:
+        (tmp_path / "out.partial" / "model.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ENGINES["ctranslate2"], "write", stop)
+        with pytest.raises(Interrupted, match="the same command starts it again"):
+            export(teacher, out, "ctranslate2", QUICK)
+    assert not out.exists()
+    assert found(export(teacher, out, "ctranslate2", QUICK))["loaded"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+@needs_ct2
+def test_a_checkpoint_without_tokenizer_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer"):
+        export(tiny_checkpoint("llama", tokenizer=False), tmp_path / "out", "ctranslate2", QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def test_interleave_pairs_the_halves_of_each_head() -> None:
+    rows = np.arange(12)[:, None]  # 2 heads of width 6
+    assert interleave(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert interleave(np.arange(6), 1).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+@needs_gguf
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_gguf_holds_the_checkpoint(tiny_checkpoint: Make, tmp_path: Path, family: str) -> None:
+    import gguf
+    from safetensors.numpy import load_file
+
+    student = convert(tiny_checkpoint(family), tmp_path / "student", settings={"kv_heads": 2})
+    heard = Heard()
+    out = export(student, tmp_path / "out", "gguf", QUICK, progress=heard)
+    reader = gguf.GGUFReader(out / "model.gguf")
+    assert reader.get_field(f"{family}.attention.head_count_kv").contents() == 2
+    assert reader.get_field("tokenizer.ggml.model").contents() == "none"  # the tests' tokenizer has no merges
+    assert any("vocabulary: none" in line for line in heard.lines)
+    assert any(NOT_LOADED in line for line in heard.lines) is not HAS_LLAMA_CPP
+
+    stored = {each.name: np.array(each.data) for each in reader.tensors}
+    original = load_file(student / "model.safetensors")
+    assert len(stored) == len(original)
+    for layer in range(4):
+        k = original[f"model.layers.{layer}.self_attn.k_proj.weight"]
+        if family == "llama":
+            k = k.reshape(2, 2, 4, 32).swapaxes(1, 2).reshape(16, 32)  # by the two KV heads, not the four query heads
+        assert np.array_equal(stored[f"blk.{layer}.attn_k.weight"], k)
+        v = original[f"model.layers.{layer}.self_attn.v_proj.weight"]
+        assert np.array_equal(stored[f"blk.{layer}.attn_v.weight"], v)
+    assert np.array_equal(stored["token_embd.weight"], original["model.embed_tokens.weight"])
+
+
+@needs_gguf
+def test_a_window_is_the_context_length_of_a_gguf(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    import gguf
+
+    teacher = tiny_checkpoint("llama", **MISTRAL, sliding_window=32)
+    out = export(teacher, tmp_path / "out", "gguf", QUICK)
+    assert gguf.GGUFReader(out / "model.gguf").get_field("llama.context_length").contents() == 32
+
+
+@needs_gguf
+def test_float16_that_overflows_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    teacher = tiny_checkpoint("llama")
+    weights = load_file(teacher / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = 1e6
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingError, match="float16 cannot hold"):
+        export(teacher, tmp_path / "out", "gguf", ExportSettings("float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {**MISTRAL, "sliding_window": 64}),
+        ("qwen2", {}),
+    ],
+    ids=["wide-heads-biases-tied", "llama3-rope", "mistral", "qwen2"],
+)
+def test_llama_cpp_computes_the_logits_of_transformers(
+    tiny_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], kv_heads: int
+) -> None:
+    student = convert(tiny_checkpoint(family, **changes), tmp_path / "student", settings={"kv_heads": kv_heads})
+    check = found(export(student, tmp_path / "out", "gguf", QUICK))
+    assert check["loaded"]
+    assert check["max_difference"] < 1e-3
+    assert check["same_tokens"] == check["tokens"] == 3 * 8
+
+
+@needs_llama_cpp
+def test_a_gguf_with_rows_in_the_wrong_order_is_found_out(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ENGINES["gguf"], "interleave", lambda values, heads: values)
+    with pytest.raises(UnsupportedModel, match="does not compute what transformers does"):
+        export(tiny_checkpoint("llama"), tmp_path / "out", "gguf", QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "split"),
+    [
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2"),
+        ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, None),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, None),
+        ({"type": "Metaspace"}, None),
+        (None, None),
+    ],
+)
+def test_a_vocabulary_is_written_where_llama_cpp_splits_as_it_does(pre_tokenizer: Any, split: str | None) -> None:
+    tokenizer = {"model": {"type": "BPE", "merges": [["a", "b"]]}, "pre_tokenizer": pre_tokenizer}
+    assert byte_level_split(tokenizer) == split
+    assert byte_level_split({**tokenizer, "model": {"type": "Unigram"}}) is None
+
+
+# --- what both share ------------------------------------------------------------------------------------------------
+
+
+def test_frequency_factors_are_those_of_transformers() -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=LLAMA3)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 10000.0 ** -(np.arange(0, 64, 2) / 64)
+    factors = limits.frequency_factors(Rope(64, 10000.0, scaling=LLAMA3))
+    assert factors is not None
+    assert factors.min() == 1
+    assert factors.max() == 8
+    np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
+    assert limits.frequency_factors(Rope(64, 10000.0)) is None
+    linear = limits.frequency_factors(Rope(8, 10000.0, scaling={"rope_type": "linear", "factor": 4.0}))
+    assert linear is not None
+    assert linear.tolist() == [4, 4, 4, 4]
+
+
+def _reference() -> agreement.Reference:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5, 9)).astype(np.float32)
+    return agreement.Reference([[1, 2, 3]], [rows[2:].argmax(-1).tolist()], [rows])
+
+
+def test_agreement_counts_tokens_and_excuses_only_near_ties() -> None:
+    known = _reference()
+    same = agreement.compare(known, known.logits, known.answers)
+    agreement.require(same, "engine", "float32")
+    assert (same["positions"], same["tokens"], same["same_tokens"], same["max_difference"]) == (5, 3, 3, 0)
+
+    other = [known.answers[0][0], (known.answers[0][1] + 1) % 9, 0]
+    parted = agreement.compare(known, known.logits, [other])
+    assert (parted["same_tokens"], parted["differing_answers"], parted["near_ties"]) == (1, 1, 0)
+    with pytest.raises(UnsupportedModel, match="no near tie"):
+        agreement.require(parted, "engine", "float32")
+
+    tie = known.logits[0].copy()
+    tie[3, other[1]] = tie[3].max() - 1e-6
+    known = agreement.Reference(known.prompts, known.answers, [tie])
+    noisy = agreement.compare(known, [tie + np.float32(1e-5)], [other])
+    assert (noisy["differing_answers"], noisy["near_ties"]) == (1, 1)
+    agreement.require(noisy, "engine", "float32")
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_logits_that_are_off_are_refused(wrong: float) -> None:
+    known = _reference()
+    found = agreement.compare(known, [known.logits[0] + np.float32(wrong)], known.answers)
+    with pytest.raises(UnsupportedModel, match="logits differ"):
+        agreement.require(found, "engine", "bfloat16")
+
+
+def test_an_unknown_engine_is_named_with_the_nearest(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"no engine is called 'ctranslate'.*did you mean 'ctranslate2'\?"):
+        export(tiny_checkpoint("llama"), tmp_path / "out", "ctranslate")
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "extra"), [("ctranslate2", "ctranslate2", "ct2"), ("gguf", "gguf", "gguf")]
+)
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SettingError, match=rf"not installed; pip install 'kvfold\[{extra}\]'"):
+        export(tmp_path / "missing", tmp_path / "out", engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu"}, "gates its MLP with silu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic' cannot be exported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rotates whole heads",
+        ),
+    ],
+)
+@needs_ct2
+def test_what_the_engine_has_no_place_for_is_refused(
+    tiny_checkpoint: Make, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UnsupportedModel, match=said):
+        export(teacher, tmp_path / "out", "ctranslate2", QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens"])
+def test_lengths_below_one_are_refused(name: str) -> None:
+    with pytest.raises(SettingError, match=f"{name} must be at least 1"):
+        ExportSettings(**{name: 0})

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from kvfold import hf
+from kvfold.errors import UnsupportedModel
+from kvfold.families import Family, all_families, family_of
+from kvfold.shape import Attention, Site, grouped_cache
+
+FAMILIES = all_families()
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in FAMILIES},
+    **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in FAMILIES},
+    **{f"{name}, tied": (name, {"tie_word_embeddings": True}) for name in FAMILIES},
+    **{f"{name}, wide heads": (name, {"head_dim": 16}) for name in ("llama",)},
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama, no head_dim": ("llama", {"head_dim": None}),
+    "mistral": ("llama", {**MISTRAL, "num_key_value_heads": 2}),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}),
+}
+
+
+def config_of(variant: str) -> dict[str, Any]:
+    family, changes = VARIANTS[variant]
+    return {**FAMILIES[family].tiny(), **changes}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shape_is_what_transformers_builds(variant: str) -> None:
+    config = config_of(variant)
+    family = family_of(config)
+    assert family is FAMILIES[VARIANTS[variant][0]]
+    shape = family.shape(config)
+    model = hf.build(config, seed=0)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.model_type == model.config.model_type
+    assert shape.max_positions == model.config.max_position_embeddings
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    for site, attention in shape.sites.items():
+        named = {family.tensor(site, role): form for role, form in attention.roles().items()}
+        below = {name: form for name, form in tensors.items() if name.startswith(f"{family.module(site)}.")}
+        assert named == below, f"the roles of {site} are not the parameters of {family.module(site)}"
+        assert attention.parameters == sum(
+            parameter.numel() for parameter in model.get_submodule(family.module(site)).parameters()
+        )
+    modules = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+    assert modules == {family.module(site) for site in shape.sites}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_windows_are_those_of_the_model(variant: str) -> None:
+    config = config_of(variant)
+    made = transformers.AutoConfig.for_model(**config)
+    kinds = getattr(made, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(made, "sliding_window", None) else "full_attention"] * 4
+    expected = [made.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    shape = family_of(config).shape(config)
+    assert [attention.window for attention in shape.sites.values()] == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_predicted_cache_is_the_live_cache(variant: str) -> None:
+    config = config_of(variant)
+    predicted = grouped_cache(family_of(config).shape(config))
+    model = hf.build(config, seed=0, attention="sdpa").eval()
+    ids_BT = torch.arange(2 * 24).view(2, 24) % 90
+    with torch.inference_mode():
+        cache = model(ids_BT[:, :23], use_cache=True).past_key_values
+        model(ids_BT[:, 23:], past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family) -> None:
+    config = family.tiny()
+    shape = family.shape(config)
+    fewer = {
+        site: Attention(**{**vars(attention), "num_key_value_heads": 2}) for site, attention in shape.sites.items()
+    }
+    student = shape.with_sites(fewer)
+    assert family.shape(config | family.fields(student)) == student
+    mixed = shape.with_sites({Site(0): fewer[Site(0)]})
+    with pytest.raises(UnsupportedModel, match=r"one num_key_value_heads for all layers \(got \[2, 4\]\)"):
+        family.fields(mixed)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_tiny_models_are_tiny_and_can_be_folded_twice(family: Family) -> None:
+    shape = family.shape(family.tiny())
+    assert shape.parameters < 100_000
+    assert shape.num_layers >= 4
+    assert {attention.num_key_value_heads for attention in shape.sites.values()} == {4}
+    assert family.about
+    assert family.tiny()["model_type"] in family.model_types
+
+
+def test_a_model_type_belongs_to_one_family() -> None:
+    named = [model_type for family in FAMILIES.values() for model_type in family.model_types]
+    assert len(named) == len(set(named))
+    assert set(FAMILIES) == {family.name for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_type": None}, "config.json has no model_type; is this a transformers checkpoint?"),
+        ({"model_type": "qwen22"}, "architecture 'qwen22' is not supported; allowed: llama, mistral, qwen2; did you"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "the weights are quantised (gptq); folding needs the numbers that quantising threw away; convert the",
+        ),
+        ({"per_layer_config": {"1": {"num_key_value_heads": 2}}}, "config.json: per_layer_config is not supported"),
+        ({"num_key_value_heads": 3}, "config.json: 3 key/value heads do not divide 4 query heads"),
+        ({"hidden_size": "32"}, "config.json: hidden_size must be a positive whole number (got '32')"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers must be a positive whole number (got 0)"),
+        ({"vocab_size": True}, "config.json: vocab_size must be a positive whole number (got True)"),
+    ],
+)
+def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES["llama"].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+def test_rotation_is_read_from_old_and_new_configs() -> None:
+    config = FAMILIES["llama"].tiny()
+    del config["rope_parameters"]
+    old = config | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    new = config | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}
+    for given in (old, new):
+        rope = family_of(given).shape(given).sites[Site(0)].rope
+        assert rope is not None
+        assert (rope.theta, rope.dims, rope.half_split) == (5e5, 8, True)
+        assert rope.scaling is not None
+        assert rope.scaling["factor"] == 8.0

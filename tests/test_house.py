@@ -1,0 +1,143 @@
+"""The house keeps its own rules: import layers, light import, commands with help and docs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvfold.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "kvfold"
+
+LAYERS = [
+    {"errors", "shape", "progress", ""},
+    {"output", "record", "roofline", "rope", "linalg", "attention"},
+    {"methods", "families"},
+    {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "data", "shards"},
+    {"distill", "training", "stages", "uptrain", "pretrain"}
+    | {"scores", "probes", "gate", "evaluate", "bench", "export"},
+    {"report", "run", "screen", "cli", "__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _part(path: Path) -> str:
+    """The layer word of a source file: its module, or the package that it lies in."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def _imports(path: Path) -> set[tuple[str, str]]:
+    """(module below kvfold, whole dotted name) of every import in a file, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module] if node.module != "kvfold" else [f"kvfold.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "kvfold":
+                below = parts[1] if len(parts) > 1 and parts[1] in LEVEL else ""
+                found.add((below, name))
+    return found
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_layer_imports_only_lower_layers_or_its_own(path: Path) -> None:
+    part = _part(path)
+    assert part in LEVEL, f"{part} has no layer: give it one here, on purpose"
+    for below, name in _imports(path):
+        assert LEVEL[below] <= LEVEL[part], f"{part} (layer {LEVEL[part]}) imports {name} (layer {LEVEL[below]})"
+
+
+@pytest.mark.parametrize("package", ["methods", "families"])
+def test_methods_and_families_never_import_each_other(package: str) -> None:
+    files = [path for path in (PACKAGE / package).glob("*.py") if not path.stem.startswith("_")]
+    assert files
+    for path in files:
+        for _, name in _imports(path):
+            other = "families" if package == "methods" else "methods"
+            assert not name.startswith(f"kvfold.{other}"), f"{path.name} imports {name}"
+            siblings = {f"kvfold.{package}.{each.stem}" for each in files}
+            assert name not in siblings, f"{path.name} imports its sibling {name}"
+
+
+def test_no_cycles_between_modules() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in SOURCES:
+        graph.setdefault(_part(path), set()).update(below for below, _ in _imports(path) if below != _part(path))
+    done: set[str] = set()
+
+    def visit(part: str, above: tuple[str, ...]) -> None:
+        assert part not in above, f"cycle: {' -> '.join((*above, part))}"
+        if part not in done:
+            for below in graph.get(part, ()):
+                visit(below, (*above, part))
+            done.add(part)
+
+    for part in graph:
+        visit(part, ())
+
+
+def test_only_hf_imports_transformers() -> None:
+    for path in SOURCES:
+        if _part(path) == "hf":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "transformers" for name in names), path
+
+
+def test_import_kvfold_is_light() -> None:
+    code = (
+        "import sys, kvfold; dir(kvfold); print(sorted({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_public_names_are_functions_even_after_their_modules_were_imported() -> None:
+    import kvfold
+    import kvfold.evaluate  # binds the submodule, which must not hide the function
+
+    for name in kvfold.__all__:
+        assert callable(getattr(kvfold, name)) or name == "__version__", name
+    with pytest.raises(AttributeError, match="no attribute 'folds'"):
+        kvfold.folds  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_appears_in_the_docs(name: str) -> None:
+    each = COMMANDS[name]
+    assert each.function.__doc__
+    flags = inspect.signature(each.with_flags(), eval_str=True).parameters
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert f"## kvfold {name}" in page
+    assert flags
+    for flag, parameter in flags.items():
+        assert parameter.annotation.__metadata__[0].help, f"{name}: --{flag} has no help"
+
+
+def test_the_generated_pages_are_in_step() -> None:
+    generate = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    said = subprocess.run(generate, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, f"{said.stdout}{said.stderr}: run python docs/generate.py"
+
+
+def test_the_readme_names_both_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme
+    assert "make test" in readme
