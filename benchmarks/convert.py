@@ -14,6 +14,9 @@ Predicted, before it was first run: convert copies 1.26 GB as copy+hash does, bu
 where the other hashes 1.4 + 1.26 GB on one. A copy through memory costs about what the kernel's own costs, so 0.7x of
 copy+hash, and 0.5x of load-all; anonymous memory 0.25 GB (Python and torch take 0.15, a float64 key 0.03) against 1.6.
 
+What came out is in results/. Wrong in this was load-all's memory (0.46 GB: transformers maps its source too), and a
+float64 copy of a whole key proved the dearest step of all, so `gqa` now pools head by head.
+
     python benchmarks/convert.py [--rounds 5] [--results results]
 """
 

@@ -305,8 +305,9 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
         (EVALUATE, {"kind", "metrics", "hashes"}),
         (BENCH, {"kind", "metrics", "hashes"}),
         (UPTRAIN, {"path"}),
+        (["pretrain", "teacher/config.json", "out", *SMALL, "--sequence-length", "16", "--batch-size", "2"], {"path"}),
     ],
-    ids=lambda each: each[0] if isinstance(each, list) else "",
+    ids=lambda each: "-".join(each[:2]) if isinstance(each, list) else "",
 )
 def test_json_is_one_object_on_standard_output(arguments: list[str], keys: set[str], kvfold: Run) -> None:
     code, out, err = kvfold(*arguments, "--json")
@@ -320,6 +321,7 @@ def test_json_is_one_object_on_standard_output(arguments: list[str], keys: set[s
     [
         (["--version"], "kvfold "),
         (["--help"], "convert"),
+        ([], "convert"),
         (["convert", "--help"], "--kv-heads"),
         (["methods"], "gqa: grouped-query attention"),
         (["families"], "mistral"),
@@ -327,12 +329,13 @@ def test_json_is_one_object_on_standard_output(arguments: list[str], keys: set[s
         (CONVERT, "student: student"),
         (EVALUATE, "perplexity"),
     ],
-    ids=lambda each: each[0] if isinstance(each, list) else "",
+    ids=lambda each: "-".join(each[:2]) if isinstance(each, list) else "",
 )
 def test_people_read_it_on_standard_output(arguments: list[str], says: str, kvfold: Run) -> None:
     code, out, _ = kvfold(*arguments)
     assert code == 0
     assert says in out
+    assert len(out.splitlines()) > 1 or out.startswith(("kvfold ", "student: "))
 
 
 def test_a_gate_that_is_missed_is_exit_3_with_its_record(here: Path, kvfold: Run) -> None:
@@ -359,30 +362,58 @@ def test_exit_codes_of_a_process(here: Path) -> None:
     assert not (here / "student").exists()
 
 
+@pytest.mark.slow
+def test_a_termination_signal_is_as_good_as_ctrl_c(here: Path) -> None:
+    command = [sys.executable, "-m", "kvfold", *UPTRAIN, "--tokens", "100M"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("train") for line in process.stderr)  # it has begun
+        process.terminate()
+        last = process.stderr.read().splitlines()[-1]
+    assert process.returncode == 130
+    assert last.startswith("kvfold: ")
+    assert "the same command" in last
+    assert not (here / "out").exists()
+    assert (here / "out.partial").is_dir()
+
+
 # --- a whole run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_end_to_end_and_again(here: Path, kvfold: Run) -> None:
+def _stopped(here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaModel, "forward", _after(calls, LlamaModel.forward))
+        code, out, err = kvfold("run", "recipe.yaml")
+    assert (code, out) == (130, "")
+    assert "the same command" in err.splitlines()[-1]
+    assert not (here / "runs" / "tiny" / "report.html").exists()
+
+
+def test_a_run_from_end_to_end_and_again(here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = here / "runs" / "tiny"
+    for calls in (2, 30):
+        _stopped(here, kvfold, monkeypatch, calls)
     code, out, err = kvfold("run", "recipe.yaml")
     assert code == 0, err
     assert (folder / "report.html").is_file()
-    assert "runs/tiny/report.html" in out.replace("\n", "")
+    assert "runs/tiny/report.html" in out
     kinds = [each.kind for each in record.read_all(folder)]
     assert {kind: kinds.count(kind) for kind in kinds} == {"plan": 2, "evaluate": 5, "bench": 1}
-    first = _tree(folder)
+    made = _tree(folder)
+    results = {name for name in made if name.endswith((".safetensors", ".jsonl")) or "records/e" in name}
+    assert len(results) == 4 + 2 + 5  # weights, logs, evaluations
+
     code, _, err = kvfold("run", "recipe.yaml")
     assert code == 0, err
     assert err.count("is complete") == 4  # two conversions, two trainings
+    assert err.count("measured already") == 6
     again = _tree(folder)
-    assert set(again) == set(first)
-    results = [name for name in first if name.endswith((".safetensors", "train.jsonl")) or "records/e" in name]
-    assert results
-    assert all(again[name] == first[name] for name in results)
+    assert set(again) == set(made)
+    assert {name for name in results if again[name] != made[name]} == set()
+
     code, out, err = kvfold("run", "recipe.yaml", "--set", "evaluate.gate=loss<=teacher-5")
     assert (code, out) == (3, "")
     assert "loss<=teacher-5" in err.splitlines()[-1]
-    assert (folder / "report.html").stat().st_mtime_ns > again["report.html"]
-    assert {name: _tree(folder)[name] for name in results if "converted" in name or "uptrained/" in name} == {
-        name: first[name] for name in results if "converted" in name or "uptrained/" in name
-    }
+    last = _tree(folder)
+    assert last["report.html"] > again["report.html"]
+    assert {name for name in results if "records" not in name and last[name] != made[name]} == set()

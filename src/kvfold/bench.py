@@ -2,33 +2,44 @@
 
 Teacher and students take turns, round by round, so that whatever else the machine does falls on all of them; each
 decodes with the kernel that was fastest for it in a short trial, and the row names it. Beside the teacher stands the
-teacher with an fp8 cache: would a flag do? Prompts are random tokens: a time does not depend on what is written.
+teacher with an fp8 cache: would a flag do? (transformers' own saves bytes and expands all of them for every token.)
+Prompts are random tokens: a time does not depend on what is written.
+
+Caches are static, as in serving engines, where no layer has a window: transformers' growing cache copies itself for
+every token, and a speed-up over a teacher that copies more would be an artefact.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvfold import hf, record
 from kvfold.checkpoint import Checkpoint
-from kvfold.errors import SettingError
+from kvfold.errors import KvfoldError, SettingError
+from kvfold.plan import size
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record
-from kvfold.roofline import decode_step
+from kvfold.roofline import decode_step, hardware, processor_memory
 from kvfold.shape import DTYPE_BYTES, CacheSpec, grouped_cache
+from kvfold.training import best_device
 
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
+QUICK = 0.5  # seconds; prompts that take longer are read once
+COPIES = 3  # caches' worth of memory that a model needs while it is measured: its own, and what kernels make of it
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,8 @@ class BenchSettings:
 
     context: tuple[int, ...] = field(default=(1024, 4096), metadata={"help": "Prompt lengths in tokens."})
     batch: tuple[int, ...] = field(default=(1, 8), metadata={"help": "Sequences decoded together."})
-    new_tokens: int = field(default=8, metadata={"help": "Tokens decoded after each prompt."})
-    repeats: int = field(default=3, metadata={"help": "Rounds, in each of which every model has its turn."})
+    new_tokens: int = field(default=16, metadata={"help": "Tokens decoded after each prompt."})
+    repeats: int = field(default=5, metadata={"help": "Rounds, in each of which every model has its turn."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "What the models compute in and cache."}
     )
@@ -55,89 +66,125 @@ class BenchSettings:
                 raise SettingError(f"{name} must be at least 1", where="bench", got=value)
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """One model with one kind of cache."""
-
-    name: str
-    checkpoint: Checkpoint
-    model: Any
-    fp8: bool = False
-
-    @property
-    def spec(self) -> CacheSpec:
-        return grouped_cache(self.checkpoint.shape)
-
-    @property
-    def cache(self) -> hf.CacheKind:
-        """A static cache spares each step the copy of all that is cached; with a window it rolls, and copies too."""
-        windowed = any(site.window for site in self.checkpoint.shape.sites.values())
-        return "fp8" if self.fp8 else "growing" if windowed else "static"
-
-    def predicted_bytes(self, tokens: int, batch: int, dtype: str) -> int:
-        """What the plan promises; an fp8 cache adds one float32 scale for the keys and one for the values of a layer."""
-        if self.fp8:
-            return self.spec.bytes(tokens, batch=batch, itemsize=1) + 2 * 4 * self.checkpoint.shape.num_layers
-        return self.spec.bytes(tokens, batch=batch, itemsize=DTYPE_BYTES[dtype])
-
-    def moved_bytes(self, context: int, batch: int, dtype: str) -> float:
-        """Bytes that the roofline lets one decode step read: weights and cache."""
-        tied = bool(self.checkpoint.config.get("tie_word_embeddings", False))
-        shape = self.checkpoint.shape
-        step = decode_step(shape, self.spec, context=context, batch=batch, dtype=dtype, tied=tied)
-        return step.weight_bytes + step.cache_bytes * (1 / DTYPE_BYTES[dtype] if self.fp8 else 1)
-
-
 def bench(
     models: Sequence[str | Path],
     settings: BenchSettings = BenchSettings(),
     *,
     records: str | Path = "records",
     name: str | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Record:
     """Measure checkpoints side by side, the first of them the teacher, and write the record.
 
-    Raises SettingError or CheckpointError before anything is measured, OutputError when the record cannot be written,
-    and AssertionError when a cache holds other bytes than the plan promised: that is a bug of kvfold.
+    A record of the same inputs is returned as it is unless `overwrite`. Raises SettingError, CheckpointError or
+    OutputError before anything is measured, and KvfoldError, after the record is written, when a cache holds other
+    bytes than the plan promised.
     """
     if not models:
         raise SettingError("no model to measure", where="bench", next="name the teacher, then its students")
     began = time.monotonic()
-    checkpoints = [Checkpoint.open(each) for each in models]
-    names = _names([each.path for each in checkpoints])
+    opened = [Checkpoint.open(each) for each in models]
+    checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
+    hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
+    name = name or "-".join(checkpoints)
+    identity = {**asdict(settings), "models": [str(each) for each in models]}
+    path = record.path_of(records, "bench", name, identity)
+    record.check_folder(Path(records))
+    made = None if overwrite else record.existing(path, hashes)
+    if made is not None:
+        progress.say(f"{path}: measured already")
+        return made
+    _check_room(opened, settings)
     with _threads(settings.threads):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = [hf.load(each.path, dtype=settings.dtype, device=device) for each in checkpoints]
-        contenders = [_Contender(*each) for each in zip(names, checkpoints, loaded, strict=True)]
-        notes = _with_fp8(contenders) if settings.fp8 else []
-        notes += _beyond(checkpoints, settings)
-        rows = _measure(contenders, settings, progress)
-        metrics = {"rows": rows, "ratios": _ratios(contenders, rows, settings), "notes": notes}
-        identity = {**asdict(settings), "models": [str(each) for each in models]}
+        metrics = _metrics(checkpoints, settings, progress)
+        wrong = next((row for row in metrics["rows"] if row["cache_bytes"] != row["predicted_cache_bytes"]), None)
+        error = None if wrong is None else _other_bytes(wrong, path)
         made = record.make(
             "bench",
-            name or "-".join(names),
+            name,
             identity,
             metrics,
-            hashes={each: checkpoint.hash(progress) for each, checkpoint in zip(names, checkpoints, strict=True)},
+            hashes=hashes,
             seed=settings.seed,
+            status="failed" if error else "done",
+            error=None if error is None else str(error),
             wall_seconds=round(time.monotonic() - began, 2),
         )
     record.write(made, records)
+    if error is not None:
+        raise error
     return made
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """What the rows call the models: the shortest ends of their paths that differ."""
+def interleave(works: Mapping[K, Callable[[], Callable[[], object]]], rounds: int) -> dict[K, list[float]]:
+    """Seconds of each work in each round. A work makes ready and returns the call that is timed.
+
+    Every round runs all of them, beginning with another one each time: what else the machine does falls on all alike.
+    """
+    seconds: dict[K, list[float]] = {key: [] for key in works}
+    keys = list(works)
+    for number in range(rounds):
+        first = number % len(keys)
+        for key in keys[first:] + keys[:first]:
+            call = works[key]()
+            start = _clock()
+            call()
+            seconds[key].append(_clock() - start)
+    return seconds
+
+
+def _clock() -> float:
+    """Seconds on a clock, once the accelerator has done all that it was asked to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- before anything is loaded ---------------------------------------------------------------------------------------
+
+
+def _names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """What the rows call the models: their names, or the shortest ends of their paths where names are alike."""
     parts = [path.resolve().parts[1:] for path in paths]
     if len(set(parts)) < len(parts):
         raise SettingError("a model is named twice", where="bench", next="name each once")
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError("different paths have different ends")
+    found, length = list(names), 1
+    while len(set(found)) < len(found):
+        length += 1
+        found = [
+            name if names.count(name) == 1 else "/".join(part[-length:])
+            for name, part in zip(names, parts, strict=True)
+        ]
+    return found
+
+
+def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> None:
+    """Refuse what memory cannot hold: all models with their caches, at the largest context and batch."""
+    item, context, batch = DTYPE_BYTES[settings.dtype], max(settings.context), max(settings.batch)
+    tokens = context + settings.new_tokens
+    caches = sum(grouped_cache(each.shape).bytes(tokens, batch=batch, itemsize=item) for each in checkpoints)
+    needed = COPIES * caches + item * sum(each.shape.parameters for each in checkpoints)
+    gpu = best_device() == "cuda"
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else processor_memory()
+    if needed > memory:
+        raise SettingError(
+            "models and caches do not fit in memory",
+            where="bench",
+            got=f"{size(needed)} at {context:,} tokens x {batch}",
+            allowed=size(memory),
+            next="choose a smaller context or batch, or dtype bfloat16",
+        )
+
+
+def _other_bytes(row: Mapping[str, Any], path: Path) -> KvfoldError:
+    return KvfoldError(
+        "the cache holds other bytes than the plan says, which is a bug",
+        where=f"{row['model']}, {row['cache']} cache, {row['context']:,} tokens x {row['batch']}",
+        got=f"{row['cache_bytes']:,}",
+        allowed=f"{row['predicted_cache_bytes']:,}",
+        next=f"report it with {path}",
+    )
 
 
 @contextmanager
@@ -150,12 +197,103 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Contender:
+    """One model with one kind of cache."""
+
+    name: str
+    checkpoint: Checkpoint
+    model: Any
+    fp8: bool = False
+    kernel: str = hf.ATTENTION  # of the step that decodes; prompts are read with kvfold's
+    held: Any = None  # the cache after the prompts; decoding goes into forks of it
+    live: Any = None  # the last of these forks
+
+    @property
+    def spec(self) -> CacheSpec:
+        return grouped_cache(self.checkpoint.shape)
+
+    @property
+    def cache(self) -> hf.CacheKind:
+        """A static cache spares each step the copy of all that is cached; with a window it rolls, and copies too."""
+        windowed = any(site.window for site in self.checkpoint.shape.sites.values())
+        return "fp8" if self.fp8 else "growing" if windowed else "static"
+
+    def predicted_bytes(self, tokens: int, batch: int, dtype: str) -> int:
+        """What the plan promises; an fp8 cache adds a float32 scale for the keys and one for the values of a layer."""
+        if self.fp8:
+            return self.spec.bytes(tokens, batch=batch, itemsize=1) + 4 * len(self.spec.slots)
+        return self.spec.bytes(tokens, batch=batch, itemsize=DTYPE_BYTES[dtype])
+
+    def roofline(self, context: int, batch: int, dtype: str) -> float:
+        """Seconds that one decode step takes at least on this machine."""
+        tied = bool(self.checkpoint.config.get("tie_word_embeddings", False))
+        shape = self.checkpoint.shape
+        step = decode_step(shape, self.spec, context=context, batch=batch, dtype=dtype, tied=tied)
+        if self.fp8:
+            step = replace(step, cache_bytes=step.cache_bytes / DTYPE_BYTES[dtype])
+        return step.seconds(hardware("local"), dtype)
+
+    def prefill(self, ids_BS: Tensor, room: int) -> Callable[[], object]:
+        """Make ready to read the prompts into a new cache with this much room."""
+        self.held = self.live = None  # their memory is needed
+        self.model.set_attn_implementation(hf.ATTENTION)
+        self.held = hf.new_cache(self.model, self.cache, room)
+        return lambda: hf.read(self.model, ids_BS, self.held)
+
+    def decode(self, ids_BN: Tensor) -> Callable[[], object]:
+        """Make ready to decode these tokens, one column after the other, from the prompts on."""
+        self.model.set_attn_implementation(self.kernel)
+        self.live = hf.fork(self.held)
+
+        def steps() -> None:
+            for n in range(ids_BN.shape[1]):
+                hf.read(self.model, ids_BN[:, n : n + 1], self.live)
+
+        return steps
+
+
+def _metrics(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, progress: Progress) -> dict[str, Any]:
+    """Rows and ratios of every context and batch, with the seconds of every round."""
+    contenders = []
+    for name, each in checkpoints.items():
+        contenders.append(_Contender(name, each, hf.load(each.path, dtype=settings.dtype, device=best_device())))
+    notes = _with_fp8(contenders) if settings.fp8 else []
+    beyond = _beyond(list(checkpoints.values()), settings)
+    draw = torch.Generator().manual_seed(settings.seed)
+    vocabulary = min(each.shape.vocab_size for each in checkpoints.values())
+    places = list(dict.fromkeys(product(settings.context, settings.batch)))
+    progress.start("bench", sum(context * batch for context, batch in places), "tokens")
+    rows, seconds = [], []
+    try:
+        for context, batch in places:
+            shape = (batch, context + settings.new_tokens)
+            ids_BT = torch.randint(vocabulary, shape, generator=draw).to(best_device())
+            found, raw = _place(contenders, ids_BT, settings)
+            rows += found
+            seconds += raw
+            progress.advance(context * batch, f"{context:,} tokens x {batch}")
+    finally:
+        progress.stop()
+    return {
+        "rows": rows,
+        "ratios": _ratios(contenders, rows, settings),
+        "bytes_as_predicted": all(row["cache_bytes"] == row["predicted_cache_bytes"] for row in rows),
+        "beyond_positions": bool(beyond),
+        "bandwidth": hardware("local").bandwidth,
+        "notes": notes + beyond,
+        "seconds": seconds,
+    }
+
+
 def _with_fp8(contenders: list[_Contender]) -> list[str]:
     """Put the teacher with an fp8 cache after the teacher, where transformers has one; else say why not."""
-    teacher = contenders[0]
-    quantised = _Contender(teacher.name, teacher.checkpoint, teacher.model, fp8=True)
+    quantised = replace(contenders[0], fp8=True)
     try:
-        hf.new_cache(teacher.model, quantised.cache, 1)
+        hf.new_cache(quantised.model, quantised.cache, 1)
     except SettingError as error:
         return [f"teacher with an fp8 cache: {error}"]
     contenders.insert(1, quantised)
@@ -170,122 +308,77 @@ def _beyond(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> list[
     return [f"{longest} tokens are more than the {positions} positions of the models: times hold, text would not"]
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+Rows = list[dict[str, Any]]
 
 
-def _measure(contenders: Sequence[_Contender], settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
-    """One row for each contender, context and batch, contenders taking turns."""
-    vocabulary = min(each.checkpoint.shape.vocab_size for each in contenders)
-    draw = torch.Generator().manual_seed(settings.seed)
-    places = list(product(settings.context, settings.batch))
-    work = [context * batch for context, batch in places]
-    progress.start("bench", sum(work) * len(contenders) * (settings.repeats + 1), "tokens")
-    rows = []
-    try:
-        for context, batch in places:
-            shape = (batch, context + settings.new_tokens)
-            ids_BT = torch.randint(vocabulary, shape, generator=draw).to(contenders[0].model.device)
-            kernels = []
-            for each in contenders:
-                kernels.append(_fastest_kernel(each, ids_BT, context))
-                progress.advance(context * batch, f"{each.name}: {kernels[-1]}")
-            rounds: list[list[_Turn]] = [[] for _ in contenders]
-            for _ in range(settings.repeats):
-                for each, kernel, turns in zip(contenders, kernels, rounds, strict=True):
-                    turns.append(_turn(each, kernel, ids_BT, context))
-                    progress.advance(context * batch, f"{context} tokens x {batch}")
-            for each, kernel, turns in zip(contenders, kernels, rounds, strict=True):
-                rows.append(_row(each, kernel, turns, context, batch, settings))
-    finally:
-        progress.stop()
-    return rows
+def _place(contenders: Sequence[_Contender], ids_BT: Tensor, settings: BenchSettings) -> tuple[Rows, Rows]:
+    """One row for each contender at one context and batch, and the seconds of every round behind it."""
+    batch, room = ids_BT.shape
+    prompts_BS, ids_BN = ids_BT[:, : -settings.new_tokens], ids_BT[:, -settings.new_tokens :]
+    context = prompts_BS.shape[1]
+    prefill = _time_prefill(contenders, prompts_BS, room, settings.repeats)
+    for each in contenders:
+        each.kernel = _fastest_kernel(each, ids_BN)
+    decode = interleave({each: partial(each.decode, ids_BN) for each in contenders}, settings.repeats)
+    rows, raw = [], []
+    for each in contenders:
+        times = decode[each]
+        step = statistics.median(times) / settings.new_tokens
+        where = {"model": each.name, "cache": "fp8" if each.fp8 else "native", "context": context, "batch": batch}
+        rows.append(
+            where
+            | {
+                "cache_bytes": hf.live_cache_bytes(each.live),
+                "predicted_cache_bytes": each.predicted_bytes(room, batch, settings.dtype),
+                "prefill_s": statistics.median(prefill[each]),
+                "decode_s_per_token": step,
+                "tokens_per_s": batch / step,
+                "kernel": each.kernel if each.fp8 else f"{each.kernel}, {each.cache} cache",
+            }
+        )
+        raw.append(where | {"prefill": prefill[each], "decode": times})
+        each.held = each.live = None
+    return rows, raw
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """What one turn of one contender measured: seconds of the prompt, of each step after it, and live bytes."""
-
-    prefill: float
-    steps: list[float]
-    cache_bytes: int
-
-
-def _turn(contender: _Contender, kernel: str, ids_BT: Tensor, context: int) -> _Turn:
-    cache = hf.new_cache(contender.model, contender.cache, ids_BT.shape[1])
-    prefill = _seconds(contender.model, ids_BT[:, :context], cache)  # with the attention that it was loaded with
-    with hf.with_attention(contender.model, kernel):
-        steps = [_seconds(contender.model, token_B1, cache) for token_B1 in ids_BT[:, context:].split(1, dim=1)]
-    return _Turn(prefill, steps, hf.live_cache_bytes(cache))
+def _time_prefill(
+    contenders: Sequence[_Contender], prompts_BS: Tensor, room: int, repeats: int
+) -> dict[_Contender, list[float]]:
+    """Seconds of reading the prompts, in turns: in every round, or once where it takes longer than `QUICK`."""
+    for each in contenders:
+        each.prefill(prompts_BS[:, :8], room)()  # the first call of all loads and allocates
+    works = {each: partial(each.prefill, prompts_BS, room) for each in contenders}
+    seconds = interleave(works, 1)
+    if max(times[0] for times in seconds.values()) < QUICK:
+        seconds = interleave(works, repeats)
+    return seconds
 
 
-def _fastest_kernel(contender: _Contender, ids_BT: Tensor, context: int) -> str:
-    """The kernel with the fastest step after this prompt, of a few steps of each, taking turns; it also warms up."""
-    cache = hf.new_cache(contender.model, contender.cache, context + TRIALS * len(KERNELS))
-    hf.read(contender.model, ids_BT[:, :context], cache)
-    best = dict.fromkeys(KERNELS, float("inf"))
-    for _ in range(TRIALS):
-        for kernel in KERNELS:
-            with hf.with_attention(contender.model, kernel):
-                best[kernel] = min(best[kernel], _seconds(contender.model, ids_BT[:, :1], cache))
-    return min(best, key=lambda kernel: best[kernel])
+def _fastest_kernel(contender: _Contender, ids_BN: Tensor) -> str:
+    """The kernel with the fastest step after the prompts, of a few steps of each, taking turns; it also warms up."""
+
+    def ready(kernel: str) -> Callable[[], object]:
+        contender.kernel = kernel
+        return contender.decode(ids_BN[:, :1])
+
+    seconds = interleave({kernel: partial(ready, kernel) for kernel in KERNELS}, TRIALS)
+    return min(KERNELS, key=lambda kernel: min(seconds[kernel]))
 
 
-def _seconds(model: Any, ids_BT: Tensor, cache: Any) -> float:
-    gpu = ids_BT.is_cuda
-    if gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    hf.read(model, ids_BT, cache)
-    if gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _row(
-    contender: _Contender, kernel: str, turns: Sequence[_Turn], context: int, batch: int, settings: BenchSettings
-) -> dict[str, Any]:
-    """Medians of a contender's turns; `spread` is how far the medians of the rounds lie apart, over the median."""
-    predicted = contender.predicted_bytes(context + settings.new_tokens, batch, settings.dtype)
-    held = {turn.cache_bytes for turn in turns}
-    if held != {predicted}:
-        raise AssertionError(f"{contender.name}: the cache holds {sorted(held)} bytes, the plan says {predicted}")
-    rounds = [statistics.median(turn.steps) for turn in turns]
-    decode = statistics.median(step for turn in turns for step in turn.steps)
-    return {
-        "model": contender.name,
-        "cache": "fp8" if contender.fp8 else "native",
-        "context": context,
-        "batch": batch,
-        "cache_bytes": held.pop(),
-        "predicted_cache_bytes": predicted,
-        "prefill_s": statistics.median(turn.prefill for turn in turns),
-        "decode_s_per_token": decode,
-        "spread": (max(rounds) - min(rounds)) / decode,
-        "kernel": kernel if contender.fp8 else f"{kernel}, {contender.cache} cache",
-    }
-
-
-def _ratios(
-    contenders: Sequence[_Contender], rows: Sequence[dict[str, Any]], settings: BenchSettings
-) -> list[dict[str, Any]]:
-    """How many times faster and smaller than the teacher, beside what the bytes of a decode step allow."""
-    by_place: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        by_place.setdefault((row["context"], row["batch"]), []).append(row)
+def _ratios(contenders: Sequence[_Contender], rows: Rows, settings: BenchSettings) -> Rows:
+    """How many times faster and smaller than the teacher, beside the speed-up that the roofline allows."""
     found = []
-    for (context, batch), here in by_place.items():
-        moved = [each.moved_bytes(context, batch, settings.dtype) for each in contenders]
-        for row, own in list(zip(here, moved, strict=True))[1:]:
+    for at in range(0, len(rows), len(contenders)):
+        first, *others = rows[at : at + len(contenders)]
+        place = (first["context"], first["batch"], settings.dtype)
+        for each, row in zip(contenders[1:], others, strict=True):
             found.append(
-                {
-                    "model": row["model"],
-                    "cache": row["cache"],
-                    "context": context,
-                    "batch": batch,
-                    "decode_speedup": here[0]["decode_s_per_token"] / row["decode_s_per_token"],
-                    "roofline_speedup": moved[0] / own,
-                    "prefill_speedup": here[0]["prefill_s"] / row["prefill_s"],
-                    "cache_bytes_ratio": row["cache_bytes"] / here[0]["cache_bytes"],
+                {key: row[key] for key in ("model", "cache", "context", "batch")}
+                | {
+                    "cache_ratio": row["cache_bytes"] / first["cache_bytes"],
+                    "decode_speedup": first["decode_s_per_token"] / row["decode_s_per_token"],
+                    "roofline_speedup": contenders[0].roofline(*place) / each.roofline(*place),
+                    "prefill_speedup": first["prefill_s"] / row["prefill_s"],
                 }
             )
     return found

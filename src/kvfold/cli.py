@@ -41,7 +41,7 @@ def run_command(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         asked = next((word for word in arguments if not word.startswith("-")), None)
-        left = build(asked)(args=list(arguments), standalone_mode=False)
+        left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
         if left == Interrupted.exit_code:  # typer swallows Ctrl-C, and returns this instead
             raise KeyboardInterrupt
     except KvfoldError as error:
@@ -296,23 +296,33 @@ def bench(
     given: list[dict[str, Any]],
     records: Records = "records",
     name: Name = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure cache bytes, prefill and decode time, teacher and students side by side."""
     from kvfold.bench import BenchSettings
     from kvfold.bench import bench as measure
+    from kvfold.plan import size
 
     settings = decode(BenchSettings, given[0], "bench")
-    made = measure(models, settings, records=records, name=name, progress=_progress())
+    made = measure(models, settings, records=records, name=name, overwrite=overwrite, progress=_progress())
     if as_json:
         _print_json(dataclasses.asdict(made))
         return
-    rows = made.metrics["rows"]
-    columns = list(rows[0])
     table(
         made.name,
-        columns,
-        [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows],
+        ["tokens x batch", "model", "cache", "prefill ms", "decode ms", "kernel"],
+        [
+            [
+                f"{row['context']:,} x {row['batch']}",
+                row["model"] + (", fp8" if row["cache"] == "fp8" else ""),
+                size(row["cache_bytes"]),
+                f"{1e3 * row['prefill_s']:.4g}",
+                f"{1e3 * row['decode_s_per_token']:.4g}",
+                row["kernel"],
+            ]
+            for row in made.metrics["rows"]
+        ],
     )
 
 

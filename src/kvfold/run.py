@@ -74,7 +74,8 @@ def run(
         students.setdefault(fingerprint(dict(cell.convert)), _cell(work, cell))
     if recipe.bench is not None:
         settings = decode(BenchSettings, recipe.bench, "bench")
-        bench([recipe.source, *students.values()], settings, records=work.records, name=recipe.name, progress=progress)
+        models: list[str | Path] = [recipe.source, *students.values()]
+        bench(models, settings, records=work.records, name=recipe.name, overwrite=overwrite, progress=progress)
     page = report(work.folder)
     if work.missed:
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")

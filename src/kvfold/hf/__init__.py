@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import attention_outputs, with_attention
-from kvfold.hf.decoding import fork, generate, live_cache_bytes, new_cache, preallocated
+from kvfold.hf.decoding import CacheKind, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.loading import build, load, load_tokenizer
 
 __all__ = [
@@ -22,7 +22,5 @@ __all__ = [
     "load_tokenizer",
     "new_cache",
     "read",
-    "new_cache",
-    "preallocated",
     "with_attention",
 ]

@@ -1,4 +1,4 @@
-"""Generation, step by step or whole, and what its cache holds."""
+"""Generation, and what its cache holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+
+from kvfold.errors import SettingError
+
+CacheKind = Literal["growing", "static", "fp8"]
 
 
 def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
@@ -70,16 +74,11 @@ def live_cache_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def new_cache(model: Any, kind: Literal["native", "fp8"] = "native") -> Cache:
-    """An empty cache that grows, of the model's dtype or of fp8. The fp8 one is for models without windows."""
-    return DynamicCache(config=model.config) if kind == "native" else QuantizedCache("fp8", model.config)
-
-
 def fork(cache: Cache) -> Cache:
     """A cache to decode into from where this one stands, sharing what it holds: this one can be forked again.
 
-    A growing cache never writes into its tensors; a preallocated one writes only behind its tokens, so of its forks
-    only the last is whole.
+    A growing cache never writes into its tensors; a static one writes only behind its tokens, so of its forks only
+    the last is whole.
     """
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
@@ -87,17 +86,4 @@ def fork(cache: Cache) -> Cache:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor) and not value.dim():  # a counter, which is counted up in place
                 setattr(layer, name, value.clone())
-    return made
-
-
-def preallocated(cache: Cache, model: Any, tokens: int) -> Cache | None:
-    """The same contents in a cache that holds room for `tokens` from the start; None where a layer has a window.
-
-    Decoding then copies no cache, as in serving engines.
-    """
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    made = StaticCache(config=model.config, max_cache_len=tokens)
-    for grown, layer in zip(cache.layers, made.layers, strict=True):
-        layer.update(grown.keys, grown.values)
     return made

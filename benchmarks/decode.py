@@ -1,0 +1,218 @@
+"""Decoding with fewer key/value heads: one attention step by every kernel, and whole models where the cache dominates.
+
+One step, as when one token of each of 8 sequences is decoded: 32 query heads of 64, 4,096 cached tokens, and 32, 16,
+8, 4, 2 or 1 key/value heads, in float32 and bfloat16. All variants take turns; medians over the rounds:
+
+    sdpa, matmul   multi-head: PyTorch's fused kernel, and two matrix products with the softmax between them
+    kvfold         kvfold's own, for any number of heads: query groups as rows of one matrix
+    enable_gqa     PyTorch's fused kernel, told of the groups
+    repeat_kv      keys and values repeated in memory, then the fused kernel
+    read           a plain sum over the same bytes: what no kernel beats
+    softmax        over logits of the step's size: the same whatever the number of key/value heads
+
+Predicted, before it was first run: multi-head by its best kernel takes 1.0x to 1.2x of reading its 537 MB (float32).
+Eight heads have a quarter of the bytes; softmax and 0.27 GFLOP stay, so 0.35x to 0.45x of multi-head; repeat_kv is 5x
+slower than multi-head. One head: 0.1x, all of it arithmetic. bfloat16: multi-head sdpa is 4x slower than matmul; eight
+heads take 0.45x of matmul.
+
+Whole models: 4 random Llama layers of 32 heads of 64, width and MLP 512, so that at 4,096 tokens x 8 the cache is 30
+times the weights; multi-head, 8 heads and 1 head by `kvfold bench`, beside the roofline whose bandwidth is measured in
+the same run. Predicted: roofline 3.7x and 16x; measured 2.5x and 5x, for arithmetic is no part of a roofline of bytes.
+
+    python benchmarks/decode.py [--quick] [--rounds 15] [--results results] [--note TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvfold import hf, record
+from kvfold.attention.grouped import grouped_attention
+from kvfold.bench import BenchSettings, bench, interleave
+from kvfold.convert import convert
+from kvfold.families import all_families
+from kvfold.progress import Silent
+from kvfold.record import Record
+
+STEP = {"batch": 8, "heads": 32, "width": 64, "context": 4096, "kv_heads": (32, 16, 8, 4, 2, 1)}
+QUICK_STEP = {**STEP, "batch": 2, "context": 1024}
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
+FOLDED = (8, 1)
+TARGET = 0.5  # of multi-head's best kernel, for 8 key/value heads in float32
+AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+class Lines(Silent):
+    """Prints what is said."""
+
+    def say(self, line: str) -> None:
+        """Print the line."""
+        print(line, flush=True)
+
+
+# --- one attention step ----------------------------------------------------------------------------------------------
+
+
+def matmul(q_BH1E: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
+    logits_BH1S = (q_BH1E / math.sqrt(q_BH1E.shape[-1])) @ k_BHSE.mT
+    return logits_BH1S.softmax(-1) @ v_BHSE
+
+
+def repeat_kv(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor) -> Tensor:
+    rows = q_BH1E.shape[1] // k_BGSE.shape[1]
+    return sdpa(q_BH1E, k_BGSE.repeat_interleave(rows, 1), v_BGSE.repeat_interleave(rows, 1))
+
+
+def enable_gqa(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor) -> Tensor:
+    return sdpa(q_BH1E, k_BGSE, v_BGSE, enable_gqa=True)
+
+
+MULTI_HEAD = {"sdpa": sdpa, "matmul": matmul, "kvfold": grouped_attention}
+GROUPED = {"kvfold": grouped_attention, "enable_gqa": enable_gqa, "repeat_kv": repeat_kv}
+
+
+def step(shape: dict[str, Any], dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of (key/value heads, kernel): bytes of keys and values, and the median milliseconds of one step."""
+    kind, draw = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    batch, heads, keys, width = shape["batch"], shape["heads"], shape["context"], shape["width"]
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw).to(kind)
+
+    q_BH1E, logits_BHS = random(batch, heads, 1, width), random(batch, heads, keys)
+    works: dict[tuple[int, str], Callable[[], object]] = {(0, "softmax"): lambda: logits_BHS.softmax(-1)}
+    size = {0: logits_BHS.nbytes}
+    for groups in shape["kv_heads"]:
+        k_BGSE, v_BGSE = random(batch, groups, keys, width), random(batch, groups, keys, width)
+        size[groups] = k_BGSE.nbytes + v_BGSE.nbytes
+        truth = sdpa(*(each.float() for each in (q_BH1E, k_BGSE, v_BGSE)), enable_gqa=True)
+        for name, kernel in (MULTI_HEAD if groups == heads else GROUPED).items():
+            found = kernel(q_BH1E, k_BGSE, v_BGSE).float()
+            assert (found - truth).norm() < AGREE[dtype] * truth.norm(), (name, groups)
+            works[groups, name] = lambda run=kernel, k=k_BGSE, v=v_BGSE: run(q_BH1E, k, v)
+        # two numbers of bfloat16 as one of float32: a sum of bytes, and not of conversions
+        flat = [each.view(torch.float32) for each in (k_BGSE, v_BGSE)]
+        works[groups, "read"] = lambda flat=flat: [each.sum() for each in flat]
+    seconds = interleave({key: lambda work=work: work for key, work in works.items()}, rounds)
+    return [
+        {
+            "dtype": dtype,
+            "kv_heads": groups or None,
+            "kernel": name,
+            "bytes": size[groups],
+            "ms": 1e3 * statistics.median(times),
+            "fastest_ms": 1e3 * min(times),
+        }
+        for (groups, name), times in seconds.items()
+    ]
+
+
+def summarise(rows: list[dict[str, Any]], shape: dict[str, Any]) -> dict[str, Any]:
+    """By dtype: multi-head's best kernel, time over groups as a part of it, and what 8 heads' time is made of."""
+    found: dict[str, Any] = {}
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        ms = {(row["kv_heads"], row["kernel"]): row["ms"] for row in rows if row["dtype"] == dtype}
+        best = min(MULTI_HEAD, key=lambda kernel: ms[shape["heads"], kernel])
+        base = ms[shape["heads"], best]
+        grouped = ms[8, "kvfold"]
+        found[dtype] = {
+            "multi_head_best": best,
+            "multi_head_ms": base,
+            "multi_head_over_read": base / ms[shape["heads"], "read"],
+            "kvfold_over_multi_head": {str(g): ms[g, "kvfold"] / base for g in shape["kv_heads"]},
+            "fastest_by_heads": {
+                str(g): min((n for h, n in ms if h == g and n != "read"), key=lambda n: ms[g, n])
+                for g in shape["kv_heads"]
+            },
+            "eight_heads": {
+                "over_multi_head": grouped / base,
+                "bytes_allow": 8 / shape["heads"],
+                "read": ms[8, "read"] / base,
+                "softmax": ms[None, "softmax"] / base,
+                "products_and_rest": (grouped - ms[8, "read"] - ms[None, "softmax"]) / base,
+                "over_multi_head_sdpa": grouped / ms[shape["heads"], "sdpa"],
+            },
+        }
+    return found
+
+
+def steps(given: argparse.Namespace) -> Record:
+    """The benchmark of one step, as a record."""
+    shape, start = QUICK_STEP if given.quick else STEP, time.perf_counter()
+    with torch.inference_mode():
+        rows = [row for dtype in AGREE for row in step(shape, dtype, given.rounds)]
+    metrics = {"rows": rows, **summarise(rows, shape), "load_average": os.getloadavg()[0]}
+    metrics["target"] = {"allowed": TARGET, "met": metrics["float32"]["eight_heads"]["over_multi_head"] <= TARGET}
+    settings = {**shape, "rounds": given.rounds, "quick": given.quick, "note": given.note}
+    wall = time.perf_counter() - start
+    return record.make("benchmark", "decode-step", settings, metrics, seed=0, wall_seconds=wall)
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def models(given: argparse.Namespace, room: Path) -> Record:
+    """Random models of 32, 8 and 1 key/value heads by `kvfold bench`; this machine's bandwidth is measured anew."""
+    os.environ["KVFOLD_CACHE"] = str(room / "cache")
+    config = {**all_families()["llama"].tiny(), **MODEL}
+    teacher = room / "multi-head"
+    hf.build(config, seed=0).save_pretrained(teacher)  # type: ignore[operator]
+    students = [convert(teacher, room / f"kv-heads-{heads}", "gqa", {"kv_heads": heads}) for heads in FOLDED]
+    settings = BenchSettings(
+        context=(512,) if given.quick else (4096,),
+        batch=(2,) if given.quick else (8,),
+        repeats=2 if given.quick else 5,
+        fp8=False,
+    )
+    return bench([teacher, *students], settings, records=room / "records", name="decode-model", progress=Lines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes: a trial of the benchmark, not a result")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--results", default="results")
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    given = parser.parse_args()
+    made = steps(given)
+    for row in made.metrics["rows"]:
+        print(f"{row['dtype']:9} {row['kv_heads'] or '':>3} {row['kernel']:10} {row['ms']:9.3f} ms")
+    for dtype in AGREE:
+        print(dtype, made.metrics[dtype])
+    print(made.metrics["target"], record.write(made, given.results))
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
+        whole = models(given, Path(room))
+    # the models are made anew each time: their place says nothing, what they are does
+    settings = {**whole.settings, "models": ["multi-head", *(f"kv-heads-{heads}" for heads in FOLDED)]}
+    settings |= {"config": MODEL, "quick": given.quick, "note": given.note}
+    whole = record.Record(**{**vars(whole), "settings": settings})
+    for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
+        print(row)
+    print(record.write(whole, given.results))
+
+
+if __name__ == "__main__":
+    main()
