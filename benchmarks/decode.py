@@ -15,9 +15,10 @@ Eight heads have a quarter of the bytes; softmax and 0.27 GFLOP stay, so 0.35x t
 slower than multi-head. One head: 0.1x, all of it arithmetic. bfloat16: multi-head sdpa is 4x slower than matmul; eight
 heads take 0.45x of matmul.
 
-Whole models: 4 random Llama layers of 32 heads of 64, width and MLP 512, so that at 4,096 tokens x 8 the cache is 30
+Whole models: 4 random Llama layers of 32 heads of 64, width and MLP 512, so that at 4,096 tokens x 8 the cache is 27
 times the weights; multi-head, 8 heads and 1 head by `kvfold bench`, beside the roofline whose bandwidth is measured in
-the same run. Predicted: roofline 3.7x and 16x; measured 2.5x and 5x, for arithmetic is no part of a roofline of bytes.
+the same run. Predicted: by bytes 3.6x and 15x; the roofline about 3.6x and 7x, for with 1 head arithmetic bounds a step
+on a CPU; measured 2.5x and 5x.
 
     python benchmarks/decode.py [--quick] [--rounds 15] [--results results] [--note TEXT]
 """
@@ -208,7 +209,7 @@ def main() -> None:
     # the models are made anew each time: their place says nothing, what they are does
     settings = {**whole.settings, "models": ["multi-head", *(f"kv-heads-{heads}" for heads in FOLDED)]}
     settings |= {"config": MODEL, "quick": given.quick, "note": given.note}
-    whole = record.Record(**{**vars(whole), "settings": settings})
+    whole = record.Record(**{**vars(whole), "kind": "benchmark", "settings": settings})
     for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
         print(row)
     print(record.write(whole, given.results))

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvfold import distill, hf, record
+from kvfold import hf, record
 from kvfold.data import TokenFile
 from kvfold.pretrain import PretrainSettings
 from kvfold.progress import SILENT

@@ -36,7 +36,7 @@ from kvfold.training import best_device
 
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
-QUICK = 0.5  # seconds; prompts that take longer are read once
+QUICK = 0.25  # seconds; prompts that take longer are read once
 COPIES = 3  # caches' worth of memory that a model needs while it is measured: its own, and what kernels make of it
 
 K = TypeVar("K")
