@@ -501,6 +501,8 @@ def test_the_teacher_is_the_root_and_speaks_the_same_language(
     (spelled / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SettingError, match=r"different vocabularies .*another tokenizer"):
         uptrain(student, tmp_path / "o", _settings(text), teacher=spelled)
+    away = convert(teacher, tmp_path / "far" / "away" / "from" / "it" / "student", "gqa", {"kv_heads": 1})
+    uptrain(away, tmp_path / "a", _settings(text))  # not beside it: where it was converted is remembered
     teacher.rename(tmp_path / "moved")
     with pytest.raises(KvfoldError, match=r"teacher 'teacher' is not found.*--teacher PATH"):
         uptrain(student, tmp_path / "o", _settings(text))

@@ -7,6 +7,7 @@ container. `kvfold.json` holds its lineage: the root teacher, and each step from
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import CheckpointError
 from kvfold.families import Family, family_of
-from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import CLAIM, MANIFEST, cache_folder, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import versions
 from kvfold.shape import Shape
@@ -36,6 +37,8 @@ __all__ = [
     "locate",
     "natural",
     "read_config",
+    "remember",
+    "remembered",
     "save_model",
 ]
 
@@ -363,6 +366,27 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
         if found.hash(progress) == root["hash"]:
             return found
     return None
+
+
+def remember(source: Checkpoint) -> None:
+    """Note in the cache where a checkpoint lies, by its hash: a lineage names no place, and students look for teachers.
+
+    A cache that cannot be written is no mistake: the teacher is then told with --teacher.
+    """
+    with contextlib.suppress(OSError):
+        path = _place_of(source.hash())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"path": str(source.path.resolve())})
+
+
+def remembered(hashed: str) -> Path | None:
+    """Where a checkpoint of this hash lay when it was last read; it may have gone or changed since."""
+    known = read_json(_place_of(hashed))
+    return Path(known["path"]) if isinstance(known, dict) and "path" in known else None
+
+
+def _place_of(hashed: str) -> Path:
+    return cache_folder() / "checkpoints" / f"{hashed[:32]}.json"
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

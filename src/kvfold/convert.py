@@ -20,7 +20,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from kvfold import methods
-from kvfold.checkpoint import Checkpoint, TensorSpec, Writer, carried, carry_over, content_hash, descend, natural
+from kvfold.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    Writer,
+    carried,
+    carry_over,
+    content_hash,
+    descend,
+    natural,
+    remember,
+)
 from kvfold.errors import Interrupted, OutputError, SettingError
 from kvfold.output import MANIFEST, Output, disk_errors, fingerprint, free_bytes, open_output, read_json, write_json
 from kvfold.progress import SILENT, Progress
@@ -115,6 +125,7 @@ def convert(
             hashed = content_hash(made, job.specs, writer.digests)
             write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
             output.commit()
+            remember(source)
     except KeyboardInterrupt:
         raise Interrupted("stopped", where=dst, next="the same command continues") from None
     return output.path

@@ -198,8 +198,11 @@ def _mapped(file: Path, begin: int, spec: TensorSpec) -> Tensor:
     if not spec.nbytes:
         return torch.empty(spec.shape, dtype=dtype)
     slack = begin % mmap.ALLOCATIONGRANULARITY
-    with file.open("rb") as opened:
-        view = mmap.mmap(opened.fileno(), slack + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - slack)
+    descriptor = os.open(file, os.O_RDONLY)  # not `open`: Ctrl-C inside it leaves a file object that complains
+    try:
+        view = mmap.mmap(descriptor, slack + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - slack)
+    finally:
+        os.close(descriptor)
     if begin % _ITEMSIZE[spec.dtype]:  # a file whose header is not padded: torch wants whole elements
         return torch.frombuffer(bytearray(view[slack:]), dtype=dtype).view(spec.shape)
     return torch.frombuffer(view, dtype=dtype, count=spec.numel, offset=slack).view(spec.shape)

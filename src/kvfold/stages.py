@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kvfold import methods
-from kvfold.checkpoint import Checkpoint
+from kvfold.checkpoint import Checkpoint, remembered
 from kvfold.errors import CheckpointError, SettingError, did_you_mean
 from kvfold.recipe import decode
 from kvfold.shape import Stage
@@ -81,14 +81,14 @@ def needs_teacher(stages: Sequence[Stage]) -> str | None:
 
 
 def root_teacher(source: Checkpoint) -> Checkpoint:
-    """The root of the student's lineage: here, beside it, above it, or on the hub; known by its hash.
+    """The root of the student's lineage, told by its hash: where it was converted, near the student, or on the hub.
 
     Raises CheckpointError when it is in none of these places.
     """
     assert source.lineage is not None
     name, wanted = str(source.lineage["root"]["name"]), source.root_hash()
-    folders = [Path(name), *(folder / name for folder in source.path.resolve().parents[:3])]
-    places: list[str | Path] = [folder for folder in folders if (folder / "config.json").is_file()]
+    folders = [remembered(wanted), Path(name), *(folder / name for folder in source.path.resolve().parents[:3])]
+    places: list[str | Path] = [folder for folder in folders if folder and (folder / "config.json").is_file()]
     for place in [*places, *([name] if "/" in name and not places else [])]:
         found = Checkpoint.open(place)
         if found.hash() == wanted:

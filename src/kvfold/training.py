@@ -291,6 +291,8 @@ def train(
     for work in works[: position.stage]:
         if work.finish:
             work.finish()  # shapes follow the stages that are done; the weights come from the state
+    if resumed:
+        progress.say(f"going on from step {position.step:,}")
     log = Log(folder, position.step)
     progress.start("train", sum(work.steps for work in works) * settings.step_tokens, "tokens")
     progress.advance(position.tokens)
