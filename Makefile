@@ -34,4 +34,4 @@ engines: .venv/.ready  ## build llama.cpp from source (7 minutes), load a studen
 	$(BIN)/python benchmarks/engines.py
 
 clean:  ## remove what the commands above made
-	rm -rf .venv demo build dist .mypy_cache .ruff_cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ settings.load_profile("kvfold")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported by any test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models crawl when threads wait for one another
 
 VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -225,7 +225,7 @@ def rows_of(columns: list[str], lines: list[list[str]]) -> dict[str, dict[str, s
 
 
 def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
-    found = rows_of(*summary(collect(run_dir).records))
+    found = rows_of(*tables.headline(tables.studies(collect(run_dir).records)[0]))
     grouped = found["gqa, kv heads 2, init mean"]
     assert grouped["cache bytes/token"] == "512"
     assert grouped["of teacher"] == "25%"
@@ -239,6 +239,15 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
     assert grouped["decode at 256 × 8"] == f"{(1e-3 + 8e-9 * size) / (1e-3 + 2e-9 * size):.2f}×"
     assert "gap closed" not in grouped  # every student is mean-pooled: there is nothing to close
     assert not any("kv heads 4" in name for name in found)  # its record is a failure
+
+
+def test_the_summary_is_the_headline_made_narrow(run_dir: Path) -> None:
+    columns, lines = summary(collect(run_dir).records)
+    full = tables.headline(tables.studies(collect(run_dir).records)[0])
+    assert [line[0] for line in lines] == [line[0] for line in full[1]]
+    assert {"model", "cache bytes / token", "loss", "KL"} <= set(columns)
+    assert len(columns) < len(full[0])
+    assert summary([]) == (["model"], [])
 
 
 def test_gap_closed_is_held_against_mean_pooling_of_the_same_bytes_and_tokens(tmp_path: Path) -> None:

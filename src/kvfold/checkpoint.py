@@ -349,14 +349,16 @@ def descend(
 def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint | None:
     """The first teacher of a student's lineage, known by its content; None when it is in none of the usual places.
 
-    They are the name that the lineage has for it, that name beside or above the student, and the hub.
+    They are where it was when it was converted, the name that the lineage has for it, that name beside or above the
+    student, and the hub.
     """
     if student.lineage is None or student.root_hash() == student.hash(progress):
         return None
     root = student.lineage["root"]
     name = str(root["name"])
     beside = [str(folder / Path(name).name) for folder in student.path.resolve().parents[:3]]
-    for place in dict.fromkeys([name, *beside]):
+    known = remembered(root["hash"])
+    for place in dict.fromkeys([*([str(known)] if known else []), name, *beside]):
         if not (Path(place) / "config.json").is_file() and not (place == name and re.search("[/:]", name)):
             continue
         try:

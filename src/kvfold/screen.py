@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 OUT = Console(highlight=False)
+if not OUT.is_terminal:
+    OUT.width = 160  # a log has no edge: no word of a table is broken
 ERR = Console(stderr=True, highlight=False)
 
 QUIET_SECONDS = 20  # between two lines where no bar can be drawn
@@ -114,7 +116,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     """Print a table whose first `words` columns are words and whose others are numbers."""
     made = Table(title=title or None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < words else "right", overflow="fold")
+        made.add_column(column, justify="left" if number < words else "right")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     OUT.print(made)

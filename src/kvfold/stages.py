@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kvfold import methods
-from kvfold.checkpoint import Checkpoint, remembered
-from kvfold.errors import CheckpointError, SettingError, did_you_mean
+from kvfold.checkpoint import Checkpoint
+from kvfold.errors import SettingError, did_you_mean
 from kvfold.recipe import decode
 from kvfold.shape import Stage
 
@@ -78,26 +77,6 @@ def needs_teacher(stages: Sequence[Stage]) -> str | None:
 
 
 # --- what the student's lineage says -------------------------------------------------------------------------------
-
-
-def root_teacher(source: Checkpoint) -> Checkpoint:
-    """The root of the student's lineage, told by its hash: where it was converted, near the student, or on the hub.
-
-    Raises CheckpointError when it is in none of these places.
-    """
-    assert source.lineage is not None
-    name, wanted = str(source.lineage["root"]["name"]), source.root_hash()
-    folders = [remembered(wanted), Path(name), *(folder / name for folder in source.path.resolve().parents[:3])]
-    places: list[str | Path] = [folder for folder in folders if folder and (folder / "config.json").is_file()]
-    for place in [*places, *([name] if "/" in name and not places else [])]:
-        found = Checkpoint.open(place)
-        if found.hash() == wanted:
-            return found
-    raise CheckpointError(
-        f"its teacher {name!r} is not found",
-        where=source.path,
-        next="add --teacher PATH, or train without one (--loss ce)",
-    )
 
 
 def method_of(source: Checkpoint) -> tuple[methods.Method, Any] | None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kvfold import distill, hf
-from kvfold.checkpoint import Checkpoint, carry_over, descend, save_model
+from kvfold.checkpoint import Checkpoint, carry_over, descend, root_teacher, save_model
 from kvfold.data import token_file
-from kvfold.errors import OutputError, SettingError
+from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.output import disk_errors, open_output
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import Stage
@@ -35,7 +35,6 @@ from kvfold.stages import (
     parse_loss,
     parse_stages,
     rates_of,
-    root_teacher,
     said,
 )
 from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
@@ -219,17 +218,20 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     needed = needs_teacher(asked)
     if asked and not needed and settings.data != "self":
         return None
-    if given is not None:
-        found = Checkpoint.open(given)
-    elif source.root_hash() != source.hash():
-        found = root_teacher(source)
-    elif needed:
+    found = Checkpoint.open(given) if given is not None else root_teacher(source)
+    if found is None and source.root_hash() != source.hash():
+        raise CheckpointError(
+            f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
+            where=source.path,
+            next="add --teacher PATH, or train without one (--loss ce)",
+        )
+    if found is None and needed:
         raise SettingError(
             f"loss {needed} needs a teacher, and {source.name} is nobody's student",
             where="uptrain",
             next="add --teacher, or train with --loss ce",
         )
-    else:
+    if found is None:
         return None
     ours, theirs = source.shape.vocab_size, found.shape.vocab_size
     own, other = source.tokenizer_hash(), found.tokenizer_hash()

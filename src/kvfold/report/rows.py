@@ -419,9 +419,16 @@ def compact(number: float) -> str:
 
 
 def summary(records: Sequence[Record]) -> Table:
-    """The headline of the first study, for a terminal; empty when nothing was evaluated."""
+    """The headline of the first study, narrow enough for a terminal; empty when nothing was evaluated."""
     found = studies(records)
-    return headline(found[0]) if found else (["model"], [])
+    if not found:
+        return ["model"], []
+    columns, rows = headline(found[0])
+    left_out = {"of teacher", "agreement"}
+    if len({row[0] for row in rows}) == len(rows):  # the model alone tells the rows apart
+        left_out.add("training")
+    kept = [at for at, column in enumerate(columns) if column not in left_out]
+    return [columns[at].replace("/", " / ") for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def markdown(table: Table, *, words: int = 1) -> str:
