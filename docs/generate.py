@@ -1,6 +1,7 @@
 """Write the pages that are made from code and records, so that no number or flag is typed twice.
 
-python docs/generate.py          writes docs/commands.md, README's table and figure, docs/miniature.md
+python docs/generate.py          writes docs/commands.md, README's table and figure, and out of records
+                                 docs/miniature.md, docs/conversion.md, docs/loss-over-tokens.svg
 python docs/generate.py --check  changes nothing; exit 1 when one of them is out of step
 """
 
@@ -16,7 +17,8 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from kvfold import record
 from kvfold.cli import COMMANDS
-from kvfold.report import miniature_page, readme_figure, readme_with_table
+from kvfold.report import conversion_pages, miniature_page, readme_figure, readme_with_table
+from kvfold.report.pages import SWEEPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,13 +64,15 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "README.md": readme_with_table((ROOT / "README.md").read_text(encoding="utf-8"), results),
     }
-    miniature = [each for each in record.read_all(results) if each.name.startswith("miniature")]
-    if any(each.kind == "evaluate" and not each.name.startswith("miniature") for each in record.read_all(results)):
+    records = record.read_all(results)
+    miniature = [each for each in records if each.name.startswith("miniature")]
+    if any(each.kind == "evaluate" and not each.name.startswith(SWEEPS) for each in records):
         figure = ROOT / "docs" / "quality-against-bytes.svg"
         with tempfile.TemporaryDirectory() as folder:
             made[figure] = readme_figure(results, Path(folder) / figure.name).read_text(encoding="utf-8")
     if miniature:
         made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)
+    made |= {ROOT / "docs" / name: text for name, text in conversion_pages(records).items()}
     return made
 
 

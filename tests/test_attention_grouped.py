@@ -74,9 +74,10 @@ def test_the_faster_way_is_chosen_by_rows_and_size() -> None:
         q, k = torch.empty(4, 8, rows, 64, dtype=dtype), torch.empty(4, 8, keys, 64, dtype=dtype)
         return grouped._matmul_is_faster(q, k)
 
-    assert chosen(torch.float32, 4, 4096)
-    assert not chosen(torch.float32, 32, 4096)  # many rows: the fused kernel
-    assert not chosen(torch.float32, 4, 64)  # few keys: one call instead of four
+    assert chosen(torch.float32, 1, 4096)
+    assert not chosen(torch.float32, 1, 64)  # few keys: one call instead of four
+    assert not chosen(torch.float32, 4, 4096)  # a group's rows of float32: the fused kernel, at any size
+    assert not chosen(torch.float32, 32, 64)
     assert chosen(torch.bfloat16, 1, 16)  # one row of bfloat16: never the fused kernel
     assert chosen(torch.bfloat16, 32, 4096)
 

@@ -1,13 +1,14 @@
 """The battery: what every method owes on every family, in bits, bytes, tokens and gradients.
 
 Methods and families are discovered, so a new one is under test by being there. A method that is not named in
-`FOLDED` runs with its lossless settings.
+`FOLDED` runs with its lossless settings; `gqa` runs twice, by weights alone and by what its teacher reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvfold import hf, methods
 from kvfold.checkpoint import Checkpoint
-from kvfold.convert import convert
+from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import SettingError
 from kvfold.families import all_families
 from kvfold.methods import Method
@@ -43,7 +44,9 @@ def _fewer_heads(shape: Shape) -> dict[str, Any]:
     return {"kv_heads": next(iter(shape.sites.values())).num_key_value_heads // 2}
 
 
-FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {"gqa": _fewer_heads}
+FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {"gqa": _fewer_heads, "gqa fit": _fewer_heads}
+CASES = [*METHODS, "gqa fit"]
+TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gqa": [
         ({"kv_heads": 3}, "kv_heads"),
@@ -61,10 +64,12 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
 class Pair:
     """A teacher, the method that folds it, and the student that came out."""
 
+    case: str
     method: Method
     name: str
     shape: Shape
     settings: dict[str, Any]
+    options: ConvertSettings
     teacher: Path
     student: Path
     model: Any  # the student, with kvfold's attention
@@ -79,16 +84,31 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=[(name, source) for name in METHODS for source in SOURCES], ids="-".join)
-def pair(request: pytest.FixtureRequest, _built: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    name, (family, changes) = request.param[0], SOURCES[request.param[1]]
-    teacher = _built(family, 0, None, "safetensors", {**changes, **ENDLESS})
+@pytest.fixture(scope="module", params=[(case, source) for case in CASES for source in SOURCES], ids="-".join)
+def pair(
+    request: pytest.FixtureRequest,
+    _built: Callable[..., Path],
+    byte_tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Pair:
+    case, (family, changes) = request.param[0], SOURCES[request.param[1]]
+    name, folder = case.split()[0], tmp_path_factory.mktemp(request.param[0].replace(" ", "-"))
+    reads = name != case  # what reads has a tokenizer, whose vocabulary is larger
+    teacher = _built(family, 0, None, "safetensors", {**changes, **ENDLESS, **({"vocab_size": 260} if reads else {})})
+    options = ConvertSettings()
+    if reads:
+        teacher = Path(shutil.copytree(teacher, folder / "teacher"))
+        shutil.copytree(byte_tokenizer, teacher, dirs_exist_ok=True)
+        (folder / "text.txt").write_text(TEXT)
+        options = ConvertSettings(calibration=str(folder / "text.txt"))
     method, shape = METHODS[name], Checkpoint.open(teacher).shape
-    settings = FOLDED[name](shape) if name in FOLDED else dataclasses.asdict(method.lossless(shape))
-    student = convert(teacher, tmp_path_factory.mktemp(name) / "student", name, settings)
+    settings = FOLDED[case](shape) if case in FOLDED else dataclasses.asdict(method.lossless(shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVFOLD_CACHE", str(folder / "cache"))
+        student = convert(teacher, folder / "student", name, settings, options=options)
     stock, found = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
     assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return Pair(method, name, shape, settings, teacher, student, hf.load(student), stock.eval())
+    return Pair(case, method, name, shape, settings, options, teacher, student, hf.load(student), stock.eval())
 
 
 def _ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
@@ -105,8 +125,8 @@ def _close(found: Tensor, expected: Tensor) -> None:
 @torch.inference_mode()
 def test_the_lossless_corner_is_the_teacher_to_the_bit(pair: Pair, tmp_path: Path) -> None:
     settings = dataclasses.asdict(pair.method.lossless(pair.shape))
-    student, ids = hf.load(convert(pair.teacher, tmp_path / "lossless", pair.name, settings)), _ids(2, 20)
-    assert torch.equal(student(ids).logits, hf.load(pair.teacher)(ids).logits)
+    student, ids = convert(pair.teacher, tmp_path / "lossless", pair.name, settings, options=pair.options), _ids(2, 20)
+    assert torch.equal(hf.load(student)(ids).logits, hf.load(pair.teacher)(ids).logits)
 
 
 @torch.inference_mode()
@@ -114,7 +134,7 @@ def test_folding_moves_the_logits(pair: Pair) -> None:
     """Or the tests of this file would hold for a method that did nothing."""
     ids = _ids(2, 20)
     moved = (pair.model(ids).logits - hf.load(pair.teacher)(ids).logits).abs().max()
-    assert (moved > 1e-3) == (pair.name in FOLDED)
+    assert (moved > 1e-3) == (pair.case in FOLDED)
 
 
 @torch.inference_mode()
@@ -241,9 +261,12 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_a_conversion_is_a_function_of_its_inputs(pair: Pair, tmp_path: Path, poisoned: None) -> None:
+def test_a_conversion_is_a_function_of_its_inputs(
+    pair: Pair, tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, expected = _bytes(pair.teacher), Checkpoint.open(pair.student).hash()
-    again = convert(pair.teacher, tmp_path / "again", pair.name, pair.settings)
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))  # what the teacher read is read again
+    again = convert(pair.teacher, tmp_path / "again", pair.name, pair.settings, options=pair.options)
     assert Checkpoint.open(again).hash() == expected
     assert _bytes(again)["model.safetensors"] == _bytes(pair.student)["model.safetensors"]
     assert _bytes(pair.teacher) == before

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kvfold import hf
-from kvfold.calibrate import CalibrationSettings, calibrate, calibration_hash, memory_bytes, read
+from kvfold import hf, spool
+from kvfold.calibrate import CalibrationSettings, calibrate, calibration_hash, disk_bytes, memory_bytes, read
 from kvfold.checkpoint import Checkpoint
 from kvfold.data import TokenFile
-from kvfold.errors import CheckpointError, DataError, SettingError
+from kvfold.errors import CheckpointError, DataError, OutputError, SettingError
+from kvfold.families import all_families, family_of
+from kvfold.progress import Silent
 from kvfold.shape import AttentionGram, CrossGram, InputGram, QueryGram, Request, SampledPairs, Site
 
 EXACT = CalibrationSettings(length=12, dtype="float64", device="cpu")
@@ -73,7 +75,12 @@ class BruteForce:
         out = self.x(layer) @ self.weight(f"{site}.weight").T
         if f"{site}.bias" in self.source.names():
             out = out + self.weight(f"{site}.bias")
-        return out.reshape(len(out), heads, 8)
+        out = out.reshape(len(out), heads, 8)
+        norm = f"model.layers.{layer}.self_attn.{role}_norm.weight"
+        if norm in self.source.names():
+            out = out / np.sqrt((out**2).mean(-1, keepdims=True) + self.source.config["rms_norm_eps"])
+            out = out * self.weight(norm)
+        return out
 
     def averaged(self, layer: int, head: int) -> Any:
         """Inputs averaged by one head's attention (N, D)."""
@@ -103,8 +110,9 @@ def test_answers_are_what_brute_force_finds(teacher: Checkpoint) -> None:
     close(answers[CrossGram(Site(2), Site(1))]["gram_DD"], x[2].T @ x[1] / 41)
     q = brute.projected(1, "q", 4)
     close(answers[QueryGram(Site(1))]["gram_HEE"], np.einsum("nhe,nhf->hef", q, q) / 41)
-    y = [brute.averaged(2, head) for head in range(4)]
-    close(answers[AttentionGram(Site(2))]["gram_HDD"], np.stack([head.T @ head / 41 for head in y]))
+    y = np.concatenate([brute.averaged(2, head) for head in range(4)])  # of all heads alike
+    close(answers[AttentionGram(Site(2))]["gram_DD"], y.T @ y / len(y))
+    close(answers[AttentionGram(Site(2))]["mean_D"], y.mean(0))
     assert set(answers) == set(ALL)
 
 
@@ -130,6 +138,20 @@ def test_sampled_pairs_are_pairs_of_distinct_tokens(teacher: Checkpoint) -> None
     assert other[ALL[-1]]["position_N"].tolist() != answers[ALL[-1]]["position_N"].tolist()
     whole = calibrate(teacher, [SampledPairs(Site(0), 41)], tokens, EXACT)[SampledPairs(Site(0), 41)]
     assert whole["position_N"].tolist() == position.tolist()
+
+
+def test_queries_and_keys_are_those_that_are_rotated(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Qwen3 norms both by head, before the rotation."""
+    source = Checkpoint.open(tiny_checkpoint("qwen3", tokenizer=False, num_key_value_heads=2))
+    tokens = token_file(20)
+    brute = BruteForce(source, [tokens.tokens[at : at + 12].astype(np.int64) for at in range(0, 20, 12)])
+    pairs, gram = SampledPairs(Site(2), 20), QueryGram(Site(2))
+    found = calibrate(source, [pairs, gram], tokens, EXACT)
+    q, k = brute.projected(2, "q", 4), brute.projected(2, "k", 2)
+    np.testing.assert_allclose(found[pairs]["q_NHE"].numpy(), q, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[pairs]["k_NGE"].numpy(), k, rtol=1e-6, atol=1e-6)
+    expected = np.einsum("nhe,nhf->hef", q, q) / 20  # transformers norms in float32, whatever the model's format
+    np.testing.assert_allclose(found[gram]["gram_HEE"].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_is_uniform_over_the_text(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -159,8 +181,8 @@ def test_answers_are_kept(teacher: Checkpoint, cache: Path, monkeypatch: pytest.
     files = list((cache / "calibration").iterdir())
     assert [file.suffix for file in files] == [".safetensors"]
     loads: list[object] = []
-    load = hf.load
-    monkeypatch.setattr(hf, "load", lambda *given, **named: (loads.append(given), load(*given, **named))[1])
+    layers = hf.Layers
+    monkeypatch.setattr(hf, "Layers", lambda *given, **named: (loads.append(given), layers(*given, **named))[1])
     again = calibrate(teacher, [*reversed(ALL), ALL[0]], token_file(30), replace(EXACT, max_bytes=10**9))
     assert not loads
     for request in ALL:
@@ -205,17 +227,98 @@ def test_memory_is_bounded_and_checked_before_anything_is_loaded(
 ) -> None:
     shape = teacher.shape
     alone = memory_bytes(shape, [], EXACT)
-    assert alone >= 8 * shape.parameters
     assert memory_bytes(shape, [InputGram(Site(0))] * 2, EXACT) == alone + 8 * 33 * 32
-    assert memory_bytes(shape, [AttentionGram(Site(0))], EXACT) > alone + 8 * 4 * 32 * 32
+    probabilities = memory_bytes(shape, [AttentionGram(Site(0))], EXACT) - alone - 8 * 33 * 32
+    assert probabilities >= 2 * 4 * 12 * 12 * 8  # logits and probabilities of one row: 4 heads of 12 x 12
+    assert memory_bytes(shape, [AttentionGram(Site(0)), AttentionGram(Site(1))], EXACT) == (
+        alone + probabilities + 2 * 8 * 33 * 32  # layers are read one after another
+    )
     needed = memory_bytes(shape, ALL, EXACT)
-    monkeypatch.setattr(hf, "load", lambda *given, **named: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(hf, "Layers", lambda *given, **named: pytest.fail("the model was opened"))
     with pytest.raises(SettingError) as caught:
         calibrate(teacher, ALL, token_file(30), replace(EXACT, max_bytes=needed - 1))
     assert str(caught.value) == (
-        "calibrate: the teacher and its answers do not fit into memory "
+        "calibrate: a layer of the teacher and the answers do not fit into memory "
         f"(got {needed:,} bytes); allowed: {needed - 1:,}; calibrate on a larger machine, or raise max_bytes"
     )
+
+
+def test_a_teacher_needs_the_memory_of_one_layer(tiny_checkpoint: Callable[..., Path]) -> None:
+    def needed(layers: int, **changes: Any) -> int:
+        config = {**all_families()["llama"].tiny(), "num_hidden_layers": layers, "tie_word_embeddings": True}
+        return memory_bytes(family_of(config).shape({**config, **changes}), [], EXACT)
+
+    layer, embedding = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32, 96 * 32
+    assert 8 * (layer + embedding) < needed(1)
+    assert needed(4) <= needed(1)
+    assert needed(4, dtype="bfloat16") == needed(4)
+    assert needed(4, vocab_size=97) - needed(4) == 8 * 32
+
+
+def test_text_waits_on_disk_and_leaves_nothing(
+    teacher: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    made = spool.Spool.__init__
+    monkeypatch.setattr(spool.Spool, "__init__", lambda self, *given: (made(self, *given), kept.append(self.bytes))[0])
+    calibrate(teacher, ALL, token_file(30), EXACT)
+    # hidden states, and the inputs of layers 0 and 1, which later ones are paired with
+    assert kept == [30 * 32 * 8] * 3
+    assert sum(kept) == disk_bytes(teacher.shape, ALL, EXACT, 30)
+    assert list((cache / "spool").iterdir()) == []
+    free = disk_bytes(teacher.shape, ALL, EXACT, 31) - 1
+    monkeypatch.setattr(spool, "free_bytes", lambda path: free)
+    with pytest.raises(OutputError, match=f"text do not fit on the disk .got {free + 1:,} bytes.; allowed: {free:,}"):
+        calibrate(teacher, ALL, token_file(31), EXACT)
+
+
+def test_layers_that_nothing_is_asked_of_are_not_read(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    opens = hf.Layers.open
+    monkeypatch.setattr(hf.Layers, "open", lambda self, number: (opened.append(number), opens(self, number))[1])
+    calibrate(teacher, [InputGram(Site(1)), CrossGram(Site(2), Site(2))], token_file(30), EXACT)
+    assert opened == [0, 1, 2]
+
+
+def test_the_inputs_of_one_site_with_itself(teacher: Checkpoint) -> None:
+    requests = [InputGram(Site(2)), CrossGram(Site(2), Site(2))]
+    found = calibrate(teacher, requests, token_file(30), EXACT)
+    assert torch.equal(found[requests[0]]["gram_DD"], found[requests[1]]["gram_DD"])
+
+
+def test_attention_is_averaged_in_blocks(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Rows longer than a block, and a teacher in float32: within what its own attention is exact to."""
+    source = Checkpoint.open(
+        tiny_checkpoint("llama", tokenizer=False, num_hidden_layers=2, max_position_embeddings=512)
+    )
+    tokens, request = token_file(700), AttentionGram(Site(1))
+    brute = BruteForce(source, [tokens.tokens[at : at + 300].astype(np.int64) for at in range(0, 700, 300)])
+    y = np.concatenate([brute.averaged(1, head) for head in range(4)])
+    expected, mean = y.T @ y / len(y), y.mean(0)
+    exact, rounded = (
+        calibrate(source, [request], tokens, replace(EXACT, length=300, dtype=dtype))[request]
+        for dtype in ("float64", "float32")
+    )
+    np.testing.assert_allclose(exact["gram_DD"].numpy(), expected, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(exact["mean_D"].numpy(), mean, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(rounded["gram_DD"].numpy(), expected, rtol=1e-4, atol=1e-6 * expected.max())
+    np.testing.assert_allclose(rounded["mean_D"].numpy(), mean, rtol=1e-4, atol=1e-6 * np.abs(mean).max())
+    assert bool((torch.linalg.eigvalsh(rounded["gram_DD"]) > -1e-12 * rounded["gram_DD"].trace()).all())
+
+
+def test_progress_counts_tokens_of_every_layer(teacher: Checkpoint) -> None:
+    told: list[Any] = []
+
+    class Listener(Silent):
+        def start(self, what: str, total: float, unit: str) -> None:
+            told.append(total)
+
+        def advance(self, amount: float, note: str = "") -> None:
+            told.append((amount, note))
+
+    ids_BT = torch.from_numpy(token_file(24).tokens.astype(np.int64)).view(2, 12)
+    read(teacher, [InputGram(Site(1))], [ids_BT], EXACT, total=24, progress=Listener())
+    assert told == [48, (24, "layer 1 of 2"), (24, "layer 2 of 2")]
 
 
 def test_what_cannot_be_answered(teacher: Checkpoint, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfold.checkpoint import Checkpoint, carry_over, descend, locate, save_model
+from kvfold.checkpoint import Checkpoint, carry_over, locate, save_model
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import all_families
+from kvfold.lineage import descend
 from kvfold.output import MANIFEST, open_output, read_json, write_json
 
 Make = Callable[..., Path]
@@ -263,18 +264,6 @@ def test_tokenizer_hash(tiny_checkpoint: Make) -> None:
 
 
 # --- lineage --------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_without_lineage_is_its_own_root(tiny_checkpoint: Make) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint())
-    assert checkpoint.lineage is None
-    assert checkpoint.root_hash() == checkpoint.hash()
-    lineage = descend(checkpoint, inputs="i", stage="uptrain", settings={"tokens": 5}, tokens=5, seed=1)
-    assert lineage["root"]["hash"] == checkpoint.hash()
-    assert lineage["root"]["name"] == "teacher"
-    assert lineage["root"]["config"] == checkpoint.config
-    assert lineage["root"]["parameters"] == checkpoint.shape.parameters
-    assert [step["stage"] for step in lineage["steps"]] == ["uptrain"]
 
 
 def test_weights_that_changed_behind_the_lineage_are_noticed(tiny_checkpoint: Make, tmp_path: Path) -> None:

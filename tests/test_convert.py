@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from kvfold import methods
 from kvfold.checkpoint import Checkpoint, Writer
+from kvfold.cli import run_command
 from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import CheckpointError, Interrupted, OutputError, SettingError
 from kvfold.families import all_families
@@ -331,6 +332,237 @@ def test_a_method_with_calibration_and_groups_of_layers(
     (tmp_path / "text.txt").write_text("Another text altogether, as long as the first. " * 20)
     with pytest.raises(OutputError, match="the output exists"):
         convert(teacher, tmp_path / "student", "toy", options=options)
+
+
+# --- repaired -------------------------------------------------------------------------------------------------------
+
+REPAIRED = ("q_proj.weight", "o_proj.weight", "down_proj.weight")
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Callable[..., ConvertSettings]:
+    """Settings with a little text, of which a repair makes two rows."""
+    path = tmp_path / "text" / "text.txt"
+    path.parent.mkdir()
+    path.write_text("Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 12)
+    return lambda **changes: ConvertSettings(calibration=str(path), calibration_tokens=600, **changes)
+
+
+def fold(teacher: Path, out: Path, options: ConvertSettings, **more: Any) -> Path:
+    return convert(teacher, out, "gqa", {"kv_heads": 2}, options=options, **more)
+
+
+@pytest.mark.parametrize("family", sorted(all_families()))
+@pytest.mark.parametrize("form", [{}, {"dtype": "bfloat16", "shard_size": 20_000}])
+def test_a_repaired_student_is_stock_and_says_what_it_is(
+    tiny_checkpoint: Make, tmp_path: Path, calibrated: Callable[..., ConvertSettings], family: str, form: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    teacher = tiny_checkpoint(family, num_hidden_layers=2, dtype=form.get("dtype", "float32"))
+    size = {"shard_size": form["shard_size"]} if form else {}
+    plain = fold(teacher, tmp_path / "plain", calibrated(repair=("none",)))
+    student = fold(teacher, tmp_path / "student", calibrated(**size))
+    model, said = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
+    assert not any(said[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_key_value_heads == 2
+
+    old, new = state(plain), state(student)
+    assert old.keys() == new.keys()
+    assert all(new[name].dtype == tensor.dtype for name, tensor in old.items())
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {name for name in old if name.endswith(REPAIRED)}
+    assert len(list(student.glob("*.safetensors"))) > 3 if form else (student / "model.safetensors").exists()
+    files = {path.name for path in student.iterdir() if path.suffix != ".safetensors"}
+    assert files == {path.name for path in teacher.iterdir()} - {"model.safetensors"} | {MANIFEST} | (
+        {"model.safetensors.index.json"} if form else set()
+    )
+
+    lineage = read_json(student / MANIFEST)
+    (step,) = lineage["steps"]
+    assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", ["q", "o", "down"])
+    assert step["calibration"] == read_json(plain / MANIFEST)["steps"][0]["calibration"]
+    assert read_json(plain / MANIFEST)["steps"][0]["settings"]["repair"] == []
+    assert lineage["hash"] == Checkpoint.open(student).hash() != Checkpoint.open(plain).hash()
+
+
+def test_shards_of_a_repaired_student_hold_the_same(
+    tiny_checkpoint: Make, tmp_path: Path, calibrated: Callable[..., ConvertSettings]
+) -> None:
+    teacher = tiny_checkpoint("qwen2", num_hidden_layers=2)
+    whole = fold(teacher, tmp_path / "whole", calibrated())
+    split = fold(teacher, tmp_path / "split", calibrated(shard_size=20_000))
+    assert len(list(split.glob("*.safetensors"))) > 3
+    assert Checkpoint.open(split).hash() == Checkpoint.open(whole).hash()
+    one, other = state(whole), state(split)
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    listener = Listener()
+    assert fold(teacher, split, calibrated(shard_size=20_000), progress=listener) == split
+    assert any("is complete" in line for line in listener.lines)
+    with pytest.raises(OutputError, match="the output exists"):
+        fold(teacher, split, calibrated(shard_size=20_000, repair=("o",)))
+
+
+@pytest.mark.parametrize(("method", "repair"), [("identity", ("o",)), ("gqa", ("q", "down"))])
+def test_any_method_is_repaired_where_it_is_said(
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    calibrated: Callable[..., ConvertSettings],
+    method: str,
+    repair: tuple[str, ...],
+) -> None:
+    """Also after the paper's own pooling, which asks the teacher nothing."""
+    teacher = tiny_checkpoint(num_hidden_layers=2)
+    settings = {"kv_heads": 2, "init": "mean"} if method == "gqa" else {}
+    plain = state(convert(teacher, tmp_path / "plain", method, settings, options=calibrated()))
+    student = convert(teacher, tmp_path / "student", method, settings, options=calibrated(repair=repair))
+    made = state(student)
+    allowed = {name for name in plain if name.rsplit(".", 2)[1].removesuffix("_proj") in repair}
+    changed = {name for name in plain if not torch.equal(plain[name], made[name])}
+    assert changed <= allowed
+    if method == "gqa":
+        assert changed == allowed
+    else:
+        # its heads are small: what float32 products leave, over the damping
+        assert all(torch.allclose(plain[name], made[name], rtol=0, atol=5e-4) for name in allowed)
+    assert read_json(student / MANIFEST)["steps"][0]["settings"]["repair"] == list(repair)
+    assert read_json(student / MANIFEST)["steps"][0]["calibration"]
+
+
+def test_repair_that_cannot_be(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_checkpoint()
+    with pytest.raises(SettingError, match="convert: 'v' cannot be repaired; allowed: q, o or down, or none"):
+        ConvertSettings(repair=("q", "v"))
+    with pytest.raises(SettingError, match="repair asks the teacher to read a little text, and none is given"):
+        convert(teacher, tmp_path / "out", "identity", options=ConvertSettings(repair=("o",)))
+    capsys.readouterr()
+    command = ["convert", str(teacher), str(tmp_path / "out"), "--kv-heads", "2"]
+    for flags, says in ((["--repair", "x"], "'x' cannot be repaired"), (["--repair", "o"], "add --calibration TEXT")):
+        assert run_command([*command, *flags]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.count("\n") == 1
+        assert says in told.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
+    assert run_command([*command, "--repair", "none"]) == 0
+    assert read_json(tmp_path / "out" / MANIFEST)["steps"][0]["settings"]["repair"] == []
+
+
+class CtrlC(Listener):
+    """Presses it at one moment of a repair: when it starts, after so many layers, or when it ends."""
+
+    def __init__(self, moment: str | int) -> None:
+        super().__init__()
+        self.moment, self.repairing, self.layers = moment, False, 0
+
+    def start(self, what: str, total: float, unit: str) -> None:
+        super().start(what, total, unit)
+        self.repairing = what == "repairing"
+        self._press("start")
+
+    def advance(self, amount: float, note: str = "") -> None:
+        super().advance(amount, note)
+        if self.repairing:
+            self.layers += 1
+            self._press(self.layers)
+
+    def stop(self) -> None:
+        if self.layers == 2:
+            self._press("stop")
+
+    def _press(self, moment: str | int) -> None:
+        if self.repairing and moment == self.moment:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("moment", "kept"), [("start", 0), (1, 1), (2, 2), ("stop", 2)])
+@pytest.mark.parametrize("size", [5 * 10**9, 20_000])
+def test_ctrl_c_in_a_repair_and_the_same_command_again(
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    calibrated: Callable[..., ConvertSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str | int,
+    kept: int,
+    size: int,
+) -> None:
+    from kvfold import repair
+
+    teacher, out, options = tiny_checkpoint(num_hidden_layers=2), tmp_path / "out", calibrated(shard_size=size)
+    with pytest.raises(Interrupted, match="the same command continues"):
+        fold(teacher, out, options, progress=CtrlC(moment))
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match="is not finished"):
+        Checkpoint.open(out)
+    assert len(list((tmp_path / "out.partial" / "repaired").glob("*.safetensors"))) == kept
+    solved, ridge = [0], repair.ridge
+    monkeypatch.setattr(repair, "ridge", lambda *given: (solved.__setitem__(0, solved[0] + 1), ridge(*given))[1])
+    _same_as_never_stopped(teacher, out, options, lambda: solved[0] == 2 * (2 - kept))
+
+
+def _same_as_never_stopped(
+    teacher: Path, out: Path, options: ConvertSettings, after: Callable[[], bool] = lambda: True
+) -> None:
+    """Continue, and compare with the same conversion in one go."""
+    fold(teacher, out, options)
+    assert after()
+    whole = fold(teacher, out.with_name("whole"), options)
+    assert Checkpoint.open(out).hash() == Checkpoint.open(whole).hash() == read_json(out / MANIFEST)["hash"]
+    one, other = state(out), state(whole)
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "teacher", "text", "whole"]
+
+
+@pytest.mark.parametrize("where", ["second tensor", "tidying", "between", "closing", "lineage", "commit"])
+def test_ctrl_c_after_a_repair_and_the_same_command_again(
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    calibrated: Callable[..., ConvertSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """While tensors are put in place, while what they came from is deleted, and before the output is whole."""
+    teacher, out, options = tiny_checkpoint(num_hidden_layers=2), tmp_path / "out", calibrated(shard_size=20_000)
+    replace_, close, rmtree, calls = Writer.replace, Writer.close, shutil.rmtree, [0]
+
+    def replaced(self: Writer, name: str, tensor: torch.Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        replace_(self, name, tensor)
+
+    def pressed(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def half_deleted(folder: Path, *given: Any, **named: Any) -> None:
+        if Path(folder).name == "repaired":
+            sorted(Path(folder).iterdir())[0].unlink()
+            raise KeyboardInterrupt
+        rmtree(folder, *given, **named)
+
+    def closed(self: Writer) -> str:
+        close(self)
+        raise KeyboardInterrupt
+
+    module = sys.modules["kvfold.convert"]
+    with monkeypatch.context() as patch:
+        if where == "second tensor":
+            patch.setattr(Writer, "replace", replaced)
+        elif where == "tidying":
+            patch.setattr(shutil, "rmtree", half_deleted)
+        elif where == "between":
+            patch.setattr(Writer, "close", pressed)
+        elif where == "closing":
+            patch.setattr(Writer, "close", closed)
+        elif where == "lineage":
+            patch.setattr(module, "descend", pressed)
+        else:
+            patch.setattr("kvfold.output.flush", pressed)
+        with pytest.raises(Interrupted, match="the same command continues"):
+            fold(teacher, out, options)
+    assert not out.exists()
+    _same_as_never_stopped(teacher, out, options)
 
 
 # --- outputs that exist, and places that refuse ---------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_long_texts_are_tokenised_in_pieces_that_add_up(
     (tmp_path / "t.txt").write_text(text)
     whole = token_file(tmp_path / "t.txt", byte_tokenizer, cache_dir=tmp_path / "whole")
     monkeypatch.setattr(data, "PIECE", 40)
-    assert "".join(data._pieces(text)) == text
+    assert "".join(data._pieces(text, data.PIECE)) == text
     pieces = token_file(tmp_path / "t.txt", byte_tokenizer, cache_dir=tmp_path / "pieces")
     assert pieces.tokens.tolist() == whole.tokens.tolist()
 
@@ -188,3 +188,18 @@ def test_self_is_sampled_from_the_teacher(tmp_path: Path, tiny_checkpoint, monke
     assert json.loads(made.path.with_suffix(".json").read_text())["hash"] == made.hash
     with pytest.raises(SettingError, match="sampled from a teacher"):
         token_file("self", teacher)
+
+
+def test_spread_draws_pieces_from_all_of_the_text(tmp_path: Path, byte_tokenizer: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * 20_000)
+    drawn = token_file(tmp_path, byte_tokenizer, max_tokens=30_000, spread=True, cache_dir=tmp_path / "cache")
+    again = token_file(tmp_path, byte_tokenizer, max_tokens=30_000, spread=True, cache_dir=tmp_path / "other")
+    other = token_file(tmp_path, byte_tokenizer, max_tokens=30_000, spread=True, seed=1, cache_dir=tmp_path / "cache")
+    first = token_file(tmp_path, byte_tokenizer, max_tokens=30_000, cache_dir=tmp_path / "cache")
+    assert len(drawn) == len(other) == 30_000
+    assert len(set(first.tokens.tolist())) < 4  # one document, and what stands around it
+    assert len(set(drawn.tokens.tolist())) > 3  # several documents
+    assert (drawn.tokens == again.tokens).all()
+    assert drawn.hash == again.hash != other.hash
+    assert (drawn.tokens != other.tokens).any()

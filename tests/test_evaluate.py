@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from kvfold import evaluate as package_evaluate
 from kvfold import hf, record
-from kvfold.checkpoint import Checkpoint, root_teacher
+from kvfold.checkpoint import Checkpoint
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, DataError, GateMissed, OutputError, SettingError
 from kvfold.evaluate import EvaluateSettings, evaluate, teacher_of
+from kvfold.lineage import root_teacher
 from kvfold.progress import Silent
 
 Make = Callable[..., Path]
@@ -111,6 +112,17 @@ def test_record_says_what_transformers_says(
     assert "gate" not in metrics
 
 
+def test_an_fp8_cache_costs_a_little(
+    pair: tuple[Path, Path], settings: EvaluateSettings, measured: record.Record, tmp_path: Path
+) -> None:
+    for metrics in (measured.metrics, measured.metrics["teacher"]):
+        assert metrics["loss_fp8_cache"] != metrics["loss"]
+        assert metrics["loss_fp8_cache"] == pytest.approx(metrics["loss"], rel=0.02)
+    without = evaluate(pair[0], replace(settings, fp8=False), teacher=pair[1], records=tmp_path / "other")
+    assert "loss_fp8_cache" not in without.metrics
+    assert without.metrics["loss"] == measured.metrics["loss"]
+
+
 def test_record_on_disk_is_the_record(
     measured: record.Record, pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path
 ) -> None:
@@ -172,6 +184,7 @@ def test_without_a_teacher_nothing_is_compared(
     found = evaluate(tiny_checkpoint(), replace(settings, samples=0, copy_distances=()), records=tmp_path / "records")
     assert set(found.metrics) == {
         "tokens", "windows", "text_bytes", "loss", "loss_stderr", "perplexity", "bits_per_byte",
+        "loss_fp8_cache",
     }  # fmt: skip
     assert found.hashes["teacher"] is None
 
@@ -354,14 +367,14 @@ def test_refuses_another_vocabulary(
     tiny_checkpoint: Make, settings: EvaluateSettings, tmp_path: Path, nothing_loads: None
 ) -> None:
     student = tiny_checkpoint(name="student")
-    with pytest.raises(CheckpointError, match=r"different vocabularies.*260 and 300"):
+    with pytest.raises(CheckpointError, match=r"different vocabularies.*300 tokens against 260"):
         evaluate(student, settings, teacher=tiny_checkpoint(vocab_size=300), records=tmp_path / "records")
     other = tiny_checkpoint(name="other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match="different tokenizers"):
+    with pytest.raises(CheckpointError, match=r"different vocabularies.*another tokenizer"):
         evaluate(student, settings, teacher=other, records=tmp_path / "records")
 
 

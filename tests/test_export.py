@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kvfold.convert import convert
 from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
 from kvfold.export import ENGINES, NOT_LOADED, ExportSettings, agreement, export, limits
 from kvfold.export.gguf import byte_level_split, interleave
+from kvfold.families import all_families
 from kvfold.progress import Silent
 from kvfold.shape import Rope
 
@@ -55,6 +58,34 @@ def found(folder: Path) -> dict[str, Any]:
     return dict(step["check"])
 
 
+HEADS = (4, 2, 1, 2)
+
+
+@pytest.fixture
+def mixed_checkpoint(byte_tokenizer: Path, tmp_path: Path) -> Make:
+    """Make a tiny random checkpoint with 4, 2, 1 and 2 key/value heads in its layers."""
+
+    def make(family: str, **changes: Any) -> Path:
+        import torch
+
+        from kvfold import hf
+
+        config = {**all_families()[family].tiny(), "vocab_size": 260, **changes}
+        shape = all_families()[family].shape(config)
+        sites = {site: replace(kept, num_key_value_heads=HEADS[site.layer]) for site, kept in shape.sites.items()}
+        model: Any = hf.build(config | all_families()[family].fields(shape.with_sites(sites)), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
+        model.save_pretrained(tmp_path / "mixed")
+        shutil.copytree(byte_tokenizer, tmp_path / "mixed", dirs_exist_ok=True)
+        return tmp_path / "mixed"
+
+    return make
+
+
 def greedy(path: Path, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
     """Greedy continuations by stock transformers without a cache, and the smallest margin of a choice."""
     import torch
@@ -88,8 +119,21 @@ def greedy(path: Path, prompts: list[list[int]], count: int) -> tuple[list[list[
         ("llama", {**MISTRAL, "sliding_window": 64}, 1),
         ("qwen2", {}, 2),
         ("qwen2", {}, 1),
+        ("qwen3", {}, 2),
+        ("qwen3", {"head_dim": 16, "attention_bias": True}, 1),
     ],
-    ids=["gqa", "mqa", "wide-heads-biases-tied", "llama3-rope", "mistral-gqa", "mistral-mqa", "qwen2-gqa", "qwen2-mqa"],
+    ids=[
+        "gqa",
+        "mqa",
+        "wide-heads-biases-tied",
+        "llama3-rope",
+        "mistral-gqa",
+        "mistral-mqa",
+        "qwen2-gqa",
+        "qwen2-mqa",
+        "qwen3-gqa",
+        "qwen3-wide-heads-biases",
+    ],
 )
 def test_ctranslate2_decodes_the_tokens_of_transformers(
     tiny_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], kv_heads: int
@@ -123,6 +167,41 @@ def test_ctranslate2_decodes_the_tokens_of_transformers(
     assert [answer.sequences_ids[0] for answer in said] == expected
     logits = np.array(engine.forward_batch([prompts[2]]))[0]
     assert len(np.unique(logits.argmax(-1))) > 3  # the model does not repeat one token everywhere
+
+
+MIXED = {
+    "llama": ("llama", {}),
+    "biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("llama", {**MISTRAL, "sliding_window": 64}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@needs_ct2
+@pytest.mark.parametrize(("source", "dtype"), [*((source, "float32") for source in MIXED), ("llama", "int8")])
+def test_ctranslate2_takes_a_number_of_heads_for_each_layer(
+    mixed_checkpoint: Make, tmp_path: Path, source: str, dtype: Any
+) -> None:
+    family, changes = MIXED[source]
+    check = found(export(mixed_checkpoint(family, **changes), tmp_path / "out", "ctranslate2", ExportSettings(dtype)))
+    assert check["loaded"]
+    if dtype == "float32":
+        assert check["max_difference"] < 1e-4
+        assert check["same_tokens"] == check["tokens"] == 3 * 16
+
+
+@needs_ct2
+def test_heads_given_to_the_wrong_layers_are_found_out(
+    mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ENGINES["ctranslate2"], "kv_heads", lambda source: [2, 2, 2, 2])
+    source = mixed_checkpoint("llama")
+    refusal = "^CTranslate2 cannot run the model: .*has dimension.*; nothing was exported$"  # keys and heads do not fit
+    with pytest.raises(UnsupportedModel, match=refusal):
+        export(source, tmp_path / "out", "ctranslate2", QUICK)
+    assert not list(tmp_path.glob("out*"))
 
 
 @needs_ct2
@@ -232,6 +311,81 @@ def test_a_gguf_holds_the_checkpoint(tiny_checkpoint: Make, tmp_path: Path, fami
 
 
 @needs_gguf
+@pytest.mark.parametrize("source", ["llama", "biases-tied", "llama3-rope", "mistral", "qwen2"])
+def test_a_gguf_of_mixed_heads_is_of_architecture_deci(mixed_checkpoint: Make, tmp_path: Path, source: str) -> None:
+    import gguf
+    from safetensors.numpy import load_file
+
+    family, changes = MIXED[source]
+    teacher = mixed_checkpoint(family, **changes)
+    reader = gguf.GGUFReader(export(teacher, tmp_path / "out", "gguf", QUICK) / "model.gguf")
+    assert reader.get_field("general.architecture").contents() == "deci"
+    assert reader.get_field("deci.attention.head_count_kv").contents() == list(HEADS)
+    assert reader.get_field("deci.attention.head_count").contents() == 4
+    stored = {each.name: np.array(each.data) for each in reader.tensors}
+    original = load_file(teacher / "model.safetensors")
+    for layer, heads in enumerate(HEADS):
+        for role, count in (("q", 4), ("k", heads)):
+            for kind in ("weight", "bias"):
+                rows = original.get(f"model.layers.{layer}.self_attn.{role}_proj.{kind}")
+                if rows is not None:
+                    neighbours = [head * 8 + half * 4 + n for head in range(count) for n in range(4) for half in (0, 1)]
+                    assert np.array_equal(stored[f"blk.{layer}.attn_{role}.{kind}"], rows[neighbours])
+        v = original[f"model.layers.{layer}.self_attn.v_proj.weight"]
+        assert np.array_equal(stored[f"blk.{layer}.attn_v.weight"], v)
+        assert v.shape[0] == heads * 8
+    assert ("rope_freqs.weight" in stored) == (source == "llama3-rope")
+    assert len(stored) == len(original) + ("rope_freqs.weight" in stored)
+
+
+@needs_gguf
+def test_a_gguf_of_qwen3_has_its_norms_and_keeps_its_rows(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    import gguf
+    from safetensors.numpy import load_file
+
+    teacher = tiny_checkpoint("qwen3")
+    reader = gguf.GGUFReader(export(teacher, tmp_path / "out", "gguf", QUICK) / "model.gguf")
+    assert reader.get_field("general.architecture").contents() == "qwen3"
+    stored = {each.name: np.array(each.data) for each in reader.tensors}
+    original = load_file(teacher / "model.safetensors")
+    assert len(stored) == len(original)
+    for theirs, ours in {"q": "q_proj", "k": "k_proj", "q_norm": "q_norm", "k_norm": "k_norm"}.items():
+        tensor = original[f"model.layers.1.self_attn.{ours}.weight"]
+        assert np.array_equal(stored[f"blk.1.attn_{theirs}.weight"], tensor)
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("qwen3", {}, "deci.*has no norms of q and k; export to ctranslate2"),
+        ("qwen2", {"head_dim": 16}, "deci.*has biases as wide as the model only; export to ctranslate2"),
+    ],
+)
+def test_what_deci_cannot_hold_is_refused(
+    mixed_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=f"cannot be exported to llama.cpp: {said}"):
+        export(mixed_checkpoint(family, **changes), tmp_path / "out", "gguf", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("qwen3", {"attention_bias": True}, "qwen3 has no biases"),
+        ("qwen2", {"rope_parameters": LLAMA3}, "qwen2 has no place for scaled rotary frequencies"),
+    ],
+)
+def test_what_an_architecture_of_llama_cpp_cannot_hold_is_refused(
+    tiny_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=said):
+        export(tiny_checkpoint(family, **changes), tmp_path / "out", "gguf", QUICK)
+
+
+@needs_gguf
 def test_a_window_is_the_context_length_of_a_gguf(tiny_checkpoint: Make, tmp_path: Path) -> None:
     import gguf
 
@@ -262,14 +416,25 @@ def test_float16_that_overflows_is_refused(tiny_checkpoint: Make, tmp_path: Path
         ("llama", {"rope_parameters": LLAMA3}),
         ("llama", {**MISTRAL, "sliding_window": 64}),
         ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
     ],
-    ids=["wide-heads-biases-tied", "llama3-rope", "mistral", "qwen2"],
+    ids=["wide-heads-biases-tied", "llama3-rope", "mistral", "qwen2", "qwen3"],
 )
 def test_llama_cpp_computes_the_logits_of_transformers(
     tiny_checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any], kv_heads: int
 ) -> None:
     student = convert(tiny_checkpoint(family, **changes), tmp_path / "student", settings={"kv_heads": kv_heads})
     check = found(export(student, tmp_path / "out", "gguf", QUICK))
+    assert check["loaded"]
+    assert check["max_difference"] < 1e-3
+    assert check["same_tokens"] == check["tokens"] == 3 * 8
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("source", ["llama", "biases-tied", "llama3-rope", "mistral", "qwen2"])
+def test_llama_cpp_computes_mixed_heads(mixed_checkpoint: Make, tmp_path: Path, source: str) -> None:
+    family, changes = MIXED[source]
+    check = found(export(mixed_checkpoint(family, **changes), tmp_path / "out", "gguf", QUICK))
     assert check["loaded"]
     assert check["max_difference"] < 1e-3
     assert check["same_tokens"] == check["tokens"] == 3 * 8

@@ -17,11 +17,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in FAMILIES},
     **{f"{name}, tied": (name, {"tie_word_embeddings": True}) for name in FAMILIES},
-    **{f"{name}, wide heads": (name, {"head_dim": 16}) for name in ("llama",)},
+    **{f"{name}, wide heads": (name, {"head_dim": 16}) for name in ("llama", "qwen3")},
+    **{
+        f"{name}, mixed": (
+            name,
+            {
+                "model_type": f"kvfold_{name}",
+                "num_key_value_heads": 2,
+                "per_layer_config": {"00": {"num_key_value_heads": 4}, "3": {"num_key_value_heads": 1}},
+            },
+        )
+        for name in FAMILIES
+    },
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
     "mistral": ("llama", {**MISTRAL, "num_key_value_heads": 2}),
-    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}),
+    "mistral, mixed": (
+        "llama",
+        {**MISTRAL, "model_type": "kvfold_mistral", "per_layer_config": {"2": {"num_key_value_heads": 1}}},
+    ),
+    **{
+        f"{name}, windows": (name, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3})
+        for name in ("qwen2", "qwen3")
+    },
+    "qwen2, no window": ("qwen2", {"use_sliding_window": True, "sliding_window": None}),
+    "qwen3, layer types": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3, biases": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
 }
 
 
@@ -38,7 +66,8 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     shape = family.shape(config)
     model = hf.build(config, seed=0)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert shape.model_type == model.config.model_type
+    assert shape.model_type == model.config.model_type.removeprefix("kvfold_")
+    assert family.fields(shape)["model_type"] == model.config.model_type
     assert shape.max_positions == model.config.max_position_embeddings
     tensors = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     for site, attention in shape.sites.items():
@@ -85,9 +114,15 @@ def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family
     }
     student = shape.with_sites(fewer)
     assert family.shape(config | family.fields(student)) == student
+    assert family.fields(student) == family.fields(shape) | {"num_key_value_heads": 2}
     mixed = shape.with_sites({Site(0): fewer[Site(0)]})
-    with pytest.raises(UnsupportedModel, match=r"one num_key_value_heads for all layers \(got \[2, 4\]\)"):
-        family.fields(mixed)
+    assert family.shape(config | family.fields(mixed)) == mixed
+    assert family.fields(mixed) == {
+        "model_type": f"kvfold_{config['model_type']}",
+        "architectures": [f"Kvfold{config['architectures'][0]}"],
+        "num_key_value_heads": 4,
+        "per_layer_config": {"0": {"num_key_value_heads": 2}},
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -110,12 +145,27 @@ def test_a_model_type_belongs_to_one_family() -> None:
     ("changes", "line"),
     [
         ({"model_type": None}, "config.json has no model_type; is this a transformers checkpoint?"),
-        ({"model_type": "qwen22"}, "architecture 'qwen22' is not supported; allowed: llama, mistral, qwen2; did you"),
+        ({"model_type": "qwen22"}, "architecture 'qwen22' is not supported; allowed: "),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             "the weights are quantised (gptq); folding needs the numbers that quantising threw away; convert the",
         ),
-        ({"per_layer_config": {"1": {"num_key_value_heads": 2}}}, "config.json: per_layer_config is not supported"),
+        (
+            {"per_layer_config": {"1": {"num_key_value_heads": 2}}},
+            "config.json: per_layer_config, and transformers builds every layer of llama alike; is its model_type kvf",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"1": {"num_key_value_heads": 2, "hidden_size": 8}}},
+            "config.json: per_layer_config changes hidden_size of layer 1; allowed: num_key_value_heads",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"4": {"num_key_value_heads": 2}}},
+            "config.json: per_layer_config of layer 4; allowed: 0 to 3",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"1": {"num_key_value_heads": 3}}},
+            "config.json: 3 key/value heads do not divide 4 query heads",
+        ),
         ({"num_key_value_heads": 3}, "config.json: 3 key/value heads do not divide 4 query heads"),
         ({"hidden_size": "32"}, "config.json: hidden_size must be a positive whole number (got '32')"),
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers must be a positive whole number (got 0)"),
@@ -127,6 +177,13 @@ def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None
     with pytest.raises(UnsupportedModel) as caught:
         family_of(config).shape(config)
     assert str(caught.value).startswith(line)
+
+
+def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:
+    config = FAMILIES["qwen3"].tiny()
+    del config["head_dim"]
+    (form,) = {attention.roles()["k_norm"] for attention in FAMILIES["qwen3"].shape(config).sites.values()}
+    assert form == hf.build(config, seed=0).get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (128,)
 
 
 def test_rotation_is_read_from_old_and_new_configs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, DynamicCache, QuantizedCache, StaticCache
+from transformers import AttentionInterface, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
 from transformers.utils import logging
 
 from kvfold import hf
@@ -108,6 +109,24 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
+@torch.inference_mode()
+def test_fp8_attention_is_that_of_transformers_fp8_cache() -> None:
+    """In one layer, the last token reads what a cache kept; its scale is found from the tokens before the last."""
+    model = _model({**all_families()["llama"].tiny(), "num_hidden_layers": 1})
+    same = 0
+    for seed in range(8):
+        ids_BT = torch.randint(3, 96, (1, 33), generator=torch.Generator().manual_seed(seed))
+        exact_V = model(ids_BT).logits[0, -1]
+        cache = hf.new_cache(model, "fp8", 33)
+        model(ids_BT[:, :-1], past_key_values=cache)
+        kept_V = model(ids_BT[:, -1:], past_key_values=cache).logits[0, -1]
+        with hf.with_attention(model, hf.ATTENTION_FP8):
+            found_V = model(ids_BT).logits[0, -1]
+        assert (kept_V - exact_V).abs().max() > 1e-4  # it does round
+        same += torch.allclose(found_V, kept_V, rtol=1e-5, atol=1e-6)
+    assert same >= 6  # in the others the last token has the largest number
+
+
 def test_the_attention_in_use_comes_back_after_an_error() -> None:
     model = _model(GROUPED, "sdpa")
     with hf.with_attention(model, "kvfold"):
@@ -201,6 +220,30 @@ def test_load_tokenizer(tiny_checkpoint: Maker) -> None:
     assert hf.load_tokenizer(tiny_checkpoint())("ab")["input_ids"]
     with pytest.raises(DataError, match="no tokenizer"):
         hf.load_tokenizer(tiny_checkpoint(name="bare", tokenizer=False))
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", None])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_of_their_own_do_not_change_how_text_is_split(
+    tiny_checkpoint: Maker, tmp_path: Path, model_type: str, name: str | None
+) -> None:
+    """What transformers does with the stock model type is the measure: it may overrule tokenizer_config.json."""
+    family = "llama" if model_type == "mistral" else model_type
+    teacher = tiny_checkpoint(family)
+    config = json.loads((teacher / "config.json").read_text()) | {"model_type": model_type, "tokenizer_class": name}
+    (teacher / "config.json").write_text(json.dumps(config))
+    settings = json.loads((teacher / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings | ({"tokenizer_class": name} if name else {})))
+    student = tmp_path / "student"
+    shutil.copytree(teacher, student)
+    mixed = {"model_type": f"kvfold_{model_type}", "per_layer_config": {"1": {"num_key_value_heads": 2}}}
+    (student / "config.json").write_text(json.dumps(config | mixed))
+
+    text = " Fold 12345\tthe  caché\n\nNa\u0308ive's 漢字"
+    stock, ours = AutoTokenizer.from_pretrained(teacher), hf.load_tokenizer(student)
+    assert type(ours) is type(stock)
+    assert ours(text)["input_ids"] == stock(text)["input_ids"]
 
 
 def _drop(folder: Path) -> None:

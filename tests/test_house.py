@@ -17,12 +17,13 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "shape", "progress", ""},
-    {"output", "record", "roofline", "rope", "linalg", "attention"},
+    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
     {"methods", "families"},
-    {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "data", "shards"},
+    {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
+    | {"lineage", "moments", "sensitivity", "spool"},
     {"distill", "training", "stages", "uptrain", "pretrain"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
-    {"report", "run", "screen", "cli", "__main__"},
+    {"report", "run", "screen", "flags", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

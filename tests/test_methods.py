@@ -27,9 +27,11 @@ from kvfold.methods import Student, gqa
 from kvfold.plan import PlanSettings, plan
 from kvfold.shape import (
     Answers,
+    AttentionGram,
     CacheSpec,
     CrossGram,
     InputGram,
+    QueryGram,
     Request,
     Roles,
     Shape,
@@ -191,7 +193,7 @@ def pool(config: gqa.Config, family: str = "qwen2", **changes: Any) -> tuple[Sit
 
 
 def test_gqa_pools_the_mean_of_neighbours() -> None:
-    given, found = pool(gqa.Config(kv_heads=2))
+    given, found = pool(gqa.Config(kv_heads=2, init="mean"))
     for role in ("k", "v", "k_bias", "v_bias"):
         heads = given.roles[role].double().numpy().reshape(4, 8, -1)
         expected = np.stack([(heads[0] + heads[1]) / 2, (heads[2] + heads[3]) / 2])
@@ -221,10 +223,10 @@ def test_gqa_draws_noise_of_the_spread_that_was_there() -> None:
 
 def test_gqa_in_two_steps_is_gqa_in_one() -> None:
     site = Site(1)
-    given, halved = pool(gqa.Config(kv_heads=2))
+    given, halved = pool(gqa.Config(kv_heads=2, init="mean"))
     halfway = {site: SiteTensors(replace(given.attention, num_key_value_heads=2), halved)}
-    _, direct = pool(gqa.Config(kv_heads=1))
-    for role, tensor in gqa.convert(halfway, {}, gqa.Config(kv_heads=1))[site].items():
+    _, direct = pool(gqa.Config(kv_heads=1, init="mean"))
+    for role, tensor in gqa.convert(halfway, {}, gqa.Config(kv_heads=1, init="mean"))[site].items():
         torch.testing.assert_close(tensor, direct[role], rtol=1e-14, atol=1e-15)
 
 
@@ -246,6 +248,128 @@ def test_gqa_of_equal_heads_loses_nothing(init: str, tiny_checkpoint: Callable[.
     ids_BT = torch.arange(14).view(2, 7)
     with torch.inference_mode():
         torch.testing.assert_close(folded(ids_BT).logits, model(ids_BT).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["fit", "align", "align-norm"])
+def test_gqa_asks_for_moments_of_what_it_merges(init: Any) -> None:
+    shape = shape_of("qwen2")
+    mixed = shape.with_sites({Site(1): replace(shape.sites[Site(1)], num_key_value_heads=2)})
+    asked = gqa.needs(gqa.Config(kv_heads=2, init=init), mixed)
+    assert len(asked) == len(set(asked)) == 3 * 3  # layer 1 keeps its two heads
+    assert set(asked) == {kind(Site(n)) for n in (0, 2, 3) for kind in (InputGram, QueryGram, AttentionGram)}
+    assert not gqa.needs(gqa.lossless(shape), shape)
+    for pooled in ("mean", "first", "random"):
+        assert not gqa.needs(gqa.Config(kv_heads=2, init=pooled), shape)  # type: ignore[arg-type]
+
+
+def test_gqa_asks_for_repair_of_what_it_fitted_alone() -> None:
+    """What the paper and others publish is left as they publish it."""
+    assert gqa.Config(kv_heads=2).init == "fit"
+    for init in get_args(gqa.Init):
+        assert set(gqa.repairs(gqa.Config(kv_heads=2, init=init))) == ({"q", "o", "down"} if init == "fit" else set())
+
+
+def test_without_text_the_default_is_the_papers(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = tiny_checkpoint("llama")
+    plain = Checkpoint.open(convert(teacher, tmp_path / "plain", "gqa", {"kv_heads": 2}))
+    mean = Checkpoint.open(convert(teacher, tmp_path / "mean", "gqa", {"kv_heads": 2, "init": "mean"}))
+    assert plain.hash() == mean.hash()
+    assert plain.lineage is not None
+    (step,) = plain.lineage["steps"]
+    assert (step["settings"]["init"], step["settings"]["repair"], step["calibration"]) == ("mean", [], None)
+    with pytest.raises(SettingError, match="gqa asks the teacher to read a little text, and none is given"):
+        convert(teacher, tmp_path / "fit", "gqa", {"kv_heads": 2, "init": "fit"})
+
+
+HEADS = [("llama", 4), ("qwen2", 4), ("qwen2", 2)]  # of 4 query heads; the last is grouped already
+
+
+def planes(first: torch.Tensor, second: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates `p` and `p + 4` of heads of 8, times a complex number for each `p`."""
+    real, imaginary = factor.real[:, None], factor.imag[:, None]
+    return first * real - second * imaginary, first * imaginary + second * real
+
+
+def regauged(source: Path, heads: int, *, equal: bool = False) -> Any:
+    """Change the gauge of every key and value head of a checkpoint in place, `equal` heads of pairs made one before.
+
+    Keys of a plane by a complex factor, which the queries that meet them lose; values by a matrix, which `o` loses.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            part = layer.self_attn
+            parts = {role: getattr(part, f"{role}_proj") for role in "qkv"}
+            rows = {
+                role: [each.weight.view(-1, 8, 32), *([] if each.bias is None else [each.bias.view(-1, 8, 1)])]
+                for role, each in parts.items()
+            }
+            output_DHE = part.o_proj.weight.view(32, 4, 8)
+            for head in range(heads):
+                if equal and head % 2:
+                    for tensor_HEX in (*rows["k"], *rows["v"]):
+                        tensor_HEX[head] = tensor_HEX[head - 1]
+            for head in range(heads):
+                readers = range(head * 4 // heads, (head + 1) * 4 // heads)
+                length = 0.5 + torch.rand(4, generator=generator)
+                factor = torch.polar(length, 6 * torch.rand(4, generator=generator))
+                turn_EE = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q * (1 + torch.arange(8) / 8)
+                for tensor_HEX in rows["k"]:
+                    new = torch.cat(planes(tensor_HEX[head, :4], tensor_HEX[head, 4:], factor))
+                    tensor_HEX[head] = new
+                for tensor_HEX in rows["v"]:
+                    tensor_HEX[head] = turn_EE @ tensor_HEX[head]
+                for reader in readers:
+                    for tensor_HEX in rows["q"]:
+                        new = torch.cat(planes(tensor_HEX[reader, :4], tensor_HEX[reader, 4:], 1 / factor.conj()))
+                        tensor_HEX[reader] = new
+                    output_DHE[:, reader] = output_DHE[:, reader] @ torch.linalg.inv(turn_EE)
+    model.save_pretrained(source)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("family", "heads"), HEADS)
+def test_gqa_fits_linear_images_without_loss(
+    family: str, heads: int, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint(family, num_key_value_heads=heads)
+    model, ids_BT = regauged(teacher, heads, equal=True), torch.arange(34).view(2, 17) + 40
+    options = ConvertSettings(calibration=str(text), calibration_tokens=600, repair=())
+    off = {}
+    for init in ("fit", "mean"):
+        student = convert(teacher, tmp_path / init, "gqa", {"kv_heads": heads // 2, "init": init}, options=options)
+        folded = AutoModelForCausalLM.from_pretrained(student)
+        assert folded.config.num_key_value_heads == heads // 2
+        with torch.inference_mode():
+            off[init] = float((folded(ids_BT).logits - model(ids_BT).logits).abs().max())
+        old, new = Checkpoint.open(teacher), Checkpoint.open(student)
+        same = {name for name in old.names() if torch.equal(old.read(name), new.read(name))}
+        assert {name for name in old.names() if "self_attn" not in name} <= same
+    assert off["fit"] < 1e-4
+    assert off["mean"] > 1e-2  # which the gauge was made to spoil
+
+
+@pytest.mark.parametrize(("family", "heads"), HEADS)
+def test_gqa_fits_the_function_and_not_the_gauge(
+    family: str, heads: int, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    options = ConvertSettings(calibration=str(text), calibration_tokens=600, repair=())
+    teachers = [tiny_checkpoint(family, name=name, num_key_value_heads=heads) for name in ("one", "other")]
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(teachers[0]), regauged(teachers[1], heads)]
+    students = [
+        AutoModelForCausalLM.from_pretrained(
+            convert(each, tmp_path / f"{each.name}-fit", "gqa", {"kv_heads": heads // 2}, options=options)
+        )
+        for each in teachers
+    ]
+    with torch.inference_mode():
+        (one, other), (taught, again) = (
+            [model(torch.arange(34).view(2, 17) + 40).logits for model in each] for each in (students, models)
+        )
+    torch.testing.assert_close(again, taught, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+    assert float((one - taught).abs().max()) > 5e-3
 
 
 # --- a method that needs the whole contract -------------------------------------------------------------------------

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvfold import lock
 from kvfold.errors import OutputError
 from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, free_bytes, open_output, read_json, write_json
 
@@ -98,13 +104,115 @@ def test_unfinished_work_is_continued_by_its_own_command_alone(tmp_path: Path) -
     assert "unfinished work of other inputs" in refusal(tmp_path / "out", {"a": 2})
     other = open_output(tmp_path / "out", {"a": 2}, overwrite=True)
     assert not other.resumed
-    assert [path.name for path in other.work.iterdir()] == [CLAIM]
+    assert {path.name for path in other.work.iterdir()} == {CLAIM, lock.FILE}
 
 
 def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "theirs").write_text("x")
     assert "is not unfinished work of kvfold; move it away" in refusal(tmp_path / "out", {}, overwrite=True)
+
+
+# --- one process at a time ------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+from kvfold.output import open_output
+
+output = open_output(sys.argv[1], {"a": 1})
+print("at work", flush=True)
+if sys.stdin.readline().strip() == "commit":
+    output.commit()
+"""
+
+
+@contextmanager
+def worker(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed an output."""
+    command = [sys.executable, "-c", WORKER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "at work\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("asked", [{"a": 1}, {"a": 2}])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_process_is_told_of_the_first_and_changes_nothing(
+    tmp_path: Path, asked: dict[str, int], overwrite: bool
+) -> None:
+    with worker(tmp_path / "out") as first:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        line = refusal(tmp_path / "out", asked, overwrite=overwrite)
+        assert line.startswith(f"{tmp_path / 'out.partial'}: another kvfold process is writing here")
+        assert f"(got process {first.pid} on " in line
+        assert line.endswith("wait until it is done, stop it, or choose another path")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+        first.communicate("commit")
+    assert not list((tmp_path / "out").iterdir()), "neither claim nor lock is left in what was committed"
+
+
+def test_a_killed_process_locks_nobody_out(tmp_path: Path) -> None:
+    with worker(tmp_path / "out") as first:
+        refusal(tmp_path / "out", {"a": 1})
+        first.kill()
+        first.wait()
+        assert (tmp_path / "out.partial" / lock.FILE).exists()
+        assert open_output(tmp_path / "out", {"a": 1}).resumed
+
+
+def test_work_that_was_dropped_is_free_and_work_in_hand_is_not(tmp_path: Path) -> None:
+    def free() -> bool:
+        with (tmp_path / "out.partial" / lock.FILE).open() as other:  # as another process would ask
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    first = open_output(tmp_path / "out", {"a": 1})
+    second = open_output(tmp_path / "out", {"a": 1})  # the same process, after an error whose traceback is kept
+    assert not free()
+    del first
+    assert not free()
+    del second
+    assert free()
+    third = open_output(tmp_path / "out", {"a": 1})
+    assert not free()
+    third.commit()
+    assert open_output(tmp_path / "out", {"a": 2}, overwrite=True).held is not third.held
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    finish(tmp_path / "out", {"a": 1})
+    assert (tmp_path / "out" / "made").exists()
+
+
+def test_another_process_may_finish_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = lock.Lock.take
+
+    def late(folder: Path) -> lock.Lock:
+        monkeypatch.undo()
+        folder.rename(tmp_path / "aside")
+        finish(tmp_path / "out", {"a": 1})
+        (tmp_path / "aside").rename(folder)
+        return take(folder)
+
+    monkeypatch.setattr(lock.Lock, "take", late)
+    assert open_output(tmp_path / "out", {"a": 1}).complete
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- places that refuse ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["", ".", ".."])

@@ -47,6 +47,7 @@ def evaluated(
     measured: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(loss),
+        "loss_fp8_cache": loss + 0.01,
         "copy_loss": {"16": loss + 1, "64": loss + 2, "128": loss + 3},
     }
     if teacher:
@@ -137,7 +138,8 @@ def checkpoint(folder: Path, kv_heads: int, hashed: str) -> Path:
         | {"grad_norm": 1.0, "tokens_per_second": 100.0}
         for n in range(1, 101)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + json.dumps({"done": True}) + "\n"
+    done = {"done": True, "step": 100, "tokens": 2000, "seconds": 100.0}
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, done])
     (folder / "train.jsonl").write_text(text)
     return folder
 
@@ -313,7 +315,7 @@ def test_the_page_has_every_section_that_has_data(run_dir: Path) -> None:
     assert "Every cache holds what the plan said, to the byte." in text
     assert "missed by kv_heads-1_seed-0/uptrained" in text
     assert "the loss is nan" in text
-    assert "teacher, fp8 cache (loss not measured)" in text
+    assert "teacher, fp8 cache" in text
     assert "kvfold convert made-up/teacher step-1 --method gqa --kv-heads 2" in text
     assert "made-up device" in text
     assert "kv_heads-4" not in text  # unfinished work is nobody's checkpoint
@@ -450,6 +452,23 @@ def test_a_card_has_front_matter_provenance_and_numbers(run_dir: Path) -> None:
     assert "--kv-heads 2" in text
     assert "import kvfold" not in text  # its teacher's own architecture
     assert not (run_dir / "uptrained" / "kv_heads-4.partial" / "README.md").exists()
+
+
+@pytest.mark.parametrize("root", ["llama", "kvfold_llama"])
+@pytest.mark.parametrize("student", ["llama", "kvfold_llama"])
+def test_a_card_says_how_this_model_is_loaded_whatever_its_teacher_was(tmp_path: Path, root: str, student: str) -> None:
+    folder, lineage = checkpoint(tmp_path / "out", 2, "end"), lineage_of(2, "end")
+    lineage["root"]["config"]["model_type"] = root
+    (folder / "kvfold.json").write_text(json.dumps(lineage))
+    (folder / "config.json").write_text(json.dumps(config(2) | {"model_type": student}))
+    text = card(folder, [])
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    stock = student == "llama"
+    assert ("import kvfold.hf" in code) is not stock
+    assert ("AutoTokenizer" in code) is stock
+    assert ("has the stock architecture `llama`" in text) is stock
+    assert ("vllm serve" in text) is stock
 
 
 def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:

@@ -155,6 +155,60 @@ def test_resuming_does_not_trust_a_shard_that_is_not_whole(tmp_path: Path, damag
         assert writer.digests == {}
 
 
+@pytest.mark.parametrize("shard_bytes", [10**6, 80])
+def test_a_tensor_that_was_written_is_replaced_in_its_place(tmp_path: Path, shard_bytes: int) -> None:
+    specs = {name: TensorSpec((10,), "bfloat16" if name == "c" else "float32") for name in "abcdef"}
+    tensors = {name: torch.full((10,), float(number)) for number, name in enumerate(specs)}
+    new = {name: torch.randn(10, generator=torch.Generator().manual_seed(0)) for name in "bc"}
+    whole = tensors | new
+    with Writer(tmp_path, specs, shard_bytes=shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+        for name, tensor in new.items():
+            writer.replace(name, tensor)
+            assert writer.digests[name] == digest(tensor.to(getattr(torch, specs[name].dtype)))
+        hashed = writer.close()
+    assert {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")} == sizes
+    stored = stored_tensors(tmp_path)
+    for name, tensor in whole.items():
+        assert torch.equal(stored[name].read(), tensor.to(getattr(torch, specs[name].dtype)))
+    again = tmp_path / "again"
+    again.mkdir()
+    with Writer(again, specs) as writer:
+        for name, tensor in whole.items():
+            writer.write(name, tensor)
+        assert writer.close() == hashed
+
+
+def test_only_what_was_written_is_replaced(tmp_path: Path) -> None:
+    with Writer(tmp_path, {"a": TensorSpec((2,), "float32"), "b": TensorSpec((2,), "float32")}) as writer:
+        writer.write("a", torch.zeros(2))
+        with pytest.raises(ValueError, match=r"b of shape \(2,\) is not one that was written"):
+            writer.replace("b", torch.zeros(2))
+        with pytest.raises(ValueError, match=r"a of shape \(3,\) is not one that was written"):
+            writer.replace("a", torch.zeros(3))
+        with pytest.raises(ValueError, match="1 tensors were never written, the first is b"):
+            writer.index()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**6, 80])
+def test_an_indexed_folder_can_be_read_before_it_is_closed_and_continued(tmp_path: Path, shard_bytes: int) -> None:
+    specs = {name: TensorSpec((10,), "float32") for name in "abcd"}
+    with Writer(tmp_path, specs, shard_bytes=shard_bytes) as writer:
+        for name in specs:
+            writer.write(name, torch.ones(10))
+        writer.index()
+        assert stored_tensors(tmp_path).keys() == specs.keys()
+        assert (tmp_path / JOURNAL).exists()
+    with Writer(tmp_path, specs, shard_bytes=shard_bytes, resume=True) as writer:
+        assert writer.digests.keys() == specs.keys()
+        writer.replace("d", torch.zeros(10))
+        writer.close()
+    assert stored_tensors(tmp_path)["d"].read().sum() == 0
+    assert not (tmp_path / JOURNAL).exists()
+
+
 # --- files that are not what they say -------------------------------------------------------------------------------
 
 

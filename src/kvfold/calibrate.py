@@ -1,17 +1,19 @@
 """Calibration: the teacher reads a little text once, and answers what a method requested of it.
 
-Every answer is a sum over tokens of bounded size, taken in float64 while the teacher runs: raw activations are never
-kept. Rows of text are read one at a time, so the answers do not depend on how rows are batched. They are kept in
-kvfold's cache folder, by the hashes of teacher, text, settings and requests.
+It reads layer by layer, all of the text through one layer and then the next: one layer is in memory at a time, hidden
+states wait on disk, and the teacher may be larger than memory. Every answer is a sum over tokens of bounded size, taken
+in float64; raw activations do not outlive the pass. Answers are kept in kvfold's cache folder, by the hashes of
+teacher, text, settings and requests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,27 +22,21 @@ from safetensors.torch import save_file
 from kvfold.checkpoint import Checkpoint
 from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError, SettingError
+from kvfold.lineage import known_length
+from kvfold.moments import Sampling, finite, looks, start
 from kvfold.output import cache_folder, disk_errors, fingerprint
 from kvfold.progress import SILENT, Progress
 from kvfold.roofline import processor_memory
-from kvfold.shape import (
-    DTYPE_BYTES,
-    Answers,
-    Attention,
-    AttentionGram,
-    CrossGram,
-    InputGram,
-    QueryGram,
-    Request,
-    SampledPairs,
-    Shape,
-    Site,
-)
+from kvfold.shape import DTYPE_BYTES, Answers, AttentionGram, Question, Request, SampledPairs, Shape, Site
+from kvfold.spool import Spool, check_room, spool_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMAT = 1  # of the kept answers
+    from kvfold.hf import Layer, Layers
+
+FORMAT = 3  # of the kept answers
+BATCH = 512  # tokens: neighbouring rows of one length are read together up to here
 MEMORY_SHARE = 0.8  # of the device's memory, when max_bytes says nothing
 
 
@@ -55,7 +51,7 @@ class CalibrationSettings:
     )
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "Where it computes."})
     max_bytes: int | None = field(
-        default=None, metadata={"help": "Memory that teacher and answers may take; 80% of the device's."}
+        default=None, metadata={"help": "Memory that a layer and the answers may take; 80% of the device's."}
     )
 
     def __post_init__(self) -> None:
@@ -76,8 +72,9 @@ def calibrate(
 ) -> Answers:
     """Answer the requests from one pass of the teacher over all tokens of a file, or from the cache folder.
 
-    Raises SettingError when teacher and answers do not fit into memory or a request cannot be answered, DataError
-    when the text does not suit the model, CheckpointError when an answer is not finite.
+    Raises SettingError when one layer and the answers do not fit into memory or a request cannot be answered,
+    OutputError when the disk has no room for the hidden states of the text, DataError when the text does not suit the
+    model, CheckpointError when an answer is not finite.
     """
     asked = sorted(set(requests), key=repr)
     tokens.check(batch_size=1, length=1, vocab_size=source.shape.vocab_size)
@@ -86,7 +83,7 @@ def calibrate(
     path = cache_folder() / "calibration" / f"{fingerprint(identity)[:32]}.safetensors"
     kept = _recall(path, asked)
     if kept is None:
-        length = min(settings.length, source.shape.max_positions)
+        length = min(settings.length, known_length(source))
         rows = (
             torch.from_numpy(tokens.tokens[at : at + length].astype("int64"))[None]
             for at in range(0, len(tokens), length)
@@ -103,15 +100,26 @@ def calibration_hash(tokens: TokenFile, settings: CalibrationSettings = Calibrat
 
 
 def memory_bytes(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings) -> int:
-    """Bytes that a calibration needs: the teacher, the answers, and what one row of text leaves behind."""
+    """Bytes that a calibration needs: the embedding, the largest layer, the answers, and what a batch leaves behind."""
     asked, itemsize = set(requests), DTYPE_BYTES[settings.dtype]
+    embedding = shape.vocab_size * shape.hidden_size
+    attentions = [0] * shape.num_layers
+    for site, attention in shape.sites.items():
+        attentions[site.layer] += attention.parameters
+    rest = shape.parameters - sum(attentions) - embedding  # what is not of layers is counted as if it were
+    layer = max(attentions) + -(-rest // shape.num_layers)
     length = min(settings.length, shape.max_positions)
-    held = {site for request in asked if isinstance(request, CrossGram) for site in (request.first, request.second)}
-    row = length * shape.hidden_size * (len(held) + 16) * itemsize
+    tokens = max(length, BATCH)
+    batch = tokens * shape.hidden_size * (20 * itemsize + 16)  # activations, and inputs in float64
     if any(isinstance(request, AttentionGram) for request in asked):
         heads = max(attention.num_attention_heads for attention in shape.sites.values())
-        row += 3 * heads * length**2 * itemsize  # logits, their float32 softmax, and the probabilities
-    return shape.parameters * itemsize + sum(request.bytes(shape) for request in asked) + row
+        batch += 3 * heads * tokens * length * itemsize  # logits, their float32 softmax, and the probabilities
+    return (embedding + layer) * itemsize + sum(request.bytes(shape) for request in asked) + batch
+
+
+def disk_bytes(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings, tokens: int) -> int:
+    """Bytes on disk that a calibration of that many tokens needs: hidden states, and inputs kept for later layers."""
+    return (1 + len(_waiting(requests))) * spool_bytes(tokens, shape.hidden_size, settings.dtype)
 
 
 # --- the pass -------------------------------------------------------------------------------------------------------
@@ -128,12 +136,13 @@ def read(
 ) -> Answers:
     """Answer the requests from one pass of the teacher over batches `ids_BT` of `total` tokens, keeping nothing.
 
-    Raises SettingError and CheckpointError as `calibrate` does.
+    Raises SettingError, CheckpointError and OutputError as `calibrate` does.
     """
     from kvfold import hf  # loads transformers: what is kept is answered without it
 
     device = _device(settings)
     _check_memory(source.shape, requests, settings, device)
+    check_room(disk_bytes(source.shape, requests, settings, total))
     wanted = max((request.count for request in requests if isinstance(request, SampledPairs)), default=0)
     if wanted > total:
         raise SettingError(
@@ -143,218 +152,117 @@ def read(
             next="give more text, or more calibration tokens",
         )
     probabilities = any(isinstance(request, AttentionGram) for request in requests)
-    model = hf.load(source.path, dtype=settings.dtype, device=device, attention="eager" if probabilities else "sdpa")
-    reading = _Reading(source, requests, settings.seed, device)
-    reading.listen(model)
-    progress.start("calibrating", total, "tokens")
-    try:
-        with torch.inference_mode():
-            for ids_BT in batches:
-                for ids_T in ids_BT:
-                    reading.begin(len(ids_T))
-                    cast(Any, model).base_model(ids_T[None].to(device), use_cache=False)
-                    reading.end()
-                    progress.advance(len(ids_T))
-    finally:
-        progress.stop()
-    return reading.answers()
+    attention = "eager" if probabilities else "sdpa"
+    layers = hf.Layers(source, dtype=settings.dtype, device=device, attention=attention)
+    rows = [ids_T for ids_BT in batches for ids_T in ids_BT]
+    needed = 1 + max((_layer(request) for request in requests), default=-1)
+    with _Reading(layers, rows, settings) as reading, torch.inference_mode():
+        progress.start("calibrating", total * needed, "tokens")
+        try:
+            for number in range(needed):
+                asked = [request for request in requests if _layer(request) == number]
+                ahead = [request for request in requests if _layer(request) > number]
+                note = f"layer {number + 1} of {needed}"
+                for tokens in reading.read(number, asked, ahead):
+                    progress.advance(tokens, note)
+        finally:
+            progress.stop()
+    return {request: reading.found[request] for request in requests}
 
 
 class _Reading:
-    """The sums of one pass. What a site shows of a row is used as soon as the site is done, and dropped."""
+    """One pass over the text, layer after layer: hidden states wait on disk, the sums of a layer end with it."""
 
-    def __init__(self, source: Checkpoint, requests: Sequence[Request], seed: int, device: str) -> None:
-        self.source, self.device = source, device
-        self.sums = {request: _SUMS[type(request)](request, source.shape, device) for request in requests}
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tokens = 0
-        self.row: dict[tuple[Site, str], Tensor] = {}  # what this row has shown so far
+    def __init__(self, layers: Layers, rows: Sequence[Tensor], settings: CalibrationSettings) -> None:
+        self.layers, self.rows, self.dtype = layers, rows, settings.dtype
+        self.shape, self.family = layers.source.shape, layers.source.family
+        self.sampling = Sampling([len(ids_T) for ids_T in rows], settings.seed)
+        self.found: dict[Request, dict[str, Tensor]] = {}
+        self.open = ExitStack()
+        self.kept: dict[Site, Spool] = {}  # inputs of earlier sites, which later ones are compared with
 
-    def listen(self, model: nn.Module) -> None:
-        """Put hooks on the modules whose inputs and outputs the sums look at."""
-        looks = {look for request in self.sums for look in _looks(request)}
-        for site, what in looks:
-            attention, family = self.source.shape.sites[site], self.source.family
-            if what == "x":
-                module = model.get_submodule(family.tensor(site, "k").removesuffix(".weight"))
-                module.register_forward_pre_hook(self._input(site))
-            elif what == "p":
-                model.get_submodule(family.module(site)).register_forward_hook(self._output(site, what, part=1))
-            else:
-                role = f"{what}_norm" if attention.norms == "pre_rope" else what
-                module = model.get_submodule(family.tensor(site, role).removesuffix(".weight"))
-                module.register_forward_hook(self._output(site, what))
-        for site in {site for site, _ in looks}:  # after the hooks above: a module calls its hooks in order
-            model.get_submodule(self.source.family.module(site)).register_forward_hook(self._done(site))
+    def __enter__(self) -> _Reading:
+        self.hidden = self._spool()
+        return self
 
-    def _input(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.row[site, "x"] = inputs[0][0]
+    def __exit__(self, *error: object) -> None:
+        self.open.close()
 
-        return hook
+    def _spool(self) -> Spool:
+        return self.open.enter_context(Spool(self.sampling.lengths, self.shape.hidden_size, self.dtype))
 
-    def _output(self, site: Site, what: str, part: int | None = None) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            self.row[site, what] = (output if part is None else output[part])[0]
+    def read(self, number: int, asked: Sequence[Request], ahead: Sequence[Request]) -> Iterator[int]:
+        """Run all rows through a layer and answer what is asked of it, keeping what later layers ask for.
 
-        return hook
-
-    def _done(self, site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            self._add(request for request in self.sums if getattr(request, "site", None) == site)
-            for what in "qkp":
-                self.row.pop((site, what), None)
-
-        return hook
-
-    def _add(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self.sums[request].add(*(self.row[look] for look in _looks(request)), sample=self.sample)
-
-    def begin(self, length: int) -> None:
-        """A row of this length begins: draw a number for each of its tokens, by which some are sampled."""
-        self.sample = torch.rand(length, generator=self.generator, dtype=torch.float64)
-
-    def end(self) -> None:
-        """A row has been read."""
-        self._add(request for request in self.sums if isinstance(request, CrossGram))
-        self.tokens += len(self.sample)
-        self.row.clear()
-
-    def answers(self) -> Answers:
-        """The answers, on the processor. Raises CheckpointError when one is not finite."""
-        found = {}
-        for request, total in self.sums.items():
-            found[request] = {name: tensor.cpu() for name, tensor in total.answer(self.tokens).items()}
-            if not all(bool(tensor.isfinite().all()) for tensor in found[request].values()):
+        Yields the tokens of each batch. Raises CheckpointError when an answer is not finite.
+        """
+        device = str(self.layers.device)
+        sums = {request: start(request, self.shape, device, self.sampling) for request in asked}
+        waiting = _waiting(ahead)
+        keep = {site: self._spool() for site in sorted(waiting) if site.layer == number}
+        self.kept |= keep
+        seen: dict[tuple[Site, str], Tensor] = {}
+        layer = self.layers.open(number)
+        here = {look for request in asked for look in looks(request)} | {(site, "x") for site in keep}
+        self._listen(layer, {look for look in here if look[0].layer == number}, seen)
+        for row, count in self.hidden.batches(BATCH):
+            hidden_BTD = (
+                self.layers.embed(torch.stack(list(self.rows[row : row + count])))
+                if number == 0
+                else self.hidden.read(row, count)
+            )
+            hidden_BTD = layer.run(hidden_BTD)
+            for look in here - seen.keys():
+                seen[look] = self.kept[look[0]].read(row, count).to(self.layers.device)
+            for request, total in sums.items():
+                total.add(*(seen[look] for look in looks(request)))
+            for site, spool in keep.items():
+                spool.write(row, seen[site, "x"])
+            if ahead:
+                self.hidden.write(row, hidden_BTD)
+            seen.clear()
+            yield count * self.sampling.lengths[row]
+        for request, total in sums.items():
+            answer = {name: tensor.cpu() for name, tensor in total.answer(sum(self.sampling.lengths)).items()}
+            if not finite(answer):
                 raise CheckpointError(
-                    "the teacher's activations are not finite", where=self.source.path, got=request, next="try float32"
+                    "the teacher's activations are not finite",
+                    where=self.layers.source.path,
+                    got=request,
+                    next="try float32",
                 )
-        return found
+            self.found[request] = answer
+        for site in self.kept.keys() - waiting:
+            self.kept.pop(site).close()
+
+    def _listen(self, layer: Layer, wanted: Iterable[tuple[Site, str]], seen: dict[tuple[Site, str], Tensor]) -> None:
+        """Put hooks on the modules of a layer whose inputs and outputs are looked at."""
+
+        def show(look: tuple[Site, str]) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+                seen[look] = inputs[0] if look[1] == "x" else output[1] if look[1] == "p" else output
+
+            return hook
+
+        for site, what in wanted:
+            if what == "p":
+                name = self.family.module(site)
+            elif what == "x":
+                name = self.family.tensor(site, "k")
+            else:
+                role = f"{what}_norm" if self.shape.sites[site].norms == "pre_rope" else what
+                name = self.family.tensor(site, role)
+            layer.owner(name).register_forward_hook(show((site, what)))
 
 
-def _looks(request: Request) -> tuple[tuple[Site, str], ...]:
-    """What a request looks at: a site's input `x`, its queries `q` and keys `k` before rotation, its attention `p`."""
-    match request:
-        case InputGram(site):
-            return ((site, "x"),)
-        case QueryGram(site):
-            return ((site, "q"),)
-        case AttentionGram(site):
-            return ((site, "x"), (site, "p"))
-        case CrossGram(first, second):
-            return ((first, "x"), (second, "x"))
-        case SampledPairs(site):
-            return ((site, "q"), (site, "k"))
+def _layer(request: Request) -> int:
+    """The layer at which a request can be answered."""
+    return max(site.layer for site, _ in looks(request))
 
 
-# --- the sums, one class per request --------------------------------------------------------------------------------
-
-
-class _InputSum:
-    """Sums of `x x^T` and `x`."""
-
-    def __init__(self, request: InputGram, shape: Shape, device: str) -> None:
-        width = shape.sites[request.site].hidden_size
-        self.gram_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.sum_D = torch.zeros(width, dtype=torch.float64, device=device)
-
-    def add(self, x_TD: Tensor, *, sample: Tensor) -> None:
-        x_TD = x_TD.double()
-        self.gram_DD.addmm_(x_TD.T, x_TD)
-        self.sum_D += x_TD.sum(0)
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_DD": self.gram_DD / tokens, "mean_D": self.sum_D / tokens}
-
-
-class _CrossSum:
-    """Sum of `x_first x_second^T`."""
-
-    def __init__(self, request: CrossGram, shape: Shape, device: str) -> None:
-        sides = (shape.sites[site].hidden_size for site in (request.first, request.second))
-        self.gram_DD = torch.zeros(*sides, dtype=torch.float64, device=device)
-
-    def add(self, first_TD: Tensor, second_TD: Tensor, *, sample: Tensor) -> None:
-        self.gram_DD.addmm_(first_TD.double().T, second_TD.double())
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_DD": self.gram_DD / tokens}
-
-
-class _QuerySum:
-    """Sum of `q q^T` by head."""
-
-    def __init__(self, request: QueryGram, shape: Shape, device: str) -> None:
-        self.site = shape.sites[request.site]
-        heads, width = self.site.num_attention_heads, self.site.head_dim
-        self.gram_HEE = torch.zeros(heads, width, width, dtype=torch.float64, device=device)
-
-    def add(self, q: Tensor, *, sample: Tensor) -> None:
-        q_HTE = _heads(q, self.site).double().transpose(0, 1)
-        self.gram_HEE.baddbmm_(q_HTE.mT, q_HTE)
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_HEE": self.gram_HEE / tokens}
-
-
-class _AttentionSum:
-    """Sum of `y y^T` by head, `y` being the inputs averaged by the head's attention."""
-
-    def __init__(self, request: AttentionGram, shape: Shape, device: str) -> None:
-        site = shape.sites[request.site]
-        width = site.hidden_size
-        self.gram_HDD = torch.zeros(site.num_attention_heads, width, width, dtype=torch.float64, device=device)
-
-    def add(self, x_TD: Tensor, p_HTT: Tensor, *, sample: Tensor) -> None:
-        x_TD = x_TD.double()
-        for gram_DD, p_TT in zip(self.gram_HDD, p_HTT, strict=True):  # one head at a time bounds the memory
-            y_TD = p_TT.double() @ x_TD
-            gram_DD.addmm_(y_TD.T, y_TD)
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_HDD": self.gram_HDD / tokens}
-
-
-class _Sample:
-    """The tokens with the `count` smallest of the numbers drawn, a uniform sample; all sites see the same tokens."""
-
-    def __init__(self, request: SampledPairs, shape: Shape, device: str) -> None:
-        self.request, self.site, self.seen = request, shape.sites[request.site], 0
-        self.parts: list[tuple[Tensor, ...]] = []
-
-    def add(self, q: Tensor, k: Tensor, *, sample: Tensor) -> None:
-        chosen = sample.topk(min(self.request.count, len(sample)), largest=False).indices
-        q_NHE, k_NGE = (_heads(part, self.site)[chosen.to(part.device)].float().cpu() for part in (q, k))
-        self.parts.append((sample[chosen], self.seen + chosen, chosen, q_NHE, k_NGE))
-        self.seen += len(sample)
-        if sum(len(part[0]) for part in self.parts) > 2 * self.request.count:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        drawn, *rest = (torch.cat(pieces) for pieces in zip(*self.parts, strict=True))
-        best = drawn.topk(min(self.request.count, len(drawn)), largest=False).indices
-        self.parts = [tuple(piece[best] for piece in (drawn, *rest))]
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        self._shrink()
-        _, index, position, q_NHE, k_NGE = self.parts[0]
-        order = index.argsort()
-        return {"q_NHE": q_NHE[order], "k_NGE": k_NGE[order], "position_N": position[order]}
-
-
-_SUMS: dict[type[Any], Callable[[Any, Shape, str], Any]] = {
-    InputGram: _InputSum,
-    CrossGram: _CrossSum,
-    QueryGram: _QuerySum,
-    AttentionGram: _AttentionSum,
-    SampledPairs: _Sample,
-}
-
-
-def _heads(tensor: Tensor, site: Attention) -> Tensor:
-    """Split `(T, heads E)` into `(T, heads, E)`; a module that splits already is left as it is."""
-    return tensor.reshape(len(tensor), -1, site.head_dim)
+def _waiting(requests: Iterable[Request]) -> set[Site]:
+    """The sites whose inputs are kept until a later layer, which they are compared with."""
+    return {site for request in requests for site, _ in looks(request) if site.layer < _layer(request)}
 
 
 # --- memory and the kept answers ------------------------------------------------------------------------------------
@@ -373,7 +281,7 @@ def _check_memory(shape: Shape, requests: Iterable[Request], settings: Calibrati
     needed = memory_bytes(shape, requests, settings)
     if needed > limit:
         raise SettingError(
-            "the teacher and its answers do not fit into memory",
+            "a layer of the teacher and the answers do not fit into memory",
             where="calibrate",
             got=f"{needed:,} bytes",
             allowed=f"{limit:,}",
@@ -394,7 +302,7 @@ def _recall(path: Path, requests: Sequence[Request]) -> Answers | None:
     """The answers that were kept, or None when there are none or the file is damaged."""
     if not path.exists():
         return None
-    found: dict[Request, dict[str, Tensor]] = {request: {} for request in requests}
+    found: dict[Question, dict[str, Tensor]] = {request: {} for request in requests}
     try:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping

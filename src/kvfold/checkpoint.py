@@ -1,13 +1,12 @@
-"""Checkpoints: opened lazily by tensor name, hashed by content, followed through their conversions, and saved.
+"""Checkpoints: opened lazily by tensor name, hashed by content, and saved.
 
 A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), or `kvfold:demo`, which
 ships with the package. Its content hash is that of `config.json` and of every tensor, whatever the shards and the
-container. `kvfold.json` holds its lineage: the root teacher, and each step from there.
+container. `kvfold.json` holds its lineage (`kvfold.lineage`): the root teacher, and each step from there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -18,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import CheckpointError
 from kvfold.families import Family, family_of
-from kvfold.output import CLAIM, MANIFEST, cache_folder, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
-from kvfold.record import versions
 from kvfold.shape import Shape
 from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, stored_tensors, tensors_hash
 
@@ -33,12 +31,9 @@ __all__ = [
     "Writer",
     "carry_over",
     "content_hash",
-    "descend",
     "locate",
     "natural",
     "read_config",
-    "remember",
-    "remembered",
     "save_model",
 ]
 
@@ -303,92 +298,6 @@ def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], dig
             del specs[TIED]
     known = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
     return fingerprint({"config": known, "tensors": tensors_hash(specs, digests)})
-
-
-def descend(
-    source: Checkpoint,
-    *,
-    inputs: str,
-    stage: str,
-    settings: Mapping[str, Any],
-    calibration: str | None = None,
-    tokens: int | None = None,
-    seed: int | None = None,
-    wall_seconds: float | None = None,
-) -> dict[str, Any]:
-    """The lineage of what a stage makes of a checkpoint; `save_model` and `convert` add the content hash."""
-    before = source.lineage or {"steps": []}
-    root = before.get("root")
-    if root is None or root["hash"] == source.hash():
-        root = {  # by the name under which it was found now, whatever it was called when it was trained
-            "hash": source.hash(),
-            "name": source.name,
-            "config": source.config,
-            "parameters": source.shape.parameters,
-        }
-    step = {
-        "stage": stage,
-        "settings": dict(settings),
-        "source": source.hash(),
-        "calibration": calibration,
-        "tokens": tokens,
-        "seed": seed,
-        "versions": versions(),
-        "wall_seconds": wall_seconds,
-    }
-    return {
-        "format": FORMAT,
-        "inputs": inputs,
-        "hash": None,
-        "root": root,
-        "steps": [*before["steps"], step],
-        "tokenizer": source.tokenizer_hash(),
-    }
-
-
-def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint | None:
-    """The first teacher of a student's lineage, known by its content; None when it is in none of the usual places.
-
-    They are where it was when it was converted, the name that the lineage has for it, that name beside or above the
-    student, and the hub.
-    """
-    if student.lineage is None or student.root_hash() == student.hash(progress):
-        return None
-    root = student.lineage["root"]
-    name = str(root["name"])
-    beside = [str(folder / Path(name).name) for folder in student.path.resolve().parents[:3]]
-    known = remembered(root["hash"])
-    for place in dict.fromkeys([*([str(known)] if known else []), name, *beside]):
-        if not (Path(place) / "config.json").is_file() and not (place == name and re.search("[/:]", name)):
-            continue
-        try:
-            found = Checkpoint.open(place)
-        except CheckpointError:  # something else of that name, or a hub that is not reached: not the teacher
-            continue
-        if found.hash(progress) == root["hash"]:
-            return found
-    return None
-
-
-def remember(source: Checkpoint) -> None:
-    """Note in the cache where a checkpoint lies, by its hash: a lineage names no place, and students look for teachers.
-
-    A cache that cannot be written is no mistake: the teacher is then told with --teacher.
-    """
-    with contextlib.suppress(OSError):
-        path = _place_of(source.hash())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"path": str(source.path.resolve())})
-
-
-def remembered(hashed: str) -> Path | None:
-    """Where a checkpoint of this hash lay when it was last read; it may have gone or changed since."""
-    known = read_json(_place_of(hashed))
-    return Path(known["path"]) if isinstance(known, dict) and "path" in known else None
-
-
-def _place_of(hashed: str) -> Path:
-    return cache_folder() / "checkpoints" / f"{hashed[:32]}.json"
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

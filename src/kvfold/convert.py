@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -27,15 +27,16 @@ from kvfold.checkpoint import (
     carried,
     carry_over,
     content_hash,
-    descend,
     natural,
-    remember,
+    read_config,
 )
-from kvfold.errors import Interrupted, OutputError, SettingError
+from kvfold.errors import Interrupted, OutputError, SettingError, choices
+from kvfold.lineage import descend, remember
 from kvfold.output import MANIFEST, Output, disk_errors, fingerprint, free_bytes, open_output, read_json, write_json
+from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import Answers, Request, Site, SiteTensors
+from kvfold.shape import Answers, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 CORES = os.cpu_count() or 1
 CREW = min(4, CORES)  # threads that copy and hash
+REPAIRABLE = ("q", "o", "down")
+REPAIRED = "repaired"  # in unfinished work: the layers that are repaired, a file each
+FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 
 
@@ -56,6 +60,11 @@ class ConvertSettings:
         default=None, metadata={"help": "Text that the teacher reads once, for methods that ask something of it."}
     )
     calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens of it."})
+    calibration_seed: int = field(default=0, metadata={"help": "Seed with which they are drawn from all of the text."})
+    repair: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "What is refitted in closed form afterwards: q,o,down or none; what the method asks for."},
+    )
     shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest file of weights, in bytes (5G)."})
     dtype: Literal["source", "bfloat16", "float16", "float32"] = field(
         default="source", metadata={"help": "Format of the student's weights."}
@@ -66,6 +75,13 @@ class ConvertSettings:
         for name in ("calibration_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1", where="convert", got=getattr(self, name))
+        if self.repair == ("none",):
+            object.__setattr__(self, "repair", ())
+        unknown = [role for role in self.repair or () if role not in REPAIRABLE]
+        if unknown:
+            raise SettingError(
+                f"{unknown[0]!r} cannot be repaired", where="convert", allowed=f"{choices(REPAIRABLE)}, or none"
+            )
 
 
 def convert(
@@ -85,11 +101,15 @@ def convert(
     """
     started, dst = time.monotonic(), Path(dst)
     source = Checkpoint.open(src)
+    source.shape = rooted(source.shape, source.lineage)
     if source.path.resolve().is_relative_to(dst.resolve()):
         raise OutputError("the source lies there", where=dst, next="choose another path: a teacher is never changed")
     chosen = methods.get(method)
+    if options.calibration is None:
+        settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
     config.check(source.shape)
+    options = replace(options, repair=_repairs(chosen, config, source, options))
     calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
     if calibration:
         asked = {**_settings(method, config, options), "calibration": calibration.hash}
@@ -101,19 +121,23 @@ def convert(
     try:
         with disk_errors(dst):
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
-            answers = calibration.answers(source, progress) if calibration else {}
+            answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
-            job = _Job.plan(source, chosen, resolved, answers, options.dtype)
+            job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
             with Writer(output.work, job.specs, shard_bytes=options.shard_size, resume=output.resumed) as writer:
                 _check_space(source, output, job.specs, writer)
                 job.run(writer, progress)
+                carry_over(source, output.work)
+                made = _config(source, job.student, options.dtype)
+                if made == source.config:
+                    shutil.copyfile(source.path / "config.json", output.work / "config.json")
+                else:
+                    write_json(output.work / "config.json", made)
+                if calibration and options.repair:
+                    _repair(source, output, options.repair, calibration.tokens, writer, progress)
                 writer.close()
-            carry_over(source, output.work)
-            made = _config(source, job.student, options.dtype)
-            if made == source.config:
-                shutil.copyfile(source.path / "config.json", output.work / "config.json")
-            else:
-                write_json(output.work / "config.json", made)
+            # not before: work that is stopped until then starts from repaired tensors, and would repair them again
+            shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
             lineage = descend(
                 source,
                 inputs=_inputs(source, asked),
@@ -122,6 +146,13 @@ def convert(
                 calibration=calibration.hash if calibration else None,
                 wall_seconds=round(time.monotonic() - started, 3),
             )
+            tell = getattr(chosen, "found", None)
+            found = tell(config, source.shape, answers) if tell else {}
+            if sites := job.found():
+                found = {**found, "sites": sites}
+            if found:
+                lineage["steps"][-1]["found"] = found
+            (output.work / FOUND).unlink(missing_ok=True)
             hashed = content_hash(made, job.specs, writer.digests)
             write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
             output.commit()
@@ -141,6 +172,7 @@ def _settings(method: str, config: Any, options: ConvertSettings) -> dict[str, A
         **dataclasses.asdict(config),
         "dtype": options.dtype,
         "shard_size": options.shard_size,
+        "repair": list(options.repair or ()),
     }
 
 
@@ -181,14 +213,15 @@ def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorS
 
 
 def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[str, Any]:
-    """The student's config.json: the source's own, key for key, with the fields changed that the method changes."""
+    """The student's config.json: the source's own, key for key, but for the fields that the method changes or drops."""
     before, after = source.family.fields(source.shape), source.family.fields(student.shape) | dict(student.fields)
     changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
     if student.model_type:
         changed["model_type"] = student.model_type
     if dtype != "source":
         changed |= {key: dtype for key in ("dtype", "torch_dtype") if key in source.config} or {"dtype": dtype}
-    return {**source.config, **changed}
+    kept = {key: value for key, value in source.config.items() if key in after or key not in before}
+    return {**kept, **changed}
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -198,26 +231,32 @@ def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[st
 class _Calibration:
     """What a method asks of the teacher, and the text that the teacher will read for it."""
 
-    requests: Sequence[Request]
+    questions: Sequence[Question]
     tokens: TokenFile
     hash: str
 
-    def answers(self, source: Checkpoint, progress: Progress) -> Answers:
-        """Let the teacher read."""
+    def answers(self, source: Checkpoint, method: methods.Method, config: Any, progress: Progress) -> Answers:
+        """Let the teacher read, and read again with one site folded if that is asked."""
         from kvfold.calibrate import calibrate  # loads transformers: only for methods that ask
+        from kvfold.sensitivity import measure
 
-        return calibrate(source, self.requests, self.tokens, progress=progress)
+        folds = [each for each in self.questions if isinstance(each, FoldedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL)]
+        answers = calibrate(source, requests, self.tokens, progress=progress)
+        if not folds:
+            return answers
+        return {**answers, **measure(source, method, config, folds, answers, self.tokens, progress=progress)}
 
 
 def _calibration(
-    source: Checkpoint, method: str, requests: Sequence[Request], options: ConvertSettings, progress: Progress
+    source: Checkpoint, method: str, questions: Sequence[Question], options: ConvertSettings, progress: Progress
 ) -> _Calibration | None:
-    """The calibration that a method needs, if any. Raises SettingError when no text is given for it."""
-    if not requests:
+    """The text that a method or a repair needs, if any. Raises SettingError when none is given."""
+    if not questions and not options.repair:
         return None
     if options.calibration is None:
         raise SettingError(
-            f"{method} asks the teacher to read a little text, and none is given",
+            f"{method if questions else 'repair'} asks the teacher to read a little text, and none is given",
             where="convert",
             next="add --calibration TEXT (a file, a folder, a hub data set, stdlib or self)",
         )
@@ -225,9 +264,56 @@ def _calibration(
     from kvfold.data import token_file
 
     tokens = token_file(
-        options.calibration, source.path, max_tokens=options.calibration_tokens, teacher=source.path, progress=progress
+        options.calibration,
+        source.path,
+        max_tokens=options.calibration_tokens,
+        spread=True,
+        seed=options.calibration_seed,
+        teacher=source.path,
+        progress=progress,
     )
-    return _Calibration(requests, tokens, calibration_hash(tokens))
+    return _Calibration(questions, tokens, calibration_hash(tokens))
+
+
+# --- repair ---------------------------------------------------------------------------------------------------------
+
+
+def _repairs(method: methods.Method, config: Any, source: Checkpoint, options: ConvertSettings) -> tuple[str, ...]:
+    """What is repaired: what was said, else what the method asks for of a student that differs from its source."""
+    if options.repair is not None:
+        return options.repair
+    wanted = getattr(method, "repairs", lambda config: ())(config)
+    if options.calibration is None or method.student(config, source.shape).shape == source.shape:
+        return ()
+    return tuple(role for role in wanted if role != "down" or source.family.down)
+
+
+def _repair(
+    source: Checkpoint, output: Output, roles: Sequence[str], tokens: TokenFile, writer: Writer, progress: Progress
+) -> None:
+    """Refit the student that lies in the unfinished output, and put the repaired tensors in place.
+
+    Each layer is kept in a file of its own until all are done, so that stopped work goes on and none is mixed up.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from kvfold.repair import repair  # loads transformers: only for students that are repaired
+
+    folder = output.work / REPAIRED
+    folder.mkdir(exist_ok=True)
+    writer.index()
+    done: list[dict[str, Tensor]] = []
+    while (path := folder / f"{len(done):05d}.safetensors").exists():
+        done.append(load_file(path))
+    student = Checkpoint(output.work, output.path.name, read_config(output.work))
+    for number, tensors in enumerate(repair(source, student, roles, tokens, done=done, progress=progress)):
+        if number >= len(done):
+            path = folder / f"{number:05d}.safetensors"
+            save_file(tensors, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            writer.replace(name, tensor)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------
@@ -244,9 +330,12 @@ class _Job:
     student: methods.Student
     groups: Sequence[tuple[Site, ...]]
     specs: Mapping[str, TensorSpec]
+    notes: Path
 
     @classmethod
-    def plan(cls, source: Checkpoint, method: methods.Method, config: Any, answers: Answers, dtype: str) -> _Job:
+    def plan(
+        cls, source: Checkpoint, method: methods.Method, config: Any, answers: Answers, dtype: str, notes: Path
+    ) -> _Job:
         """Lay out the student's tensors from the shapes alone."""
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
         specs = {name: source.spec(name) for name in source.names()}
@@ -260,7 +349,7 @@ class _Job:
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
             }
         ordered = {name: specs[name] for name in sorted(specs, key=natural)}
-        return cls(source, method, config, answers, student, groups, ordered)
+        return cls(source, method, config, answers, student, groups, ordered, notes)
 
     def run(self, writer: Writer, progress: Progress) -> None:
         """Write every tensor that is not there yet, in the student's order: this thread converts, others copy."""
@@ -299,7 +388,12 @@ class _Job:
             given[site] = SiteTensors(
                 attention, {role: self.source.read(name(site, role)) for role in attention.roles()}
             )
-        converted = self.method.convert(given, self.answers, self.config)
+        if fold := getattr(self.method, "fold", None):
+            converted, told = fold(given, self.answers, self.config)
+            if told:  # before the tensors: what is written is not converted again by work that goes on
+                write_json(self.notes, {**self.found(), **{str(site): what for site, what in told.items()}})
+        else:
+            converted = self.method.convert(given, self.answers, self.config)
         for site in group:
             old, new = given[site].roles, converted[site]
             for role, tensor in old.items():
@@ -313,6 +407,10 @@ class _Job:
                 else:
                     writer.write(name(site, role), tensor)
                     progress.advance(self.specs[name(site, role)].nbytes)
+
+    def found(self) -> dict[str, Any]:
+        """What the method told of the sites that are converted, also before the work was stopped."""
+        return read_json(self.notes) or {}
 
     def _copy(self, name: str, tensor: Tensor, writer: Writer) -> int:
         """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""

@@ -32,6 +32,8 @@ FORMAT = 1
 READERS = (".txt", ".jsonl", ".parquet")
 PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory is some hundred times that
 WHOLE = 1 << 24  # characters: a text up to here is tokenised whole, whatever part of it is asked for
+SPREAD = 1 << 28  # characters of a text from which pieces are drawn, and held in memory for it
+DRAWN = 1 << 12  # characters of such a piece: some rows of a calibration
 SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of one
 
 # Parts of the standard library that are tests, other programs, or written by the build of this very machine.
@@ -257,6 +259,7 @@ def token_file(
     *,
     max_tokens: int | None = None,
     enough: int | None = None,
+    spread: bool = False,
     teacher: str | Path | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -264,9 +267,10 @@ def token_file(
 ) -> TokenFile:
     """A text as tokens, or the first `max_tokens` of them, packed; tokenised once for each text and tokenizer.
 
-    Of a text that is longer than what `enough` tokens surely take, the rest is not read. `self` is that many tokens
-    sampled from `teacher` with `seed`. Raises DataError when there is no text or no
-    tokenizer, SettingError when `self` lacks what it needs, OutputError when the cache cannot be written.
+    Of a text that is longer than what `enough` tokens surely take, the rest is not read. With `spread`, `max_tokens`
+    are pieces drawn from all over the text with `seed`, and not its beginning. `self` is that many tokens sampled from
+    `teacher` with `seed`. Raises DataError when there is no text or no tokenizer, SettingError when `self` lacks what
+    it needs, OutputError when the cache cannot be written.
     """
     from kvfold import hf  # loads transformers: not for those who only read text
 
@@ -274,7 +278,7 @@ def token_file(
     sampled = str(source) == "self"
     # a token is longer than this only in tables and blanks: reading stops there, however long the source is
     wanted = max_tokens or enough
-    limit = None if wanted is None else max(32 * wanted, WHOLE)
+    limit = SPREAD if spread else None if wanted is None else max(32 * wanted, WHOLE)
     if sampled:
         if teacher is None or wanted is None:
             raise SettingError("text `self` is a number of tokens sampled from a teacher", next="give both")
@@ -283,7 +287,7 @@ def token_file(
         identity = f"self:{Checkpoint.open(teacher).hash()}:{seed}:{wanted}"
     else:
         facts = text_facts(source, limit)
-        identity = facts.hash
+        identity = f"{facts.hash}:{wanted}:{seed}" if spread else facts.hash
     key = fingerprint([FORMAT, identity, _tokenizer_hash(tokenizer)])[:32]
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
     if read_json(path.with_suffix(".json")) is None:
@@ -293,6 +297,9 @@ def token_file(
                 assert teacher is not None
                 assert wanted is not None
                 rows = _sample(teacher, tokenizer, wanted, seed, progress)
+            elif spread:
+                assert wanted is not None
+                rows = _draw(_limited(read_texts(source), limit), tokenizer, wanted, seed, progress)
             else:
                 rows = _tokenise(_limited(read_texts(source), limit), tokenizer, facts.characters, progress)
             _write(path, rows, tokenizer, identity)
@@ -343,7 +350,7 @@ def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: P
     try:
         for text in texts:
             yield before
-            for piece in _pieces(text):
+            for piece in _pieces(text, PIECE):
                 yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                 progress.advance(len(piece))
             if end is not None:
@@ -352,11 +359,31 @@ def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: P
         progress.stop()
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of about `PIECE` characters that end at a line's end where there is one."""
+def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress: Progress) -> Iterator[list[int]]:
+    """Ids of pieces of the documents in an order drawn with `seed`, until there are enough."""
+    end = tokenizer.eos_token_id
+    before = [token for token in tokenizer("")["input_ids"] if token != end]
+    pieces = [piece for text in texts for piece in _pieces(text, DRAWN)]
+    written = 0
+    progress.start("tokenise", tokens, "tokens")
+    try:
+        for index in np.random.default_rng(seed).permutation(len(pieces)):
+            ids = [*before, *tokenizer(pieces[index], add_special_tokens=False, verbose=False)["input_ids"]]
+            ids = ids[: tokens - written]
+            written += len(ids)
+            progress.advance(len(ids))
+            yield ids
+            if written == tokens:
+                return
+    finally:
+        progress.stop()
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of about `size` characters that end at a line's end where there is one."""
     start = 0
     while start < len(text):
-        end = start + PIECE
+        end = start + size
         if end < len(text):
             line = text.rfind("\n", start, end)
             end = line + 1 if line > start else end

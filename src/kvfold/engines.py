@@ -1,6 +1,7 @@
 """Which engines load a student, and how much of that was tried.
 
-A student in its source's own architecture is loaded by every engine that knows the architecture; one that needs
+A student in its source's own architecture is loaded by every engine that knows the architecture. One whose layers
+differ in their key/value heads needs an engine that takes a number for each layer; one that needs another of
 kvfold's own classes is loaded by transformers with kvfold installed.
 """
 
@@ -32,14 +33,23 @@ class _Known:
     checked: str
 
 
-_LAYOUT = frozenset({"llama", "mistral", "qwen2"})
+_LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_LLAMA = frozenset({"llama"})
 
 _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", _LAYOUT, _LAYOUT, "loaded in the tests"),
-    _Known("vLLM", "its own class", _LAYOUT, frozenset({"llama"}), "0.32 on a CPU: same tokens as transformers"),
-    _Known("llama.cpp", "GGUF, by its own converter", _LAYOUT, frozenset({"llama"}), "logits within 1e-5"),
-    _Known("CTranslate2", "its own converter", _LAYOUT, frozenset({"llama"}), "4.8: same tokens as transformers"),
+    _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
+    _Known("llama.cpp", "GGUF, by its own converter", _LAYOUT, _LLAMA, "logits within 1e-5"),
+    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
+)
+
+_MIXED = (  # key/value heads of each layer's own: `per_layer_config`
+    _Known("transformers", "with kvfold installed", _LAYOUT, _LAYOUT, "loaded in the tests"),
+    _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, frozenset(), ""),
+    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
+    _Known("SGLang", "one number of key/value heads for all layers", frozenset(), frozenset(), ""),
 )
 
 
@@ -49,12 +59,13 @@ def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
         rest = (Engine(known.name, False, f"does not know {student.model_type}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
+    mixed = len({attention.num_key_value_heads for attention in student.shape.sites.values()}) > 1
     return tuple(
         Engine(
             known.name,
             model_type in known.model_types,
-            known.how if model_type in known.model_types else f"not known to implement {model_type}",
+            known.how if model_type in known.model_types or not known.model_types else f"no place for {model_type}",
             known.checked if model_type in known.ran else f"not run with {model_type}",
         )
-        for known in _KNOWN
+        for known in (_MIXED if mixed else _KNOWN)
     )

@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from kvfold import gate, hf, probes, record, scores
-from kvfold.checkpoint import Checkpoint, root_teacher
+from kvfold.checkpoint import Checkpoint
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, DataError, GateMissed, SettingError, choices
+from kvfold.lineage import known_length, root_teacher, vocabulary_difference
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record
@@ -35,7 +37,8 @@ class EvaluateSettings:
     data: str = field(metadata={"help": "Held-out text: a file, a folder, a hub data set, stdlib:heldout."})
     tokens: int = field(default=65_536, metadata={"help": "Tokens of the text that count, from its beginning."})
     sequence_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a window; by default the model's positions, at most 1024."}
+        default=None,
+        metadata={"help": "Tokens of a window; by default what the models were trained on, at most 1024."},
     )
     stride: int | None = field(
         default=None, metadata={"help": "Tokens from window to window; by default a whole window, so none overlap."}
@@ -51,6 +54,7 @@ class EvaluateSettings:
     passkey_trials: int = field(default=32, metadata={"help": "Numbers hidden for each context."})
     samples: int = field(default=3, metadata={"help": "Prompts that student and teacher go on from, greedily."})
     sample_tokens: int = field(default=48, metadata={"help": "Tokens that they write."})
+    fp8: bool = field(default=True, metadata={"help": "Measure the loss with an fp8 cache too: would a flag do?"})
     lm_eval: tuple[str, ...] = field(default=(), metadata={"help": "Tasks of lm-eval."})
     lm_eval_tasks_dir: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
     lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each task; by default all."})
@@ -178,10 +182,16 @@ def teacher_of(student: Checkpoint, given: str | Path | None, progress: Progress
 def _resolve(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoint | None) -> EvaluateSettings:
     """Fill in what depends on the model, and refuse what it cannot do."""
     models = [each for each in (student, teacher) if each is not None]
-    if teacher is not None:
-        _same_vocabulary(student, teacher)
+    difference = None if teacher is None else vocabulary_difference(student, teacher)
+    if teacher is not None and difference:
+        raise CheckpointError(
+            "student and teacher have different vocabularies",
+            where=teacher.path,
+            got=difference,
+            next="compare with the teacher that the student was made from",
+        )
     most = min(each.shape.max_positions for each in models)
-    length = settings.sequence_length or min(most, DEFAULT_LENGTH)
+    length = settings.sequence_length or min(DEFAULT_LENGTH, *map(known_length, models))
     stride = settings.stride or length
     if length > most:
         raise SettingError("sequence_length is more than the model has positions", got=length, allowed=f"1 to {most}")
@@ -209,25 +219,6 @@ def _resolve(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoin
                 "the gate compares with a teacher, and there is none", where="gate", got=row.expr, next="give --teacher"
             )
     return replace(settings, sequence_length=length, stride=stride)
-
-
-def _same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose next-token distribution is over other tokens."""
-    sizes = [each.shape.vocab_size for each in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            "student and teacher have different vocabularies",
-            where=teacher.path,
-            got=f"{sizes[0]:,} and {sizes[1]:,} tokens",
-            next="compare with the teacher that the student was made from",
-        )
-    hashes = [each.tokenizer_hash() for each in (student, teacher)]
-    if None not in hashes and hashes[0] != hashes[1]:
-        raise CheckpointError(
-            "student and teacher have different tokenizers",
-            where=teacher.path,
-            next="compare with the teacher that the student was made from",
-        )
 
 
 def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
@@ -314,8 +305,11 @@ def _measure(
             batch_size=settings.batch_size,
             progress=progress,
         )
+        rounded = _score_fp8(models, ids_N, settings, progress) if settings.fp8 else {}
         text_bytes = len(probes.decode(tokenizer, ids_N[1:]).encode())
         own = {who: scores.summary(sums, who, text_bytes) for who in models}
+        for who, loss in rounded.items():
+            own[who]["loss_fp8_cache"] = loss
         for who, model in models.items():
             own[who] |= asked.recall(model, batch_size=settings.batch_size, what=f"{who}: recall", progress=progress)
     for who, model in models.items():
@@ -339,6 +333,24 @@ def _measure(
     if settings.samples:
         metrics["samples"] = probes.side_by_side(models, tokenizer, asked.prompts, settings.sample_tokens)
     return metrics
+
+
+def _score_fp8(
+    models: Mapping[str, Any], ids_N: Tensor, settings: EvaluateSettings, progress: Progress
+) -> dict[str, float]:
+    """The loss of each model when its attention reads keys and values rounded to fp8."""
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(hf.with_attention(model, hf.ATTENTION_FP8))
+        sums = scores.score(
+            models,
+            ids_N,
+            length=settings.sequence_length or DEFAULT_LENGTH,
+            stride=settings.stride or DEFAULT_LENGTH,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+    return {who: float(scores.summary(sums, who, 1)["loss"]) for who in models}
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Outputs that are whole or absent: work is done in `OUT.partial`, and renamed when it is complete.
 
 An output names the hash of its inputs and settings (`inputs` in its `kvfold.json`). The same command on a complete
-output says so and does nothing; on another's output it refuses; on its own unfinished work it goes on.
+output says so and does nothing; on another's output it refuses; on its own unfinished work it goes on, unless another
+process is at it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold import lock
 from kvfold.errors import OutputError
 
 MANIFEST = "kvfold.json"
 CLAIM = ".inputs.json"  # in OUT.partial: whose unfinished work this is
+
+_OWN = (lock.FILE, CLAIM + ".tmp")  # what may lie there before the claim does
 
 
 def fingerprint(value: object) -> str:
@@ -38,6 +42,7 @@ class Output:
     inputs: str
     complete: bool  # the very output that was asked for is there already
     resumed: bool  # unfinished work of the same inputs lies in `work`
+    held: lock.Lock | None = None  # on `work`; none when the output is complete
 
     def written(self) -> bool:
         """Is the work whole, and was it only stopped before `commit`? Its manifest is what is written last."""
@@ -53,7 +58,10 @@ class Output:
         if self.path.exists():
             self.path.rename(replaced)
         self.work.rename(self.path)
-        (self.path / CLAIM).unlink(missing_ok=True)
+        for name in (CLAIM, lock.FILE):
+            (self.path / name).unlink(missing_ok=True)
+        if self.held is not None:
+            self.held.release()
         if replaced.exists():
             shutil.rmtree(replaced)
 
@@ -84,49 +92,71 @@ def write_json(path: Path, value: object) -> None:
 
 
 def open_output(path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> Output:
-    """Claim an output for these inputs and settings.
+    """Claim an output for these inputs and settings; until it is committed or dropped, no other process gets it.
 
     Raises OutputError when something else is there and `overwrite` is off, when what is there is not kvfold's to
-    overwrite, or when the place cannot be written.
+    overwrite, when another process works on it, or when the place cannot be written.
     """
     path = Path(path)
     if path.name in ("", ".."):
         raise OutputError("is no name for an output", where=path, next="name a new directory")
     work, inputs = path.with_name(path.name + ".partial"), fingerprint(settings)
+    complete = Output(path, work, inputs, complete=True, resumed=False)
     with disk_errors(path):
-        if path.exists():
-            found = read_json(path / MANIFEST) if path.is_dir() else None
-            manifest = found if isinstance(found, dict) else None
-            empty = path.is_dir() and not any(path.iterdir())
-            if manifest is not None and manifest.get("inputs") == inputs and not overwrite:
-                return Output(path, work, inputs, complete=True, resumed=False)
-            if manifest is None and not empty:
-                raise OutputError(
-                    f"exists, and is no output of kvfold (it has no {MANIFEST}): it is not overwritten",
-                    where=path,
-                    next="choose another path, or move it away",
-                )
-            if not overwrite and not empty:
-                raise OutputError(
-                    "the output exists, from other inputs or settings",
-                    where=path,
-                    next="choose another path, or add --overwrite",
-                )
+        if _complete(path, inputs, overwrite):
+            return complete
+        if work.exists() and read_json(work / CLAIM) is None and any(each.name not in _OWN for each in work.iterdir()):
+            raise OutputError("is there and is not unfinished work of kvfold", where=work, next="move it away")
+        work.mkdir(parents=True, exist_ok=True)
+        held = lock.Lock.take(work)
         claim = read_json(work / CLAIM)
+        if claim is None and _complete(path, inputs, overwrite):  # another process has finished it just now
+            shutil.rmtree(work)
+            return complete
         resumed = claim is not None and claim.get("inputs") == inputs
-        if work.exists() and not resumed:
-            if claim is None and any(work.iterdir()):
-                raise OutputError("is there and is not unfinished work of kvfold", where=work, next="move it away")
-            if claim is not None and not overwrite:
+        if claim is not None and not resumed:
+            if not overwrite:
                 raise OutputError(
                     "unfinished work of other inputs or settings is there",
                     where=work,
                     next="repeat that command to finish it, delete it, or add --overwrite",
                 )
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
+            _clear(work)
         write_json(work / CLAIM, {"inputs": inputs, "settings": dict(settings)})
-    return Output(path, work, inputs, complete=False, resumed=resumed)
+    return Output(path, work, inputs, complete=False, resumed=resumed, held=held)
+
+
+def _complete(path: Path, inputs: str, overwrite: bool) -> bool:
+    """Is the very output there, and not to be replaced? Raises OutputError for anything else that may not be."""
+    if not path.exists():
+        return False
+    found = read_json(path / MANIFEST) if path.is_dir() else None
+    manifest = found if isinstance(found, dict) else None
+    empty = path.is_dir() and not any(path.iterdir())
+    if manifest is not None and manifest.get("inputs") == inputs and not overwrite:
+        return True
+    if manifest is None and not empty:
+        raise OutputError(
+            f"exists, and is no output of kvfold (it has no {MANIFEST}): it is not overwritten",
+            where=path,
+            next="choose another path, or move it away",
+        )
+    if not overwrite and not empty:
+        raise OutputError(
+            "the output exists, from other inputs or settings",
+            where=path,
+            next="choose another path, or add --overwrite",
+        )
+    return False
+
+
+def _clear(work: Path) -> None:
+    """Delete unfinished work, and keep the lock on it."""
+    for each in work.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each.name != lock.FILE:
+            each.unlink()
 
 
 _DISK = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,17 +214,17 @@ def plan(
     """
     config, lineage = read_source(src)
     family = family_of(config)
-    shape = family.shape(config)
+    shape = rooted(family.shape(config), lineage)
     chosen = methods.get(method)
     made = decode(chosen.Config, settings or {}, method)
     made.check(shape)
     student = chosen.student(made, shape)
-    family.fields(student.shape)  # says so now when the architecture cannot express the student
+    fields = family.fields(student.shape)  # says so now when no architecture can express the student
     device = hardware(options.hardware)
     use = _Use(options, shape, device, tied=bool(config.get("tie_word_embeddings", False)))
     source_cache = grouped_cache(shape)
-    before = use.side(shape, source_cache, shape.model_type)
-    after = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or shape.model_type)
+    before = use.side(shape, source_cache, config["model_type"])
+    after = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
     uptraining = _uptraining(options, device, shape, student.shape)
     disk = Disk(
         student=student.shape.parameters * _itemsize(shape.dtype),
@@ -247,7 +247,10 @@ def plan(
         disk=disk,
         calibration_bytes=sum(request.bytes(shape) for request in set(chosen.needs(made, shape))),
         engines=engines(student, shape.model_type),
-        warnings=tuple(use.warnings(shape, student.shape, before, after)),
+        warnings=(
+            *use.warnings(shape, student.shape, before, after),
+            *getattr(chosen, "notes", lambda config: ())(made),
+        ),
     )
 
 
@@ -261,12 +264,21 @@ def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     return read_config(folder), read_json(folder / MANIFEST)
 
 
+def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
+    """The shape of a source, with what the root teacher that its lineage names caches of a token."""
+    root = _root(lineage)
+    return shape if root is None else replace(shape, root_elements=grouped_cache(root).elements(1, 1))
+
+
 def _root_bytes_per_token(lineage: Mapping[str, Any] | None, itemsize: int) -> int | None:
     """Cache bytes per token of the root teacher that a lineage names."""
+    root = _root(lineage)
+    return None if root is None else grouped_cache(root).bytes_per_token(itemsize)
+
+
+def _root(lineage: Mapping[str, Any] | None) -> Shape | None:
     config = ((lineage or {}).get("root") or {}).get("config")
-    if not config:
-        return None
-    return grouped_cache(family_of(config).shape(config)).bytes_per_token(itemsize)
+    return family_of(config).shape(config) if config else None
 
 
 def _itemsize(dtype: str) -> int:

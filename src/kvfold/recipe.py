@@ -66,7 +66,8 @@ def _plain(value: Any, hint: Any) -> Any:
         return value if bool in kinds else object()
     if isinstance(value, str):
         text = value.strip()
-        if text.lower() in ("none", "null") and type(None) in kinds:
+        words = any(typing.get_args(kind)[:1] == (str,) for kind in kinds)  # in a list of words, none is one of them
+        if text.lower() in ("none", "null") and type(None) in kinds and not words:
             return None
         if any(typing.get_origin(kind) is tuple for kind in kinds):
             value = [part.strip() for part in text.split(",") if part.strip()]

@@ -137,7 +137,8 @@ def _cell(work: _Run, cell: Cell) -> Path:
         overwrite=work.overwrite,
         progress=work.progress,
     )
-    row = {"role": "student", "method": name, **settings, "alpha": 0}
+    told: dict[str, Any] = {key: options[key] for key in ("repair", "calibration_seed") if key in options}
+    row = {"role": "student", "method": name, **settings, **told, "alpha": 0}
     last = cell.uptrain is None
     _evaluate(work, converted, f"{label}/converted", row, teacher=recipe.source, judged=last)
     if cell.uptrain is None:
@@ -175,7 +176,9 @@ def _spent(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label(method: str, settings: Mapping[str, Any]) -> str:
-    own = "_".join(f"{key}-{value}" for key, value in settings.items() if key != "method")
+    places = {key: Path(str(value)).name for key, value in settings.items() if key == "calibration"}
+    said: dict[str, Any] = {**settings, **places}
+    own = "_".join(f"{key}-{value}" for key, value in said.items() if key != "method")
     return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in f"{method}_{own}".strip("_"))
 
 

@@ -97,6 +97,7 @@ class Shape:
     parameters: int
     dtype: str
     max_positions: int
+    root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
 
     def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
         """The same model with other attentions at these sites; the parameter count follows."""
@@ -235,14 +236,16 @@ class QueryGram:
 
 @dataclass(frozen=True)
 class AttentionGram:
-    """Second moments of the inputs averaged by each head's own attention: `gram_HDD`."""
+    """Second moments of the inputs averaged by attention, over all heads alike: `gram_DD`, with `mean_D`.
+
+    Heads apart would be `H` times the memory, and made no student better (docs/log.md).
+    """
 
     site: Site
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of the float64 answer."""
-        attention = shape.sites[self.site]
-        return 8 * attention.num_attention_heads * attention.hidden_size**2
+        return 8 * (shape.sites[self.site].hidden_size + 1) * shape.sites[self.site].hidden_size
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,26 @@ class SampledPairs:
 
 
 Request = InputGram | QueryGram | AttentionGram | CrossGram | SampledPairs
-Answers = Mapping[Request, Mapping[str, "Tensor"]]
+"""What one pass over a text answers."""
+
+
+@dataclass(frozen=True)
+class FoldedKL:
+    """KL to the teacher in nats per token when this site alone is folded to `heads` key/value heads: `kl`.
+
+    For methods that have `with_heads`; measured once the requests are answered.
+    """
+
+    site: Site
+    heads: int
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8
+
+
+Question = Request | FoldedKL
+Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 
 # --- what uptraining does for a method -----------------------------------------------------------------------------

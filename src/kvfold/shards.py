@@ -306,6 +306,17 @@ def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
     return shards
 
 
+def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str) -> str:
+    """Write a tensor at a byte of an open file, and return the SHA-256 of its bytes."""
+    state = hashlib.sha256()
+    for part in chunks(tensor, dtype):
+        state.update(part)
+        while part:
+            done = os.pwrite(descriptor, part, offset)
+            offset, part = offset + done, part[done:]
+    return state.hexdigest()
+
+
 class Writer:
     """Writes the tensors of a checkpoint into a folder, in any order and from any thread.
 
@@ -354,14 +365,9 @@ class Writer:
             if name not in shard.left:
                 raise ValueError(f"tensor {name} is written twice")
             descriptor = self._open(shard)
-        state, offset = hashlib.sha256(), shard.begins[name]
-        for part in chunks(tensor, spec.dtype):
-            state.update(part)
-            while part:
-                done = os.pwrite(descriptor, part, offset)
-                offset, part = offset + done, part[done:]
+        written = _put(descriptor, shard.begins[name], tensor, spec.dtype)
         with self._lock:
-            self.digests[name] = state.hexdigest()
+            self.digests[name] = written
             shard.left.discard(name)
             finished = not shard.left
         if finished:
@@ -390,8 +396,20 @@ class Writer:
             }
             write_json(self.folder / JOURNAL, shards)
 
-    def close(self) -> str:
-        """Write the index and return the hash of the tensors. Raises ValueError when a tensor was never written."""
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Put another tensor of the same shape in the place of one that was written."""
+        spec, shard = self.specs[name], self._shard_of[name]
+        if name in shard.left or tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not one that was written")
+        descriptor = os.open(self.folder / shard.file, os.O_WRONLY)
+        try:
+            self.digests[name] = _put(descriptor, shard.begins[name], tensor, spec.dtype)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def index(self) -> None:
+        """Write the index, after which the folder can be read. Raises ValueError when a tensor was never written."""
         missing = sorted(self.specs.keys() - self.digests.keys())
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -402,6 +420,10 @@ class Writer:
                 self.folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
+
+    def close(self) -> str:
+        """Write the index and return the hash of the tensors. Raises ValueError when a tensor was never written."""
+        self.index()
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return tensors_hash(self.specs, self.digests)
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from kvfold import distill, hf
-from kvfold.checkpoint import Checkpoint, carry_over, descend, root_teacher, save_model
+from kvfold.checkpoint import Checkpoint, carry_over, save_model
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, OutputError, SettingError
+from kvfold.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.output import disk_errors, open_output
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import Stage
@@ -233,13 +234,12 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
         )
     if found is None:
         return None
-    ours, theirs = source.shape.vocab_size, found.shape.vocab_size
-    own, other = source.tokenizer_hash(), found.tokenizer_hash()
-    if ours != theirs or (own and other and own != other):
+    difference = vocabulary_difference(source, found)
+    if difference:
         raise SettingError(
             "teacher and student speak different vocabularies",
             where=found.path,
-            got=f"{theirs:,} tokens against {ours:,}" if ours != theirs else "another tokenizer",
+            got=difference,
             next="give the teacher that the student was made from",
         )
     return found

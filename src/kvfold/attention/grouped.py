@@ -78,27 +78,24 @@ def _decode(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None,
 
 
 def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
-    """Whether two matrix products beat the fused kernel; the bounds are measured (`benchmarks/decode.py`).
+    """Whether two matrix products are taken, and not the fused kernel; measured (`benchmarks/decode.py`).
 
-    On a CPU the fused kernel is slow for few rows: 4 times slower than matmul for one row of bfloat16. Its single
-    call wins where the keys are few, and where many rows share them.
+    One row of bfloat16 takes the fused kernel 4 times as long as matmul on an AMD EPYC, and 0.7 times on a Xeon with
+    AMX. One row of float32 and many keys: 1.3 times and 1.0. Four rows of a group in float32: it takes 0.87 of
+    matmul's time on the Xeon (keys not in cache); it writes no logits to memory, and its single parallel region
+    suffers least when something else runs on a core.
     """
     rows = q_BGRE.shape[2]
     if k_BGSE.device.type != "cpu":
         return False
-    if _is_half(k_BGSE):
+    if k_BGSE.dtype in (torch.bfloat16, torch.float16):
         return rows < 4 or k_BGSE.numel() >= 1 << 18
-    return rows < 8 and k_BGSE.numel() >= 1 << 19
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
+    return rows == 1 and k_BGSE.numel() >= 1 << 19
 
 
 def _by_matmul(q_BGRE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) -> Tensor:
     """Logits, softmax and weighted sum as separate products, the logits in full; `q` is scaled already."""
-    # keys first: for a handful of rows of float32, MKL computes the tall product at twice the speed of the wide one
-    logits_BGRS = q_BGRE @ k_BGSE.mT if _is_half(k_BGSE) else (k_BGSE @ q_BGRE.mT).mT.contiguous()
+    logits_BGRS = q_BGRE @ k_BGSE.mT
     if mask is None:
         return logits_BGRS.softmax(-1) @ v_BGSE
     # the lowest number and not -inf: a row without any visible key keeps finite gradients, and then gets 0

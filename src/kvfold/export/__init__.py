@@ -14,11 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from kvfold.checkpoint import Checkpoint, carry_over, descend
+from kvfold.checkpoint import Checkpoint, carry_over
 from kvfold.errors import Interrupted, KvfoldError, OutputError, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export import ctranslate2 as _ctranslate2
 from kvfold.export import gguf as _gguf
+from kvfold.lineage import descend
 from kvfold.output import MANIFEST, disk_errors, open_output, write_json
 from kvfold.progress import SILENT, Progress
 
@@ -69,7 +70,7 @@ def export(
     source = Checkpoint.open(src)
     if source.path.resolve().is_relative_to(dst.resolve()):
         raise OutputError("the source lies there", where=dst, next="choose another path")
-    limits.common_attention(source, engine.NAME)
+    engine.check(source)
     site = next(iter(source.shape.sites))
     stored = source.spec(source.family.tensor(site, "q")).dtype
     weights = stored if settings.dtype == "source" else settings.dtype

@@ -2,7 +2,8 @@
 
 The converter of CTranslate2 4.8 takes `hidden_size / num_attention_heads` for the head width of a Llama, ignores
 `llama3` rotary scaling on a CPU, and decodes wrongly once a sliding window is full; so the specification is built
-here, per-frequency factors say the scaling, and a window becomes a limit on the context (`limits.window`).
+here, per-frequency factors say the scaling, and a window becomes a limit on the context (`limits.window`). Each layer
+is told its own number of key/value heads, which the converter has one of.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvfold.checkpoint import Checkpoint
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
-from kvfold.export.limits import common_attention, frequency_factors
+from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.output import read_json
 
 NAME = "CTranslate2"
@@ -36,17 +37,23 @@ def version() -> str:
     return str(ctranslate2.__version__)
 
 
+def check(source: Checkpoint) -> None:
+    """Raise UnsupportedModel for what CTranslate2 has no place for."""
+    common_attention(source, NAME)
+
+
 def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
     """Write `model.bin`, `config.json` and `vocabulary.json`; takes the modules out of `model` on the way.
 
     Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids.
     """
     import torch
-    from ctranslate2.converters.transformers import LlamaLoader
+    from ctranslate2.converters import transformers as loaders
 
     from kvfold.hf import load_tokenizer
 
-    tokenizer, loader, spec = load_tokenizer(source.path), LlamaLoader(), _specification(source)
+    loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
+    tokenizer, spec = load_tokenizer(source.path), _specification(source)
     with torch.no_grad():
         loader.set_decoder(spec.decoder, model.model)
         loader.set_linear(spec.decoder.projection, model.lm_head)
@@ -63,7 +70,7 @@ def _specification(source: Checkpoint) -> Any:
     from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
     from ctranslate2.specs.attention_spec import RotaryScalingType
 
-    attention = common_attention(source, NAME)
+    attention, heads = common_attention(source, NAME), kv_heads(source)
     assert attention.rope is not None
     factors, positions = frequency_factors(attention.rope), source.shape.max_positions
     scaling: dict[str, Any] = {}
@@ -81,19 +88,32 @@ def _specification(source: Checkpoint) -> Any:
         rotary_dim=0,
         rotary_interleave=False,
         rotary_base=attention.rope.theta,
-        num_heads_kv=attention.num_key_value_heads,
+        num_heads_kv=min(heads),
         head_dim=attention.head_dim,
+        qk_norm=attention.norms == "pre_rope",
         **scaling,
     )
-    if factors is not None:
-        for layer in spec.decoder.layer:
+    for layer, count in zip(spec.decoder.layer, heads, strict=True):
+        layer.self_attention.num_heads_kv = np.int32(count)
+        if factors is not None:
             layer.self_attention.rotary_scaling_long_factor = factors
             layer.self_attention.rotary_scaling_short_factor = factors
     return spec
 
 
 def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
-    """Load the export on the CPU and ask it what transformers was asked: logits by text, and greedy answers."""
+    """Load the export on the CPU and ask it what transformers was asked: logits by text, and greedy answers.
+
+    Raises UnsupportedModel when CTranslate2 refuses to load or to run it.
+    """
+    try:
+        return _answer(folder, known, weights)
+    except (ValueError, RuntimeError) as error:  # what its C++ throws
+        said = " ".join(str(error).split())[:200]
+        raise UnsupportedModel(f"{NAME} cannot run the model: {said}", next="nothing was exported") from error
+
+
+def _answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
     import ctranslate2
     import torch
 

@@ -1,8 +1,9 @@
 """GGUF for llama.cpp: written tensor by tensor with gguf-py, and read back.
 
 The layout is that of llama.cpp's own converter, which is the better choice where it knows the tokenizer; it refuses
-byte-level tokenizers that are not on its list, and every model with a vocabulary of its own is one. Architecture
-`llama` rotates neighbouring pairs where transformers rotates halves: the rows of each head of q and k change places.
+byte-level tokenizers that are not on its list, and every model with a vocabulary of its own is one. Architectures
+`llama` and `deci` rotate neighbouring pairs where transformers rotates halves: the rows of each head of q and k change
+places. `deci` is the one whose layers may differ in their key/value heads: a model of mixed heads is written as one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 from kvfold.checkpoint import TIED, Checkpoint
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
-from kvfold.export.limits import common_attention, frequency_factors, window
+from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
 from kvfold.output import read_json
 
 NAME = "llama.cpp"
 FILE = "model.gguf"
+_PAIRED = ("llama", "deci")  # architectures that rotate neighbouring pairs
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,6 +41,31 @@ def available() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise SettingError("gguf is not installed", next="pip install 'kvfold[gguf]'") from error
+
+
+def check(source: Checkpoint) -> None:
+    """Raise UnsupportedModel for what no architecture of llama.cpp has a place for."""
+    _architecture(source)
+
+
+def _architecture(source: Checkpoint) -> str:
+    """The architecture that holds this model, by llama.cpp's name."""
+    attention, model_type = common_attention(source, NAME), source.shape.model_type
+    mixed = len(set(kv_heads(source))) > 1
+    wide = attention.num_attention_heads * attention.head_dim
+    problem = None
+    if mixed and attention.norms != "none":
+        problem = "deci, the architecture for key/value heads of each layer's own, has no norms of q and k"
+    elif mixed and "q" in attention.biases and wide != attention.hidden_size:
+        problem = "deci, the architecture for key/value heads of each layer's own, has biases as wide as the model only"
+    elif model_type == "qwen3" and attention.biases:
+        problem = "qwen3 has no biases"
+    elif frequency_factors(attention.rope) is not None and not mixed and model_type.startswith("qwen"):
+        problem = f"{model_type} has no place for scaled rotary frequencies"
+    if problem:
+        next_step = "export to ctranslate2" if mixed else None
+        raise UnsupportedModel(f"cannot be exported to {NAME}: {problem}", where=source.path, next=next_step)
+    return "deci" if mixed else model_type if model_type.startswith("qwen") else "llama"
 
 
 def version() -> str:
@@ -60,11 +87,10 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
     """
     import gguf
 
-    architecture = gguf.MODEL_ARCH.QWEN2 if source.shape.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
-    with closing(gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])) as writer:
+    with closing(gguf.GGUFWriter(folder / FILE, _architecture(source))) as writer:
         _describe(writer, source, weights)
         vocabulary = _vocabulary(writer, source)
-        plan = list(_tensors(source, architecture, weights))
+        plan = list(_tensors(source, weights))
         for name, _, kind, shape in plan:
             block, size = gguf.GGML_QUANT_SIZES[kind]
             writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
@@ -92,7 +118,7 @@ def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(int(source.config["intermediate_size"]))
     writer.add_head_count(attention.num_attention_heads)
-    writer.add_head_count_kv(attention.num_key_value_heads)
+    writer.add_head_count_kv(_head_counts(source)["head_count_kv"])
     writer.add_key_length(attention.head_dim)
     writer.add_value_length(attention.head_dim)
     writer.add_rope_dimension_count(attention.head_dim)
@@ -101,20 +127,28 @@ def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
     writer.add_vocab_size(shape.vocab_size)
 
 
+def _head_counts(source: Checkpoint) -> dict[str, Any]:
+    """What the file says of heads: of key/value heads one number, or a list of each layer's."""
+    heads = kv_heads(source)
+    return {
+        "head_count": common_attention(source, NAME).num_attention_heads,
+        "head_count_kv": heads if len(set(heads)) > 1 else heads[0],
+    }
+
+
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _tensors(source: Checkpoint, architecture: Any, weights: str) -> Iterator[tuple[str, str, Any, tuple[int, ...]]]:
+def _tensors(source: Checkpoint, weights: str) -> Iterator[tuple[str, str, Any, tuple[int, ...]]]:
     """Name in the file, name in the checkpoint ("" for rotary factors), stored kind and shape of each tensor."""
     import gguf
 
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _architecture(source))
     names = gguf.get_tensor_name_map(architecture, source.shape.num_layers)
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
     wanted = gguf.GGMLQuantizationType[kinds[weights]]
     attention = common_attention(source, NAME)
     if frequency_factors(attention.rope) is not None:
-        if architecture is not gguf.MODEL_ARCH.LLAMA:
-            raise UnsupportedModel(f"{NAME} scales no rotary frequencies of this architecture", where=source.path)
         yield "rope_freqs.weight", "", gguf.GGMLQuantizationType.F32, (attention.head_dim // 2,)
     for origin in source.names():
         if origin.endswith("rotary_emb.inv_freq") or (origin == TIED and source.config.get("tie_word_embeddings")):
@@ -141,11 +175,11 @@ def _data(source: Checkpoint, name: str, origin: str, kind: Any) -> NDArray[Any]
         assert factors is not None
         return factors
     values: NDArray[np.float32] = source.read(origin).float().numpy()
-    if source.shape.model_type != "qwen2":
+    if _architecture(source) in _PAIRED:
         if ".attn_q." in name:
             values = interleave(values, attention.num_attention_heads)
         elif ".attn_k." in name:
-            values = interleave(values, attention.num_key_value_heads)
+            values = interleave(values, kv_heads(source)[int(name.split(".")[1])])
     with np.errstate(over="ignore"):
         stored: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
     if kind == gguf.GGMLQuantizationType.F16 and not np.isfinite(stored).all():
@@ -227,12 +261,10 @@ def inspect(source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
     import gguf
 
     reader = gguf.GGUFReader(folder / FILE)
-    architecture = gguf.MODEL_ARCH.QWEN2 if source.shape.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
     there = {each.name: (each.tensor_type, tuple(int(n) for n in each.shape[::-1])) for each in reader.tensors}
-    wanted = {name: (kind, shape) for name, _, kind, shape in _tensors(source, architecture, weights)}
-    attention, prefix = common_attention(source, NAME), gguf.MODEL_ARCH_NAMES[architecture]
-    heads = {"head_count": attention.num_attention_heads, "head_count_kv": attention.num_key_value_heads}
-    found = {key: int(reader.get_field(f"{prefix}.attention.{key}").contents()) for key in heads}
+    wanted = {name: (kind, shape) for name, _, kind, shape in _tensors(source, weights)}
+    prefix, heads = _architecture(source), _head_counts(source)
+    found = {key: reader.get_field(f"{prefix}.attention.{key}").contents() for key in heads}
     if there != wanted or found != heads:
         raise CheckpointError("the file does not hold what was written", where=folder / FILE, got=found, allowed=heads)
     return {"tensors": len(there), **found}

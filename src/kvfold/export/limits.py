@@ -11,11 +11,11 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.errors import UnsupportedModel
 from kvfold.shape import Attention, Rope
 
-ARCHITECTURES = ("llama", "mistral", "qwen2")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def common_attention(source: Checkpoint, engine: str) -> Attention:
-    """The one shape that every layer's attention has, windows aside.
+    """The one shape that every layer's attention has, windows and key/value heads aside.
 
     Raises UnsupportedModel when the engine has no place for what config.json says.
     """
@@ -31,11 +31,13 @@ def common_attention(source: Checkpoint, engine: str) -> Attention:
         raise refuse("the engine gates its MLP with silu", activation, "silu")
     if first.rope is None or first.rope.dims != first.head_dim:
         raise refuse("the engine rotates whole heads", config.get("rope_parameters"), f"{first.head_dim} dimensions")
-    counts = {attention.num_key_value_heads for attention in source.shape.sites.values()}
-    if len(counts) > 1:
-        raise refuse("the engine has one number of key/value heads for all layers", sorted(counts), "one number")
     frequency_factors(first.rope)
     return first
+
+
+def kv_heads(source: Checkpoint) -> list[int]:
+    """Key/value heads of each layer."""
+    return [attention.num_key_value_heads for attention in source.shape.sites.values()]
 
 
 def window(source: Checkpoint) -> int | None:

@@ -30,6 +30,7 @@ class Family:
     shape: Callable[[Json], Shape]  # config.json -> Shape; raises UnsupportedModel
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> the config.json fields that say it
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
+    down: str | None = None  # module with which a layer's MLP writes into the residual stream, with {layer}
 
     def module(self, site: Site) -> str:
         """Path of the site's attention module, as `named_modules` of transformers spells it."""

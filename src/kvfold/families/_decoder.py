@@ -1,9 +1,15 @@
-"""What the decoder families share: q, k, v and o apart, half-split rotation, RMS norms, a gated MLP."""
+"""What the decoder families share: q, k, v and o apart, half-split rotation, RMS norms, a gated MLP.
+
+A model whose layers all have as many key/value heads is of its source's own `model_type`. One whose layers differ says
+so with transformers' own field, `per_layer_config`, under a `model_type` of ours (`kvfold_llama`): the stock classes
+build every layer alike, and `kvfold.hf` has those that do not. `Shape.model_type` is the stock architecture for both.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json
@@ -12,7 +18,31 @@ from kvfold.shape import Attention, Rope, Shape, Site
 TENSORS = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},
     **{f"{role}_bias": f"{role}_proj.bias" for role in "qkvo"},
+    **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
 }
+
+DOWN = "model.layers.{layer}.mlp.down_proj"
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
+
+_HEADS = "num_key_value_heads"
+
+
+def per_layer_type(model_type: str) -> str:
+    """The model type of ours for a stock architecture whose layers differ in their key/value heads."""
+    return f"kvfold_{model_type}"
+
+
+def with_per_layer(*model_types: str) -> tuple[str, ...]:
+    """Stock model types, and those of ours that go with them."""
+    return (*model_types, *map(per_layer_type, model_types))
+
+
+def stock_type(config: Json) -> str:
+    """The stock architecture of a config.json of either kind."""
+    model_type = str(config["model_type"])
+    return next((stock for stock in CLASSES if per_layer_type(stock) == model_type), model_type)
 
 
 def number(config: Json, name: str) -> int:
@@ -24,25 +54,26 @@ def number(config: Json, name: str) -> int:
 
 
 def decoder_shape(
-    config: Json, family: str, *, biases: frozenset[str], mlp_biases: bool, windows: Sequence[int | None]
+    config: Json,
+    family: str,
+    *,
+    biases: frozenset[str],
+    mlp_biases: bool,
+    windows: Sequence[int | None],
+    norms: Literal["none", "pre_rope"] = "none",
 ) -> Shape:
     """Shape of a decoder of this layout: rotary, RMS-normed, with a gated MLP."""
     hidden, heads, layers = (
         number(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
-    if heads % kv_heads:
-        raise UnsupportedModel(f"config.json: {kv_heads} key/value heads do not divide {heads} query heads")
-    if config.get("per_layer_config"):
-        raise UnsupportedModel("config.json: per_layer_config is not supported by this family")
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     rotated = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
     rope = Rope(rotated, theta, scaling=dict(parameters) or None)
     sites = {
-        Site(layer): Attention(hidden, heads, kv_heads, head_dim, biases, rope=rope, window=windows[layer])
-        for layer in range(layers)
+        Site(layer): Attention(hidden, heads, kv_heads, head_dim, biases, norms, rope, windows[layer])
+        for layer, kv_heads in enumerate(_kv_heads(config, heads, layers))
     }
     vocab, mlp = number(config, "vocab_size"), number(config, "intermediate_size")
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
@@ -50,7 +81,7 @@ def decoder_shape(
     attention = sum(site.parameters for site in sites.values())
     return Shape(
         family=family,
-        model_type=str(config["model_type"]),
+        model_type=stock_type(config),
         sites=sites,
         hidden_size=hidden,
         vocab_size=vocab,
@@ -61,12 +92,56 @@ def decoder_shape(
     )
 
 
-def heads_field(shape: Shape) -> dict[str, Any]:
-    """`num_key_value_heads`, which must be the same in every layer for the source's own architecture."""
-    counts = {attention.num_key_value_heads for attention in shape.sites.values()}
-    if len(counts) != 1:
-        raise UnsupportedModel(f"{shape.model_type} has one num_key_value_heads for all layers", got=sorted(counts))
-    return {"num_key_value_heads": counts.pop()}
+def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:
+    """Key/value heads of each layer. Raises UnsupportedModel for a `per_layer_config` that says anything else."""
+    found = [config.get(_HEADS) or heads] * layers
+    overrides = config.get("per_layer_config") or {}
+    if overrides and config["model_type"] not in map(per_layer_type, CLASSES):
+        raise UnsupportedModel(
+            f"config.json: per_layer_config, and transformers builds every layer of {config['model_type']} alike",
+            next=f"is its model_type {per_layer_type(config['model_type'])}?",
+        )
+    for layer, changes in overrides.items():
+        if not str(layer).isdecimal() or int(layer) >= layers:
+            raise UnsupportedModel(f"config.json: per_layer_config of layer {layer}", allowed=f"0 to {layers - 1}")
+        if other := sorted(set(changes) - {_HEADS}):
+            raise UnsupportedModel(
+                f"config.json: per_layer_config changes {', '.join(other)} of layer {layer}", allowed=_HEADS
+            )
+        found[int(layer)] = number(changes, _HEADS)
+    for kv_heads in sorted(set(found)):
+        if heads % kv_heads:
+            raise UnsupportedModel(f"config.json: {kv_heads} key/value heads do not divide {heads} query heads")
+    return found
+
+
+def heads_fields(shape: Shape) -> dict[str, Any]:
+    """What config.json says of the key/value heads, architecture included: one number, or one for each layer.
+
+    Where layers differ, the commonest number is everyone's (the larger of two), and `per_layer_config` has the rest.
+    """
+    heads = {site.layer: attention.num_key_value_heads for site, attention in shape.sites.items()}
+    times = Counter(heads.values())
+    common = max(times, key=lambda count: (times[count], count))
+    name = f"{CLASSES[shape.model_type]}ForCausalLM"
+    if len(times) == 1:
+        return {"model_type": shape.model_type, "architectures": [name], _HEADS: common}
+    return {
+        "model_type": per_layer_type(shape.model_type),
+        "architectures": [f"Kvfold{name}"],
+        _HEADS: common,
+        "per_layer_config": {str(layer): {_HEADS: count} for layer, count in heads.items() if count != common},
+    }
+
+
+def upper_windows(config: Json) -> list[int | None]:
+    """The window of each layer of a Qwen, by the rule of the architecture: none below `max_window_layers`."""
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer >= int(config.get("max_window_layers", 28)) else "full_attention"
+        for layer in range(number(config, "num_hidden_layers"))
+    ]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def tiny_decoder(model_type: str, architecture: str, **changes: Any) -> dict[str, Any]:

@@ -6,13 +6,22 @@ Llama, Mistral (whose sliding window bounds the cache) and every model that shar
 from __future__ import annotations
 
 from kvfold.families import Family, Json
-from kvfold.families._decoder import TENSORS, decoder_shape, heads_field, number, tiny_decoder
+from kvfold.families._decoder import (
+    DOWN,
+    TENSORS,
+    decoder_shape,
+    heads_fields,
+    number,
+    stock_type,
+    tiny_decoder,
+    with_per_layer,
+)
 from kvfold.shape import Shape
 
 
 def _shape(config: Json) -> Shape:
     attention = frozenset("qkvo") if config.get("attention_bias") else frozenset[str]()
-    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    window = config.get("sliding_window") if stock_type(config) == "mistral" else None
     return decoder_shape(
         config,
         "llama",
@@ -24,11 +33,12 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="llama",
-    model_types=("llama", "mistral"),
+    model_types=with_per_layer("llama", "mistral"),
     about="Llama, Mistral (sliding window) and every decoder of that layout",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
     shape=_shape,
-    fields=heads_field,
+    fields=heads_fields,
     tiny=lambda: tiny_decoder("llama", "LlamaForCausalLM"),
+    down=DOWN,
 )

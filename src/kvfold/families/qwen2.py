@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from kvfold.families import Family, Json
-from kvfold.families._decoder import TENSORS, decoder_shape, heads_field, number, tiny_decoder
+from kvfold.families._decoder import (
+    DOWN,
+    TENSORS,
+    decoder_shape,
+    heads_fields,
+    tiny_decoder,
+    upper_windows,
+    with_per_layer,
+)
 from kvfold.shape import Shape
 
 
-def _windows(config: Json, layers: int) -> list[int | None]:
-    """The window of each layer, by the rule of the architecture: none below `max_window_layers`."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if layer >= int(config.get("max_window_layers", 28)) else "full_attention"
-        for layer in range(layers)
-    ]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def _shape(config: Json) -> Shape:
-    return decoder_shape(
-        config,
-        "qwen2",
-        biases=frozenset("qkv"),
-        mlp_biases=False,
-        windows=_windows(config, number(config, "num_hidden_layers")),
-    )
+    return decoder_shape(config, "qwen2", biases=frozenset("qkv"), mlp_biases=False, windows=upper_windows(config))
 
 
 FAMILY = Family(
     name="qwen2",
-    model_types=("qwen2",),
+    model_types=with_per_layer("qwen2"),
     about="Qwen2 and Qwen2.5 (biases on q, k and v)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
     shape=_shape,
-    fields=heads_field,
+    fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen2", "Qwen2ForCausalLM"),
+    down=DOWN,
 )

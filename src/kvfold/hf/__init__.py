@@ -5,14 +5,24 @@ Importing it registers the attention `kvfold` with transformers' own interfaces;
 
 from __future__ import annotations
 
+from kvfold.hf import per_layer as per_layer  # registers its classes
 from kvfold.hf.attention import NAME as ATTENTION
+from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
 from kvfold.hf.attention import attention_outputs, with_attention
 from kvfold.hf.decoding import CacheKind, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.layers import Layer, Layers
 from kvfold.hf.loading import build, load, load_tokenizer
+from kvfold.hf.watching import WATCHED, Attended, attend
 
 __all__ = [
     "ATTENTION",
+    "ATTENTION_FP8",
+    "WATCHED",
+    "Attended",
     "CacheKind",
+    "Layer",
+    "Layers",
+    "attend",
     "attention_outputs",
     "build",
     "fork",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -20,10 +21,13 @@ from kvfold.errors import SettingError
 NAME = "kvfold"
 """What `attn_implementation` calls it."""
 
+NAME_FP8 = "kvfold_fp8"
+"""The same attention over a cache of fp8, as engines keep one when they are told to: for measuring what that costs."""
+
 _REFUSED = ("softcap", "s_aux", "position_bias")
 
 
-def _forward(
+def forward(
     module: nn.Module,
     query_BHTE: Tensor,
     key_BGSE: Tensor,
@@ -52,8 +56,23 @@ def _forward(
     return o_BHTE.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _forward_fp8(
+    module: nn.Module, query_BHTE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The same, reading keys and values as an fp8 cache keeps them."""
+    return forward(module, query_BHTE, _through_fp8(key_BGSE), _through_fp8(value_BGSE), *args, **kwargs)
+
+
+def _through_fp8(heads_BGSE: Tensor) -> Tensor:
+    """Rounded to float8 (4 bits of exponent, 3 of mantissa), under one scale for all that is there."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = (heads_BGSE.abs().amax().float() / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((heads_BGSE.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(heads_BGSE.dtype)
+
+
+for _name, _function in ((NAME, forward), (NAME_FP8, _forward_fp8)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 @contextmanager

@@ -11,12 +11,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from kvfold.checkpoint import Checkpoint, locate
 from kvfold.errors import CheckpointError, DataError, SettingError, choices
+from kvfold.families._decoder import stock_type
 from kvfold.hf.attention import NAME
+from kvfold.output import read_json
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -49,13 +51,28 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises DataError when it has none, CheckpointError when there is no such place."""
+    """The tokenizer of a checkpoint; a model type of ours has that of the stock architecture it is made from.
+
+    Raises DataError when it has none, CheckpointError when there is no such place.
+    """
     folder = locate(path)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, config=_stock_config(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
+
+
+def _stock_config(folder: Path) -> PreTrainedConfig | None:
+    """What the tokenizer's class is chosen by, for a model type of ours; None leaves it to config.json.
+
+    For some model types (`qwen2`) transformers takes a class of its own choice, whatever tokenizer_config.json says.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config or stock_type(config) == config["model_type"]:
+        return None
+    same = {key: value for key, value in config.items() if key not in ("model_type", "per_layer_config")}
+    return AutoConfig.for_model(stock_type(config), **same)
 
 
 def build(config: Mapping[str, Any], *, seed: int, attention: str = "sdpa", dtype: str = "float32") -> nn.Module:

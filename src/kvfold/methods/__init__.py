@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvfold.errors import SettingError, did_you_mean
-from kvfold.shape import Answers, CacheSpec, Request, Roles, Shape, Site, SiteTensors, Stage
+from kvfold.shape import Answers, CacheSpec, Question, Roles, Shape, Site, SiteTensors, Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,11 +37,17 @@ class Student:
 
 
 class Method(Protocol):
-    """The contract of a method file. Sites come in groups: most methods take one site at a time."""
+    """The contract of a method file. Sites come in groups: most methods take one site at a time.
+
+    A method may also have `repairs(config)`, the roles that are refitted after it; `notes(config)`, lines for a plan;
+    `with_heads(config, heads)`, which FoldedKL needs. Two more speak in kvfold.json: `found(config, shape, answers)`,
+    on what grounds `resolve` chose; and `fold(group, answers, config)`, which is called instead of `convert` and
+    returns the same roles, and what came to light of each site on the way.
+    """
 
     Config: type[Any]
 
-    def needs(self, config: Any, shape: Shape) -> Sequence[Request]:
+    def needs(self, config: Any, shape: Shape) -> Sequence[Question]:
         """What calibration must answer; empty when the weights say enough."""
 
     def resolve(self, config: Any, shape: Shape, answers: Answers) -> Any:

@@ -1,15 +1,24 @@
 """gqa: grouped-query attention, of which multi-query attention is the case of one head.
 
-The `G` key/value heads of a layer are split into `G'` contiguous groups of `g = G / G'`, and each group is pooled
-into one head (Ainslie et al. 2023, arXiv 2305.13245, section 2.1):
+The `G` key/value heads of a layer are split into `G'` contiguous groups of `g = G / G'`, and each group is made into
+one head (Ainslie et al. 2023, arXiv 2305.13245, section 2.1):
 
-    mean    W_K'^(j) = 1/g * sum_{h in group j} W_K^(h)        (the paper's; W_V and biases alike)
-    first   W_K'^(j) = the first head of group j               (its ablation, figure 4)
-    random  W_K'^(j) ~ N(0, s^2), s the spread of W_K          (its ablation, figure 4)
+    fit         the best shared head for keys and for values, in closed form  (ours: docs/methods/gqa.md, `merge`)
+    align       the mean after turning the heads towards one another          (arXiv 2412.20677)
+    align-norm  the same, scaled to the heads' own norm
+    mean        W_K'^(j) = 1/g * sum_{h in group j} W_K^(h)      (the paper's; W_V and biases alike)
+    first       W_K'^(j) = the first head of group j             (its ablation, figure 4)
+    random      W_K'^(j) ~ N(0, s^2), s the spread of W_K        (its ablation, figure 4)
 
-`q` and `o` stay as they are: query head `h` reads pooled head `h // (H / G')`. Pooling commutes with RoPE, which
-rotates all heads alike. Cached per token and layer: `2 G' E` elements. Lossless at `G' = G`, and for `mean` and
-`first` whenever the heads of each group are equal.
+`mean`, `first` and `random` read weights alone and leave `q` and `o` as they are; the first three need the teacher to
+read a little text, and fold what they change about k and v into q and o. Query head `h` reads head `h // (H / G')`.
+Cached per token and layer: `2 G' E` elements. Lossless at `G' = G`; for `mean` and `first` whenever the heads of each
+group are equal; for `fit` whenever they are linear images of one another (under RoPE: one complex factor for each
+plane of a key head).
+
+Layers differ in what they bear. `kv_heads auto` lets the teacher read with one layer folded at a time, and takes of all
+mixes within the `budget` the one of the smallest predicted KL, the sum over layers: a multiple-choice knapsack, which
+is solved exactly. What a mix adds to one number of heads for all layers is in `kvfold.json`, beside that number's KL.
 """
 
 from __future__ import annotations
@@ -17,17 +26,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from kvfold import budget as budgets
 from kvfold.errors import SettingError, choices
 from kvfold.methods import Student
 from kvfold.shape import (
     KINDS,
     Answers,
     Attention,
+    AttentionGram,
     CacheSpec,
+    FoldedKL,
+    InputGram,
     Kind,
-    Request,
+    QueryGram,
+    Question,
     Roles,
     Shape,
     Site,
@@ -41,7 +55,10 @@ from kvfold.shape import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Init = Literal["mean", "first", "random"]
+AUTO = "auto"
+POOLED = ("mean", "first", "random")
+NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
+Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
 
 
 @dataclass(frozen=True)
@@ -49,20 +66,37 @@ class Config:
     """How many heads stay, and what they start from."""
 
     kv_heads: str | int = field(
-        metadata={"help": "Key/value heads to keep: a divisor of the source's; 1 is MQA. Or self=8,cross=4."}
+        metadata={
+            "help": "Key/value heads to keep: a divisor of the source's; 1 is MQA. Or self=8,cross=4, or layer by "
+            "layer 4/2/2/1, or auto: each layer its own, by what folding it costs."
+        }
     )
     init: Init = field(
-        default="mean", metadata={"help": "What a pooled head starts from: the mean of its group, its first, noise."}
+        default="fit",
+        metadata={"help": "How a group becomes a head; without --calibration: mean, which reads weights alone."},
     )
     init_seed: int = field(default=0, metadata={"help": "Seed of --init random."})
+    budget: float | None = field(
+        default=None, metadata={"help": "For --kv-heads auto: cache bytes, as a part of the root teacher's (0.25)."}
+    )
+
+    without_text: ClassVar[Mapping[str, Any]] = {"init": "mean"}
 
     def check(self, shape: Shape) -> None:
-        """Refuse a head count that does not divide the source's, naming those that do."""
-        wanted = heads_by_kind(self, shape)
-        for site, attention in shape.sites.items():
-            if site.kind not in wanted:
-                continue
-            heads, have = wanted[site.kind], attention.num_key_value_heads
+        """Refuse a budget that no head fits, and a head count that does not divide the source's, naming what does."""
+        if self.kv_heads == AUTO:
+            budgets.check(self.budget, shape, "gqa")
+            return
+        if self.budget is not None:
+            raise SettingError(
+                f"budget says nothing about kv_heads {self.kv_heads}",
+                where="gqa",
+                got=f"{self.budget:g}",
+                next="say --kv-heads auto, or leave out --budget",
+            )
+        for site, heads in heads_by_site(self, shape).items():
+            attention = shape.sites[site]
+            have = attention.num_key_value_heads
             if have % heads:
                 grouped = have != attention.num_attention_heads
                 what = "key/value heads" if grouped else "query heads"
@@ -73,22 +107,112 @@ class Config:
                 )
 
 
-def heads_by_kind(config: Config, shape: Shape) -> dict[Kind, int]:
-    """Heads to keep for each kind of site that has a cache."""
-    kinds = [kind for kind in KINDS if kind != "encoder" and any(site.kind == kind for site in shape.sites)]
-    return per_kind(config.kv_heads, kinds, "kv_heads")
+# --- how many heads stay ---------------------------------------------------------------------------------------------
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Request]:
-    """Ask nothing: pooling reads weights alone."""
-    return ()
+def heads_by_site(config: Config, shape: Shape) -> dict[Site, int]:
+    """Heads to keep at each site that has a cache; `auto`, before anything is measured, as alike as the budget allows.
+
+    Raises SettingError when there are more or fewer numbers than layers.
+    """
+    if config.kv_heads == AUTO:
+        return budgets.alike(config.budget or 1, shape)
+    sites = budgets.cached(shape)
+    layers = 1 + max(site.layer for site in sites)
+    said = _said(config.kv_heads, [kind for kind in KINDS if any(site.kind == kind for site in sites)])
+    if len(said) not in (1, layers):
+        raise SettingError(
+            f"kv_heads has {len(said)} numbers for {layers} layers",
+            where="gqa",
+            got=repr(config.kv_heads),
+            next="give one for each layer, or one for all",
+        )
+    return {site: said[site.layer % len(said)][site.kind] for site in sites}
+
+
+def _said(setting: str | int, kinds: Sequence[Kind]) -> list[dict[Kind, int]]:
+    """Read `8`, `4/2/2/1` or `self=4/2/2/1,cross=8`: heads by kind, once for all layers or for each layer."""
+    parts = [part.rpartition("=") for part in str(setting).split(",")]
+    lists = [(f"{kind}{equals}", numbers.split("/")) for kind, equals, numbers in parts]
+    layers = max(len(numbers) for _, numbers in lists)
+    if any(len(numbers) not in (1, layers) for _, numbers in lists):
+        raise SettingError("kv_heads has lists of several lengths", where="gqa", got=repr(setting))
+    rows = (",".join(kind + numbers[layer % len(numbers)] for kind, numbers in lists) for layer in range(layers))
+    return [per_kind(row, kinds, "kv_heads") for row in rows]
+
+
+def _spelled(heads: Mapping[Site, int]) -> str | int:
+    """Heads by site as a setting: `8`, `4/2/2/1`, or `self=4/2/2/1,cross=8`."""
+    words: dict[Kind, str | int] = {}
+    for kind in KINDS:
+        numbers = [heads[site] for site in sorted(heads) if site.kind == kind]
+        if numbers:
+            words[kind] = numbers[0] if len(set(numbers)) == 1 else "/".join(map(str, numbers))
+    return next(iter(words.values())) if len(words) == 1 else ",".join(f"{kind}={word}" for kind, word in words.items())
+
+
+def with_heads(config: Config, heads: int) -> Config:
+    """The same settings with so many heads everywhere: under these FoldedKL is measured, site by site."""
+    return replace(config, kv_heads=heads, budget=None)
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+def needs(config: Config, shape: Shape) -> Sequence[Question]:
+    """Ask for second moments of what a folded site reads, if heads are merged by them; under `auto` what folds cost."""
+    if config.kv_heads == AUTO:
+        fewer = {site: budgets.choices_of(shape, site)[:-1] for site in budgets.cached(shape)}
+        folds = [FoldedKL(site, heads) for site, numbers in fewer.items() for heads in numbers]
+        sites = [site for site, numbers in fewer.items() if numbers]
+    else:
+        folds, wanted = [], heads_by_site(config, shape)
+        sites = [site for site, heads in wanted.items() if heads < shape.sites[site].num_key_value_heads]
+    read = () if config.init in POOLED else (InputGram, QueryGram, AttentionGram)
+    return [*(request(site) for site in sites for request in read), *folds]
+
+
+def repairs(config: Config) -> Sequence[str]:
+    """Ask for everything to be repaired after a fit; what the paper and others publish is left as they publish it."""
+    return ("q", "o", "down") if config.init == "fit" else ()
 
 
 def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the head count out for each kind."""
-    heads = heads_by_kind(config, shape)
-    text: str | int = ",".join(f"{kind}={count}" for kind, count in heads.items())
-    return replace(config, kv_heads=next(iter(heads.values())) if len(heads) == 1 else text)
+    """Write the head counts out for each kind, layer by layer where they differ."""
+    if config.kv_heads == AUTO:
+        heads = budgets.cheapest(config.budget or 1, shape, answers)
+    else:
+        heads = heads_by_site(config, shape)
+    return replace(config, kv_heads=_spelled(heads), budget=None)
+
+
+def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
+    """What `auto` chose and on what grounds, beside the best number for all layers within the same budget."""
+    if config.kv_heads != AUTO:
+        return {}
+    both = {
+        "mix": budgets.cheapest(config.budget or 1, shape, answers),
+        "uniform": budgets.uniform(config.budget or 1, shape, answers),
+    }
+    told = {
+        name: {
+            "kv_heads": _spelled(heads),
+            "cache": budgets.part(shape, heads),
+            "kl": budgets.price(shape, answers, heads),
+        }
+        for name, heads in both.items()
+    }
+    return {"budget": config.budget, **told, "kl": budgets.prices(shape, answers)}
+
+
+def notes(config: Config) -> Sequence[str]:
+    """What a plan must say of head counts that are not chosen yet."""
+    if config.kv_heads != AUTO:
+        return ()
+    return (
+        f"kv_heads auto: shown is a budget of {config.budget:g} spent alike on all layers; how many heads each keeps "
+        "is measured when it is converted, and engines that want one number for all layers will not load a mix",
+    )
 
 
 def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
@@ -97,16 +221,10 @@ def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
 
 
 def student(config: Config, shape: Shape) -> Student:
-    """The same model with fewer key/value heads."""
-    heads = heads_by_kind(config, shape)
+    """The same model with fewer key/value heads; of `auto`, what can be known: the budget spent alike on all layers."""
+    heads = heads_by_site(config, shape)
     return Student(
-        shape.with_sites(
-            {
-                site: replace(attention, num_key_value_heads=heads[site.kind])
-                for site, attention in shape.sites.items()
-                if site.kind in heads
-            }
-        )
+        shape.with_sites({site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()})
     )
 
 
@@ -116,16 +234,45 @@ def cache_spec(config: Config, shape: Shape) -> CacheSpec:
 
 
 def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Pool `k`, `v` and their biases; every other role is passed on."""
-    converted = {}
+    """Make each group of heads one, by weights or by moments; every role that does not change is passed on."""
+    return fold(group, answers, config)[0]
+
+
+def fold(
+    group: Mapping[Site, SiteTensors], answers: Answers, config: Config
+) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
+    """Convert, and say of each site merged by moments what its groups lost and which of them lost nothing.
+
+    Lost is a share of the second moment as it is looked at; nothing is what rounding to the weights' format can lose.
+    """
+    converted, told = {}, {}
     for site, tensors in group.items():
-        heads = per_kind(config.kv_heads, [site.kind], "kv_heads")[site.kind]
+        kinds = [kind for kind in KINDS if kind in str(config.kv_heads)] or [site.kind]
+        said = _said(config.kv_heads, kinds)
+        heads = said[site.layer % len(said)][site.kind]
+        if heads < tensors.attention.num_key_value_heads and config.init not in POOLED:
+            converted[site], told[site] = _merge(site, tensors, heads, answers, config)
+            continue
         new = dict(tensors.roles)
         for role in ("k", "v", "k_bias", "v_bias"):
             if role in new:
                 new[role] = _pool(new[role], tensors.attention, heads, config, salt=f"{site} {role}")
         converted[site] = new
-    return converted
+    return converted, told
+
+
+def _merge(
+    site: Site, tensors: SiteTensors, heads: int, answers: Answers, config: Config
+) -> tuple[Roles, dict[str, Any]]:
+    """Merge by the moments of what the teacher read."""
+    import torch
+
+    from kvfold.merge import merge_site, moments_of
+
+    how = cast(Literal["fit", "align", "align-norm"], config.init)
+    roles, lost = merge_site(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
+    nothing = max(NOTHING, (torch.finfo(tensors.roles["k"].dtype).eps / 2) ** 2)
+    return roles, {"lost": lost, "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
 
 
 def _pool(tensor: Tensor, attention: Attention, heads: int, config: Config, salt: str) -> Tensor:

@@ -20,9 +20,10 @@ from kvfold.errors import CheckpointError
 from kvfold.output import MANIFEST, read_json
 from kvfold.record import Record
 from kvfold.report import rows as tables
-from kvfold.report.folder import Folded, Run, commands
+from kvfold.report.folder import Folded, Run, commands, findings
 
 _PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
+OWN = "kvfold_"  # what the model types that only kvfold's classes can load begin with
 MARK = "<!-- Written by kvfold; `kvfold report` writes it anew. -->"
 
 
@@ -87,8 +88,9 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
             steps=[(step["stage"], _step(step["settings"]), step.get("tokens")) for step in lineage["steps"]],
             numbers=[tables.markdown(_numbers(study, row), words=1) for study, row in measured],
             evaluated=[row.records[0].settings for _, row in measured],
+            findings=findings(lineage),
             commands=commands(Folded(folder, folder.resolve().name, lineage), names or {}),
-            own_classes=config.get("model_type") != lineage["root"]["config"].get("model_type"),
+            own_classes=str(config.get("model_type")).startswith(OWN),
         )
     )
     return _PLACE.sub("", text)

@@ -96,6 +96,24 @@ def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def findings(lineage: Mapping[str, Any]) -> list[str]:
+    """What conversions found out on the way, in words: how a budget was spent, and which heads were one already."""
+    lines = []
+    for found in (step.get("found") or {} for step in lineage["steps"]):
+        if "mix" in found:
+            mix, same = found["mix"], found["uniform"]
+            lines.append(
+                f"Key/value heads by layer, within {found['budget']:.1%} of the root teacher's cache: "
+                f"{mix['kv_heads']}, of predicted KL {mix['kl']:.4f} nats before any repair; "
+                f"{same['kv_heads']} in every layer: {same['kl']:.4f}."
+            )
+        merged = {name: site for name, site in (found.get("sites") or {}).items() if site["lossless"]}
+        if merged:
+            each = (f"{name} ({len(site['lossless'])} of {len(site['lost'])} groups)" for name, site in merged.items())
+            lines.append(f"Heads that were linear images of one another, merged without loss: {', '.join(each)}.")
+    return lines
+
+
 def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
     """Resolved settings as flags; hashes that stand among them are no flags."""
     for key, value in settings.items():

@@ -1,4 +1,4 @@
-"""Pages out of records: the table and figure of the README, and the paper in miniature.
+"""Pages out of records: the table and figure of the README, and the paper in miniature. `conversion` has one more.
 
 A number in these pages is never typed: `refresh` writes the table between two marks, and a test compares them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from kvfold.report.rows import Row, Spread, Study, markdown, studies
 from kvfold.report.sections import quality_points
 
 START, END = "<!-- table:start -->", "<!-- table:end -->"
-MINIATURE = "miniature"  # records of this name are of the sweeps, which have a page of their own
+SWEEPS = ("miniature", "conversion", "recovery")  # runs of these names have pages of their own
 INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
@@ -29,11 +29,19 @@ INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
 def _headline_records(results_dir: str | Path) -> list[Record]:
-    return [each for each in read_all(results_dir) if not each.name.startswith(MINIATURE)]
+    return of_runs(read_all(results_dir), lambda name: not name.startswith(SWEEPS))
+
+
+def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Record]:
+    """The records of the runs whose names are kept, with the plans of their teachers: plans bear no run's name."""
+    kept = [each for each in records if each.kind != "plan" and keep(each.name)]
+    teachers = {each.settings["teacher"] for each in kept if each.settings.get("teacher")}
+    plans = [each for each in records if each.kind == "plan"]
+    return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
 
 
 def readme_table(results_dir: str | Path) -> str:
-    """The README's table: the headline of every study in a folder of records, the miniature's sweeps left out.
+    """The README's table: the headline of every study in a folder of records, the sweeps left out.
 
     Empty when nothing was evaluated.
     """
@@ -161,7 +169,7 @@ def compare(lower: Spread, higher: Spread) -> str:
     return "yes" if distance > 0 else "no"
 
 
-def _say(claim: str, answers: Mapping[str, str]) -> str:
+def say(claim: str, answers: Mapping[str, str]) -> str:
     """One sentence on a claim of the paper, from the answer of each place where it was tried."""
     words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be told from these seeds"}
     said = [
@@ -192,7 +200,7 @@ def _inits(study: Study) -> Iterator[str]:
         yield "The paper (figure 4, MQA at alpha 0.05): the mean of the heads beats the first, the first beats noise."
         yield markdown((["", *INITS], lines))
         claims = (("mean is better than first", first), ("first is better than random", second))
-        yield "\n".join(_say(claim, answers) for claim, answers in claims if answers)
+        yield "\n".join(say(claim, answers) for claim, answers in claims if answers)
 
 
 def _alphas(study: Study) -> Iterator[str]:
@@ -214,7 +222,7 @@ def _alphas(study: Study) -> Iterator[str]:
         "reasonable without uptraining and MQA is not; both gain up to 5%, and less beyond."
     )
     yield markdown((["", *(f"alpha {alpha:.3g}" for alpha in alphas)], lines))
-    yield "\n".join(_say(claim, answers) for claim, answers in _alpha_claims(points, alphas, models) if answers)
+    yield "\n".join(say(claim, answers) for claim, answers in _alpha_claims(points, alphas, models) if answers)
 
 
 def _alpha_claims(
@@ -273,7 +281,7 @@ def _groups(records: Sequence[Record], found: Sequence[Study]) -> Iterator[str]:
             for context, batch in places
         ]
         yield markdown((["", *(f"{n} group{'s' if n > 1 else ''}" for n in counts)], lines))
-        yield "\n".join(_say(claim, answers) for claim, answers in _group_claims(times, places, counts))
+        yield "\n".join(say(claim, answers) for claim, answers in _group_claims(times, places, counts))
 
 
 def groups_of(bench: Record, found: Sequence[Study]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvfold.record import Record
 
 TRAINING = ("alpha", "tokens", "loss_name")  # what a row says of its uptraining; the rest but these is the method's
 READING = ("sequence_length", "stride", "copy_trials", "passkey_trials", "lm_eval_limit", "seed", "dtype")
+SEEDS = ("seed", "calibration_seed")  # what a row is repeated over
 MEAN_POOLED = ("gqa", "mean")  # the baseline of "gap closed"
 NONE = "–"  # a cell without a number
 
@@ -163,7 +164,8 @@ def row_of(record: Record, lineages: Mapping[str, Mapping[str, Any]]) -> dict[st
     for step in lineage.get("steps", []):
         settings = step.get("settings", {})
         if step.get("stage") == "convert":
-            row |= {key: value for key, value in settings.items() if key not in ("dtype", "shard_size")}
+            said = {key: value for key, value in settings.items() if value is not None}
+            row |= {key: value for key, value in said.items() if key not in ("dtype", "shard_size")}
         elif step.get("stage") == "uptrain":
             tokens += step.get("tokens") or 0
             losses.append(str(settings.get("stages") or settings.get("loss")))
@@ -181,11 +183,11 @@ def studies(records: Sequence[Record], lineages: Mapping[str, Mapping[str, Any]]
     found: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for record in records:
         if record.kind == "evaluate" and record.status != "failed" and "loss" in record.metrics:
-            found.setdefault(_question(record), []).append((row_of(record, lineages or {}), record))
+            found.setdefault(question(record), []).append((row_of(record, lineages or {}), record))
     return [_study(rows, records) for rows in found.values()]
 
 
-def _question(record: Record) -> str:
+def question(record: Record) -> str:
     """What makes two evaluations comparable: the tokens, how they were read, and the teacher."""
     asked = {key: record.settings.get(key) for key in READING}
     teacher = record.hashes.get("teacher") or record.hashes.get("student")
@@ -219,7 +221,7 @@ def _measured_beside(found: Sequence[tuple[dict[str, Any], Record]], records: Se
 
 
 def _method(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in (*TRAINING, "role", "method", "seed")}
+    return {key: value for key, value in row.items() if key not in (*TRAINING, *SEEDS, "role", "method")}
 
 
 def _method_key(row: Row) -> list[Any]:
@@ -290,7 +292,8 @@ def _with_gap(row: Row, everyone: Sequence[Row]) -> Row:
 
 
 def _is_mean(row: Row) -> bool:
-    return row.role == "student" and (row.method, str(row.settings.get("init", "mean"))) == MEAN_POOLED
+    pooled = (row.method, str(row.settings.get("init", "mean"))) == MEAN_POOLED
+    return row.role == "student" and pooled and not row.settings.get("repair")
 
 
 def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
@@ -431,11 +434,15 @@ def summary(records: Sequence[Record]) -> Table:
     return [columns[at].replace("/", " / ") for at in kept], [[row[at] for at in kept] for row in rows]
 
 
-def markdown(table: Table, *, words: int = 1) -> str:
-    """A table as Markdown: the first `words` columns are words, the others numbers."""
+def markdown(table: Table, *, words: int = 1, bold: Collection[tuple[int, int]] = ()) -> str:
+    """A table as Markdown: the first `words` columns are words, the others numbers; `bold` are (row, column)."""
     columns, rows = table
-    lines = [columns, ["---" if at < words else "---:" for at in range(len(columns))], *rows]
-    return "\n".join(f"| {' | '.join(map(plain, line))} |" for line in lines)
+    shown = [
+        [f"**{plain(text)}**" if (number, at) in bold else plain(text) for at, text in enumerate(row)]
+        for number, row in enumerate(rows)
+    ]
+    lines = [[*map(plain, columns)], ["---" if at < words else "---:" for at in range(len(columns))], *shown]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plain(text: str) -> str:

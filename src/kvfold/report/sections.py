@@ -12,9 +12,10 @@ from kvfold.report import figures
 from kvfold.report import rows as tables
 from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import Line, Point
-from kvfold.report.folder import RECIPE, Run, commands
+from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.rows import NONE, Row, Study, Table, headline
 from kvfold.report.speed import plans, speed
+from kvfold.shape import DTYPE_BYTES
 
 _LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
 _LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
@@ -77,12 +78,19 @@ def quality_points(study: Study, records: Sequence[Record]) -> list[Point]:
 
 
 def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
-    """The teacher with an fp8 cache: the bytes that a flag would save; its loss where that was measured."""
-    for bench in tables.benches(records):
-        for row in tables.bench_rows(bench, model=tables.teacher_model(bench), cache="fp8"):
-            per_token = row["cache_bytes"] / (row["context"] * row["batch"])
-            return [Point("teacher, fp8 cache (loss not measured)", per_token, None)]
-    return []
+    """Teacher and students with an fp8 cache, at its bytes: would a flag do, and does it still add something?"""
+    formats = {str(record.metrics["dtype"]) for record in records if record.kind == "plan" and record.metrics}
+    if len(formats) != 1:
+        return []
+    itemsize = DTYPE_BYTES[formats.pop()]
+    points = []
+    for row in study.everyone:
+        loss, rounded = row.metric("loss"), row.metric("loss_fp8_cache")
+        if row.cache_bytes is None or loss is None or rounded is None or row.loss_lost is None or row.role == "control":
+            continue
+        label, above = f"{row.label}, fp8 cache", row.loss_lost + rounded.mean - loss.mean
+        points.append(Point(label, row.cache_bytes / itemsize, above))
+    return points
 
 
 def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
@@ -279,6 +287,9 @@ def _provenance(run: Run) -> Section:
         ]
         columns = ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"]
         blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
+        told = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
+        if told:
+            blocks.append(Block("table", "Found in conversion", table=(["checkpoint", "what"], told), words=2))
     if run.records:
         made_by = sorted({("device", record.device) for record in run.records if record.device})
         made_by += sorted({("commit", record.commit) for record in run.records if record.commit})

@@ -1,0 +1,219 @@
+"""Time and peak memory of the closed form for one layer, over widths: its calibration, its merge and its repair.
+
+    calibrate   the teacher reads the text and sums the moments that `--init fit` asks for
+    merge       a quarter of the heads stay: eigenvectors of small matrices, no text
+    repair      q, o and down are refitted, teacher and student side by side
+
+The source is a random Llama of one layer: heads of 128, an MLP of 2.7 times the width, 2,048 words, bf16. Each width
+runs in a process of its own. Memory is the largest RssAnon, seen every 5 ms, above what the process had before the
+phase; beside the calibration's stands what `calibrate.memory_bytes` says of it beforehand. A model of L layers takes L
+times as long, and no more memory: one layer is open at a time.
+
+Predicted, before it was first run, for 4k tokens on 2 cores at some 30 GFLOPS in float64 and 60 in float32: every term
+that counts grows as the cube of the width (a Gram matrix for each head; a Gram matrix and a system as wide as the MLP),
+so eight times from width to width. At 4096: calibrate 160 s, nearly all of it 2 H T D^2 operations of the attention
+moments; merge 45 s; repair 300 s, half of it reading, a quarter the system of down. At 512 a second in all. Calibrate
+and repair's reading grow with the tokens; merge, the solutions and the memory do not. Memory at 4096: calibrate 1.4 GB,
+within 20% of what memory_bytes says; repair 6 GB: two layers, and four float64 matrices as wide as the MLP.
+
+    python benchmarks/fit.py [--widths 512,1024,2048,4096] [--tokens 4k] [--quick] [--results results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HEAD_DIM, VOCABULARY, KEPT = 128, 2048, 4  # of KEPT heads one stays
+PHASES = ("calibrate", "merge", "repair")
+
+
+def config_of(width: int) -> dict[str, Any]:
+    """config.json of the source."""
+    from kvfold.families import all_families
+
+    heads = width // HEAD_DIM
+    return {
+        **all_families()["llama"].tiny(),
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": round(2.7 * width),
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+
+
+def save(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Write a checkpoint in bf16."""
+    from kvfold.output import write_json
+    from kvfold.shards import TensorSpec, Writer
+
+    folder.mkdir(parents=True)
+    with Writer(folder, {name: TensorSpec(tuple(each.shape), "bfloat16") for name, each in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close()
+    write_json(folder / "config.json", config)
+
+
+def random_layer(config: dict[str, Any]) -> dict[str, Any]:
+    """The source's tensors: matrices are noise that keeps the size of what goes through them, norms are 1."""
+    import torch
+
+    width, mlp, at = config["hidden_size"], config["intermediate_size"], "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    shapes |= {f"{at}.self_attn.{role}_proj.weight": (width, width) for role in "qkvo"}
+    shapes |= {f"{at}.mlp.{part}_proj.weight": (mlp, width) for part in ("gate", "up")}
+    shapes |= {f"{at}.mlp.down_proj.weight": (width, mlp)}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(size, generator=generator) * size[1] ** -0.5 for name, size in shapes.items()}
+    norms = (f"{at}.input_layernorm.weight", f"{at}.post_attention_layernorm.weight", "model.norm.weight")
+    return drawn | {name: torch.ones(width) for name in norms}
+
+
+# --- one width, in a process of its own -----------------------------------------------------------------------------
+
+
+def anonymous_mb() -> float:
+    """RssAnon of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("RssAnon"))
+
+
+@contextmanager
+def measured(name: str, into: dict[str, float]) -> Iterator[None]:
+    """Seconds of a phase, and the most memory that it held above what was there before."""
+    before, done = anonymous_mb(), threading.Event()
+    seen = [before]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(anonymous_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        into[f"{name}_seconds"] = time.perf_counter() - begun
+        done.set()
+        watcher.join()
+        into[f"{name}_mb"] = max(seen) - before
+
+
+def child(width: int, tokens: int, room: Path) -> None:
+    """Fit one layer of this width and print its seconds and memory as JSON."""
+    import numpy as np
+    import torch  # noqa: F401 -- imports are not timed
+    import transformers  # noqa: F401
+
+    from kvfold import hf  # noqa: F401
+    from kvfold.calibrate import CalibrationSettings, calibrate, memory_bytes
+    from kvfold.checkpoint import Checkpoint
+    from kvfold.data import TokenFile
+    from kvfold.methods import gqa
+    from kvfold.repair import repair
+    from kvfold.shape import Site, SiteTensors
+
+    config = config_of(width)
+    save(room / "source", config, random_layer(config))
+    source, site = Checkpoint.open(room / "source"), Site(0)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens).astype(np.uint16)
+    text = TokenFile(room / "text", ids, VOCABULARY, "random", "random tokens")
+    wanted = gqa.Config(kv_heads=config["num_key_value_heads"] // KEPT, init="fit")
+    questions = gqa.needs(wanted, source.shape)
+    found: dict[str, float] = {}
+    with measured("calibrate", found):
+        answers = calibrate(source, questions, text)
+    attention = source.shape.sites[site]
+    old = {role: source.read(source.family.tensor(site, role)) for role in attention.roles()}
+    with measured("merge", found):
+        new = gqa.convert({site: SiteTensors(attention, old)}, answers, wanted)[site]
+    tensors = {name: source.read(name) for name in source.names()}
+    tensors |= {source.family.tensor(site, role): tensor for role, tensor in new.items()}
+    save(room / "student", {**config, "num_key_value_heads": wanted.kv_heads}, tensors)
+    student = Checkpoint.open(room / "student")
+    del answers, old, new, tensors
+    with measured("repair", found):
+        for _ in repair(source, student, gqa.repairs(wanted), text):
+            pass
+    found["predicted_mb"] = memory_bytes(source.shape, questions, CalibrationSettings()) / 1e6
+    print(json.dumps(found))
+
+
+def measure(width: int, tokens: int) -> dict[str, float]:
+    """One width, with a cache folder of its own: nothing is recalled from an earlier run."""
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
+        ran = subprocess.run(
+            [sys.executable, __file__, "--child", str(width), str(tokens), room],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, "KVFOLD_CACHE": str(Path(room) / "cache")},
+        )
+    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="512,1024,2048,4096")
+    parser.add_argument("--tokens", default="4k", help="tokens of the calibration text; convert reads 65k")
+    parser.add_argument("--quick", action="store_true", help="the two smallest widths on 1k tokens: does it run?")
+    parser.add_argument("--results", default="results")
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(int(given.child[0]), int(given.child[1]), Path(given.child[2]))
+        return
+    from kvfold import record
+
+    widths = [int(width) for width in given.widths.split(",")]
+    tokens = int(given.tokens.removesuffix("k")) * (1000 if given.tokens.endswith("k") else 1)
+    if given.quick:
+        widths, tokens = sorted(widths)[:2], 1000
+    begun = time.perf_counter()
+    rows: dict[str, dict[str, float]] = {}
+    for width in widths:
+        rows[str(width)] = measure(width, tokens)
+        print(width, {name: round(value, 2) for name, value in rows[str(width)].items()}, flush=True)
+    metrics = {
+        "by_width": rows,
+        "load_average": os.getloadavg()[0],
+        "calibrate_memory_over_predicted": {
+            width: row["calibrate_mb"] / row["predicted_mb"] for width, row in rows.items()
+        },
+        "seconds": {width: sum(row[f"{phase}_seconds"] for phase in PHASES) for width, row in rows.items()},
+    }
+    settings = {
+        "widths": widths,
+        "tokens": tokens,
+        "head_dim": HEAD_DIM,
+        "vocabulary": VOCABULARY,
+        "one_head_of": KEPT,
+        "quick": given.quick,
+        "note": given.note,
+    }
+    made = record.make("benchmark", "fit", settings, metrics, wall_seconds=round(time.perf_counter() - begun, 1))
+    print(record.write(made, given.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A decoder one layer at a time: one layer's weights in memory, masks and rotation by transformers itself.
+
+The model is transformers' own, built on the meta device with the checkpoint's whole `config.json`; every layer but the
+one that is open hands its input on. So a layer keeps its number and all that a config decides by it: sliding or full
+attention, and settings of its own (`per_layer_config`) where the architecture reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.checkpoint import Checkpoint
+from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
+from kvfold.hf.attention import NAME
+from kvfold.hf.loading import build
+
+
+class Layers:
+    """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)` from `embed` on.
+
+    For decoders that transformers builds as `embed_tokens`, `layers` and `norm`, and in which nothing else touches the
+    hidden states; UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
+    the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`.
+    """
+
+    def __init__(
+        self, source: Checkpoint, *, dtype: str = "float32", device: str = "cpu", attention: str = NAME
+    ) -> None:
+        self.source, self.device = source, torch.device(device)
+        with torch.device("meta"):
+            whole = build(source.config, seed=0, attention=attention, dtype=dtype)
+        self.dtype = next(whole.parameters()).dtype
+        self._base = cast(Any, whole).base_model.eval()
+        self.prefix = f"{cast(Any, whole).base_model_prefix}."
+        if not all(hasattr(self._base, part) for part in ("embed_tokens", "layers", "norm")):
+            raise UnsupportedModel(
+                f"{source.config['model_type']} has no embed_tokens, layers and norm: it cannot be read layer by layer",
+                where=source.path,
+            )
+        self._verify()
+        self._unread: list[nn.Module] = list(self._base.layers)  # on the meta device
+        self._plain = type(self._base.embed_tokens) is nn.Embedding
+        self._base.embed_tokens = self._base.norm = nn.Identity()
+        for number in range(len(self)):
+            self._base.layers[number] = _Through()
+        self._fill_buffers(self._base)
+        self._probe()
+
+    def __len__(self) -> int:
+        return len(self._unread)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """The input of layer 0, `hidden_BTD`; of the embedding only the rows asked for come into memory."""
+        weight_VD = self.source.read(f"{self.prefix}embed_tokens.weight")
+        return weight_VD[ids_BT.to(weight_VD.device)].to(self.device, self.dtype)
+
+    def open(self, number: int) -> Layer:
+        """Read layer `number` into memory, where it stays as long as the Layer does.
+
+        Its weights are a copy to change as you like, and ask for no gradient.
+        """
+        unread = self._unread[number]
+        module = copy.deepcopy(unread, {id(self._base.config): self._base.config}).to_empty(device=self.device)
+        path = f"{self.prefix}layers.{number}."
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(self.source.read(path + name))
+        self._fill_buffers(module)
+        return Layer(self._base, number, path, module.requires_grad_(False).eval())
+
+    def _verify(self) -> None:
+        """Compare the names and shapes of the weights with the architecture's, from headers alone."""
+        wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in self._base.state_dict().items()}
+        there = {
+            name: tuple(self.source.spec(name).shape)
+            for name in self.source.names()
+            if name.startswith(self.prefix) and not name.endswith("rotary_emb.inv_freq")  # kept by old checkpoints
+        }
+        for problem, names in (
+            ("missing", wanted.keys() - there.keys()),
+            ("unexpected", there.keys() - wanted.keys()),
+            ("mismatched", {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]}),
+        ):
+            if names:
+                raise CheckpointError(
+                    f"{problem} tensors",
+                    where=self.source.path,
+                    got=", ".join(sorted(names)[:3]),
+                    next="is config.json that of these weights?",
+                )
+
+    def _fill_buffers(self, module: nn.Module) -> None:
+        """Compute what no checkpoint stores, such as rotary frequencies, as transformers does after loading."""
+        for each in module.modules():
+            unsaved = {name: each._buffers[name] for name in each._non_persistent_buffers_set}
+            if not any(tensor is not None for tensor in unsaved.values()):
+                continue
+            if any(tensor is not None and tensor.is_meta for tensor in unsaved.values()):
+                each.to_empty(device=self.device, recurse=False)
+            for tensor in each.buffers(recurse=False):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)  # so that what is forgotten is seen
+            self._base._init_weights(each)
+            if not all(bool(tensor.isfinite().all()) for tensor in each.buffers(recurse=False)):
+                raise UnsupportedModel(
+                    f"buffers of {type(each).__name__} cannot be computed from config.json", where=self.source.path
+                )
+
+    def _probe(self) -> None:
+        """Refuse a model that scales or mixes hidden states outside its layers: read so, it would be another model."""
+        hidden_BTD = torch.arange(2.0 * self.source.shape.hidden_size, device=self.device).to(self.dtype)
+        hidden_BTD = hidden_BTD.view(1, 2, -1)
+        if not self._plain or not torch.equal(_forward(self._base, hidden_BTD), hidden_BTD):
+            raise UnsupportedModel(
+                f"{self.source.config['model_type']} changes hidden states outside its layers: "
+                "it cannot be read layer by layer",
+                where=self.source.path,
+            )
+
+
+class Layer:
+    """One layer in memory; others of the same `Layers` may be open too."""
+
+    def __init__(self, base: Any, number: int, path: str, module: nn.Module) -> None:
+        self._base, self.number, self.path, self._module = base, number, path, module
+
+    def run(self, hidden_BTD: Tensor) -> Tensor:
+        """The next hidden states of rows without padding, `hidden_BTD`, causal by the layer's own window."""
+        first = next(self._module.parameters())
+        through = self._base.layers[self.number]
+        self._base.layers[self.number] = self._module
+        try:
+            return _forward(self._base, hidden_BTD.to(first.device, first.dtype))
+        finally:
+            self._base.layers[self.number] = through
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path below the layer: `self_attn`, `mlp.down_proj`. Raises SettingError for none."""
+        try:
+            return self._module.get_submodule(path)
+        except AttributeError as error:
+            raise SettingError(f"layer {self.number} has no module {path}", where=self.path.rstrip(".")) from error
+
+    def owner(self, name: str) -> nn.Module:
+        """The module that holds a checkpoint's tensor, or that is named: `model.layers.3.self_attn.k_proj.weight`.
+
+        Names are those of the whole model, as a family's `tensor` and `module` say them. Raises SettingError for what
+        is not of this layer.
+        """
+        if not name.startswith(self.path):
+            raise SettingError(f"{name} is not of layer {self.number}", where=self.path.rstrip("."))
+        below = name.removeprefix(self.path)
+        holder, _, last = below.rpartition(".")
+        if self.module(holder)._parameters.get(last) is not None:
+            return self.module(holder)
+        return self.module(below)
+
+
+class _Through(nn.Module):
+    """In place of a layer that is not open."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+
+def _forward(base: Any, hidden_BTD: Tensor) -> Tensor:
+    return cast(Tensor, base(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state)

@@ -1,0 +1,103 @@
+"""Looking into the attention of a layer: what it is given, its rotated queries and keys, what it makes of them."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvfold.hf.attention import forward
+from kvfold.hf.layers import Layer
+
+WATCHED = "kvfold_watched"
+"""The attention that a `Layers` must be opened with to be watched."""
+
+_SEEN: ContextVar[dict[str, Any]] = ContextVar("seen")
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention of one layer at work on rows of text; `mask` is boolean (True: visible), or None for causal."""
+
+    input_BTD: Tensor
+    query_BHTE: Tensor  # normed and rotated, as they meet the keys
+    key_BGSE: Tensor
+    mask: Tensor | None
+    scale: float
+    cos_TE: Tensor | None  # of the rotation; None without one
+    sin_TE: Tensor | None
+    heads_BTN: Tensor  # what `o` is given: the heads side by side
+    output_BTD: Tensor
+
+
+class _Done(Exception):
+    """The attention has been seen: the rest of the layer need not be computed."""
+
+
+def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Tensor) -> Attended:
+    """Run a layer as far as its attention, whose output projection is `output`, and show what it did."""
+    seen: dict[str, Any] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen["rotation"] = kwargs.get("position_embeddings")
+
+    def heads(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["heads"] = args[0]
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        seen["output"] = result[0] if isinstance(result, tuple) else result
+        raise _Done
+
+    handles = [
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        output.register_forward_pre_hook(heads),
+        attention.register_forward_hook(after),
+    ]
+    token = _SEEN.set(seen)
+    try:
+        layer.run(hidden_BTD)
+    except _Done:
+        pass
+    finally:
+        _SEEN.reset(token)
+        for handle in handles:
+            handle.remove()
+    cos, sin = seen["rotation"] or (None, None)
+    return Attended(
+        seen["input"],
+        seen["query"],
+        seen["key"],
+        seen["mask"],
+        seen["scale"],
+        None if cos is None else cos[0],
+        None if sin is None else sin[0],
+        seen["heads"],
+        seen["output"],
+    )
+
+
+def _watched(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """kvfold's attention, which notes what it was given when somebody looks."""
+    seen = _SEEN.get(None)
+    if seen is not None:
+        scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
+        seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
+    return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, dropout, scaling, **kwargs)
+
+
+AttentionInterface.register(WATCHED, _watched)
+AttentionMaskInterface.register(WATCHED, sdpa_mask)

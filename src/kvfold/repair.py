@@ -1,0 +1,249 @@
+"""Closed-form repair of a student, layer after layer, on its own inputs; any method may ask for it.
+
+A conversion changes what each layer hears from those below it, and leaves q, o and the MLP tuned to the teacher. Both
+read the same text side by side; in each layer, in this order, a weight of the student is refitted to what the teacher
+did there, and everything above sees the layer as repaired:
+
+    q     its logits: min E_t Var_{s ~ p_t}[ q'_t . k'_s - l_ts ]      p and l are the teacher's attention and logits
+    o     min E |z W_o^T - (a - h')|^2       z: the student's heads; a: the teacher's residual stream after attention
+    down  min E |m W^T - (r - a')|^2         m: what the student's MLP hands to W; r: the teacher's stream above
+
+`h'` and `a'` are the student's own residual stream, so what drifted below is made up for. o and down are ridge
+regressions, q is the least squares of `logits`. No gradient runs through a layer, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvfold import hf
+from kvfold.checkpoint import Checkpoint
+from kvfold.errors import CheckpointError, SettingError, choices
+from kvfold.linalg import ridge
+from kvfold.lineage import known_length
+from kvfold.logits import LogitFit
+from kvfold.progress import SILENT, Progress
+from kvfold.shape import Site
+from kvfold.spool import Spool, check_room, spool_bytes
+
+if TYPE_CHECKING:
+    from kvfold.data import TokenFile
+
+ROLES = ("q", "o", "down")
+LOGIT_BATCH = 1 << 22  # logits of one batch, in elements: what bounds the memory of a pass for q
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How much text, how stiff, how exact."""
+
+    length: int = field(default=256, metadata={"help": "Tokens of a row; each row is read from its own beginning."})
+    batch_tokens: int = field(default=4096, metadata={"help": "Tokens that go through a layer together."})
+    logit_tokens: int = field(default=24_576, metadata={"help": "Tokens on which q is repaired."})
+    steps: int = field(default=6, metadata={"help": "Steps of conjugate gradients for q: each reads those tokens."})
+    damping: float = field(default=1e-3, metadata={"help": "Pull of o and down to where they are."})
+    logit_damping: float = field(default=1e-2, metadata={"help": "The same for q."})
+
+
+def repair(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    roles: Sequence[str],
+    tokens: TokenFile,
+    settings: RepairSettings = RepairSettings(),
+    *,
+    done: Sequence[Mapping[str, Tensor]] = (),
+    progress: Progress = SILENT,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield, layer by layer, the student's repaired tensors by name; the checkpoints are not written.
+
+    The first layers may be `done`: they are taken as they are, so that a repair goes on where it was stopped.
+    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: four hidden states a token,
+    and rotated queries and keys of `logit_tokens`. Raises SettingError for unknown roles and for families whose MLP is
+    not known, OutputError when the disk has no room, CheckpointError when a repaired tensor is not finite.
+    """
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(ROLES))
+    if "down" in roles and teacher.family.down is None:
+        raise SettingError(
+            f"family {teacher.family.name} names no MLP to repair", where="repair", next="leave out down"
+        )
+    with ExitStack() as stack:
+        work = _Pass(teacher, student, roles, tokens, settings, stack)
+        progress.start("repairing", len(work.teachers), "layers")
+        try:
+            for number in range(len(work.teachers)):
+                yield work.layer(number, done[number] if number < len(done) else None)
+                progress.advance(1)
+        finally:
+            progress.stop()
+
+
+class _Pass:
+    """Teacher and student side by side: their residual streams over all rows, before the layer at hand."""
+
+    def __init__(
+        self,
+        teacher: Checkpoint,
+        student: Checkpoint,
+        roles: Sequence[str],
+        tokens: TokenFile,
+        settings: RepairSettings,
+        stack: ExitStack,
+    ) -> None:
+        self.roles, self.settings = roles, settings
+        self.source, self.target = teacher, student
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teachers = hf.Layers(teacher, device=device, attention=hf.WATCHED)
+        self.students = hf.Layers(student, device=device, attention=hf.WATCHED)
+        length = min(settings.length, known_length(teacher), len(tokens))
+        rows = len(tokens) // length
+        width = teacher.shape.hidden_size
+        check_room(4 * spool_bytes(rows * length, width))
+        # before the layer: the teacher's stream and the student's; within it: the teacher's after attention, after all
+        self.taught, self.learnt, self.middle, self.above = (
+            stack.enter_context(Spool([length] * rows, width)) for _ in range(4)
+        )
+        for row, count in self.taught.batches(settings.batch_tokens):
+            ids_BT = torch.from_numpy(tokens.tokens[row * length : (row + count) * length].astype("int64"))
+            hidden_BTD = self.teachers.embed(ids_BT.view(count, length))
+            self.taught.write(row, hidden_BTD)
+            self.learnt.write(row, self.students.embed(ids_BT.view(count, length)))
+        self.length, self.rows = length, rows
+
+    def layer(self, number: int, done: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Repair one layer, or take it as it was repaired, and let both models read it."""
+        teacher, student = self.teachers.open(number), self.students.open(number)
+        site = Site(number)
+        taught, learnt = (_Parts(*each, site) for each in ((teacher, self.source), (student, self.target)))
+        self._read_teacher(taught)
+        found: dict[str, Tensor] = {}
+        if done is not None:
+            for name, tensor in done.items():
+                learnt.put(name, tensor)
+                found[name] = tensor
+        else:
+            for role in (role for role in ROLES if role in self.roles):
+                {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
+                name = self._name(site, role)
+                # what lies above must see the layer as it will be saved
+                found[name] = learnt.rounded(name, getattr(torch, self.target.spec(name).dtype))
+                if not bool(found[name].isfinite().all()):
+                    raise CheckpointError("the repaired tensor is not finite", where=name, next="repair less")
+        for row, count in self._batches():
+            self.learnt.write(row, student.run(self.learnt.read(row, count)))
+        self.taught, self.above = self.above, self.taught
+        return found
+
+    def _name(self, site: Site, role: str) -> str:
+        if role == "down":
+            assert self.target.family.down is not None
+            return f"{self.target.family.down.format(layer=site.layer)}.weight"
+        return self.target.family.tensor(site, role)
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        return self.taught.batches(self.settings.batch_tokens)
+
+    @torch.inference_mode()
+    def _read_teacher(self, taught: _Parts) -> None:
+        for row, count in self._batches():
+            hidden_BTD = self.taught.read(row, count)
+            self.middle.write(row, hidden_BTD + taught.attend(hidden_BTD).output_BTD.cpu())
+            self.above.write(row, taught.layer.run(hidden_BTD))
+
+    @torch.inference_mode()
+    def _repair_o(self, taught: _Parts, learnt: _Parts) -> None:
+        """o: the student's heads to what is missing of the teacher's stream after attention."""
+        fit = _Ridge(learnt.o)
+        for row, count in self._batches():
+            hidden_BTD = self.learnt.read(row, count)
+            fit.add(learnt.attend(hidden_BTD).heads_BTN, self.middle.read(row, count) - hidden_BTD)
+        fit.solve(self.settings.damping)
+
+    @torch.inference_mode()
+    def _repair_down(self, taught: _Parts, learnt: _Parts) -> None:
+        """down: the student's gated MLP to what is missing of the teacher's stream after the layer."""
+        fit = _Ridge(learnt.down)
+        for row, count in self._batches():
+            hidden_BTD = self.learnt.read(row, count)
+            middle_BTD, inner_BTF = learnt.through(hidden_BTD)
+            fit.add(inner_BTF, self.above.read(row, count).to(middle_BTD) - middle_BTD)
+        fit.solve(self.settings.damping)
+
+    @torch.inference_mode()
+    def _repair_q(self, taught: _Parts, learnt: _Parts) -> None:
+        rows = max(1, min(self.rows, self.settings.logit_tokens // self.length))
+        heads = taught.attention.num_attention_heads
+        batch = max(1, LOGIT_BATCH // (heads * self.length**2))
+        lengths = [self.length] * rows
+        with LogitFit(taught.attention, learnt.attention, learnt.q, learnt.q_norm, lengths) as fit:
+            for row in range(0, rows, batch):
+                count = min(batch, rows - row)
+                fit.add(row, taught.attend(self.taught.read(row, count)), learnt.attend(self.learnt.read(row, count)))
+            fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
+
+
+class _Parts:
+    """One layer of one model, and the modules in it that a repair looks at."""
+
+    def __init__(self, layer: hf.Layer, checkpoint: Checkpoint, site: Site) -> None:
+        family = checkpoint.family
+        self.layer, self.attention = layer, checkpoint.shape.sites[site]
+        self._module = layer.owner(family.module(site))
+        self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
+        self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms == "pre_rope" else None
+        if family.down is not None:
+            self.down = layer.owner(family.down.format(layer=site.layer))
+
+    def attend(self, hidden_BTD: Tensor) -> hf.Attended:
+        """What the attention does with these hidden states."""
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Set a weight of the layer."""
+        weight: Any = self.layer.owner(name).weight
+        weight.copy_(tensor)
+
+    def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight of the layer, rounded to the format in which it will be saved, here and in the layer."""
+        weight: Any = self.layer.owner(name).weight
+        saved: Tensor = weight.to(dtype)
+        weight.copy_(saved)
+        return saved.cpu()
+
+    def through(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and the input of `down`."""
+        inner: list[Tensor] = []
+        handle = self.down.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+        try:
+            above_BTD = self.layer.run(hidden_BTD)
+        finally:
+            handle.remove()
+        return above_BTD - self.down(inner[0]), inner[0]
+
+
+class _Ridge:
+    """The sums of one regression, and what it finds added to a linear module: a correction, and not the map anew."""
+
+    def __init__(self, linear: Any) -> None:
+        self.linear = linear
+        out, wide = self.linear.weight.shape
+        self.gram_NN = torch.zeros(wide, wide, dtype=torch.float64, device=self.linear.weight.device)
+        self.cross_NM = torch.zeros(wide, out, dtype=torch.float64, device=self.linear.weight.device)
+        self.tokens = 0
+
+    def add(self, z: Tensor, target: Tensor) -> None:
+        """Take inputs of the module and what it should have made of them."""
+        z_TN, missing_TM = z.flatten(0, -2), (target.to(z) - self.linear(z)).flatten(0, -2)
+        self.gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
+        self.cross_NM += z_TN.T @ missing_TM
+        self.tokens += len(z_TN)
+
+    def solve(self, damping: float) -> None:
+        self.linear.weight += ridge(self.gram_NN / self.tokens, self.cross_NM / self.tokens, damping).T
