@@ -12,7 +12,7 @@ import pytest
 
 from kvfold import roofline
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
-from kvfold.families import family_of
+from kvfold.families import all_families, family_of
 from kvfold.plan import Plan, PlanSettings, count, plan, size
 from kvfold.roofline import PUBLISHED, cache_share, decode_step, hardware
 from kvfold.shape import CacheSpec, Shape, Slot, grouped_cache
@@ -346,3 +346,10 @@ def test_the_page_shows_what_the_command_says(saved: Callable[..., Path]) -> Non
     assert table in page.read_text(encoding="utf-8"), f"docs/plan.md should show\n{table}"
     for card in PUBLISHED.values():
         assert f"| {card.memory / 1e9:,.0f} GB | {card.bandwidth / 1e9:,.0f} GB/s |" in page.read_text(encoding="utf-8")
+
+
+def test_a_plan_says_what_norms_before_the_rotation_leave_to_merge(saved: Callable[..., Path]) -> None:
+    normed = saved(all_families()["qwen3"].tiny())
+    assert any("turned plane by plane" in line for line in plan(normed, settings={"kv_heads": 2}).warnings)
+    assert not any("turned" in line for line in plan(normed, settings={"kv_heads": 2, "init": "mean"}).warnings)
+    assert not any("turned" in line for line in plan(saved(LLAMA_2_7B), settings={"kv_heads": 8}).warnings)

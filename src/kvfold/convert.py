@@ -28,11 +28,20 @@ from kvfold.checkpoint import (
     carry_over,
     content_hash,
     natural,
-    read_config,
 )
 from kvfold.errors import Interrupted, OutputError, SettingError, choices
 from kvfold.lineage import descend, remember
-from kvfold.output import MANIFEST, Output, disk_errors, fingerprint, free_bytes, open_output, read_json, write_json
+from kvfold.output import (
+    MANIFEST,
+    REPAIRED,
+    Output,
+    disk_errors,
+    fingerprint,
+    free_bytes,
+    open_output,
+    read_json,
+    write_json,
+)
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
@@ -47,7 +56,6 @@ if TYPE_CHECKING:
 CORES = os.cpu_count() or 1
 CREW = min(4, CORES)  # threads that copy and hash
 REPAIRABLE = ("q", "o", "down")
-REPAIRED = "repaired"  # in unfinished work: the layers that are repaired, a file each
 FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 
@@ -126,6 +134,8 @@ def convert(
             job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
             with Writer(output.work, job.specs, shard_bytes=options.shard_size, resume=output.resumed) as writer:
                 _check_space(source, output, job.specs, writer)
+                if calibration is None and hasattr(chosen.Config, "without_text"):
+                    progress.say("without --calibration TEXT weights alone are read; with it, more is kept")
                 job.run(writer, progress)
                 carry_over(source, output.work)
                 made = _config(source, job.student, options.dtype)
@@ -134,7 +144,9 @@ def convert(
                 else:
                     write_json(output.work / "config.json", made)
                 if calibration and options.repair:
-                    _repair(source, output, options.repair, calibration.tokens, writer, progress)
+                    from kvfold.repair import repair_in_place  # loads transformers: only for what is repaired
+
+                    repair_in_place(source, output, options.repair, calibration.tokens, writer, progress)
                 writer.close()
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
@@ -286,34 +298,6 @@ def _repairs(method: methods.Method, config: Any, source: Checkpoint, options: C
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
     return tuple(role for role in wanted if role != "down" or source.family.down)
-
-
-def _repair(
-    source: Checkpoint, output: Output, roles: Sequence[str], tokens: TokenFile, writer: Writer, progress: Progress
-) -> None:
-    """Refit the student that lies in the unfinished output, and put the repaired tensors in place.
-
-    Each layer is kept in a file of its own until all are done, so that stopped work goes on and none is mixed up.
-    """
-    from safetensors.torch import load_file, save_file
-
-    from kvfold.repair import repair  # loads transformers: only for students that are repaired
-
-    folder = output.work / REPAIRED
-    folder.mkdir(exist_ok=True)
-    writer.index()
-    done: list[dict[str, Tensor]] = []
-    while (path := folder / f"{len(done):05d}.safetensors").exists():
-        done.append(load_file(path))
-    student = Checkpoint(output.work, output.path.name, read_config(output.work))
-    for number, tensors in enumerate(repair(source, student, roles, tokens, done=done, progress=progress)):
-        if number >= len(done):
-            path = folder / f"{number:05d}.safetensors"
-            save_file(tensors, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            writer.replace(name, tensor)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------

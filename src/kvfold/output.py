@@ -22,6 +22,7 @@ from kvfold import lock
 from kvfold.errors import OutputError
 
 MANIFEST = "kvfold.json"
+REPAIRED = "repaired"  # in unfinished work: layers that are repaired, a file each
 CLAIM = ".inputs.json"  # in OUT.partial: whose unfinished work this is
 
 _OWN = (lock.FILE, CLAIM + ".tmp")  # what may lie there before the claim does

@@ -249,7 +249,7 @@ def plan(
         engines=engines(student, shape.model_type),
         warnings=(
             *use.warnings(shape, student.shape, before, after),
-            *getattr(chosen, "notes", lambda config: ())(made),
+            *getattr(chosen, "notes", lambda config, shape: ())(made, shape),
         ),
     )
 

@@ -20,14 +20,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvfold import hf
-from kvfold.checkpoint import Checkpoint
+from kvfold.checkpoint import Checkpoint, Writer, read_config
 from kvfold.errors import CheckpointError, SettingError, choices
 from kvfold.linalg import ridge
 from kvfold.lineage import known_length
 from kvfold.logits import LogitFit
+from kvfold.output import REPAIRED, Output
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import Site
 from kvfold.spool import Spool, check_room, spool_bytes
@@ -83,6 +85,30 @@ def repair(
                 progress.advance(1)
         finally:
             progress.stop()
+
+
+def repair_in_place(
+    source: Checkpoint, output: Output, roles: Sequence[str], tokens: TokenFile, writer: Writer, progress: Progress
+) -> None:
+    """Repair the student that lies in an unfinished output, whose tensors `writer` has written.
+
+    Each layer is kept in a file of its own until all are done, so that stopped work goes on and none is mixed up.
+    """
+    folder = output.work / REPAIRED
+    folder.mkdir(exist_ok=True)
+    writer.index()
+    done: list[dict[str, Tensor]] = []
+    while (path := folder / f"{len(done):05d}.safetensors").exists():
+        done.append(load_file(path))
+    student = Checkpoint(output.work, output.path.name, read_config(output.work))
+    for number, tensors in enumerate(repair(source, student, roles, tokens, done=done, progress=progress)):
+        if number >= len(done):
+            path = folder / f"{number:05d}.safetensors"
+            save_file(tensors, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            writer.replace(name, tensor)
 
 
 class _Pass:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 POOLED = ("mean", "first", "random")
+MERGED = ("fit", "align", "align-norm")
 NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
 Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
 
@@ -205,14 +206,20 @@ def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
     return {"budget": config.budget, **told, "kl": budgets.prices(shape, answers)}
 
 
-def notes(config: Config) -> Sequence[str]:
-    """What a plan must say of head counts that are not chosen yet."""
-    if config.kv_heads != AUTO:
-        return ()
-    return (
-        f"kv_heads auto: shown is a budget of {config.budget:g} spent alike on all layers; how many heads each keeps "
-        "is measured when it is converted, and engines that want one number for all layers will not load a mix",
-    )
+def notes(config: Config, shape: Shape) -> Sequence[str]:
+    """What a plan must say of head counts that are not chosen yet, and of keys that cannot be merged freely."""
+    said = []
+    if config.kv_heads == AUTO:
+        said.append(
+            f"kv_heads auto: shown is a budget of {config.budget:g} spent alike on all layers; how many heads each "
+            "keeps is measured when it is converted, and engines that want one number for all will not load a mix"
+        )
+    if config.init in MERGED and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
+        said.append(
+            f"init {config.init}: keys are normed before they are rotated, so heads are turned plane by plane and then "
+            "averaged; values, o and what is repaired are as in other models"
+        )
+    return said
 
 
 def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
