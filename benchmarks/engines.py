@@ -1,10 +1,11 @@
 """Build llama.cpp from source, fold a checkpoint, and compare what the engines compute with transformers.
 
-`make engines`, or: python benchmarks/engines.py [--checkpoint DIR] [--kv-heads 2] [--results results]
+`make engines`, or: python benchmarks/engines.py [--checkpoint DIR] [--kv-heads 2] [--mixed 4/1/...] [--results results]
 
-llama-cpp-python is built from its source package, which carries llama.cpp with its own converter. The student is
+llama-cpp-python is built from its source package, which carries llama.cpp with its own converter. A student is
 written as GGUF twice, by that converter and by `kvfold export`; the tensors of the two files are compared bit by bit,
-and the logits of both with those of transformers. CTranslate2 is asked the same. One record for each engine.
+and the logits of both with those of transformers. CTranslate2 is asked the same. There are two students, one with as
+many key/value heads in every layer and a mixed one, and one record for each student and engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,16 +27,18 @@ from kvfold import record
 from kvfold.checkpoint import Checkpoint
 from kvfold.convert import convert
 from kvfold.errors import CheckpointError, KvfoldError
-from kvfold.export import ExportSettings, agreement, export
+from kvfold.export import ExportSettings, agreement, export, limits
 from kvfold.export import gguf as ggufs
 from kvfold.hf import load
 from kvfold.progress import Silent
 
 LLAMA_CPP_PYTHON = "0.3.36"
 DEMO = Path(kvfold.__file__).parent / "assets" / "demo"
+DEMO_MIXED = "4/1/1/2/2/1/2/4"
 
 # Runs apart, on the gguf-py and the converter classes of the source package. The converter knows a tokenizer by the
 # hash of how it splits a sample text; a vocabulary of one's own is on no list, so a subclass names the split instead.
+# Of a DeciLM it takes every vocabulary for a SentencePiece one, except those of Llama 3's size.
 CONVERTER = """
 import sys
 from pathlib import Path
@@ -52,6 +56,8 @@ class Model(base):
         except NotImplementedError:
             print(f"tokenizer not on the converter's list: named {split}")
             return split
+if base.model_arch == gguf.MODEL_ARCH.DECI and split != "default":
+    Model.set_vocab = base._set_vocab_gpt2
 with torch.inference_mode():
     Model(Path(model), gguf.LlamaFileType[kind], Path(out)).write()
 """
@@ -68,13 +74,16 @@ class Lines(Silent):
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="the teacher (default: the one in the package)")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads of the student")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads of the first student")
+    parser.add_argument("--mixed", help=f"those of each layer of the second (the default checkpoint: {DEMO_MIXED})")
     parser.add_argument("--build", type=Path, default=Path("build/engines"), help="where sources and exports lie")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the records go")
     given = parser.parse_args()
     try:
         tree, built = build(given.build)
         measure(given.checkpoint, given.kv_heads, given.build, given.results, tree, built)
+        if mixed := given.mixed or (DEMO_MIXED if given.checkpoint == DEMO else None):
+            measure(given.checkpoint, mixed, given.build, given.results, tree, built)
     except KvfoldError as error:
         print(f"engines: {error}", file=sys.stderr)
         return error.exit_code
@@ -123,9 +132,10 @@ def pip(*words: str) -> None:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(teacher: Path, kv_heads: int, folder: Path, results: Path, tree: Path, built: float | None) -> None:
+def measure(teacher: Path, kv_heads: int | str, folder: Path, results: Path, tree: Path, built: float | None) -> None:
     """Fold, export, compare and write the records. Raises CheckpointError when the two GGUF files differ."""
-    started, heard = time.monotonic(), Lines()
+    started, heard, mixed = time.monotonic(), Lines(), isinstance(kv_heads, str)
+    folder, ending = (folder / "mixed", "-mixed") if mixed else (folder, "")
     student = convert(teacher, folder / "student", settings={"kv_heads": kv_heads}, overwrite=True, progress=heard)
     source = Checkpoint.open(student)
     settings = {"teacher": teacher.name, "method": "gqa", "kv_heads": kv_heads, "prompt_tokens": 40, "new_tokens": 16}
@@ -133,25 +143,27 @@ def measure(teacher: Path, kv_heads: int, folder: Path, results: Path, tree: Pat
 
     def keep(name: str, metrics: dict[str, Any]) -> None:
         seconds = time.monotonic() - started
-        made = record.make("engine", name, settings, metrics, hashes=hashes, wall_seconds=seconds)
+        made = record.make("engine", name + ending, settings, metrics, hashes=hashes, wall_seconds=seconds)
         print(f"{name}: {record.write(made, results)}", flush=True)
 
-    print("llama.cpp", flush=True)
-    rows = [row("kvfold export", student, folder / "gguf", "gguf", dtype, heard) for dtype in ("float32", "source")]
+    print(f"llama.cpp, key/value heads {kv_heads}", flush=True)
+    dtypes = ("float32", "source", "int8")
+    rows = [row("kvfold export", student, folder / "gguf", "gguf", dtype, heard) for dtype in dtypes]
     official = convert_officially(source, folder / "official", tree)
     same = same_tensors(folder / "gguf-float32", official)
     rows.append({"written_by": "convert_hf_to_gguf", **compared(source, official)})
     print(f"  its own converter: {same} tensors, the same bits as ours; logits as above: {difference(rows[-1])}")
+    if mixed:  # flash attention is what keeps each layer's V as narrow as its heads
+        flash = compared(source, folder / "gguf-float32", "float16", flash_attention=True)
+        rows.append({"written_by": "kvfold export", "attention": "flash", **flash})
+        print(f"  with flash attention: logits {difference(flash)}")
     version = f"llama-cpp-python {LLAMA_CPP_PYTHON}"
     keep(
         "llama.cpp", {"version": version, "build_seconds": built, "tensors_equal_to_its_converter": same, "rows": rows}
     )
 
-    print("CTranslate2", flush=True)
-    rows = [
-        row("kvfold export", student, folder / "ctranslate2", "ctranslate2", dtype, heard)
-        for dtype in ("float32", "source", "int8")
-    ]
+    print(f"CTranslate2, key/value heads {kv_heads}", flush=True)
+    rows = [row("kvfold export", student, folder / "ctranslate2", "ctranslate2", dtype, heard) for dtype in dtypes]
     keep("ctranslate2", {"version": rows[0]["engine"], "rows": rows})
 
 
@@ -167,13 +179,32 @@ def convert_officially(source: Checkpoint, out: Path, tree: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
     split = ggufs.byte_level_split(tokenizer) or "default"
-    words = [str(tree), str(source.path), str(out / ggufs.FILE), "ALL_F32", split]
+    heads = limits.kv_heads(source)
+    model = as_deci(source, heads, out / "deci") if len(set(heads)) > 1 else source.path
+    words = [str(tree), str(model), str(out / ggufs.FILE), "ALL_F32", split]
     subprocess.run([sys.executable, "-c", CONVERTER, *words], check=True)
     return out
 
 
-def compared(source: Checkpoint, folder: Path) -> dict[str, Any]:
-    """Load a GGUF in llama.cpp and compare it with transformers, as `kvfold export` does."""
+def as_deci(source: Checkpoint, heads: list[int], folder: Path) -> Path:
+    """The same checkpoint as a DeciLM, the architecture that llama.cpp's converter knows mixed heads by."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in source.path.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    kept = {
+        key: value for key, value in source.config.items() if key not in ("num_key_value_heads", "per_layer_config")
+    }
+    own = {"model_type": "deci", "architectures": ["DeciLMForCausalLM"], "num_key_value_heads_per_layer": heads}
+    (folder / "config.json").write_text(json.dumps(kept | own), encoding="utf-8")
+    return folder
+
+
+def compared(
+    source: Checkpoint, folder: Path, tolerance: str = "float32", *, flash_attention: bool = False
+) -> dict[str, Any]:
+    """Load a float32 GGUF in llama.cpp and compare it with transformers, within what that precision is allowed."""
     defaults = ExportSettings()
     known = agreement.reference(
         load(source.path, attention="sdpa"),
@@ -181,8 +212,8 @@ def compared(source: Checkpoint, folder: Path) -> dict[str, Any]:
         prompt_tokens=defaults.prompt_tokens,
         new_tokens=defaults.new_tokens,
     )
-    found = agreement.compare(known, *ggufs.answer(folder, known, "float32"))
-    agreement.require(found, ggufs.NAME, "float32")
+    found = agreement.compare(known, *ggufs.answer(folder, known, "float32", flash_attention=flash_attention))
+    agreement.require(found, ggufs.NAME, tolerance)
     return {"weights": "float32", **found, "loaded": True}
 
 

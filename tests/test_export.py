@@ -317,8 +317,9 @@ def test_a_gguf_of_mixed_heads_is_of_architecture_deci(mixed_checkpoint: Make, t
     from safetensors.numpy import load_file
 
     family, changes = MIXED[source]
-    teacher = mixed_checkpoint(family, **changes)
-    reader = gguf.GGUFReader(export(teacher, tmp_path / "out", "gguf", QUICK) / "model.gguf")
+    teacher, heard = mixed_checkpoint(family, **changes), Heard()
+    reader = gguf.GGUFReader(export(teacher, tmp_path / "out", "gguf", QUICK, progress=heard) / "model.gguf")
+    assert any("serve it with flash attention" in line for line in heard.lines)
     assert reader.get_field("general.architecture").contents() == "deci"
     assert reader.get_field("deci.attention.head_count_kv").contents() == list(HEADS)
     assert reader.get_field("deci.attention.head_count").contents() == 4
@@ -438,6 +439,41 @@ def test_llama_cpp_computes_mixed_heads(mixed_checkpoint: Make, tmp_path: Path, 
     assert check["loaded"]
     assert check["max_difference"] < 1e-3
     assert check["same_tokens"] == check["tokens"] == 3 * 8
+
+
+@needs_llama_cpp
+def test_llama_cpp_computes_mixed_heads_with_flash_attention(mixed_checkpoint: Make, tmp_path: Path) -> None:
+    from kvfold.hf import load
+
+    source = mixed_checkpoint("llama")
+    known = agreement.reference(load(source, attention="sdpa"), vocab_size=260, prompt_tokens=12, new_tokens=8)
+    out = export(source, tmp_path / "out", "gguf", QUICK)
+    check = agreement.compare(known, *ENGINES["gguf"].answer(out, known, "float32", flash_attention=True))
+    assert 0 < check["relative_difference"] < agreement.TOLERANCE["float16"]
+    assert check["max_difference"] != found(out)["max_difference"]  # it is another attention that answered
+
+
+@needs_llama_cpp
+def test_rows_ordered_by_another_layers_heads_are_found_out(
+    mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ENGINES["gguf"], "interleave", lambda rows, heads: interleave(rows, 1 if heads == 2 else heads))
+    source = mixed_checkpoint("llama")
+    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+        export(source, tmp_path / "out", "gguf", QUICK)
+    assert not list(tmp_path.glob("out*"))
+
+
+@needs_llama_cpp
+def test_a_gguf_that_llama_cpp_refuses_is_not_put_in_place(
+    mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ENGINES["gguf"], "kv_heads", lambda source: [2, 2, 1, 4])  # not those of the tensors
+    source = mixed_checkpoint("llama")
+    refusal = "^llama.cpp cannot run the model: .*model.gguf; nothing was exported$"
+    with pytest.raises(UnsupportedModel, match=refusal):
+        export(source, tmp_path / "out", "gguf", QUICK)
+    assert not list(tmp_path.glob("out*"))
 
 
 @needs_llama_cpp

@@ -122,17 +122,19 @@ class LogitFit:
         query_BHTE, key_BGSE, shared_BGSE = (
             _heads(spool.read(row, count).to(device), width) for spool in (self.queries, self.keys, self.shared)
         )
-        logits_BHTS = self.scales[0] * _meet(query_BHTE, key_BGSE)
+        logits_BHTS = _meet(self.scales[0] * query_BHTE, key_BGSE)
         attention_BHTS = self._attention(logits_BHTS)
         own_BHTE = _heads(self.linear(x_BTD), width)
         turn = _Turn(self.seen, self.norm, own_BHTE)
         if change_HED is None:
-            error_BHTS = logits_BHTS - self.scales[1] * _meet(turn.whole(own_BHTE), shared_BGSE)
+            error_BHTS = logits_BHTS.sub_(_meet(self.scales[1] * turn.whole(own_BHTE), shared_BGSE))
         else:
             change_BHTE = torch.einsum("btd,hed->bhte", x_BTD, change_HED.to(x_BTD))
-            error_BHTS = self.scales[1] * _meet(turn.change(change_BHTE), shared_BGSE)
-        pull_BHTS = attention_BHTS * (error_BHTS - (attention_BHTS * error_BHTS).sum(-1, keepdim=True))
-        pulled_BHTE = self.scales[1] * _look(pull_BHTS, shared_BGSE)
+            error_BHTS = _meet(self.scales[1] * turn.change(change_BHTE), shared_BGSE)
+        # the covariance of error and key under the attention: the mean of the products, less the product of the means
+        weighed_BHTS = error_BHTS.mul_(attention_BHTS)
+        means_BHTE = weighed_BHTS.sum(-1, keepdim=True) * _look(attention_BHTS, shared_BGSE)
+        pulled_BHTE = self.scales[1] * (_look(weighed_BHTS, shared_BGSE) - means_BHTE)
         return torch.einsum("bhte,btd->hed", turn.back(pulled_BHTE), x_BTD).cpu().double()
 
     def _attention(self, logits_BHTS: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from kvfold.data import TokenFile
 
 ROLES = ("q", "o", "down")
-LOGIT_BATCH = 1 << 22  # logits of one batch, in elements: what bounds the memory of a pass for q
+LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 
 
 @dataclass(frozen=True)

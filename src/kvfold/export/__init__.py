@@ -155,6 +155,8 @@ def _said(found: dict[str, Any], name: str) -> list[str]:
         lines.append(f"{NOT_LOADED}; {found['tensors']} tensors were read back and are as planned")
     if found["exact_up_to"]:
         lines.append(f"{name} is not told of the sliding window: exact for contexts of {found['exact_up_to']} tokens")
+    if isinstance(found.get("head_count_kv"), list):
+        lines.append(f"serve it with flash attention: without it, {name} keeps V as wide as the widest layer's")
     if found.get("vocabulary", "").startswith("none"):
         lines.append(f"vocabulary: {found['vocabulary']}")
     if found.get("same_text_ids") is False:

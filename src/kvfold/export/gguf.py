@@ -270,11 +270,25 @@ def inspect(source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
     return {"tensors": len(there), **found}
 
 
-def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
-    """Load the file in llama.cpp, with a float32 cache, and ask it what transformers was asked."""
+def answer(
+    folder: Path, known: Reference, weights: str, *, flash_attention: bool = False
+) -> tuple[list[Logits], list[list[int]]]:
+    """Load the file in llama.cpp, with a float32 cache, and ask it what transformers was asked.
+
+    Flash attention rounds more, and is therefore off. Raises UnsupportedModel when llama.cpp refuses to load or to run
+    the file.
+    """
+    try:
+        return _answer(folder, known, flash_attention)
+    except (ValueError, RuntimeError) as error:  # what llama-cpp-python makes of a refusal
+        said = " ".join(str(error).replace(str(folder / FILE), FILE).split())[:200]
+        raise UnsupportedModel(f"{NAME} cannot run the model: {said}", next="nothing was exported") from error
+
+
+def _answer(folder: Path, known: Reference, flash_attention: bool) -> tuple[list[Logits], list[list[int]]]:
     import torch
 
-    engine = _load(folder, len(known.texts()[0]) + 1, torch.get_num_threads())
+    engine = _load(folder, len(known.texts()[0]) + 1, torch.get_num_threads(), flash_attention)
     logits, answers = [], []
     for text, prompt, wanted in zip(known.texts(), known.prompts, known.answers, strict=True):
         engine.reset()
@@ -300,7 +314,7 @@ def tokenize(folder: Path, text: str) -> list[int]:
     return ids
 
 
-def _load(folder: Path, context: int, threads: int) -> Any:
+def _load(folder: Path, context: int, threads: int, flash_attention: bool = False) -> Any:
     import llama_cpp
 
     return llama_cpp.Llama(
@@ -309,6 +323,7 @@ def _load(folder: Path, context: int, threads: int) -> Any:
         n_threads=threads,
         n_threads_batch=threads,
         logits_all=True,
+        flash_attn=flash_attention,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
         verbose=False,
