@@ -193,9 +193,8 @@ def as_deci(source: Checkpoint, heads: list[int], folder: Path) -> Path:
     for path in source.path.iterdir():
         if path.name != "config.json":
             (folder / path.name).symlink_to(path.resolve())
-    kept = {
-        key: value for key, value in source.config.items() if key not in ("num_key_value_heads", "per_layer_config")
-    }
+    said = ("num_key_value_heads", "per_layer_config")
+    kept = {key: value for key, value in source.config.items() if key not in said}
     own = {"model_type": "deci", "architectures": ["DeciLMForCausalLM"], "num_key_value_heads_per_layer": heads}
     (folder / "config.json").write_text(json.dumps(kept | own), encoding="utf-8")
     return folder

@@ -23,6 +23,12 @@ _WHERE = {
     "export": "kvfold.export",
     "run": "kvfold.run",
     "load": "kvfold.hf",
+    "PlanSettings": "kvfold.plan",
+    "ConvertSettings": "kvfold.convert",
+    "UptrainSettings": "kvfold.uptrain",
+    "PretrainSettings": "kvfold.pretrain",
+    "EvaluateSettings": "kvfold.evaluate",
+    "BenchSettings": "kvfold.bench",
     "KvfoldError": "kvfold.errors",
 }
 
