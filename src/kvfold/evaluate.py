@@ -297,14 +297,7 @@ def _measure(
     if teacher is not None:
         models["teacher"] = hf.load(teacher.path, dtype=settings.dtype, device=best_device())
     with torch.inference_mode():
-        sums = scores.score(
-            models,
-            ids_N,
-            length=settings.sequence_length or DEFAULT_LENGTH,
-            stride=settings.stride or DEFAULT_LENGTH,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        sums = _score(models, ids_N, settings, progress)
         rounded = _score_fp8(models, ids_N, settings, progress) if settings.fp8 else {}
         text_bytes = len(probes.decode(tokenizer, ids_N[1:]).encode())
         own = {who: scores.summary(sums, who, text_bytes) for who in models}
@@ -335,6 +328,20 @@ def _measure(
     return metrics
 
 
+def _score(
+    models: Mapping[str, Any], ids_N: Tensor, settings: EvaluateSettings, progress: Progress
+) -> dict[str, Tensor]:
+    """The sums of each window, as `scores` defines them."""
+    return scores.score(
+        models,
+        ids_N,
+        length=settings.sequence_length or DEFAULT_LENGTH,
+        stride=settings.stride or DEFAULT_LENGTH,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+
+
 def _score_fp8(
     models: Mapping[str, Any], ids_N: Tensor, settings: EvaluateSettings, progress: Progress
 ) -> dict[str, float]:
@@ -342,14 +349,7 @@ def _score_fp8(
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(hf.with_attention(model, hf.ATTENTION_FP8))
-        sums = scores.score(
-            models,
-            ids_N,
-            length=settings.sequence_length or DEFAULT_LENGTH,
-            stride=settings.stride or DEFAULT_LENGTH,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        sums = _score(models, ids_N, settings, progress)
     return {who: float(scores.summary(sums, who, 1)["loss"]) for who in models}
 
 
