@@ -20,8 +20,8 @@ from kvfold.convert import convert
 from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.progress import Silent
-from kvfold.repair import ROLES, RepairSettings, repair
-from kvfold.shape import Site
+from kvfold.repair import RepairSettings, repair
+from kvfold.shape import REPAIRABLE, Site
 
 Make = Callable[..., Path]
 LENGTH, ROWS = 16, 24
@@ -74,7 +74,9 @@ def pair(tiny_checkpoint: Make, tmp_path: Path) -> Callable[..., Pair]:
     return make
 
 
-def repaired(pair: Pair, roles: tuple[str, ...] = ROLES, text: TokenFile | None = None, **changes: Any) -> list[Any]:
+def repaired(
+    pair: Pair, roles: tuple[str, ...] = REPAIRABLE, text: TokenFile | None = None, **changes: Any
+) -> list[Any]:
     settings = replace(SETTINGS, **changes)
     return list(repair(*pair, roles, text or tokens(), settings))
 
@@ -200,7 +202,7 @@ def test_a_repaired_student_is_nearer_on_other_text(kind: str, pair: Callable[..
             found = model(ids_BT).logits.double().log_softmax(-1)
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
-    plain, part, whole = divergence(()), divergence(("o",)), divergence(ROLES)
+    plain, part, whole = divergence(()), divergence(("o",)), divergence(REPAIRABLE)
     assert part < 0.9 * plain
     assert whole < 0.95 * part
 
@@ -246,7 +248,7 @@ def test_a_repair_goes_on_where_it_was_stopped(dtype: str, pair: Callable[..., P
         save_file(tensors, tmp_path / f"{number}.safetensors")
     for stop in (1, 2):
         done = [load_file(tmp_path / f"{number}.safetensors") for number in range(stop)]
-        again = list(repair(*both, ROLES, tokens(), SETTINGS, done=done))
+        again = list(repair(*both, REPAIRABLE, tokens(), SETTINGS, done=done))
         assert len(again) == 2
         for one, other in zip(whole, again, strict=True):
             assert one.keys() == other.keys()
@@ -256,7 +258,7 @@ def test_a_repair_goes_on_where_it_was_stopped(dtype: str, pair: Callable[..., P
 def test_layers_above_see_what_was_repaired_below(pair: Callable[..., Pair]) -> None:
     both = pair()
     whole = repaired(both)
-    untouched = list(repair(*both, ROLES, tokens(), SETTINGS, done=[{}]))
+    untouched = list(repair(*both, REPAIRABLE, tokens(), SETTINGS, done=[{}]))
     assert untouched[0] == {}
     assert not any(torch.allclose(untouched[1][name], tensor, atol=1e-3) for name, tensor in whole[1].items())
 
@@ -322,12 +324,12 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
 
     teacher, student = pair()
     before = {path: path.read_bytes() for path in (*teacher.files(), *student.files())}
-    working = repair(teacher, student, ROLES, tokens(), SETTINGS, progress=Listener())
+    working = repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener())
     next(working)
     working.close()  # type: ignore[attr-defined]
     assert told == [("repairing", 2, "layers"), "stop"]
     told.clear()
-    list(repair(teacher, student, ROLES, tokens(), SETTINGS, progress=Listener()))
+    list(repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener()))
     assert told == [("repairing", 2, "layers"), 1, 1, "stop"]
     assert list((tmp_path / "cache" / "spool").iterdir()) == []
     assert {path: path.read_bytes() for path in before} == before
@@ -343,7 +345,7 @@ def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.
     monkeypatch.setattr(teacher, "family", replace(teacher.family, down=None))
     monkeypatch.setattr(student, "family", teacher.family)
     with pytest.raises(SettingError, match="repair: family llama names no MLP to repair; leave out down"):
-        next(repair(teacher, student, ROLES, tokens()))
+        next(repair(teacher, student, REPAIRABLE, tokens()))
     assert len(next(repair(teacher, student, ("q", "o"), tokens(), SETTINGS))) == 2
     monkeypatch.setattr(spool, "free_bytes", lambda path: 4 * ROWS * LENGTH * 32 * 4 - 1)
     with pytest.raises(OutputError, match="hidden states of the text do not fit on the disk"):

@@ -45,7 +45,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import Answers, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, Answers, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 CORES = os.cpu_count() or 1
 CREW = min(4, CORES)  # threads that copy and hash
-REPAIRABLE = ("q", "o", "down")
 FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 

@@ -47,18 +47,18 @@ def _damped(gram_NN: Tensor, damping: float) -> Tensor:
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     target: Tensor,
-    start: Tensor,
+    start: Tensor | None = None,
     *,
     precondition: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Tensor:
     """Solve `apply(x) = target` for a symmetric positive map of matrices `(..., N, M)`, `steps` times refined.
 
-    Leading dimensions are systems of their own that share each call of `apply` (Hestenes and Stiefel 1952,
-    preconditioned). A system that is solved already stays as it is.
+    It begins at `start`, or at 0. Leading dimensions are systems of their own that share each call of `apply` (Hestenes
+    and Stiefel 1952, preconditioned). A system that is solved already stays as it is.
     """
-    x = start
-    residual = target - apply(x)
+    x = torch.zeros_like(target) if start is None else start
+    residual = target if start is None else target - apply(start)  # `apply` may be a pass over a text
     direction = preconditioned = precondition(residual)
     size = _dot(residual, preconditioned)
     for _ in range(steps):

@@ -92,7 +92,6 @@ class LogitFit:
         change_HED = conjugate_gradients(
             apply,
             self._sweep(batch, None),
-            torch.zeros_like(weight_HED),
             precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
             steps=steps,
         )

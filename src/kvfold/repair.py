@@ -31,13 +31,12 @@ from kvfold.lineage import known_length
 from kvfold.logits import LogitFit
 from kvfold.output import REPAIRED, Output
 from kvfold.progress import SILENT, Progress
-from kvfold.shape import Site
+from kvfold.shape import REPAIRABLE, Site
 from kvfold.spool import Spool, check_room, spool_bytes
 
 if TYPE_CHECKING:
     from kvfold.data import TokenFile
 
-ROLES = ("q", "o", "down")
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 
 
@@ -70,8 +69,8 @@ def repair(
     and rotated queries and keys of `logit_tokens`. Raises SettingError for unknown roles and for families whose MLP is
     not known, OutputError when the disk has no room, CheckpointError when a repaired tensor is not finite.
     """
-    if unknown := [role for role in roles if role not in ROLES]:
-        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(ROLES))
+    if unknown := [role for role in roles if role not in REPAIRABLE]:
+        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
     if "down" in roles and teacher.family.down is None:
         raise SettingError(
             f"family {teacher.family.name} names no MLP to repair", where="repair", next="leave out down"
@@ -155,7 +154,7 @@ class _Pass:
                 learnt.put(name, tensor)
                 found[name] = tensor
         else:
-            for role in (role for role in ROLES if role in self.roles):
+            for role in (role for role in REPAIRABLE if role in self.roles):
                 {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
                 name = self._name(site, role)
                 # what lies above must see the layer as it will be saved

@@ -21,6 +21,9 @@ KINDS: tuple[Kind, ...] = ("self", "cross", "encoder")
 Roles = dict[str, "Tensor"]
 """The tensors of one site by role: `q` (HE, D), `k` and `v` (GE, D), `o` (D, HE), `q_bias`, `k_norm`, ..."""
 
+REPAIRABLE = ("q", "o", "down")
+"""The weights of a layer that a repair can refit, in its order (`kvfold.repair`)."""
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 

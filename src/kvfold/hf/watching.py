@@ -87,16 +87,15 @@ def _watched(
     key_BGSE: Tensor,
     value_BGSE: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """kvfold's attention, which notes what it was given when somebody looks."""
     seen = _SEEN.get(None)
     if seen is not None:
+        scaling = kwargs.get("scaling")
         scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
         seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
-    return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, dropout, scaling, **kwargs)
+    return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, **kwargs)
 
 
 AttentionInterface.register(WATCHED, _watched)
