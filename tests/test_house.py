@@ -19,7 +19,20 @@ LAYERS = [
     {"errors", "shape", "progress", ""},
     {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
     {"methods", "families"},
-    {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
+    {
+        "recipe",
+        "checkpoint",
+        "hf",
+        "calibrate",
+        "engines",
+        "plan",
+        "convert",
+        "repair",
+        "logits",
+        "gated",
+        "data",
+        "shards",
+    }
     | {"lineage", "moments", "sensitivity", "spool"},
     {"distill", "training", "stages", "uptrain", "pretrain"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},

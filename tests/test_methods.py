@@ -26,6 +26,7 @@ from kvfold.families import all_families
 from kvfold.methods import Student, gqa
 from kvfold.plan import PlanSettings, plan
 from kvfold.shape import (
+    REPAIRABLE,
     Answers,
     AttentionGram,
     CacheSpec,
@@ -266,7 +267,7 @@ def test_gqa_asks_for_repair_of_what_it_fitted_alone() -> None:
     """What the paper and others publish is left as they publish it."""
     assert gqa.Config(kv_heads=2).init == "fit"
     for init in get_args(gqa.Init):
-        assert set(gqa.repairs(gqa.Config(kv_heads=2, init=init))) == ({"q", "o", "down"} if init == "fit" else set())
+        assert set(gqa.repairs(gqa.Config(kv_heads=2, init=init))) == (set(REPAIRABLE) if init == "fit" else set())
 
 
 def test_without_text_the_default_is_the_papers(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

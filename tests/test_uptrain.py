@@ -162,7 +162,7 @@ def test_what_comes_out(student: Path, text: Path, tmp_path: Path) -> None:
     assert made.lineage["hash"] == made.hash()
     step = made.lineage["steps"][-1]
     assert (step["stage"], step["tokens"], step["seed"], step["source"]) == ("uptrain", 384, 0, source.hash())
-    assert step["settings"]["loss"] == "kl", "the default was written out"
+    assert step["settings"]["loss"] == "kl+0.3ce", "the default was written out"
     assert [line["step"] for line in _log(out)] == [*range(1, STEPS + 1), STEPS]
     assert _log(out)[-1]["done"] is True
     assert {path.name for path in out.iterdir()} - {path.name for path in student.iterdir()} == {"train.jsonl"}

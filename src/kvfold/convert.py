@@ -30,6 +30,7 @@ from kvfold.checkpoint import (
     natural,
 )
 from kvfold.errors import Interrupted, OutputError, SettingError, choices
+from kvfold.families import MLP
 from kvfold.lineage import descend, remember
 from kvfold.output import (
     MANIFEST,
@@ -70,7 +71,9 @@ class ConvertSettings:
     calibration_seed: int = field(default=0, metadata={"help": "Seed with which they are drawn from all of the text."})
     repair: tuple[str, ...] | None = field(
         default=None,
-        metadata={"help": "What is refitted in closed form afterwards: q,o,down or none; what the method asks for."},
+        metadata={
+            "help": "What is refitted in closed form afterwards: q,o,gate,up,down or none; what the method asks for."
+        },
     )
     shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest file of weights, in bytes (5G)."})
     dtype: Literal["source", "bfloat16", "float16", "float32"] = field(
@@ -296,7 +299,7 @@ def _repairs(method: methods.Method, config: Any, source: Checkpoint, options: C
     wanted = getattr(method, "repairs", lambda config: ())(config)
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
-    return tuple(role for role in wanted if role != "down" or source.family.down)
+    return tuple(role for role in wanted if role not in MLP or source.family.mlp)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ from kvfold.shape import (
     Site,
 )
 
-BLOCK = 128  # queries whose attention is applied at once: later keys, which they do not see, are left out
-
 
 class Moment(Protocol):
     """The unfinished answer to one request."""
@@ -132,29 +130,22 @@ class _QuerySum:
 
 
 class _AttentionSum:
-    """Sums of `y y^T` and `y` over all heads, `y` being the inputs averaged by a head's attention.
+    """Sums of `y y^T` and `y`, `y` being the inputs averaged by attention: token t by that of head `t mod H`.
 
-    The average is taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
+    All heads at all tokens would be `H` times the work for sums that differ by the noise of a sample. The average is
+    taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
     """
 
     def __init__(self, site: Attention, device: str) -> None:
-        self.heads = site.num_attention_heads
-        self.gram_DD = _zeros(site.hidden_size, site.hidden_size, device=device)
-        self.sum_D = _zeros(site.hidden_size, device=device)
+        self.sum = _InputSum(site, device)
 
     def add(self, x_BTD: Tensor, p_BHTT: Tensor) -> None:
         format = torch.promote_types(x_BTD.dtype, torch.float32)
-        for x_TD, p_HTT in zip(x_BTD.to(format), p_BHTT, strict=True):
-            for p_TT in p_HTT:  # one head at a time bounds the memory
-                seen = range(BLOCK, len(x_TD) + BLOCK, BLOCK)
-                blocks = zip(p_TT.to(format).split(BLOCK), seen, strict=True)
-                y_TD = torch.cat([block[:, :end] @ x_TD[:end] for block, end in blocks]).double()
-                self.gram_DD.addmm_(y_TD.T, y_TD)
-                self.sum_D += y_TD.sum(0)
+        token_T = torch.arange(p_BHTT.shape[2], device=p_BHTT.device)
+        self.sum.add(p_BHTT[:, token_T % p_BHTT.shape[1], token_T].to(format) @ x_BTD.to(format))
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
-        count = tokens * self.heads
-        return {"gram_DD": self.gram_DD / count, "mean_D": self.sum_D / count}
+        return self.sum.answer(tokens)
 
 
 class _Sample:

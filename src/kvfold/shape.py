@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = ("self", "cross", "encoder")
 Roles = dict[str, "Tensor"]
 """The tensors of one site by role: `q` (HE, D), `k` and `v` (GE, D), `o` (D, HE), `q_bias`, `k_norm`, ..."""
 
-REPAIRABLE = ("q", "o", "down")
+REPAIRABLE = ("q", "o", "gate", "up", "down")
 """The weights of a layer that a repair can refit, in its order (`kvfold.repair`)."""
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -239,7 +239,7 @@ class QueryGram:
 
 @dataclass(frozen=True)
 class AttentionGram:
-    """Second moments of the inputs averaged by attention, over all heads alike: `gram_DD`, with `mean_D`.
+    """Second moments of the inputs averaged by attention, by that of each head in turn: `gram_DD`, with `mean_D`.
 
     Heads apart would be `H` times the memory, and made no student better (docs/log.md).
     """

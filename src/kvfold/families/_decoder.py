@@ -21,7 +21,10 @@ TENSORS = {
     **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
 }
 
-DOWN = "model.layers.{layer}.mlp.down_proj"
+MLP = {
+    **{part: f"model.layers.{{layer}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "act": "model.layers.{layer}.mlp.act_fn",
+}
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""

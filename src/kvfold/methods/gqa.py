@@ -175,7 +175,7 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
 
 def repairs(config: Config) -> Sequence[str]:
     """Ask for everything to be repaired after a fit; what the paper and others publish is left as they publish it."""
-    return ("q", "o", "down") if config.init == "fit" else ()
+    return ("q", "o", "gate", "up", "down") if config.init == "fit" else ()
 
 
 def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
