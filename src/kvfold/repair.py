@@ -125,10 +125,12 @@ class _Pass:
         self.roles, self.settings = roles, settings
         self.source, self.target = teacher, student
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teachers = hf.Layers(teacher, device=device, attention=hf.WATCHED)
-        self.students = hf.Layers(student, device=device, attention=hf.WATCHED)
         length = min(settings.length, known_length(teacher), len(tokens))
         rows = len(tokens) // length
+        self.teachers, self.students = (
+            stack.enter_context(hf.Layers(each, device=device, attention=hf.WATCHED, lengths=[length] * rows))
+            for each in (teacher, student)
+        )
         width = teacher.shape.hidden_size
         check_room(4 * spool_bytes(rows * length, width))
         # before the layer: the teacher's stream and the student's; within it: the teacher's after attention, after all
@@ -162,7 +164,7 @@ class _Pass:
                 if not bool(found[name].isfinite().all()):
                     raise CheckpointError("the repaired tensor is not finite", where=name, next="repair less")
         for row, count in self._batches():
-            self.learnt.write(row, student.run(self.learnt.read(row, count)))
+            self.learnt.write(row, student.run(self.learnt.read(row, count), row))
         self.taught, self.above = self.above, self.taught
         return found
 
@@ -179,8 +181,8 @@ class _Pass:
     def _read_teacher(self, taught: _Parts) -> None:
         for row, count in self._batches():
             hidden_BTD = self.taught.read(row, count)
-            self.middle.write(row, hidden_BTD + taught.attend(hidden_BTD).output_BTD.cpu())
-            self.above.write(row, taught.layer.run(hidden_BTD))
+            self.middle.write(row, hidden_BTD + taught.attend(hidden_BTD, row).output_BTD.cpu())
+            self.above.write(row, taught.layer.run(hidden_BTD, row))
 
     @torch.inference_mode()
     def _repair_o(self, taught: _Parts, learnt: _Parts) -> None:
@@ -188,7 +190,7 @@ class _Pass:
         fit = _Ridge(learnt.o)
         for row, count in self._batches():
             hidden_BTD = self.learnt.read(row, count)
-            fit.add(learnt.attend(hidden_BTD).heads_BTN, self.middle.read(row, count) - hidden_BTD)
+            fit.add(learnt.attend(hidden_BTD, row).heads_BTN, self.middle.read(row, count) - hidden_BTD)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
@@ -197,7 +199,7 @@ class _Pass:
         fit = _Ridge(learnt.down)
         for row, count in self._batches():
             hidden_BTD = self.learnt.read(row, count)
-            middle_BTD, inner_BTF = learnt.through(hidden_BTD)
+            middle_BTD, inner_BTF = learnt.through(hidden_BTD, row)
             fit.add(inner_BTF, self.above.read(row, count).to(middle_BTD) - middle_BTD)
         fit.solve(self.settings.damping)
 
@@ -210,7 +212,11 @@ class _Pass:
         with LogitFit(taught.attention, learnt.attention, learnt.q, learnt.q_norm, lengths) as fit:
             for row in range(0, rows, batch):
                 count = min(batch, rows - row)
-                fit.add(row, taught.attend(self.taught.read(row, count)), learnt.attend(self.learnt.read(row, count)))
+                both = (
+                    taught.attend(self.taught.read(row, count), row),
+                    learnt.attend(self.learnt.read(row, count), row),
+                )
+                fit.add(row, *both)
             fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
 
 
@@ -226,9 +232,9 @@ class _Parts:
         if family.down is not None:
             self.down = layer.owner(family.down.format(layer=site.layer))
 
-    def attend(self, hidden_BTD: Tensor) -> hf.Attended:
-        """What the attention does with these hidden states."""
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD)
+    def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
+        """What the attention does with these hidden states, of the rows from `row` on."""
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Set a weight of the layer."""
@@ -242,12 +248,12 @@ class _Parts:
         weight.copy_(saved)
         return saved.cpu()
 
-    def through(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and the input of `down`."""
         inner: list[Tensor] = []
         handle = self.down.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
         try:
-            above_BTD = self.layer.run(hidden_BTD)
+            above_BTD = self.layer.run(hidden_BTD, row)
         finally:
             handle.remove()
         return above_BTD - self.down(inner[0]), inner[0]

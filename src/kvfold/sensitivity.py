@@ -29,7 +29,7 @@ from kvfold.lineage import known_length
 from kvfold.methods import Method
 from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
-from kvfold.shape import Answers, FoldedKL, Site, SiteTensors
+from kvfold.shape import Answers, FitLoss, FoldedKL, Question, Site, SiteTensors
 
 FORMAT = 1  # of the kept answers
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
@@ -91,6 +91,35 @@ def measure(
     return {each: {"kl": torch.tensor(known[_key(each)], dtype=torch.float64)} for each in questions}
 
 
+def fit_losses(
+    source: Checkpoint,
+    method: Method,
+    config: Any,
+    questions: Sequence[FitLoss],
+    answers: Answers,
+    *,
+    progress: Progress = SILENT,
+) -> Answers:
+    """Let the method say what each set of sites would lose, by the weights and the moments that `answers` holds."""
+    lost: Any = getattr(method, "lost")  # noqa: B009 - of methods that ask; no part of every contract
+    found: dict[Question, dict[str, Tensor]] = {}
+    progress.start("fitting", len(questions), "groups")
+    try:
+        for each in questions:
+            group = {site: tensors_of(source, site) for site in each.sites}
+            found[each] = {"lost": torch.tensor(lost(group, answers, config), dtype=torch.float64)}
+            progress.advance(1)
+    finally:
+        progress.stop()
+    return found
+
+
+def tensors_of(source: Checkpoint, site: Site) -> SiteTensors:
+    """What a method is handed of a site."""
+    attention = source.shape.sites[site]
+    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
+
+
 def _key(question: FoldedKL) -> str:
     return f"{question.site}, {question.heads} heads"
 
@@ -106,8 +135,7 @@ def _rows(tokens: TokenFile, length: int, count: int) -> Tensor:
 def _folded(source: Checkpoint, method: Method, config: Any, site: Site, answers: Answers) -> dict[str, Tensor]:
     """What a method makes of one site, in the teacher's shape, by name: each shared head as often as it is read."""
     attention = source.shape.sites[site]
-    roles = {role: source.read(source.family.tensor(site, role)) for role in attention.roles()}
-    made = method.convert({site: SiteTensors(attention, roles)}, answers, config)[site]
+    made = method.convert({site: tensors_of(source, site)}, answers, config)[site]
     found = {}
     for role, tensor in made.items():
         if role in ("k", "v", "k_bias", "v_bias"):

@@ -85,6 +85,12 @@ class Config:
 
     def check(self, shape: Shape) -> None:
         """Refuse a budget that no head fits, and a head count that does not divide the source's, naming what does."""
+        if shape.owners:
+            raise SettingError(
+                "layers of the source share keys and values",
+                where="gqa",
+                next="fold heads first and share layers then: cla takes a student of gqa",
+            )
         if self.kv_heads == AUTO:
             budgets.check(self.budget, shape, "gqa")
             return
