@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvfold.linalg import LEAST, ridge
 from kvfold.merge import KeyLifts, Maps, plane_power, shared_key, shared_value, with_one
-from kvfold.rope import pairs, to_planes
+from kvfold.rope import pairs, put_planes, to_planes
 from kvfold.shape import Attention, Roles
 
 DAMPING = 1e-7  # of the mean moment of the owner's input: far below what is worth anything, above float32's noise
@@ -105,6 +105,8 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
     )
     looks_JEE, seen_JEE = (torch.stack([side.metric(role, unit) for *_, side, unit in found]) for role in "kv")
     key_ED, lifts, lost_key = shared_key(keys_JED, looks_JEE, grams["k"], sides[0].reader.attention, "fit")
+    if sides[0].reader.attention.norms == "pre_rope":
+        key_ED, lifts = _as_first(key_ED, lifts)
     merged = shared_value(values_JED, seen_JEE, grams["v"], "fit")
     whole_key, whole_value = (sum(side.power(role, unit) for *_, side, unit in found) for role in "kv")
     told_key, told_value = (sum(side.told(role, unit) for *_, side, unit in found) for role in "kv")
@@ -117,6 +119,18 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
         (whole_key, whole_value),
         (whole_key - told_key * (1 - lost_key), whole_value - told_value * (1 - merged.lost)),
     )
+
+
+def _as_first(key_ED: Tensor, lifts: KeyLifts) -> tuple[Tensor, KeyLifts]:
+    """The shared key in the first reader's phases: the owner's queries stay as they are.
+
+    A turn and the weights of the queries' norm do not commute where these differ within a plane.
+    """
+    if lifts.rope is None or lifts.planes_JP is None:
+        return key_ED, lifts
+    first_P, turned_ED = lifts.planes_JP[0], key_ED.clone()
+    put_planes(turned_ED[None], first_P[:, None] * to_planes(key_ED[None], lifts.rope), lifts.rope)
+    return turned_ED, replace(lifts, planes_JP=lifts.planes_JP * first_P.conj())
 
 
 class _Side:

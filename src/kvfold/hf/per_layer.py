@@ -25,8 +25,9 @@ _HEADS = "num_key_value_heads"
 class _Sources:
     """In front of a stock config class: transformers' words for layers that share."""
 
-    def validate_architecture(self: Any) -> None:
+    def __post_init__(self: Any, **kwargs: Any) -> None:
         """Raise ValueError for a layer that reads one above it, or one that owns nothing."""
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         sources = self.kv_source_layers
         if sources is not None:
             if len(sources) != self.num_hidden_layers:
@@ -34,7 +35,6 @@ class _Sources:
             for layer, source in enumerate(sources):
                 if not 0 <= source <= layer or sources[source] != source:
                     raise ValueError(f"kv_source_layers: layer {layer} cannot read keys and values of layer {source}")
-        super().validate_architecture()  # type: ignore[misc]
 
     @property
     def kv_sharing_modes(self: Any) -> list[str | None] | None:
