@@ -76,7 +76,9 @@ def share(readers: Sequence[Reader], damping: float = DAMPING) -> Shared:
     new = [side.fold(number, units, merged) for number, (side, units) in enumerate(zip(sides, slots, strict=True))]
     Maps(torch.stack([each.key_ED for each in merged]), sides[0].key.biased).put(new[0], "k")
     Maps(torch.stack([each.value_ED for each in merged]), sides[0].value.biased).put(new[0], "v")
-    wholes, losts = (torch.tensor([getattr(each, name) for each in merged]) for name in ("whole", "lost"))
+    wholes, losts = (
+        torch.tensor([getattr(each, name) for each in merged], dtype=torch.float64) for name in ("whole", "lost")
+    )
     by_head = (losts / wholes.clamp_min(LEAST)).clamp(0, 1).amax(1)
     return Shared(new, float((losts.sum(0) / wholes.sum(0).clamp_min(LEAST)).clamp(0, 1).sum()), by_head.tolist())
 
