@@ -45,7 +45,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, Answers, FitLoss, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, Answers, ConvertedKL, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -249,14 +249,11 @@ class _Calibration:
     def answers(self, source: Checkpoint, method: methods.Method, config: Any, progress: Progress) -> Answers:
         """Let the teacher read, and read again with one site folded if that is asked."""
         from kvfold.calibrate import calibrate  # loads transformers: only for methods that ask
-        from kvfold.sensitivity import fit_losses, measure
+        from kvfold.sensitivity import measure
 
-        folds = [each for each in self.questions if isinstance(each, FoldedKL)]
-        fits = [each for each in self.questions if isinstance(each, FitLoss)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL | FitLoss)]
+        folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
-        if fits:
-            answers = {**answers, **fit_losses(source, method, config, fits, answers, progress=progress)}
         if not folds:
             return answers
         return {**answers, **measure(source, method, config, folds, answers, self.tokens, progress=progress)}

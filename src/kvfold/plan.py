@@ -340,6 +340,7 @@ class _Use:
         """What a reader of the numbers should know, one line each."""
         return [
             *self._about_heads(student),
+            *self._about_sharing(student),
             *self._about_context(source, before, after),
             *self._about_room(before, after),
         ]
@@ -361,6 +362,15 @@ class _Use:
         if any(count % parallel for count in queries):
             found.append(f"{choices(sorted(queries))} query heads cannot be split over {parallel} devices")
         return found
+
+    def _about_sharing(self, student: Shape) -> list[str]:
+        reading = sum(site.source is not None for site in student.sites.values())
+        if not reading:
+            return []
+        return [
+            f"{reading} of {student.num_layers} layers read the cache of another: that saves room and not reads, so a "
+            "step gets no faster at the same batch; what gains is the largest batch, and the speed there"
+        ]
 
     def _about_context(self, source: Shape, before: Side, after: Side) -> list[str]:
         found = []
@@ -414,7 +424,9 @@ def _heads(shape: Shape) -> str:
         if site.kind != "encoder":
             kinds.setdefault(site.kind, set()).add(attention.num_key_value_heads)
     words = {kind: f"{min(n)} to {max(n)}" if len(n) > 1 else str(min(n)) for kind, n in kinds.items()}
-    return next(iter(words.values())) if len(words) == 1 else ", ".join(f"{kind} {n}" for kind, n in words.items())
+    said = next(iter(words.values())) if len(words) == 1 else ", ".join(f"{kind} {n}" for kind, n in words.items())
+    owners = sum(attention.source is None for attention in shape.sites.values())
+    return f"{said}, in {owners} of {len(shape.sites)} layers" if shape.owners else said
 
 
 def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student: Shape) -> Uptraining | None:

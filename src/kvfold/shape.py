@@ -315,10 +315,10 @@ class FoldedKL:
 
 
 @dataclass(frozen=True)
-class FitLoss:
-    """What these sites lose when they are converted together: `lost`, by the method's own measure.
+class ConvertedKL:
+    """KL to the teacher in nats per token when these sites are converted together, and no others: `kl`.
 
-    For methods that have `lost(group, answers, config)`, which is called once the requests are answered.
+    For methods that have `alone(config, shape, sites)`; measured once the requests are answered.
     """
 
     sites: tuple[Site, ...]
@@ -328,7 +328,7 @@ class FitLoss:
         return 8
 
 
-Question = Request | FoldedKL | FitLoss
+Question = Request | FoldedKL | ConvertedKL
 Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 

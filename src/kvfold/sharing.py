@@ -159,7 +159,9 @@ class _Side:
             if reader is owner:
                 self.regressed[role] = each.rows_HED
             else:
-                self.regressed[role] = each.rows_HED @ ridge(self.grams[role], self.cross[role], damping).T
+                # towards the owner's input itself: what never occurs in it is taken to be the same in both
+                apart = ridge(self.grams[role], self.cross[role] - self.grams[role], damping)
+                self.regressed[role] = each.rows_HED + each.rows_HED @ apart.T
 
     def head(self, unit: int) -> int:
         """The key/value head that a unit reads in the source."""

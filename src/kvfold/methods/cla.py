@@ -12,9 +12,9 @@ their own (Brandon et al. 2024, arXiv 2405.12981, section 3). Which layers make 
 A decode step reads as much as before: room is saved, not reads. Lossless where no layer shares; for `fit` also where
 consumers' keys and values are linear images of the owner's (under RoPE: one complex factor for each plane of a key).
 
-`layout auto` takes of all cuts into neighbouring layers within the `budget` the one of the smallest loss of the fit,
-found exactly by dynamic programming. The budget is a part of the root teacher's cache, so a student of `gqa`, also one
-with heads of each layer's own, spends what is left of the same whole.
+`layout auto` lets the teacher read with one group of neighbours sharing at a time, and takes of all cuts within the
+`budget` the one of the smallest predicted KL, the sum over groups, by dynamic programming. The budget is a part of the
+root teacher's cache, so a student of `gqa`, also one with heads of each layer's own, spends what is left of the same.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kvfold.methods import Student
 from kvfold.shape import (
     Answers,
     CacheSpec,
+    ConvertedKL,
     CrossGram,
-    FitLoss,
     InputGram,
     QueryGram,
     Question,
@@ -66,7 +66,7 @@ class Config:
     layout: str = field(
         default="pairs",
         metadata={
-            "help": "pairs (neighbours), keep_ends, trailing, sandwich, auto (by what the fit loses), or the layer "
+            "help": "pairs (neighbours), keep_ends, trailing, sandwich, auto (by what sharing costs), or the layer "
             "that each layer reads: 0,0,2,2,4."
         },
     )
@@ -208,7 +208,7 @@ def _check_budget(config: Config, shape: Shape) -> None:
 
 
 def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask for second moments of what each group reads and of its queries; under `auto` what each group would lose."""
+    """Ask for second moments of what each group reads and of its queries; under `auto` what each group would cost."""
     if config.layout == AUTO:
         span = config.share or SPAN
         tried = [
@@ -217,8 +217,8 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
             for end in range(first + 2, min(first + span, shape.num_layers) + 1)
             if not any(_difference(shape, layer, first) for layer in range(first, end))
         ]
-        requests = [request for group in tried for request in _moments(group)]
-        return [*dict.fromkeys(requests), *map(FitLoss, tried)]
+        requests = [request for group in tried if config.init == "fit" for request in _moments(group)]
+        return [*dict.fromkeys(requests), *map(ConvertedKL, tried)]
     if config.init != "fit":
         return ()
     return [request for group in groups(config, shape) for request in _moments(group)]
@@ -228,6 +228,13 @@ def _moments(group: Sequence[Site]) -> list[Request]:
     """What the fit of a group reads."""
     alone: list[Request] = [request(site) for site in group for request in (InputGram, QueryGram)]
     return [*alone, *(CrossGram(group[0], site) for site in group[1:])]
+
+
+def alone(config: Config, shape: Shape, sites: Sequence[Site]) -> Config:
+    """The same settings with one group and no other: under these ConvertedKL is measured."""
+    layers = [site.layer for site in sites]
+    sources = [layers[0] if layer in layers else layer for layer in range(shape.num_layers)]
+    return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
 
 
 def repairs(config: Config) -> Sequence[str]:
@@ -248,8 +255,8 @@ def _measured(config: Config, shape: Shape, answers: Answers) -> list[int]:
 
 
 def _price(group: tuple[Site, ...], answers: Answers) -> float:
-    """What a group loses; one layer alone loses nothing."""
-    return float(answers[FitLoss(group)]["lost"]) if len(group) > 1 else 0.0
+    """What a group costs in nats per token; one layer alone costs nothing."""
+    return float(answers[ConvertedKL(group)]["kl"]) if len(group) > 1 else 0.0
 
 
 def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
@@ -258,14 +265,14 @@ def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
         return {}
     told = {}
     for name, sources in (("chosen", _measured(config, shape, answers)), ("alike", sources_of(config, shape))):
-        lost = sum(_price(group, answers) for group in _groups(sources))
-        told[name] = {"layout": ",".join(map(str, sources)), "cache": _part(shape, sources), "lost": lost}
+        kl = sum(_price(group, answers) for group in _groups(sources))
+        told[name] = {"layout": ",".join(map(str, sources)), "cache": _part(shape, sources), "kl": kl}
     prices = {
-        f"{each.sites[0].layer} to {each.sites[-1].layer}": float(answer["lost"])
+        f"{each.sites[0].layer} to {each.sites[-1].layer}": float(answer["kl"])
         for each, answer in answers.items()
-        if isinstance(each, FitLoss)
+        if isinstance(each, ConvertedKL)
     }
-    return {"budget": config.budget, **told, "lost": prices}
+    return {"budget": config.budget, **told, "kl": prices}
 
 
 def notes(config: Config, shape: Shape) -> Sequence[str]:
@@ -335,11 +342,6 @@ def fold(
     nothing = max(NOTHING, (torch.finfo(group[owner].roles["k"].dtype).eps / 2) ** 2)
     told = {"lost": made.heads, "lossless": [number for number, share in enumerate(made.heads) if share <= nothing]}
     return dict(zip(sorted(group), made.roles, strict=True)), {owner: told}
-
-
-def lost(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> float:
-    """What a group loses by the fit: the part of its keys' weighted second moment, and of its values', added up."""
-    return _shared(group, answers).lost
 
 
 def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
