@@ -157,7 +157,8 @@ def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
 
     By cross-entropy, whatever the students' loss is: the teacher's distance to itself is nothing to learn from.
     """
-    spent = {**settings, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
+    given = {key: value for key, value in settings.items() if key != "converted_only"}
+    spent = {**given, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
     wanted = decode(UptrainSettings, spent, "uptrain")
     label = f"control_{fingerprint(spent)[:8]}_seed-{cell.seed}"
     trained = work.folder / "uptrained" / label
