@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvfold import hf
+from kvfold import hf, record
 from kvfold.calibrate import calibrate
 from kvfold.checkpoint import Checkpoint
 from kvfold.convert import ConvertSettings, convert
@@ -25,6 +25,8 @@ from kvfold.export import export
 from kvfold.families import all_families
 from kvfold.methods import cla
 from kvfold.plan import plan
+from kvfold.report.rows import cache_bytes
+from kvfold.run import run
 from kvfold.sensitivity import SensitivitySettings, measure
 from kvfold.shape import ConvertedKL, CrossGram, InputGram, QueryGram, Roles, Shape, Site, SiteTensors
 
@@ -388,3 +390,46 @@ def test_consumers_have_no_keys_and_values_on_disk(tiny_checkpoint: Callable[...
     assert roles_of(student, 0).keys() == roles_of(teacher, 0).keys()
     names = Checkpoint.open(student).names()
     assert not [name for name in names if "layers.1" in name and any(part in name for part in ("k_", "v_"))]
+
+
+CHAIN: dict[str, Any] = {
+    "name": "chain",
+    "source": "",
+    "data": "",
+    "heldout": "",
+    "convert": {"method": "cla", "init": "copy"},
+    "uptrain": {"tokens": 64, "sequence_length": 16, "batch_size": 2, "loss": "ce", "converted_only": True},
+    "evaluate": {"tokens": 256, "sequence_length": 32, "copy_distances": [], "samples": 0, "fp8": False},
+    "control": True,
+    "bench": {"context": [8], "batch": [1], "new_tokens": 2, "repeats": 1, "fp8": False, "memory": "1M"},
+    "matrix": [{"convert.after": [None, {"method": "gqa", "kv_heads": 1}], "convert.share": 2}],
+}
+
+
+def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    places = {"source": str(tiny_checkpoint()), "data": str(text), "heldout": str(text)}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**CHAIN, **places}))
+    page = run(tmp_path / "recipe.yaml", out=tmp_path / "run").read_text()
+    records = record.read_all(tmp_path / "run")
+    plans = {each.settings.get("after"): each.metrics for each in records if each.kind == "plan"}
+    per_head = 2 * 4 * 8 * 4  # keys and values, layers, width, bytes
+    assert plans[None]["after"]["cache_bytes_per_token"] == 4 * per_head // 2
+    first = "gqa kv_heads 1"
+    assert plans[first]["before"]["cache_bytes_per_token"] == 4 * per_head
+    assert plans[first]["after"]["cache_bytes_per_token"] == per_head // 2
+    (bench,) = (each for each in records if each.kind == "bench")
+    assert [row["cache_ratio"] for row in bench.metrics["ratios"]] == [1 / 2, 1 / 8]
+    assert "read the cache of another" in page
+    assert "The largest batch in" in page
+    students = [each for each in records if each.settings.get("row", {}).get("role") == "student"]
+    assert {each.settings["row"].get("after") for each in students} == {None, first}
+    for each in students:
+        before, after = cache_bytes(records, each.settings["row"])
+        assert before == 4 * per_head
+        assert after == plans[each.settings["row"].get("after")]["after"]["cache_bytes_per_token"]
+    folders = sorted(each.name for each in (tmp_path / "run" / "converted").iterdir())
+    assert folders == ["cla_init-copy_share-2", "gqa_kv_heads-1", "gqa_kv_heads-1_then_cla_init-copy_share-2"]
+    for said, told in (("gqa", "a conversion that comes first"), ("{method: gqa, kv_heads: 3}", "3 does not divide")):
+        with pytest.raises(SettingError, match=told):
+            run(tmp_path / "recipe.yaml", out=tmp_path / "other", changes=["matrix=[]", f"convert.after={said}"])
+    assert not (tmp_path / "other").exists()
