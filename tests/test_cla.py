@@ -24,12 +24,15 @@ from kvfold.errors import KvfoldError, SettingError, UnsupportedModel
 from kvfold.export import export
 from kvfold.families import all_families
 from kvfold.methods import cla
+from kvfold.output import fingerprint
 from kvfold.plan import plan
+from kvfold.recipe import cells, read_recipe
 from kvfold.report.rows import cache_bytes
-from kvfold.run import run
+from kvfold.run import _chain, _method, run
 from kvfold.sensitivity import SensitivitySettings, measure
 from kvfold.shape import ConvertedKL, CrossGram, InputGram, QueryGram, Roles, Shape, Site, SiteTensors
 
+ROOT = Path(__file__).parent.parent
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
 
@@ -433,3 +436,19 @@ def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Pat
         with pytest.raises(SettingError, match=told):
             run(tmp_path / "recipe.yaml", out=tmp_path / "other", changes=["matrix=[]", f"convert.after={said}"])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "tokens"), [("cla", 15, 600_000), ("cla-layouts", 24, 150_000), ("cla-conversion", 23, None)]
+)
+def test_the_recipes_are_what_they_say(name: str, rows: int, tokens: int | None) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
+    found = cells(recipe)
+    assert recipe.name == name
+    assert len({row.label for row in found}) == len(found) == rows
+    assert {row.uptrain["tokens"] if row.uptrain else None for row in found} == {tokens}
+    assert len({fingerprint([dict(row.convert), dict(row.uptrain or {}), row.seed]) for row in found}) == rows
+    for row in found:
+        *before, last = (_method(settings) for settings in _chain(row.convert))
+        planned = plan(recipe.source, *last, after=before)
+        assert planned.after.cache_bytes < planned.before.cache_bytes
