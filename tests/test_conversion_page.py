@@ -297,7 +297,7 @@ def test_the_conversion_recipe_says_every_start_once() -> None:
         (row.convert["kv_heads"], row.convert["init"], each.repair, each.calibration_seed)
         for row, each in zip(rows, options, strict=True)
     ]
-    labels = [_label("gqa", row.convert) for row in rows]
+    labels = [_label(row.convert) for row in rows]
     assert len(set(asked)) == len(set(labels)) == len(rows) == 36
     found = results(
         [

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
+    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"},
     {"methods", "families"},
     {
         "recipe",

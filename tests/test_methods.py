@@ -144,7 +144,7 @@ def test_the_lossless_student_is_the_teacher(
     assert torch.equal(expected, found)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {"identity": {}, "gqa": {"kv_heads": 2}}
+SETTINGS: dict[str, dict[str, Any]] = {"identity": {}, "gqa": {"kv_heads": 2}, "cla": {"share": 2}}
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
@@ -178,7 +178,9 @@ def test_a_folded_mistral_keeps_its_window(tiny_checkpoint: Callable[..., Path],
 
 
 def test_an_unknown_method_is_told_with_the_nearest() -> None:
-    with pytest.raises(SettingError, match=r"method 'gqq' is not known.*allowed: gqa, identity.*did you mean 'gqa'"):
+    with pytest.raises(
+        SettingError, match=r"method 'gqq' is not known.*allowed: cla, gqa, identity.*did you mean 'gqa'"
+    ):
         methods.get("gqq")
 
 

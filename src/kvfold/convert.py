@@ -46,7 +46,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, Answers, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, Answers, ConvertedKL, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -254,8 +254,8 @@ class _Calibration:
         from kvfold.calibrate import calibrate  # loads transformers: only for methods that ask
         from kvfold.sensitivity import measure
 
-        folds = [each for each in self.questions if isinstance(each, FoldedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL)]
+        folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if not folds:
             return answers

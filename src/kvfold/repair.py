@@ -135,10 +135,12 @@ class _Pass:
         self.roles, self.settings = roles, settings
         self.source, self.target = teacher, student
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teachers = hf.Layers(teacher, device=device, attention=hf.WATCHED)
-        self.students = hf.Layers(student, device=device, attention=hf.WATCHED)
         length = min(settings.length, known_length(teacher), len(tokens))
         rows = len(tokens) // length
+        self.teachers, self.students = (
+            stack.enter_context(hf.Layers(each, device=device, attention=hf.WATCHED, lengths=[length] * rows))
+            for each in (teacher, student)
+        )
         width = teacher.shape.hidden_size
         check_room(4 * spool_bytes(rows * length, width))
         # before the layer: the teacher's stream and the student's; within it: the teacher's after attention, after all
@@ -175,7 +177,7 @@ class _Pass:
                 if not bool(found[name].isfinite().all()):
                     raise CheckpointError("the repaired tensor is not finite", where=name, next="repair less")
         for row, count in self._batches():
-            self.learnt.write(row, student.run(self.learnt.read(row, count)))
+            self.learnt.write(row, student.run(self.learnt.read(row, count), row))
         self.taught, self.above = self.above, self.taught
         return found
 
@@ -190,7 +192,7 @@ class _Pass:
     def _read_teacher(self, taught: _Parts) -> None:
         for row, count in self._batches():
             for spool, stream_BTD in zip(
-                (self.middle, self.above), taught.streams(self.taught.read(row, count)), strict=True
+                (self.middle, self.above), taught.streams(self.taught.read(row, count), row), strict=True
             ):
                 spool.write(row, stream_BTD)
 
@@ -200,7 +202,7 @@ class _Pass:
         fit = _Ridge(learnt.o)
         for row, count in self._batches():
             hidden_BTD = self.learnt.read(row, count)
-            fit.add(learnt.attend(hidden_BTD).heads_BTN, self.middle.read(row, count) - hidden_BTD)
+            fit.add(learnt.attend(hidden_BTD, row).heads_BTN, self.middle.read(row, count) - hidden_BTD)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
@@ -209,7 +211,7 @@ class _Pass:
         batch = max(1, self.settings.batch_tokens // self.length)
         with InnerFit(learnt.mlp[role], learnt.mlp["down"], [self.length] * self.rows) as fit:
             for row, count in self._batches():
-                middle_BTD, x_BTD, inner_BTF = learnt.through(self.learnt.read(row, count))
+                middle_BTD, x_BTD, inner_BTF = learnt.through(self.learnt.read(row, count), row)
                 missing_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD - learnt.mlp["down"](inner_BTF)
                 fit.add(row, x_BTD, learnt.slope(x_BTD, role), missing_BTD)
             fit.solve(steps=self.settings.inner_steps, damping=self.settings.inner_damping, batch=batch)
@@ -219,7 +221,7 @@ class _Pass:
         """down: the same, as a regression on what the MLP hands to it."""
         fit = _Ridge(learnt.mlp["down"])
         for row, count in self._batches():
-            middle_BTD, _, inner_BTF = learnt.through(self.learnt.read(row, count))
+            middle_BTD, _, inner_BTF = learnt.through(self.learnt.read(row, count), row)
             fit.add(inner_BTF, self.above.read(row, count).to(middle_BTD) - middle_BTD)
         fit.solve(self.settings.damping)
 
@@ -233,7 +235,11 @@ class _Pass:
         with LogitFit(taught.attention, learnt.attention, learnt.q, learnt.q_norm, lengths) as fit:
             for row in range(0, rows, batch):
                 count = min(batch, rows - row)
-                fit.add(row, taught.attend(self.taught.read(row, count)), learnt.attend(self.learnt.read(row, count)))
+                both = (
+                    taught.attend(self.taught.read(row, count), row),
+                    learnt.attend(self.learnt.read(row, count), row),
+                )
+                fit.add(row, *both)
             fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
 
 
@@ -250,18 +256,18 @@ class _Parts:
             part: layer.owner(path.format(layer=site.layer)) for part, path in family.mlp.items()
         }
 
-    def attend(self, hidden_BTD: Tensor) -> hf.Attended:
-        """What the attention does with these hidden states."""
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD)
+    def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
+        """What the attention does with these hidden states, of the rows from `row` on."""
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
 
-    def streams(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
         added: list[Tensor] = []
         handle = self._module.register_forward_hook(
             lambda module, args, result: added.append(result[0] if isinstance(result, tuple) else result)
         )
         try:
-            above_BTD = self.layer.run(hidden_BTD)
+            above_BTD = self.layer.run(hidden_BTD, row)
         finally:
             handle.remove()
         return hidden_BTD.to(added[0]) + added[0], above_BTD
@@ -278,7 +284,7 @@ class _Parts:
         weight.copy_(saved)
         return saved.cpu()
 
-    def through(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """The residual stream after attention, the input of the MLP, and the input of `down`."""
         seen: dict[str, Tensor] = {}
 
@@ -287,7 +293,7 @@ class _Parts:
 
         handles = [self.mlp[part].register_forward_pre_hook(look(part)) for part in ("up", "down")]
         try:
-            above_BTD = self.layer.run(hidden_BTD)
+            above_BTD = self.layer.run(hidden_BTD, row)
         finally:
             for handle in handles:
                 handle.remove()

@@ -304,7 +304,8 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
             continue
         known = {"method": record.metrics.get("method"), **(record.metrics.get("settings") or {})}
         shared = [key for key in known if key in row]
-        if known["method"] != row.get("method") or any(str(known[key]) != str(row[key]) for key in shared):
+        same = all(known.get(key) == row.get(key) for key in ("method", "after"))
+        if not same or any(str(known[key]) != str(row[key]) for key in shared):
             continue
         if best is None or len(shared) > best[0]:
             best = (len(shared), record)
