@@ -26,6 +26,7 @@ from kvfold.errors import CheckpointError, Interrupted, OutputError, SettingErro
 from kvfold.families import all_families
 from kvfold.methods import Student
 from kvfold.output import MANIFEST, read_json
+from kvfold.repair import RepairSettings
 from kvfold.shape import (
     REPAIRABLE,
     Answers,
@@ -382,6 +383,7 @@ def test_a_repaired_student_is_stock_and_says_what_it_is(
     lineage = read_json(student / MANIFEST)
     (step,) = lineage["steps"]
     assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", ["q", "o", "gate", "up", "down"])
+    assert step["settings"]["repaired_by"]["logit_tokens"] == RepairSettings().logit_tokens
     assert step["calibration"] == read_json(plain / MANIFEST)["steps"][0]["calibration"]
     assert read_json(plain / MANIFEST)["steps"][0]["settings"]["repair"] == []
     assert lineage["hash"] == Checkpoint.open(student).hash() != Checkpoint.open(plain).hash()

@@ -145,9 +145,12 @@ def convert(
                     shutil.copyfile(source.path / "config.json", output.work / "config.json")
                 else:
                     write_json(output.work / "config.json", made)
+                how: dict[str, Any] = {}
                 if calibration and options.repair:
-                    from kvfold.repair import repair_in_place  # loads transformers: only for what is repaired
+                    # loads transformers: only for what is repaired
+                    from kvfold.repair import RepairSettings, repair_in_place
 
+                    how = {"repaired_by": dataclasses.asdict(RepairSettings())}
                     repair_in_place(source, output, options.repair, calibration.tokens, writer, progress)
                 writer.close()
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
@@ -156,7 +159,7 @@ def convert(
                 source,
                 inputs=_inputs(source, asked),
                 stage="convert",
-                settings=_settings(method, resolved, options),
+                settings={**_settings(method, resolved, options), **how},
                 calibration=calibration.hash if calibration else None,
                 wall_seconds=round(time.monotonic() - started, 3),
             )

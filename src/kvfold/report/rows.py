@@ -165,7 +165,7 @@ def row_of(record: Record, lineages: Mapping[str, Mapping[str, Any]]) -> dict[st
         settings = step.get("settings", {})
         if step.get("stage") == "convert":
             said = {key: value for key, value in settings.items() if value is not None}
-            row |= {key: value for key, value in said.items() if key not in ("dtype", "shard_size")}
+            row |= {key: value for key, value in said.items() if key not in ("dtype", "shard_size", "repaired_by")}
         elif step.get("stage") == "uptrain":
             tokens += step.get("tokens") or 0
             losses.append(str(settings.get("stages") or settings.get("loss")))
