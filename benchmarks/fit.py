@@ -12,7 +12,7 @@ times as long, and no more memory: one layer is open at a time.
 Predicted, before it was run, for 4k tokens on 2 cores at some 30 GFLOPS in float64 and 120 in float32: every term that
 counts grows as the cube of the width, or as its square times the tokens. At 4096: calibrate 30 s (a reading, and
 4 T D^2 operations in float64); merge 45 s; repair 400 s: eight readings 110 s, two times three sweeps of gate and up
-100 s, two products and two inverses as wide as the MLP 120 s, the system of down 40 s. At 512 two seconds in all. Readings
+100 s, two products and two inverses as wide as the MLP 120 s, the system of down 40 s. At 512 two seconds. Readings
 and sweeps grow with the tokens; merge, the systems and the memory do not. Memory at 4096: calibrate 1.4 GB, within 20%
 of what memory_bytes says; repair 7 GB: two layers, and five float64 matrices as wide as the MLP.
 
