@@ -56,13 +56,15 @@ def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> Non
     import torch
     import transformers
 
+    from kvfold import hf
     from kvfold.families import all_families
 
     config = {**all_families()[family].tiny(), **changes}
     kept = transformers.AutoConfig.for_model(**config)
     kept.architectures = config["architectures"]
+    ours = str(config["architectures"][0]).startswith("Kvfold")
     with torch.random.fork_rng(devices=[]):
-        model = getattr(transformers, config["architectures"][0])(kept)
+        model = getattr(hf.encoder_decoder if ours else transformers, config["architectures"][0])(kept)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoTokenizer, DynamicCache, Quanti
 from transformers.utils import logging
 
 from kvfold import hf
+from kvfold.attention.grouped import reference
 from kvfold.errors import CheckpointError, DataError, SettingError, UnsupportedModel
 from kvfold.families import all_families
 
@@ -94,10 +95,33 @@ def test_a_prompt_read_in_pieces_ends_as_the_whole(name: str) -> None:
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("seen", ["all", "causal", "padded", "weighed"])
+def test_a_bias_of_positions_is_added_to_the_logits(tokens: int, seen: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, count, 8, generator=generator) for heads, count in ((4, tokens), (2, 9), (2, 9)))
+    bias = torch.randn(1, 4, tokens, 9, generator=generator)
+    mask: torch.Tensor | None = None
+    expected = bias
+    if seen == "causal":  # as a static cache is prefilled: room for 9 tokens, the first of which are there
+        visible = torch.ones(tokens, 9, dtype=torch.bool).tril() if tokens > 1 else torch.ones(1, 9, dtype=torch.bool)
+        expected = bias.masked_fill(~visible, -torch.inf)
+    elif seen == "padded":
+        mask = torch.ones(2, 1, tokens, 9, dtype=torch.bool)
+        mask[0, ..., :3] = False
+        expected = bias.expand(2, -1, -1, -1).masked_fill(~mask, -torch.inf)
+    elif seen == "weighed":
+        mask = torch.randn(2, 1, tokens, 9, generator=generator)
+        expected = bias + mask
+    module = type("Module", (torch.nn.Module,), {"is_causal": seen == "causal"})()
+    made, _ = AttentionInterface()["kvfold"](module, q, k, v, mask, scaling=1.0, position_bias=bias)
+    torch.testing.assert_close(made.transpose(1, 2), reference(q, k, v, mask=expected, scale=1.0))
+
+
 def test_attention_that_it_cannot_honour_is_refused() -> None:
     forward = AttentionInterface()["kvfold"]
     q = torch.zeros(1, 4, 1, 8)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux"):
         with pytest.raises(SettingError, match=f"has no {name}.*sdpa or eager"):
             forward(torch.nn.Module(), q, q, q, None, **{name: 1.0})
 
@@ -272,7 +296,7 @@ def test_tensors_that_transformers_would_make_up_are_refused(
 ) -> None:
     folder = tiny_checkpoint()
     _drop(folder)
-    opened = type("Opened", (), {"path": folder})
+    opened = type("Opened", (), {"path": folder, "config": json.loads((folder / "config.json").read_text())})
     monkeypatch.setattr("kvfold.hf.loading.Checkpoint.open", lambda path: opened)  # were its own check to miss it
     with pytest.raises(CheckpointError, match=r"missing tensors .*model\.norm\.weight"):
         hf.load(folder)

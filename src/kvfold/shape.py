@@ -100,6 +100,7 @@ class Shape:
     parameters: int
     dtype: str
     max_positions: int
+    encoder_parameters: int = 0  # of all parameters: read once for an input, and not for each token that is written
     root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
 
     def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
@@ -154,6 +155,10 @@ class CacheSpec:
     def bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes that one more decoder token adds, before any window is full."""
         return itemsize * sum(slot.per_token for slot in self._unique())
+
+    def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
+        """Bytes that one more token of an encoder's input adds."""
+        return itemsize * sum(slot.per_encoder_token for slot in self._unique())
 
 
 def grouped_cache(shape: Shape) -> CacheSpec:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from kvfold.errors import SettingError
 
@@ -33,12 +33,20 @@ def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any)
 def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
     """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
 
-    Raises SettingError when transformers has no fp8 cache for this model (a sliding window).
+    That of an encoder-decoder has two parts, of which the second keeps what the encoder's output is looked at by; it
+    grows once, and is never static. Raises SettingError when transformers has no fp8 cache for this model (a sliding
+    window, an encoder-decoder).
     """
+    pair = bool(model.config.is_encoder_decoder)
+    config = model.get_decoder().config if pair else model.config  # the encoder may have another number of layers
     if kind == "growing":
-        return DynamicCache(config=model.config)
+        own = DynamicCache(config=config)
+        return EncoderDecoderCache(own, DynamicCache(config=config)) if pair else own
     if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=length)
+        fixed = StaticCache(config=config, max_cache_len=length)
+        return EncoderDecoderCache(fixed, DynamicCache(config=config)) if pair else fixed
+    if pair:
+        raise SettingError("transformers has no fp8 cache for encoder-decoders")
     try:
         return QuantizedCache("fp8", model.config)
     except ValueError as error:
@@ -60,7 +68,10 @@ def live_cache_bytes(cache: Cache) -> int:
     one its scales. Counters of tokens (integers without dimensions) do not count.
     """
     storages: dict[tuple[torch.device, int], int] = {}
-    waiting: list[Any] = [vars(layer) for layer in cache.layers]
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    waiting: list[Any] = [vars(layer) for part in parts for layer in part.layers]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):

@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvfold.families._decoder import CLASSES, per_layer_type
+from kvfold.families import own_type
+from kvfold.families._decoder import CLASSES
 
 _HEADS = "num_key_value_heads"
 
@@ -57,7 +58,7 @@ _WHAT = "with key/value heads of each layer's own"
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = per_layer_type(model_type)
+    ours = own_type(model_type)
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):

@@ -312,9 +312,4 @@ def end(finish: str, student: nn.Module, config: Config) -> None:
 
 def lossless(shape: Shape) -> Config:
     """Keep every head."""
-    kept = {
-        site.kind: attention.num_key_value_heads for site, attention in shape.sites.items() if site.kind != "encoder"
-    }
-    return Config(
-        ",".join(f"{kind}={heads}" for kind, heads in kept.items()) if len(kept) > 1 else next(iter(kept.values()))
-    )
+    return Config(_spelled({site: shape.sites[site].num_key_value_heads for site in budgets.cached(shape)}))
