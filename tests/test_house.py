@@ -20,7 +20,7 @@ LAYERS = [
     {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
     {"methods", "families"},
     {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
-    | {"lineage", "moments", "sensitivity", "spool"},
+    | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool"},
     {"distill", "training", "stages", "uptrain", "pretrain"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
     {"report", "run", "screen", "flags", "cli", "__main__"},

@@ -61,7 +61,7 @@ def start(request: Request, shape: Shape, device: str, sampling: Sampling) -> Mo
         case QueryGram(site):
             return _QuerySum(shape.sites[site], device)
         case AttentionGram(site):
-            return _AttentionSum(shape.sites[site], device)
+            return _AttentionSum(shape.sites[site], device, causal=site.kind == "self")
         case CrossGram(first, second):
             return _CrossSum(shape.sites[first], shape.sites[second], device)
         case SampledPairs(site, count):
@@ -137,18 +137,19 @@ class _AttentionSum:
     The average is taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
     """
 
-    def __init__(self, site: Attention, device: str) -> None:
-        self.heads = site.num_attention_heads
+    def __init__(self, site: Attention, device: str, *, causal: bool = True) -> None:
+        self.heads, self.causal = site.num_attention_heads, causal
         self.gram_DD = _zeros(site.hidden_size, site.hidden_size, device=device)
         self.sum_D = _zeros(site.hidden_size, device=device)
 
-    def add(self, x_BTD: Tensor, p_BHTT: Tensor) -> None:
-        format = torch.promote_types(x_BTD.dtype, torch.float32)
-        for x_TD, p_HTT in zip(x_BTD.to(format), p_BHTT, strict=True):
-            for p_TT in p_HTT:  # one head at a time bounds the memory
-                seen = range(BLOCK, len(x_TD) + BLOCK, BLOCK)
-                blocks = zip(p_TT.to(format).split(BLOCK), seen, strict=True)
-                y_TD = torch.cat([block[:, :end] @ x_TD[:end] for block, end in blocks]).double()
+    def add(self, x_BSD: Tensor, p_BHTS: Tensor) -> None:
+        format = torch.promote_types(x_BSD.dtype, torch.float32)
+        for x_SD, p_HTS in zip(x_BSD.to(format), p_BHTS, strict=True):
+            for p_TS in p_HTS:  # one head at a time bounds the memory
+                blocks = p_TS.to(format).split(BLOCK)
+                seen = range(BLOCK, len(p_TS) + BLOCK, BLOCK) if self.causal else [len(x_SD)] * len(blocks)
+                parts = zip(blocks, seen, strict=True)
+                y_TD = torch.cat([block[:, :end] @ x_SD[:end] for block, end in parts]).double()
                 self.gram_DD.addmm_(y_TD.T, y_TD)
                 self.sum_D += y_TD.sum(0)
 

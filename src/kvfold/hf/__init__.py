@@ -13,7 +13,7 @@ from kvfold.hf.attention import attention_outputs, with_attention
 from kvfold.hf.decoding import CacheKind, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers
 from kvfold.hf.loading import build, load, load_tokenizer
-from kvfold.hf.watching import WATCHED, Attended, attend
+from kvfold.hf.watching import WATCHED, Attended, attend, probabilities
 
 __all__ = [
     "ATTENTION",
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "new_cache",
+    "probabilities",
     "read",
     "with_attention",
 ]
