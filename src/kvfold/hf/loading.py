@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from kvfold.checkpoint import Checkpoint, locate
 from kvfold.errors import CheckpointError, DataError, SettingError, choices
-from kvfold.families import family_of, stock_type
+from kvfold.families import all_families, stock_type
 from kvfold.hf.attention import NAME
 from kvfold.output import read_json
 
@@ -104,7 +104,8 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str = "sdpa", dtyp
 
 def _auto(config: Mapping[str, Any]) -> Any:
     """The Auto class that makes the model of a config."""
-    return AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
+    paired = [kind for family in all_families().values() if family.encoder_decoder for kind in family.model_types]
+    return AutoModelForSeq2SeqLM if config.get("model_type") in paired else AutoModelForCausalLM
 
 
 def _untie(model: Any, config: Mapping[str, Any]) -> None:
