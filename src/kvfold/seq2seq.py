@@ -291,15 +291,17 @@ def corpus(
     tokenizer_dir: str | Path,
     *,
     max_tokens: int | None = None,
+    enough: int | None = None,
     spread: bool = False,
+    teacher: str | Path | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
-    **how: Any,
 ) -> Corpus:
     """What an encoder-decoder reads from a source: pairs where it holds such, else a text that will be corrupted.
 
-    The arguments are those of `data.token_file`; `max_tokens` of pairs are as many as have so many tokens. Raises
-    DataError when there is nothing, or no tokenizer, SettingError for `self`: a corrupted text cannot be sampled.
+    The arguments are those of `data.token_file`; `max_tokens` of pairs are as many as have so many tokens, and `enough`
+    tokens are those of inputs. Raises DataError when there is nothing, or no tokenizer, SettingError for `self`: there
+    is no `teacher` here that text could be sampled from.
     """
     from kvfold import hf  # loads transformers: not for those who only read text
 
@@ -311,8 +313,9 @@ def corpus(
         raise SettingError("text `self` is sampled from decoders", next="give a text, or pairs")
     if are_pairs(source):
         return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None)
+    whole = None if enough is None else 2 * enough  # more than rows of that many input tokens have
     tokens = token_file(
-        source, tokenizer_dir, max_tokens=max_tokens, spread=spread, seed=seed, progress=progress, **how
+        source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
     )
     return Spans(tokens, sentinels_of(tokenizer), end)
 
