@@ -21,7 +21,7 @@ LAYERS = [
     {"methods", "families"},
     {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool"},
-    {"distill", "training", "stages", "uptrain", "pretrain"}
+    {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
     {"report", "run", "screen", "flags", "cli", "__main__"},
 ]
