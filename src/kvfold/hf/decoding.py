@@ -53,12 +53,26 @@ def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
         raise SettingError("transformers has no fp8 cache for layers with a window") from error
 
 
-def read(model: Any, ids_BT: Tensor, cache: Cache) -> Tensor:
-    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph."""
+def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = None) -> Tensor:
+    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph.
+
+    The decoder of an encoder-decoder also looks at what its encoder made of an input: `encode`.
+    """
+    more: dict[str, Any] = {"input_ids": ids_BT, "logits_to_keep": 1}
+    if encoded_BSD is not None:
+        more = {"decoder_input_ids": ids_BT, "encoder_outputs": (encoded_BSD,)}
     with torch.inference_mode():
-        logits_B1V = model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits_B1V = model(**more, past_key_values=cache, use_cache=True).logits
     assert isinstance(logits_B1V, Tensor)
     return logits_B1V[:, -1]
+
+
+def encode(model: Any, ids_BS: Tensor) -> Tensor:
+    """What the encoder of an encoder-decoder makes of an input, `encoded_BSD`, without a graph."""
+    with torch.inference_mode():
+        encoded_BSD = model.get_encoder()(ids_BS).last_hidden_state
+    assert isinstance(encoded_BSD, Tensor)
+    return encoded_BSD
 
 
 def live_cache_bytes(cache: Cache) -> int:
@@ -91,6 +105,10 @@ def fork(cache: Cache) -> Cache:
     A growing cache never writes into its tensors; a static one writes only behind its tokens, so of its forks only
     the last is whole.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        both = EncoderDecoderCache(fork(cache.self_attention_cache), fork(cache.cross_attention_cache))
+        both.is_updated = dict(cache.is_updated)
+        return both
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:
