@@ -280,6 +280,15 @@ def test_beams_are_those_of_stock_transformers(pair: Pair) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
+def test_samples_are_those_of_stock_transformers(pair: Pair) -> None:
+    written = []
+    for model in (pair.model, pair.stock):
+        torch.manual_seed(0)
+        options = {"attention_mask": torch.ones(3, 10), "do_sample": True, "top_k": 0, "max_new_tokens": 8}
+        written.append(model.generate(_ids(3, 10), **options))
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("helper", ["prompt-lookup", "teacher"])
 def test_assisted_generation_writes_what_greedy_does(pair: Pair, helper: str) -> None:
     ids = _ids(1, 4).repeat(1, 3)  # a prompt in which something can be looked up

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.utils import logging
 
 from kvfold import hf
 from kvfold.attention.grouped import reference
+from kvfold.convert import convert
 from kvfold.errors import CheckpointError, DataError, SettingError, UnsupportedModel
 from kvfold.families import all_families
 
@@ -335,3 +346,44 @@ def test_generate_is_greedy_and_leaves_no_graph() -> None:
     assert torch.equal(made, again)
     assert torch.equal(made[:, :10], ids)
     assert not made.requires_grad
+
+
+# --- encoder-decoders -----------------------------------------------------------------------------------------------
+
+
+def test_a_t5_with_shared_heads_is_found_by_transformers_once_kvfold_is_there(
+    tiny_checkpoint: Maker, tmp_path: Path
+) -> None:
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": "self=2,cross=1"})
+    model, told = AutoModelForSeq2SeqLM.from_pretrained(student, output_loading_info=True)
+    assert not any(told[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == "KvfoldT5ForConditionalGeneration"
+    block = model.decoder.block[2]
+    assert block.layer[0].SelfAttention.k.weight.shape == (16, 32)
+    assert block.layer[1].EncDecAttention.v.weight.shape == (8, 32)
+    assert model.encoder.block[2].layer[0].SelfAttention.k.weight.shape == (32, 32)
+    assert type(AutoModel.from_pretrained(student)).__name__ == "KvfoldT5Model"
+    assert hf.load_tokenizer(student).encode("fold") == hf.load_tokenizer(tmp_path / "teacher").encode("fold")
+
+
+def test_without_kvfold_a_t5_with_shared_heads_is_no_t5(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    """transformers would read `num_key_value_heads` of a `t5`, and build all heads; an unknown type is refused."""
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": 2})
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(student)!r})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said.returncode
+    assert "kvfold_t5" in said.stderr
+
+
+@pytest.mark.parametrize("heads", [3, 0, [2, 2]])
+def test_heads_that_make_no_t5_are_refused(heads: Any) -> None:
+    config = {**all_families()["t5"].tiny(), "model_type": "kvfold_t5", "num_key_value_heads": heads}
+    with pytest.raises(SettingError, match="the config makes no model: "):
+        _model(config)
+
+
+def test_a_fresh_t5_is_tied_only_where_its_config_says_so() -> None:
+    for tied in (True, False):
+        model = hf.build({**all_families()["t5"].tiny(), "tie_word_embeddings": tied}, seed=0)
+        assert (model.lm_head.weight is model.shared.weight) == tied  # type: ignore[union-attr]
+        assert model.config.scale_decoder_outputs == tied  # type: ignore[union-attr]

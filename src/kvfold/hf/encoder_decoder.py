@@ -27,7 +27,8 @@ class _FewerHeads:
         model: Any = self
         for kind, name in HEADS.items():
             said = getattr(config, name, None)
-            found = said if isinstance(said, list) else [said or config.num_heads] * config.num_decoder_layers
+            common = config.num_heads if said is None else said
+            found = common if isinstance(common, list) else [common] * config.num_decoder_layers
             for block, heads in zip(model.decoder.block, found, strict=True):
                 narrow(block.layer[0].SelfAttention if kind == "self" else block.layer[1].EncDecAttention, heads)
         model.post_init()  # draws the weights of what is new
