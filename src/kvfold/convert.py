@@ -248,10 +248,11 @@ class _Calibration:
     hash: str
 
     def text(self) -> TokenFile:
-        """The text of a decoder alone; what only decoders are asked has been refused for others."""
+        """The text of a decoder alone. Raises SettingError for pairs: what folding costs is not measured on them."""
         from kvfold.data import TokenFile
 
-        assert isinstance(self.tokens, TokenFile)
+        if not isinstance(self.tokens, TokenFile):
+            raise SettingError("what folding a site costs is measured on decoders alone", where="convert")
         return self.tokens
 
     def answers(self, source: Checkpoint, method: methods.Method, config: Any, progress: Progress) -> Answers:
@@ -284,10 +285,6 @@ def _calibration(
     from kvfold.seq2seq import corpus
 
     paired = source.family.encoder_decoder
-    if paired and any(isinstance(question, FoldedKL) for question in questions):
-        raise SettingError(
-            "what folding a site costs is measured on decoders alone", where="convert", next="say how many heads stay"
-        )
     tokens = (corpus if paired else token_file)(
         options.calibration,
         source.path,

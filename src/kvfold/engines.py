@@ -59,7 +59,7 @@ _GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold
     _Known("transformers", "with kvfold installed", _T5, _T5, "loaded in the tests"),
     _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
-    _Known("CTranslate2", "kvfold export", _T5, frozenset({"t5"}), "4.8: same tokens as transformers"),
+    _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
     _Known("SGLang", "has no T5", frozenset(), frozenset(), ""),
 )
 

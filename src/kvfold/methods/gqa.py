@@ -86,6 +86,12 @@ class Config:
     def check(self, shape: Shape) -> None:
         """Refuse a budget that no head fits, and a head count that does not divide the source's, naming what does."""
         if self.kv_heads == AUTO:
+            if any(site.kind == "cross" for site in shape.sites):
+                raise SettingError(
+                    "kv_heads auto is measured on decoders alone",
+                    where="gqa",
+                    next="say how many heads each kind keeps",
+                )
             budgets.check(self.budget, shape, "gqa")
             return
         if self.budget is not None:
