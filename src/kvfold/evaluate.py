@@ -25,7 +25,7 @@ from kvfold.lineage import known_length, root_teacher, vocabulary_difference
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record
-from kvfold.seq2seq import Corpus, PairFile, corpus
+from kvfold.seq2seq import Corpus, corpus
 from kvfold.training import best_device
 
 DEFAULT_LENGTH = 1024
@@ -170,7 +170,8 @@ def evaluate(
         progress.say(f"{path}: measured already")
     else:
         if text.corpus:
-            measured = _measure_pairs(settings, model, other, text.corpus, progress)
+            models = _models(settings, model, other)
+            measured = seq2seq_scores.measure(models, model.path, text.corpus, progress=progress, **_pairs(settings))
         else:
             measured = _measure(settings, model, other, text.ids_N, progress)
         made = _make(name, identity, settings, measured, control)
@@ -335,9 +336,7 @@ def _measure(
         samples=settings.samples,
         seed=settings.seed,
     )
-    models = {"student": hf.load(student.path, dtype=settings.dtype, device=best_device())}
-    if teacher is not None:
-        models["teacher"] = hf.load(teacher.path, dtype=settings.dtype, device=best_device())
+    models = _models(settings, student, teacher)
     with torch.inference_mode():
         sums = _score(models, ids_N, settings, progress)
         rounded = _score_fp8(models, ids_N, settings, progress) if settings.fp8 else {}
@@ -370,38 +369,23 @@ def _measure(
     return metrics
 
 
-def _measure_pairs(
-    settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoint | None, read: Corpus, progress: Progress
-) -> dict[str, Any]:
-    """Everything but the gate, of an encoder-decoder: the loss on targets, and answers where the text is pairs."""
-    length = settings.sequence_length or DEFAULT_LENGTH
-    models: dict[str, Any] = {"student": hf.load(student.path, dtype=settings.dtype, device=best_device())}
-    if teacher is not None:
-        models["teacher"] = hf.load(teacher.path, dtype=settings.dtype, device=best_device())
-    with torch.inference_mode():
-        rows = list(read.rows(length, settings.seed))
-        sums = seq2seq_scores.score(models, rows, batch_size=settings.batch_size, progress=progress)
-    own = {who: scores.summary(sums, who, 0) for who in models}
-    samples: list[dict[str, str]] = []
-    if isinstance(read, PairFile) and settings.answers and settings.beams:
-        found, samples = seq2seq_scores.measured(
-            models,
-            hf.load_tokenizer(student.path),
-            read,
-            beams=settings.beams,
-            samples=settings.samples,
-            count=settings.answers,
-            length=length,
-            new_tokens=settings.answer_tokens,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-        for who in models:
-            own[who] |= found[who]
-    metrics = {"tokens": int(sums["tokens"].sum()), "windows": len(rows), **own["student"]}
-    if teacher is not None:
-        metrics |= {"teacher_loss": own["teacher"]["loss"], **scores.distance(sums), "teacher": own["teacher"]}
-    return metrics | ({"answered": samples} if samples else {})
+def _models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
+    """Student and teacher in memory."""
+    there = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    return {who: hf.load(each.path, dtype=settings.dtype, device=best_device()) for who, each in there.items()}
+
+
+def _pairs(settings: EvaluateSettings) -> dict[str, Any]:
+    """What is asked of an encoder-decoder."""
+    return {
+        "length": settings.sequence_length or DEFAULT_LENGTH,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "beams": settings.beams,
+        "count": settings.answers,
+        "new_tokens": settings.answer_tokens,
+        "samples": settings.samples,
+    }
 
 
 def _score(

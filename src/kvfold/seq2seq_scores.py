@@ -13,6 +13,7 @@ Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from kvfold import distill, hf, scores
 from kvfold.progress import SILENT, Progress
-from kvfold.seq2seq import UNSEEN, Ids, PairFile, batched
+from kvfold.seq2seq import UNSEEN, Corpus, Ids, PairFile, batched
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 KEYED = ("exact_match", "cer", "bleu", *ROUGE)
@@ -132,25 +133,41 @@ def _rouge(said: Sequence[str], asked: Sequence[str]) -> dict[str, float]:
     return {name: 100 * sum(row[name].fmeasure for row in each) / len(each) for name in ROUGE}
 
 
-def measured(
+def measure(
     models: Mapping[str, Any],
-    tokenizer: Any,
-    pairs: PairFile,
+    tokenizer_dir: str | Path,
+    read: Corpus,
     *,
+    length: int,
+    seed: int,
+    batch_size: int,
     beams: Sequence[int],
+    count: int,
+    new_tokens: int,
     samples: int,
     progress: Progress = SILENT,
-    **how: Any,
-) -> tuple[dict[str, dict[str, dict[str, float]]], list[dict[str, str]]]:
-    """Of each model each metric by number of beams, and some answers beside what was asked, by the fewest beams."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    rows: list[dict[str, str]] = [{"input": given, "target": asked} for given, asked in pairs.texts[:samples]]
-    asked = [text for _, text in pairs.texts[: how["count"]]]
-    for who, model in models.items():
-        for number in sorted(beams):
-            said = answers(model, tokenizer, pairs, beams=number, progress=progress, **how)
-            for name, value in judge(said, asked).items():
-                found.setdefault(who, {}).setdefault(name, {})[str(number)] = value
-            if number == min(beams):
-                rows = [{**row, who: text} for row, text in zip(rows, said, strict=False)]
-    return found, rows
+) -> dict[str, Any]:
+    """Everything that is measured of a `student`, and beside it of a `teacher`, on corrupted text or on pairs.
+
+    Of pairs, the first `count` are answered by each number of beams, and `samples` answers by the fewest are kept.
+    """
+    with torch.inference_mode():
+        rows = list(read.rows(length, seed))
+        sums = score(models, rows, batch_size=batch_size, progress=progress)
+    own = {who: scores.summary(sums, who, 0) for who in models}
+    answered: list[dict[str, str]] = []
+    if isinstance(read, PairFile) and count and beams:
+        tokenizer, asked = hf.load_tokenizer(tokenizer_dir), [text for _, text in read.texts[:count]]
+        answered = [{"input": given, "target": text} for given, text in read.texts[: min(samples, count)]]
+        how = {"count": count, "length": length, "new_tokens": new_tokens, "batch_size": batch_size}
+        for who, model in models.items():
+            for number in sorted(beams):
+                said = answers(model, tokenizer, read, beams=number, progress=progress, **how)
+                for name, value in judge(said, asked).items():
+                    own[who].setdefault(name, {})[str(number)] = value
+                if number == min(beams):
+                    answered = [{**row, who: text} for row, text in zip(answered, said, strict=False)]
+    metrics = {"tokens": int(sums["tokens"].sum()), "windows": len(rows), **own["student"]}
+    if "teacher" in models:
+        metrics |= {"teacher_loss": own["teacher"]["loss"], **scores.distance(sums), "teacher": own["teacher"]}
+    return metrics | ({"answered": answered} if answered else {})

@@ -54,14 +54,14 @@ def forward(
         key_BGSE, value_BGSE = key_BGSE[:, :, :tokens], value_BGSE[:, :, :tokens]
         position_bias = None if position_bias is None else position_bias[..., :tokens]
     if position_bias is not None:
-        attention_mask, causal = _biased(position_bias, attention_mask, causal), False
+        attention_mask, causal = biased(position_bias, attention_mask, causal), False
     o_BHTE = grouped_attention(
         query_BHTE, key_BGSE, value_BGSE, mask=attention_mask, causal=causal, scale=scaling, dropout=dropout
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
 
 
-def _biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """A bias of positions and a mask as one float mask; what may not be seen has the lowest number, and not -inf.
 
     A row of padding that sees nothing then stays finite, as it does in transformers' own attention.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvfold.hf.attention import forward
+from kvfold.hf.attention import biased, forward
 from kvfold.hf.layers import Layer
 
 WATCHED = "kvfold_watched"
@@ -126,14 +126,10 @@ def _watched(
         seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
     taker = _LOOKS.get({}).get(module)
     if taker is not None:
-        mask = attention_mask
-        bias = kwargs.get("position_bias")
+        mask, bias = attention_mask, kwargs.get("position_bias")
+        causal = bool(getattr(module, "is_causal", True)) and mask is None and query_BHTE.shape[2] > 1
         if bias is not None:
-            lowest = torch.finfo(bias.dtype).min
-            mask = (
-                bias if mask is None else bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else bias + mask
-            )
-        causal = bool(getattr(module, "is_causal", True)) and attention_mask is None and query_BHTE.shape[2] > 1
+            mask, causal = biased(bias, mask, causal), False
         taker(_probabilities(query_BHTE, key_BGSE, mask, causal, float(kwargs["scaling"])))
     return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, **kwargs)
 
