@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models crawl when threads 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
+SENTINELS = 40  # more, for encoder-decoders
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
@@ -36,14 +37,26 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 @pytest.fixture(scope="session")
 def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level tokenizer of 260 entries: every text encodes, one byte a token."""
+    return _save_tokenizer(tmp_path_factory.mktemp("tokenizer"), [])
+
+
+@pytest.fixture(scope="session")
+def span_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with sentinels `<extra_id_0>` to `<extra_id_39>` behind, the first the last id, as in T5's own."""
+    return _save_tokenizer(
+        tmp_path_factory.mktemp("span-tokenizer"), [f"<extra_id_{number}>" for number in range(SENTINELS)][::-1]
+    )
+
+
+def _save_tokenizer(folder: Path, sentinels: list[str]) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *sentinels]
     tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.add_special_tokens(sentinels)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -60,13 +73,15 @@ def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> Non
     import torch
     import transformers
 
+    from kvfold import hf
     from kvfold.families import all_families
 
     config = {**all_families()[family].tiny(), **changes}
     kept = transformers.AutoConfig.for_model(**config)
     kept.architectures = config["architectures"]
+    ours = str(config["architectures"][0]).startswith("Kvfold")
     with torch.random.fork_rng(devices=[]):
-        model = getattr(transformers, config["architectures"][0])(kept)
+        model = getattr(hf.encoder_decoder if ours else transformers, config["architectures"][0])(kept)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -120,13 +135,16 @@ def _built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def tiny_checkpoint(_built: Callable[..., Path], byte_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
+def tiny_checkpoint(
+    _built: Callable[..., Path], byte_tokenizer: Path, span_tokenizer: Path, tmp_path: Path
+) -> Callable[..., Path]:
     """Make a fresh copy of a tiny random checkpoint, to read or to damage.
 
     `tiny_checkpoint("llama", num_hidden_layers=2)` is a path below `tmp_path`. Keywords that are not named here
     change fields of `family.tiny()`; the vocabulary is the byte-level tokenizer's unless `tokenizer=False`.
-    `shard_size` is in bytes; `form` is "safetensors" or "bin".
+    `shard_size` is in bytes; `form` is "safetensors" or "bin". The tokenizer of an encoder-decoder has sentinels.
     """
+    from kvfold.families import all_families
 
     def make(
         family: str = "llama",
@@ -138,12 +156,13 @@ def tiny_checkpoint(_built: Callable[..., Path], byte_tokenizer: Path, tmp_path:
         tokenizer: bool = True,
         **changes: Any,
     ) -> Path:
+        pairs = all_families()[family].encoder_decoder
         if tokenizer:
-            changes.setdefault("vocab_size", VOCABULARY)
+            changes.setdefault("vocab_size", VOCABULARY + SENTINELS * pairs)
         folder = tmp_path / name
         shutil.copytree(_built(family, seed, shard_size, form, changes), folder)
         if tokenizer:
-            shutil.copytree(byte_tokenizer, folder, dirs_exist_ok=True)
+            shutil.copytree(span_tokenizer if pairs else byte_tokenizer, folder, dirs_exist_ok=True)
         return folder
 
     return make

@@ -89,6 +89,19 @@ def test_measured_bytes_are_those_of_the_plan(case: str, tiny_checkpoint: Make, 
     assert ratios == [1 / changes.get("num_key_value_heads", 4)] * 2
 
 
+def test_an_encoder_decoder_is_measured_from_its_input_on(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    teacher = tiny_checkpoint("t5")
+    student = convert(teacher, tmp_path / "student", "gqa", {"kv_heads": "self=2,cross=1"})
+    made = bench([teacher, student], SMALL, records=tmp_path)
+    own, crossed = {"teacher": (4, 4), "student": (2, 1)}, SMALL.new_tokens + 1  # the first token is the start
+    for row in made.metrics["rows"]:
+        heads = own[row["model"]]
+        elements = 4 * 2 * 8 * (heads[0] * crossed + heads[1] * row["context"])
+        assert row["cache_bytes"] == row["predicted_cache_bytes"] == 4 * row["batch"] * elements
+        assert row["kernel"] in ("kvfold, static cache", "sdpa, static cache")
+    assert made.metrics["notes"] == ["teacher with an fp8 cache: transformers has no fp8 cache for encoder-decoders"]
+
+
 def test_half_precision_halves_the_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     whole, half = (
         bench(pair, BenchSettings((8,), (2,), 2, 1, dtype, fp8=False), records=tmp_path).metrics["rows"]
@@ -186,7 +199,7 @@ def test_rows_and_ratios_are_medians_over_the_rounds_with_the_fastest_kernel(
     clock, seen, read = SimpleNamespace(now=0.0), [], hf.read
     monkeypatch.setattr(MODULE, "_clock", lambda: clock.now)
 
-    def timed_read(model: Any, ids_BT: torch.Tensor, cache: Any) -> torch.Tensor:
+    def timed_read(model: Any, ids_BT: torch.Tensor, cache: Any, encoded: Any = None) -> torch.Tensor:
         kernel = model.config._attn_implementation
         who = "student" if model.config.num_key_value_heads == 1 else "teacher"
         who = "fp8" if "Quantized" in type(cache).__name__ else who

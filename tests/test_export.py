@@ -205,6 +205,63 @@ def test_heads_given_to_the_wrong_layers_are_found_out(
 
 
 @needs_ct2
+@pytest.mark.parametrize(
+    ("changes", "kv_heads"),
+    [
+        ({}, "self=2,cross=1"),
+        ({}, 1),
+        ({}, "self=4/2/1/2,cross=1/1/4/2"),
+        ({"d_kv": 16, "feed_forward_proj": "relu", "num_layers": 5, "num_decoder_layers": 3}, 2),
+        ({"scale_decoder_outputs": False}, 2),
+        ({"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}, "self=2,cross=1"),
+    ],
+    ids=["t5", "mqa", "mixed", "wide", "unscaled", "mt5"],
+)
+def test_ctranslate2_decodes_the_tokens_of_an_encoder_decoder(
+    changes: dict[str, Any], kv_heads: str | int, tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    import torch
+
+    from kvfold import hf
+
+    student = convert(tiny_checkpoint("t5", **changes), tmp_path / "student", "gqa", {"kv_heads": kv_heads})
+    model: Any = hf.load(student, attention="sdpa")
+    # a head of its own, as T5.1.1 has one: a tied one says the last token again and again
+    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.all_tied_weights_keys.pop("lm_head.weight")
+    model.save_pretrained(tmp_path / "loud")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(student / name, tmp_path / "loud" / name)
+    out = export(tmp_path / "loud", tmp_path / "out", "ctranslate2", QUICK)
+    assert found(out)["max_difference"] < 1e-4
+    assert found(out)["same_tokens"] == found(out)["tokens"] >= 16
+
+    import ctranslate2
+
+    words = [word for word, _ in sorted(hf.load_tokenizer(student).get_vocab().items(), key=lambda each: each[1])]
+    prompts = [[int(n) for n in np.random.default_rng(seed).integers(4, 260, 9)] for seed in range(4)]
+    engine = ctranslate2.Translator(str(out), device="cpu")
+    said = engine.translate_batch(
+        [[words[n] for n in prompt] for prompt in prompts], beam_size=1, max_decoding_length=8
+    )
+    for prompt, each in zip(prompts, said, strict=True):
+        expected = hf.generate(model, torch.tensor([prompt]), max_new_tokens=8)[0, 1:].tolist()
+        end = expected.index(2) if 2 in expected else len(expected)  # the tokenizer's end, which is not the config's
+        assert [words.index(word) for word in each.hypotheses[0]] == expected[:end]
+
+
+@needs_ct2
+def test_an_activation_that_ctranslate2_lacks_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    teacher = tiny_checkpoint("t5", feed_forward_proj="gated-tanh")
+    with pytest.raises(UnsupportedModel, match=r"no such activation \(got tanh\); allowed: relu, gelu, gelu_new, silu"):
+        export(teacher, tmp_path / "out", "ctranslate2", QUICK)
+    if HAS_GGUF:
+        with pytest.raises(UnsupportedModel, match="its architecture is not known here"):
+            export(teacher, tmp_path / "gguf", "gguf", QUICK)
+
+
+@needs_ct2
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_narrow_weights_are_smaller_and_close(tiny_checkpoint: Make, tmp_path: Path, dtype: Any) -> None:
     teacher = tiny_checkpoint("llama")

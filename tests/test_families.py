@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from kvfold.families import Family, all_families, family_of
 from kvfold.shape import Attention, Site, grouped_cache
 
 FAMILIES = all_families()
+OUR_T5 = {"model_type": "kvfold_t5"}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+DECODERS = [name for name, family in FAMILIES.items() if not family.encoder_decoder]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
-    **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in FAMILIES},
-    **{f"{name}, tied": (name, {"tie_word_embeddings": True}) for name in FAMILIES},
+    **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in DECODERS},
+    **{f"{name}, tied": (name, {"tie_word_embeddings": True}) for name in DECODERS},
     **{f"{name}, wide heads": (name, {"head_dim": 16}) for name in ("llama", "qwen3")},
     **{
         f"{name}, mixed": (
@@ -27,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "per_layer_config": {"00": {"num_key_value_heads": 4}, "3": {"num_key_value_heads": 1}},
             },
         )
-        for name in FAMILIES
+        for name in DECODERS
     },
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
@@ -50,6 +54,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3, biases": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "t5, grouped": ("t5", {**OUR_T5, "num_key_value_heads": 2, "cross_num_key_value_heads": 1}),
+    "t5, mixed": ("t5", {**OUR_T5, "num_key_value_heads": [1, 2, 4, 2]}),
+    "t5, untied": ("t5", {"tie_word_embeddings": False}),
+    "t5, not gated": ("t5", {"feed_forward_proj": "relu", "d_kv": 16}),
+    "t5, deep encoder": ("t5", {"num_layers": 6, "num_decoder_layers": 4}),
+    "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
+    "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
 }
 
 
@@ -68,7 +79,7 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_")
     assert family.fields(shape)["model_type"] == model.config.model_type
-    assert shape.max_positions == model.config.max_position_embeddings
+    assert shape.max_positions == getattr(model.config, "max_position_embeddings", 1 << 15)  # T5 has no end
     tensors = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     for site, attention in shape.sites.items():
         named = {family.tensor(site, role): form for role, form in attention.roles().items()}
@@ -77,8 +88,15 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
         assert attention.parameters == sum(
             parameter.numel() for parameter in model.get_submodule(family.module(site)).parameters()
         )
-    modules = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+    modules = {
+        name
+        for name, module in model.named_modules()
+        if re.fullmatch(r"[A-Z]\w*\dAttention|[A-Z][a-z]+Attention", type(module).__name__)
+    }
     assert modules == {family.module(site) for site in shape.sites}
+    if family.encoder_decoder:
+        read = (each for name, each in model.encoder.named_parameters() if not name.startswith("embed_tokens"))
+        assert shape.encoder_parameters == sum(parameter.numel() for parameter in read)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -87,9 +105,10 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
     made = transformers.AutoConfig.for_model(**config)
     kinds = getattr(made, "layer_types", None)
     if kinds is None:
-        kinds = ["sliding_attention" if getattr(made, "sliding_window", None) else "full_attention"] * 4
-    expected = [made.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        kinds = ["sliding_attention" if getattr(made, "sliding_window", None) else "full_attention"]
     shape = family_of(config).shape(config)
+    kinds = kinds * len(shape.sites) if len(kinds) == 1 else kinds
+    expected = [made.sliding_window if kind == "sliding_attention" else None for kind in kinds]
     assert [attention.window for attention in shape.sites.values()] == expected
 
 
@@ -99,13 +118,17 @@ def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     predicted = grouped_cache(family_of(config).shape(config))
     model = hf.build(config, seed=0, attention="sdpa").eval()
     ids_BT = torch.arange(2 * 24).view(2, 24) % 90
+    read: dict[str, Any] = {}
+    name = "input_ids"
+    if family_of(config).encoder_decoder:
+        read, name = {"encoder_outputs": model.encoder(ids_BT[:, :11])}, "decoder_input_ids"
     with torch.inference_mode():
-        cache = model(ids_BT[:, :23], use_cache=True).past_key_values
-        model(ids_BT[:, 23:], past_key_values=cache, use_cache=True)
-    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4)
+        cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
+        model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4, encoder_tokens=11)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
 def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family) -> None:
     config = family.tiny()
     shape = family.shape(config)
@@ -123,6 +146,49 @@ def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family
         "num_key_value_heads": 4,
         "per_layer_config": {"0": {"num_key_value_heads": 2}},
     }
+
+
+def test_a_t5_with_shared_heads_is_an_architecture_of_ours() -> None:
+    family, config = FAMILIES["t5"], FAMILIES["t5"].tiny()
+    shape = family.shape(config)
+    assert family.fields(shape) == {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    crossed = {site: replace(each, num_key_value_heads=1) for site, each in shape.sites.items() if site.kind == "cross"}
+    student = shape.with_sites(crossed)
+    assert family.fields(student) == {
+        "model_type": "kvfold_t5",
+        "architectures": ["KvfoldT5ForConditionalGeneration"],
+        "num_key_value_heads": 4,
+        "cross_num_key_value_heads": 1,
+    }
+    mixed = student.with_sites({Site(1): replace(shape.sites[Site(1)], num_key_value_heads=2)})
+    assert family.fields(mixed)["num_key_value_heads"] == [4, 2, 4, 4]
+    for made in (student, mixed):
+        assert family.shape(config | family.fields(made)) == made
+
+
+def test_heads_of_a_t5_keep_their_places_where_a_bias_of_positions_is_theirs() -> None:
+    """Heads of a self-attention exchanged, with all that reads them: another model; of a cross-attention: the same."""
+    family, model = FAMILIES["t5"], hf.build(FAMILIES["t5"].tiny(), seed=0, dtype="float64").eval()
+    shape, ids_BT = family.shape(family.tiny()), torch.arange(2 * 12).view(2, 12)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            found = model(input_ids=ids_BT, decoder_input_ids=ids_BT.flip(1)).logits
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    for kind in ("self", "cross"):
+        before = logits()
+        attention: Any = model.get_submodule(family.module(Site(2, kind)))
+        for each in (attention.q, attention.k, attention.v):
+            each.weight.data = each.weight.data.view(4, 8, -1)[order].flatten(0, 1)
+        attention.o.weight.data = attention.o.weight.data.view(-1, 4, 8)[:, order].flatten(1)
+        same = torch.allclose(logits(), before, rtol=0, atol=1e-9)
+        assert same == shape.sites[Site(2, kind)].permutable == (kind == "cross")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -174,6 +240,29 @@ def test_a_model_type_belongs_to_one_family() -> None:
 )
 def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
     config = FAMILIES["llama"].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"num_key_value_heads": 2},
+            "config.json: num_key_value_heads, and transformers ignores it in t5; is its model_type kvfold_t5?",
+        ),
+        ({**OUR_T5, "num_key_value_heads": 3}, "config.json: 3 key/value heads do not divide 4 query heads"),
+        (
+            {**OUR_T5, "cross_num_key_value_heads": [2, 2]},
+            "config.json: cross_num_key_value_heads has 2 numbers for 4 decoder layers",
+        ),
+        ({**OUR_T5, "num_key_value_heads": [2, 2, 2, 0]}, "config.json: num_key_value_heads must be a positive whole"),
+        ({"model_type": "umt5"}, "architecture 'umt5' is not supported; allowed: "),
+    ],
+)
+def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES["t5"].tiny() | changes
     with pytest.raises(UnsupportedModel) as caught:
         family_of(config).shape(config)
     assert str(caught.value).startswith(line)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.utils import logging
 
 from kvfold import hf
+from kvfold.attention.grouped import reference
+from kvfold.convert import convert
 from kvfold.errors import CheckpointError, DataError, SettingError, UnsupportedModel
 from kvfold.families import all_families
 
@@ -94,10 +106,33 @@ def test_a_prompt_read_in_pieces_ends_as_the_whole(name: str) -> None:
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("seen", ["all", "causal", "padded", "weighed"])
+def test_a_bias_of_positions_is_added_to_the_logits(tokens: int, seen: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, count, 8, generator=generator) for heads, count in ((4, tokens), (2, 9), (2, 9)))
+    bias = torch.randn(1, 4, tokens, 9, generator=generator)
+    mask: torch.Tensor | None = None
+    expected = bias
+    if seen == "causal":  # as a static cache is prefilled: room for 9 tokens, the first of which are there
+        visible = torch.ones(tokens, 9, dtype=torch.bool).tril() if tokens > 1 else torch.ones(1, 9, dtype=torch.bool)
+        expected = bias.masked_fill(~visible, -torch.inf)
+    elif seen == "padded":
+        mask = torch.ones(2, 1, tokens, 9, dtype=torch.bool)
+        mask[0, ..., :3] = False
+        expected = bias.expand(2, -1, -1, -1).masked_fill(~mask, -torch.inf)
+    elif seen == "weighed":
+        mask = torch.randn(2, 1, tokens, 9, generator=generator)
+        expected = bias + mask
+    module = type("Module", (torch.nn.Module,), {"is_causal": seen == "causal"})()
+    made, _ = AttentionInterface()["kvfold"](module, q, k, v, mask, scaling=1.0, position_bias=bias)
+    torch.testing.assert_close(made.transpose(1, 2), reference(q, k, v, mask=expected, scale=1.0))
+
+
 def test_attention_that_it_cannot_honour_is_refused() -> None:
     forward = AttentionInterface()["kvfold"]
     q = torch.zeros(1, 4, 1, 8)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux"):
         with pytest.raises(SettingError, match=f"has no {name}.*sdpa or eager"):
             forward(torch.nn.Module(), q, q, q, None, **{name: 1.0})
 
@@ -272,7 +307,7 @@ def test_tensors_that_transformers_would_make_up_are_refused(
 ) -> None:
     folder = tiny_checkpoint()
     _drop(folder)
-    opened = type("Opened", (), {"path": folder})
+    opened = type("Opened", (), {"path": folder, "config": json.loads((folder / "config.json").read_text())})
     monkeypatch.setattr("kvfold.hf.loading.Checkpoint.open", lambda path: opened)  # were its own check to miss it
     with pytest.raises(CheckpointError, match=r"missing tensors .*model\.norm\.weight"):
         hf.load(folder)
@@ -311,3 +346,44 @@ def test_generate_is_greedy_and_leaves_no_graph() -> None:
     assert torch.equal(made, again)
     assert torch.equal(made[:, :10], ids)
     assert not made.requires_grad
+
+
+# --- encoder-decoders -----------------------------------------------------------------------------------------------
+
+
+def test_a_t5_with_shared_heads_is_found_by_transformers_once_kvfold_is_there(
+    tiny_checkpoint: Maker, tmp_path: Path
+) -> None:
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": "self=2,cross=1"})
+    model, told = AutoModelForSeq2SeqLM.from_pretrained(student, output_loading_info=True)
+    assert not any(told[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == "KvfoldT5ForConditionalGeneration"
+    block = model.decoder.block[2]
+    assert block.layer[0].SelfAttention.k.weight.shape == (16, 32)
+    assert block.layer[1].EncDecAttention.v.weight.shape == (8, 32)
+    assert model.encoder.block[2].layer[0].SelfAttention.k.weight.shape == (32, 32)
+    assert type(AutoModel.from_pretrained(student)).__name__ == "KvfoldT5Model"
+    assert hf.load_tokenizer(student).encode("fold") == hf.load_tokenizer(tmp_path / "teacher").encode("fold")
+
+
+def test_without_kvfold_a_t5_with_shared_heads_is_no_t5(tiny_checkpoint: Maker, tmp_path: Path) -> None:
+    """transformers would read `num_key_value_heads` of a `t5`, and build all heads; an unknown type is refused."""
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": 2})
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(student)!r})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said.returncode
+    assert "kvfold_t5" in said.stderr
+
+
+@pytest.mark.parametrize("heads", [3, 0, [2, 2]])
+def test_heads_that_make_no_t5_are_refused(heads: Any) -> None:
+    config = {**all_families()["t5"].tiny(), "model_type": "kvfold_t5", "num_key_value_heads": heads}
+    with pytest.raises(SettingError, match="the config makes no model: "):
+        _model(config)
+
+
+def test_a_fresh_t5_is_tied_only_where_its_config_says_so() -> None:
+    for tied in (True, False):
+        model = hf.build({**all_families()["t5"].tiny(), "tie_word_embeddings": tied}, seed=0)
+        assert (model.lm_head.weight is model.shared.weight) == tied  # type: ignore[union-attr]
+        assert model.config.scale_decoder_outputs == tied  # type: ignore[union-attr]

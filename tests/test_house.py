@@ -33,8 +33,8 @@ LAYERS = [
         "data",
         "shards",
     }
-    | {"lineage", "moments", "sensitivity", "spool"},
-    {"distill", "training", "stages", "uptrain", "pretrain"}
+    | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool"},
+    {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
     {"report", "run", "screen", "flags", "cli", "__main__"},
 ]

@@ -26,7 +26,7 @@ from kvfold.shape import grouped_cache
 HEADS = (4, 2, 1, 2)
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in all_families()},
+    **{name: (name, {}) for name, family in all_families().items() if not family.encoder_decoder},
     "llama, biases": ("llama", {"attention_bias": True, "head_dim": 16}),
     "mistral": (
         "llama",

@@ -172,9 +172,19 @@ def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> N
     """Refuse what memory cannot hold: all models with their caches, at the largest context and batch."""
     item, context, batch = DTYPE_BYTES[settings.dtype], max(settings.context), max(settings.batch)
     tokens = context + settings.new_tokens
-    caches = sum(grouped_cache(each.shape).bytes(tokens, batch=batch, itemsize=item) for each in checkpoints)
+    caches = sum(
+        grouped_cache(each.shape).bytes(tokens, batch=batch, itemsize=item, encoder_tokens=context)
+        for each in checkpoints
+    )
     if settings.memory is not None:
         for each in checkpoints:
+            if each.family.encoder_decoder:
+                raise SettingError(
+                    "the largest batch is measured of decoders alone",
+                    where="bench",
+                    got=f"{each.name}, family {each.family.name}",
+                    next="leave out --memory",
+                )
             if not _largest_batch(each, context, settings):
                 raise SettingError(
                     f"not one sequence of {context:,} tokens fits beside the weights of {each.name}",
@@ -237,6 +247,7 @@ class _Contender:
     kernel: str = hf.ATTENTION  # of the step that decodes; prompts are read with kvfold's
     held: Any = None  # the cache after the prompts; decoding goes into forks of it
     live: Any = None  # the last of these forks
+    encoded_BSD: Tensor | None = None  # what an encoder made of the prompts
 
     @property
     def spec(self) -> CacheSpec:
@@ -248,27 +259,41 @@ class _Contender:
         windowed = any(site.window for site in self.checkpoint.shape.sites.values())
         return "fp8" if self.fp8 else "growing" if windowed else "static"
 
-    def predicted_bytes(self, tokens: int, batch: int, dtype: str) -> int:
+    @property
+    def paired(self) -> bool:
+        """Does an encoder read the prompts? The decoder then begins with one token of its own."""
+        return self.checkpoint.family.encoder_decoder
+
+    def predicted_bytes(self, context: int, new_tokens: int, batch: int, dtype: str) -> int:
         """What the plan promises; an fp8 cache adds a float32 scale for the keys and one for the values of a layer."""
+        tokens = (1 if self.paired else context) + new_tokens
         if self.fp8:
             return self.spec.bytes(tokens, batch=batch, itemsize=1) + 4 * len(self.spec.slots)
-        return self.spec.bytes(tokens, batch=batch, itemsize=DTYPE_BYTES[dtype])
+        return self.spec.bytes(tokens, batch=batch, itemsize=DTYPE_BYTES[dtype], encoder_tokens=context)
 
-    def roofline(self, context: int, batch: int, dtype: str) -> float:
+    def roofline(self, context: int, batch: int, dtype: str, new_tokens: int) -> float:
         """Seconds that one decode step takes at least on this machine."""
         tied = bool(self.checkpoint.config.get("tie_word_embeddings", False))
         shape = self.checkpoint.shape
-        step = decode_step(shape, self.spec, context=context, batch=batch, dtype=dtype, tied=tied)
+        own, read = (new_tokens, context) if self.paired else (context, 0)
+        step = decode_step(shape, self.spec, context=own, batch=batch, dtype=dtype, tied=tied, encoder_context=read)
         if self.fp8:
             step = replace(step, cache_bytes=step.cache_bytes / DTYPE_BYTES[dtype])
         return step.seconds(hardware("local"), dtype)
 
-    def prefill(self, ids_BS: Tensor, room: int) -> Callable[[], object]:
-        """Make ready to read the prompts into a new cache with this much room."""
-        self.held = self.live = None  # their memory is needed
+    def prefill(self, ids_BS: Tensor, new_tokens: int) -> Callable[[], object]:
+        """Make ready to read the prompts into a new cache with room for so many new tokens."""
+        self.held = self.live = self.encoded_BSD = None  # their memory is needed
         self.model.set_attn_implementation(hf.ATTENTION)
-        self.held = hf.new_cache(self.model, self.cache, room)
-        return lambda: hf.read(self.model, ids_BS, self.held)
+        self.held = hf.new_cache(self.model, self.cache, (1 if self.paired else ids_BS.shape[1]) + new_tokens)
+        if not self.paired:
+            return lambda: hf.read(self.model, ids_BS, self.held)
+
+        def both() -> None:
+            self.encoded_BSD = hf.encode(self.model, ids_BS)
+            hf.read(self.model, torch.zeros_like(ids_BS[:, :1]), self.held, self.encoded_BSD)
+
+        return both
 
     def decode(self, ids_BN: Tensor) -> Callable[[], object]:
         """Make ready to decode these tokens, one column after the other, from the prompts on."""
@@ -277,7 +302,7 @@ class _Contender:
 
         def steps() -> None:
             for n in range(ids_BN.shape[1]):
-                hf.read(self.model, ids_BN[:, n : n + 1], self.live)
+                hf.read(self.model, ids_BN[:, n : n + 1], self.live, self.encoded_BSD)
 
         return steps
 
@@ -357,10 +382,10 @@ Rows = list[dict[str, Any]]
 
 def _place(contenders: Sequence[_Contender], ids_BT: Tensor, settings: BenchSettings) -> tuple[Rows, Rows]:
     """One row for each contender at one context and batch, and the seconds of every round behind it."""
-    batch, room = ids_BT.shape
+    batch = len(ids_BT)
     prompts_BS, ids_BN = ids_BT[:, : -settings.new_tokens], ids_BT[:, -settings.new_tokens :]
     context = prompts_BS.shape[1]
-    prefill = _time_prefill(contenders, prompts_BS, room, settings.repeats)
+    prefill = _time_prefill(contenders, prompts_BS, settings.new_tokens, settings.repeats)
     for each in contenders:
         each.kernel = _fastest_kernel(each, ids_BN)
     decode = interleave({each: partial(each.decode, ids_BN) for each in contenders}, settings.repeats)
@@ -373,7 +398,7 @@ def _place(contenders: Sequence[_Contender], ids_BT: Tensor, settings: BenchSett
             where
             | {
                 "cache_bytes": hf.live_cache_bytes(each.live),
-                "predicted_cache_bytes": each.predicted_bytes(room, batch, settings.dtype),
+                "predicted_cache_bytes": each.predicted_bytes(context, settings.new_tokens, batch, settings.dtype),
                 "prefill_s": statistics.median(prefill[each]),
                 "decode_s_per_token": step,
                 "tokens_per_s": batch / step,
@@ -381,17 +406,17 @@ def _place(contenders: Sequence[_Contender], ids_BT: Tensor, settings: BenchSett
             }
         )
         raw.append(where | {"prefill": prefill[each], "decode": times})
-        each.held = each.live = None
+        each.held = each.live = each.encoded_BSD = None
     return rows, raw
 
 
 def _time_prefill(
-    contenders: Sequence[_Contender], prompts_BS: Tensor, room: int, repeats: int
+    contenders: Sequence[_Contender], prompts_BS: Tensor, new_tokens: int, repeats: int
 ) -> dict[_Contender, list[float]]:
     """Seconds of reading the prompts, in turns: in every round, or once where it takes longer than `QUICK`."""
     for each in contenders:
-        each.prefill(prompts_BS[:, :8], room)()  # the first call of all loads and allocates
-    works = {each: partial(each.prefill, prompts_BS, room) for each in contenders}
+        each.prefill(prompts_BS[:, :8], new_tokens)()  # the first call of all loads and allocates
+    works = {each: partial(each.prefill, prompts_BS, new_tokens) for each in contenders}
     seconds = interleave(works, 1)
     if max(times[0] for times in seconds.values()) < QUICK:
         seconds = interleave(works, repeats)
@@ -406,7 +431,7 @@ def _at_largest(
     for each in contenders:
         batch = _largest_batch(each.checkpoint, context, settings)
         ids_BT = torch.randint(vocabulary, (batch, room), generator=draw).to(best_device())
-        each.prefill(ids_BT, room)  # makes the cache; so many prompts are read piece by piece
+        each.prefill(ids_BT, 0)  # makes the cache; so many prompts are read piece by piece
         for prompts_BN in torch.split(ids_BT[:, :context], PIECE, dim=1):
             hf.read(each.model, prompts_BN, each.held)
         each.kernel = _fastest_kernel(each, ids_BT[:, context:])
@@ -423,7 +448,9 @@ def _at_largest(
                 "memory": settings.memory,
                 "batch": batches[each],
                 "cache_bytes": hf.live_cache_bytes(each.live),
-                "predicted_cache_bytes": each.predicted_bytes(room, batches[each], settings.dtype),
+                "predicted_cache_bytes": each.predicted_bytes(
+                    context, settings.new_tokens, batches[each], settings.dtype
+                ),
                 "decode_s_per_token": step,
                 "tokens_per_s": batches[each] / step,
                 "kernel": f"{each.kernel}, {each.cache} cache",
@@ -441,8 +468,9 @@ def _fastest_kernel(contender: _Contender, ids_BN: Tensor) -> str:
         contender.kernel = kernel
         return contender.decode(ids_BN[:, :1])
 
-    seconds = interleave({kernel: partial(ready, kernel) for kernel in KERNELS}, TRIALS)
-    return min(KERNELS, key=lambda kernel: min(seconds[kernel]))
+    kernels = KERNELS[:-1] if contender.paired else KERNELS  # T5's own eager attention cannot share heads
+    seconds = interleave({kernel: partial(ready, kernel) for kernel in kernels}, TRIALS)
+    return min(kernels, key=lambda kernel: min(seconds[kernel]))
 
 
 def _ratios(contenders: Sequence[_Contender], rows: Rows, settings: BenchSettings) -> Rows:
@@ -450,7 +478,7 @@ def _ratios(contenders: Sequence[_Contender], rows: Rows, settings: BenchSetting
     found = []
     for at in range(0, len(rows), len(contenders)):
         first, *others = rows[at : at + len(contenders)]
-        place = (first["context"], first["batch"], settings.dtype)
+        place = (first["context"], first["batch"], settings.dtype, settings.new_tokens)
         for each, row in zip(contenders[1:], others, strict=True):
             found.append(
                 {key: row[key] for key in ("model", "cache", "context", "batch")}

@@ -27,6 +27,7 @@ from kvfold.moments import Sampling, finite, looks, start
 from kvfold.output import cache_folder, disk_errors, fingerprint
 from kvfold.progress import SILENT, Progress
 from kvfold.roofline import processor_memory
+from kvfold.seq2seq import Corpus
 from kvfold.shape import DTYPE_BYTES, Answers, AttentionGram, Question, Request, SampledPairs, Shape, Site
 from kvfold.spool import Spool, check_room, spool_bytes
 
@@ -65,49 +66,65 @@ class CalibrationSettings:
 def calibrate(
     source: Checkpoint,
     requests: Sequence[Request],
-    tokens: TokenFile,
+    tokens: TokenFile | Corpus,
     settings: CalibrationSettings = CalibrationSettings(),
     *,
     progress: Progress = SILENT,
 ) -> Answers:
     """Answer the requests from one pass of the teacher over all tokens of a file, or from the cache folder.
 
+    An encoder-decoder reads a corpus of pairs, all of it in memory at once.
+
     Raises SettingError when one layer and the answers do not fit into memory or a request cannot be answered,
     OutputError when the disk has no room for the hidden states of the text, DataError when the text does not suit the
     model, CheckpointError when an answer is not finite.
     """
     asked = sorted(set(requests), key=repr)
-    tokens.check(batch_size=1, length=1, vocab_size=source.shape.vocab_size)
+    length = min(settings.length, known_length(source))
+    paired = not isinstance(tokens, TokenFile)
+    tokens.check(batch_size=1, length=length if paired else 1, vocab_size=source.shape.vocab_size)
     device = _device(settings)
     identity = [FORMAT, source.hash(progress), calibration_hash(tokens, settings), device, [repr(r) for r in asked]]
     path = cache_folder() / "calibration" / f"{fingerprint(identity)[:32]}.safetensors"
     kept = _recall(path, asked)
     if kept is None:
-        length = min(settings.length, known_length(source))
-        rows = (
-            torch.from_numpy(tokens.tokens[at : at + length].astype("int64"))[None]
-            for at in range(0, len(tokens), length)
-        )
-        kept = read(source, asked, rows, settings, total=len(tokens), progress=progress)
+        if isinstance(tokens, TokenFile):
+            rows = (
+                torch.from_numpy(tokens.tokens[at : at + length].astype("int64"))[None]
+                for at in range(0, len(tokens), length)
+            )
+            kept = read(source, asked, rows, settings, total=len(tokens), progress=progress)
+        else:
+            from kvfold import seq2seq_moments
+
+            _check_memory(source.shape, asked, settings, device)
+            pairs = tokens.rows(length, settings.seed)
+            kept = seq2seq_moments.read(source, asked, pairs, dtype=settings.dtype, device=device, progress=progress)
         _keep(path, asked, kept)
     return kept
 
 
-def calibration_hash(tokens: TokenFile, settings: CalibrationSettings = CalibrationSettings()) -> str:
+def calibration_hash(tokens: TokenFile | Corpus, settings: CalibrationSettings = CalibrationSettings()) -> str:
     """What a calibration reads and how, whatever the machine: known before it is done."""
     how = {name: value for name, value in asdict(settings).items() if name not in ("device", "max_bytes")}
     return fingerprint([tokens.hash, len(tokens), how])
 
 
 def memory_bytes(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings) -> int:
-    """Bytes that a calibration needs: the embedding, the largest layer, the answers, and what a batch leaves behind."""
+    """Bytes that a calibration needs: the embedding, the largest layer, the answers, and what a batch leaves behind.
+
+    An encoder-decoder is in memory whole.
+    """
     asked, itemsize = set(requests), DTYPE_BYTES[settings.dtype]
     embedding = shape.vocab_size * shape.hidden_size
-    attentions = [0] * shape.num_layers
-    for site, attention in shape.sites.items():
-        attentions[site.layer] += attention.parameters
-    rest = shape.parameters - sum(attentions) - embedding  # what is not of layers is counted as if it were
-    layer = max(attentions) + -(-rest // shape.num_layers)
+    if shape.encoder_parameters:
+        layer = shape.parameters - embedding
+    else:
+        attentions = [0] * shape.num_layers
+        for site, attention in shape.sites.items():
+            attentions[site.layer] += attention.parameters
+        rest = shape.parameters - sum(attentions) - embedding  # what is not of layers is counted as if it were
+        layer = max(attentions) + -(-rest // shape.num_layers)
     length = min(settings.length, shape.max_positions)
     tokens = max(length, BATCH)
     batch = tokens * shape.hidden_size * (20 * itemsize + 16)  # activations, and inputs in float64

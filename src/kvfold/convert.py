@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvfold.data import TokenFile
+    from kvfold.seq2seq import Corpus
 
 CORES = os.cpu_count() or 1
 CREW = min(4, CORES)  # threads that copy and hash
@@ -151,7 +152,7 @@ def convert(
                     from kvfold.repair import RepairSettings, repair_in_place
 
                     how = {"repaired_by": dataclasses.asdict(RepairSettings())}
-                    repair_in_place(source, output, options.repair, calibration.tokens, writer, progress)
+                    repair_in_place(source, output, options.repair, calibration.text(), writer, progress)
                 writer.close()
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
@@ -249,8 +250,16 @@ class _Calibration:
     """What a method asks of the teacher, and the text that the teacher will read for it."""
 
     questions: Sequence[Question]
-    tokens: TokenFile
+    tokens: TokenFile | Corpus
     hash: str
+
+    def text(self) -> TokenFile:
+        """The text of a decoder alone. Raises SettingError for pairs: what folding costs is not measured on them."""
+        from kvfold.data import TokenFile
+
+        if not isinstance(self.tokens, TokenFile):
+            raise SettingError("what folding a site costs is measured on decoders alone", where="convert")
+        return self.tokens
 
     def answers(self, source: Checkpoint, method: methods.Method, config: Any, progress: Progress) -> Answers:
         """Let the teacher read, and read again with one site folded if that is asked."""
@@ -262,7 +271,7 @@ class _Calibration:
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if not folds:
             return answers
-        return {**answers, **measure(source, method, config, folds, answers, self.tokens, progress=progress)}
+        return {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
 
 
 def _calibration(
@@ -279,8 +288,10 @@ def _calibration(
         )
     from kvfold.calibrate import calibration_hash
     from kvfold.data import token_file
+    from kvfold.seq2seq import corpus
 
-    tokens = token_file(
+    paired = source.family.encoder_decoder
+    tokens = (corpus if paired else token_file)(
         options.calibration,
         source.path,
         max_tokens=options.calibration_tokens,
@@ -297,6 +308,12 @@ def _calibration(
 
 def _repairs(method: methods.Method, config: Any, source: Checkpoint, options: ConvertSettings) -> tuple[str, ...]:
     """What is repaired: what was said, else what the method asks for of a student that differs from its source."""
+    if source.family.encoder_decoder:
+        if options.repair:
+            raise SettingError(
+                "encoder-decoders are not repaired yet", where="convert", got=options.repair, next="leave out --repair"
+            )
+        return ()
     if options.repair is not None:
         return options.repair
     wanted = getattr(method, "repairs", lambda config: ())(config)

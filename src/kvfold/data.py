@@ -242,14 +242,14 @@ class TokenFile:
         rows = np.empty((batch_size, length + 1), dtype=np.int64)
         for row in range(batch_size):
             epoch, index = divmod(step * batch_size + row, windows)
-            start = int(_order(windows, seed, epoch)[index]) * length
+            start = int(order(windows, seed, epoch)[index]) * length
             rows[row] = self.tokens[start : start + length + 1]
         return torch.from_numpy(rows)
 
 
 @lru_cache(maxsize=4)
-def _order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
-    """The order in which an epoch sees its windows."""
+def order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    """The order in which an epoch sees its windows: a permutation that depends on seed and epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
@@ -288,7 +288,7 @@ def token_file(
     else:
         facts = text_facts(source, limit)
         identity = f"{facts.hash}:{wanted}:{seed}" if spread else facts.hash
-    key = fingerprint([FORMAT, identity, _tokenizer_hash(tokenizer)])[:32]
+    key = fingerprint([FORMAT, identity, tokenizer_hash(tokenizer)])[:32]
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
     if read_json(path.with_suffix(".json")) is None:
         with disk_errors(path):
@@ -315,7 +315,7 @@ def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> T
     return TokenFile(path, tokens[:max_tokens], int(facts["vocab_size"]), str(facts["hash"]), source)
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """What tells a tokenizer from another: its whole definition, or its vocabulary when it has no such thing."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return fingerprint(tokenizer.get_vocab() if backend is None else backend.to_str())

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvfold.seq2seq import UNSEEN, Pairs
+
 CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
 
 
@@ -49,9 +51,32 @@ class Head:
         return z_NV.to(_wide(z_NV.dtype))
 
 
-def hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """What the output head of a transformers model reads, `h_BTD`."""
-    h_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state  # type: ignore[operator]
+def parted(batch: Tensor | Pairs) -> tuple[Tensor | Pairs, Tensor, Tensor | None]:
+    """What a model reads of a batch, the ids `target_BT` that it should say, and where those count (None: everywhere).
+
+    A batch of ids is one wider than either.
+    """
+    if isinstance(batch, Tensor):
+        return batch[:, :-1], batch[:, 1:], None
+    counts_BT = batch.target_BT != UNSEEN
+    return batch, batch.target_BT, None if bool(counts_BT.all()) else counts_BT
+
+
+def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
+    """What the output head of a transformers model reads, `h_BTD`, of ids or of pairs."""
+    if isinstance(batch, Tensor):
+        h_BTD = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    else:
+        config = model.config
+        read_BSD = model.get_encoder()(input_ids=batch.input_BS, attention_mask=batch.seen_BS).last_hidden_state
+        h_BTD = model.get_decoder()(
+            input_ids=batch.shifted(getattr(config, "decoder_start_token_id", None) or 0),
+            encoder_hidden_states=read_BSD,
+            encoder_attention_mask=batch.seen_BS,
+            use_cache=False,
+        ).last_hidden_state
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head, which else would say too much
+            h_BTD = h_BTD * config.d_model**-0.5
     assert isinstance(h_BTD, Tensor)
     return h_BTD
 
@@ -186,19 +211,24 @@ def attention_matching(student: Mapping[str, Tensor], teacher: Mapping[str, Tens
 def same_inputs(student: nn.Module, teacher: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let the student's attentions at these paths read what the teacher's read in its forward just before.
 
+    That of a cross-attention is two things: what asks, and what is looked at.
+
     Each attention then learns alone, on inputs that are right from the first step (block-wise local distillation,
     Puzzle, section 3.2); what the student's other layers compute meanwhile means nothing.
     """
     read: dict[str, Tensor] = {}
+    looked: dict[str, dict[str, Tensor]] = {}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             read[path] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            looked[path] = {key: kwargs[key] for key in ("key_value_states",) if key in kwargs}
 
         return hook
 
     def give(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            kwargs = {**kwargs, **looked[path]}
             if "hidden_states" in kwargs:
                 return args, {**kwargs, "hidden_states": read[path]}
             return (read[path], *args[1:]), kwargs

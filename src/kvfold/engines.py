@@ -53,6 +53,32 @@ _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
 )
 
 
+_T5 = frozenset({"t5", "mt5"})
+
+_GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold's own
+    _Known("transformers", "with kvfold installed", _T5, _T5, "loaded in the tests"),
+    _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
+    _Known("SGLang", "has no T5", frozenset(), frozenset(), ""),
+)
+
+_PLAIN_T5 = (
+    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5, _T5, "loaded in the tests"),
+    _GROUPED_T5[1],
+    _Known("llama.cpp", "GGUF, by its own converter", _T5, frozenset(), ""),
+    *_GROUPED_T5[3:],
+)
+
+
+def _table(student: Student) -> tuple[_Known, ...]:
+    """What is known of students of this kind."""
+    sites = student.shape.sites
+    if any(site.kind == "cross" for site in sites):
+        return _GROUPED_T5 if any(attention.query_group > 1 for attention in sites.values()) else _PLAIN_T5
+    return _MIXED if len({attention.num_key_value_heads for attention in sites.values()}) > 1 else _KNOWN
+
+
 def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
     """Every engine that was looked at, for a student of this source architecture."""
     if student.model_type is not None:
@@ -61,7 +87,6 @@ def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
         return (ours, *rest)
     if student.shape.owners:
         return _sharing()
-    mixed = len({attention.num_key_value_heads for attention in student.shape.sites.values()}) > 1
     return tuple(
         Engine(
             known.name,
@@ -69,7 +94,7 @@ def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
             known.how if model_type in known.model_types or not known.model_types else f"no place for {model_type}",
             known.checked if model_type in known.ran else f"not run with {model_type}",
         )
-        for known in (_MIXED if mixed else _KNOWN)
+        for known in _table(student)
     )
 
 

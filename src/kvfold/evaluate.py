@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvfold import gate, hf, probes, record, scores
+from kvfold import gate, hf, probes, record, scores, seq2seq_scores
 from kvfold.checkpoint import Checkpoint
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, DataError, GateMissed, SettingError, choices
@@ -25,9 +25,15 @@ from kvfold.lineage import known_length, root_teacher, steps_since_root, vocabul
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record
+from kvfold.seq2seq import Corpus, corpus
 from kvfold.training import best_device
 
 DEFAULT_LENGTH = 1024
+OF_PAIRS = ("beams", "answers", "answer_tokens")  # settings that say nothing about a decoder alone
+_ASKED = {
+    **dict.fromkeys(("copy_loss", "copy_gain"), "copy_distances"),
+    **dict.fromkeys(("passkey", "passkey_loss"), "passkey_contexts"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class EvaluateSettings:
     samples: int = field(default=3, metadata={"help": "Prompts that student and teacher go on from, greedily."})
     sample_tokens: int = field(default=48, metadata={"help": "Tokens that they write."})
     fp8: bool = field(default=True, metadata={"help": "Measure the loss with an fp8 cache too: would a flag do?"})
+    beams: tuple[int, ...] = field(
+        default=(1, 4), metadata={"help": "Numbers of beams with which an encoder-decoder answers pairs; 1 is greedy."}
+    )
+    answers: int = field(default=256, metadata={"help": "Pairs that it answers, from the beginning; 0 for none."})
+    answer_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
     lm_eval: tuple[str, ...] = field(default=(), metadata={"help": "Tasks of lm-eval."})
     lm_eval_tasks_dir: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
     lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each task; by default all."})
@@ -72,11 +83,13 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         """Refuse what no model could do, with SettingError, before anything is loaded."""
         least = {"sequence_length": 1, "stride": 1, "tokens": 1, "batch_size": 1, "copy_trials": 1, "samples": 0}
-        least |= {"passkey_trials": 1, "sample_tokens": 1, "lm_eval_limit": 1}
+        least |= {"passkey_trials": 1, "sample_tokens": 1, "lm_eval_limit": 1, "answers": 0, "answer_tokens": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise SettingError(f"{name} must be at least {smallest}", where="evaluate", got=value)
+        if any(number < 1 for number in self.beams):
+            raise SettingError("beams must be at least 1", where="evaluate", got=self.beams)
         if any(distance < 0 for distance in self.copy_distances):
             raise SettingError("copy_distances must not be negative", where="evaluate", got=self.copy_distances)
         if self.lm_eval_tasks_dir is not None and not self.lm_eval:
@@ -86,6 +99,7 @@ class EvaluateSettings:
             "copy_gain": self.copy_distances,
             "passkey": self.passkey_contexts,
             "passkey_loss": self.passkey_contexts,
+            **dict.fromkeys(seq2seq_scores.KEYED, self.beams if self.answers else ()),
         }
         for row in gate.parse(self.gate):
             if row.metric in measured and row.key not in [str(value) for value in measured[row.metric]]:
@@ -94,7 +108,7 @@ class EvaluateSettings:
                     where="gate",
                     got=row.expr,
                     allowed=choices(measured[row.metric]) or None,
-                    next="add it to " + ("copy_distances" if row.metric.startswith("copy") else "passkey_contexts"),
+                    next=f"add it to {_ASKED.get(row.metric, 'beams')}",
                 )
             if row.metric == "lm_eval" and not self.lm_eval:
                 raise SettingError("no lm-eval task is measured", where="gate", got=row.expr, next="add it to lm_eval")
@@ -133,22 +147,19 @@ def evaluate(
     settings = _resolve(settings, model, other)
     control = _control(settings)
     record.check_folder(Path(records))
-    tokens = token_file(settings.data, model.path, max_tokens=settings.tokens + 1, progress=progress)
-    if len(tokens) < 2:
-        raise DataError("the text has no token to predict", where=settings.data, got=f"{len(tokens)} tokens")
-    tokens.check(batch_size=1, length=1, vocab_size=model.shape.vocab_size)
-    ids_N = torch.from_numpy(tokens.tokens[: settings.tokens + 1].astype("int64"))
+    text = _read(settings, model, progress)
     hashes = {
         "student": model.hash(progress),
         "teacher": other.hash(progress) if other else None,
-        "data": tokens.hash,
-        "tokens": hashlib.sha256(ids_N.numpy().tobytes()).hexdigest(),
+        "data": text.hash,
+        "tokens": text.tokens_hash,
         "control": None if control is None else fingerprint(control),
     }
     _same_text(settings, control, hashes)
     name = name or model.path.resolve().name
+    kept = {key: value for key, value in asdict(settings).items() if text.corpus or key not in OF_PAIRS}
     identity = {
-        **asdict(settings),
+        **kept,
         "student": str(student),
         "teacher": None if other is None else other.name,
         "row": dict(row or {}),
@@ -158,13 +169,43 @@ def evaluate(
     if made is not None:
         progress.say(f"{path}: measured already")
     else:
-        measured = _measure(settings, model, other, ids_N, progress)
+        if text.corpus:
+            models = _models(settings, model, other)
+            measured = seq2seq_scores.measure(models, model.path, text.corpus, progress=progress, **_pairs(settings))
+        else:
+            measured = _measure(settings, model, other, text.ids_N, progress)
         if steps := steps_since_root(model):
             measured["made_by"] = steps
         made = _make(name, identity, settings, measured, control)
         made = replace(made, hashes=hashes, wall_seconds=round(time.monotonic() - began, 2))
         path = record.write(made, records)
     return _judged(made, path)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is read: one long row of ids, or the corpus of an encoder-decoder."""
+
+    hash: str
+    tokens_hash: str
+    ids_N: Tensor
+    corpus: Corpus | None = None
+
+
+def _read(settings: EvaluateSettings, model: Checkpoint, progress: Progress) -> _Text:
+    """The text as the model reads it. Raises DataError when there is too little, or tokens it does not know."""
+    vocabulary, none = model.shape.vocab_size, torch.empty(0, dtype=torch.int64)
+    if model.family.encoder_decoder:
+        length = settings.sequence_length or DEFAULT_LENGTH
+        pairs = corpus(settings.data, model.path, max_tokens=settings.tokens, progress=progress)
+        pairs.check(batch_size=1, length=length, vocab_size=vocabulary)
+        return _Text(pairs.hash, fingerprint([pairs.hash, len(pairs), length, settings.seed]), none, pairs)
+    tokens = token_file(settings.data, model.path, max_tokens=settings.tokens + 1, progress=progress)
+    if len(tokens) < 2:
+        raise DataError("the text has no token to predict", where=settings.data, got=f"{len(tokens)} tokens")
+    tokens.check(batch_size=1, length=1, vocab_size=vocabulary)
+    ids_N = torch.from_numpy(tokens.tokens[: settings.tokens + 1].astype("int64"))
+    return _Text(tokens.hash, hashlib.sha256(ids_N.numpy().tobytes()).hexdigest(), ids_N)
 
 
 # --- before anything is loaded ---------------------------------------------------------------------------------------
@@ -215,6 +256,8 @@ def _resolve(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoin
             got=settings.sample_tokens,
             allowed=f"1 to {most - probes.PROMPT}",
         )
+    if student.family.encoder_decoder and settings.lm_eval:
+        raise SettingError("lm-eval is asked of decoders alone", where="evaluate", got=settings.lm_eval)
     for row in gate.parse(settings.gate):
         if row.needs_teacher and teacher is None:
             raise SettingError(
@@ -295,9 +338,7 @@ def _measure(
         samples=settings.samples,
         seed=settings.seed,
     )
-    models = {"student": hf.load(student.path, dtype=settings.dtype, device=best_device())}
-    if teacher is not None:
-        models["teacher"] = hf.load(teacher.path, dtype=settings.dtype, device=best_device())
+    models = _models(settings, student, teacher)
     with torch.inference_mode():
         sums = _score(models, ids_N, settings, progress)
         rounded = _score_fp8(models, ids_N, settings, progress) if settings.fp8 else {}
@@ -328,6 +369,25 @@ def _measure(
     if settings.samples:
         metrics["samples"] = probes.side_by_side(models, tokenizer, asked.prompts, settings.sample_tokens)
     return metrics
+
+
+def _models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
+    """Student and teacher in memory."""
+    there = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    return {who: hf.load(each.path, dtype=settings.dtype, device=best_device()) for who, each in there.items()}
+
+
+def _pairs(settings: EvaluateSettings) -> dict[str, Any]:
+    """What is asked of an encoder-decoder."""
+    return {
+        "length": settings.sequence_length or DEFAULT_LENGTH,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "beams": settings.beams,
+        "count": settings.answers,
+        "new_tokens": settings.answer_tokens,
+        "samples": settings.samples,
+    }
 
 
 def _score(

@@ -26,6 +26,7 @@ KEYED = {
     "passkey": "a context",
     "passkey_loss": "a context",
     "lm_eval": "TASK.METRIC",
+    **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), "a number of beams"),
 }
 OF_THE_PAIR = ("kl", "agreement")  # measured between student and teacher: the teacher alone has none
 

@@ -139,10 +139,10 @@ class _AttentionSum:
     def __init__(self, site: Attention, device: str) -> None:
         self.sum = _InputSum(site, device)
 
-    def add(self, x_BTD: Tensor, p_BHTT: Tensor) -> None:
-        format = torch.promote_types(x_BTD.dtype, torch.float32)
-        token_T = torch.arange(p_BHTT.shape[2], device=p_BHTT.device)
-        self.sum.add(p_BHTT[:, token_T % p_BHTT.shape[1], token_T].to(format) @ x_BTD.to(format))
+    def add(self, x_BSD: Tensor, p_BHTS: Tensor) -> None:
+        format = torch.promote_types(x_BSD.dtype, torch.float32)
+        token_T = torch.arange(p_BHTS.shape[2], device=p_BHTS.device)
+        self.sum.add(p_BHTS[:, token_T % p_BHTS.shape[1], token_T].to(format) @ x_BSD.to(format))
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
         return self.sum.answer(tokens)

@@ -33,6 +33,9 @@ class PlanSettings:
     context: int | None = field(
         default=None, metadata={"help": "Tokens in each sequence's cache; the model's own maximum, at most 8192."}
     )
+    encoder_context: int | None = field(
+        default=None, metadata={"help": "Tokens that an encoder has read; as many as --context."}
+    )
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
     hardware: HardwareName = field(
         default="h100", metadata={"help": "Device to predict for; local is this machine, measured once."}
@@ -52,7 +55,7 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be, with SettingError."""
-        for name in ("context", "batch", "tensor_parallel", "pretraining_tokens", "tokens"):
+        for name in ("context", "encoder_context", "batch", "tensor_parallel", "pretraining_tokens", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1", where="plan", got=value)
@@ -86,6 +89,7 @@ class Side:
     parameters: int
     weight_bytes: int
     cache_bytes_per_token: int
+    cache_bytes_per_encoder_token: int  # 0 where nothing is read by an encoder
     cache_bytes: int
     cache_bytes_per_device: int
     step_seconds: float
@@ -171,8 +175,10 @@ class Plan:
             both("parameters", count, "parameters"),
             both(f"weights, {self.dtype}", size, "weight_bytes"),
             both("cache per token", size, "cache_bytes_per_token"),
-            both(f"cache at {self.context:,} tokens x {self.batch}", size, "cache_bytes"),
         ]
+        if before.cache_bytes_per_encoder_token:
+            rows.append(both("cache per token of the encoder's", size, "cache_bytes_per_encoder_token"))
+        rows.append(both(f"cache at {self.context:,} tokens x {self.batch}", size, "cache_bytes"))
         if self.tensor_parallel > 1:
             rows.append(both(f"  on each of {self.tensor_parallel} devices", size, "cache_bytes_per_device"))
         if self.root_cache_bytes_per_token != before.cache_bytes_per_token:
@@ -306,6 +312,8 @@ class _Use:
     def __init__(self, options: PlanSettings, shape: Shape, device: Hardware, tied: bool) -> None:
         self.options, self.device, self.tied = options, device, tied
         self.context = options.context or min(shape.max_positions, 8192)
+        crossed = any(site.kind == "cross" for site in shape.sites)
+        self.encoder_context = (options.encoder_context or self.context) if crossed else 0
         self.dtype = shape.dtype if options.dtype == "source" else options.dtype
         self.itemsize = _itemsize(self.dtype)
 
@@ -315,7 +323,8 @@ class _Use:
         share = cache_share(shape, parallel)
         weights = shape.parameters * self.itemsize
         step, seconds = self._step(shape, cache, batch)
-        per_sequence = cache.bytes(self.context, itemsize=self.itemsize) * share
+        whole = cache.bytes(self.context, itemsize=self.itemsize, encoder_tokens=self.encoder_context)
+        per_sequence = whole * share
         room = self.device.memory * self.options.memory_share - weights / parallel
         largest = max(0, int(room // per_sequence))
         return Side(
@@ -324,7 +333,8 @@ class _Use:
             parameters=shape.parameters,
             weight_bytes=weights,
             cache_bytes_per_token=cache.bytes_per_token(self.itemsize),
-            cache_bytes=cache.bytes(self.context, batch=batch, itemsize=self.itemsize),
+            cache_bytes_per_encoder_token=cache.bytes_per_encoder_token(self.itemsize),
+            cache_bytes=batch * whole,
             cache_bytes_per_device=round(batch * per_sequence),
             step_seconds=seconds,
             tokens_per_second=batch / seconds,
@@ -343,6 +353,7 @@ class _Use:
             dtype=self.dtype,
             tied=self.tied,
             tensor_parallel=self.options.tensor_parallel,
+            encoder_context=self.encoder_context,
         )
         return step, step.seconds(self.device, self.dtype)
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,11 @@ from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerpri
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
+from kvfold.seq2seq import Pairs, corpus
 from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
-SMALLEST_VOCABULARY = 257  # every byte, and the end
+PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class PretrainSettings(TrainSettings):
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     schedule: Literal["cosine", "wsd"] = field(
         default="wsd", metadata={"help": "Learning rate over steps: cosine, or warmup-stable-decay."}
+    )
+
+    tokenizer_data: tuple[str, ...] = field(
+        default=(), metadata={"help": "More texts that the tokenizer is trained on, with those of --data."}
     )
 
     def __post_init__(self) -> None:
@@ -66,19 +71,22 @@ def pretrain(
 
     `config` may be a recipe too: a YAML file whose `config` holds the same keys and whose `pretrain` holds settings,
     over which those of `settings` go that are not at their defaults. The tokenizer is a byte-level BPE of the text,
-    as large as the config's vocabulary. Raises SettingError, DataError or UnsupportedModel before anything is
-    written, TrainingError when the run diverges, Interrupted on a signal: the same call then continues.
+    as large as the config's vocabulary; that of an encoder-decoder, which learns span corruption, has sentinels.
+    Raises SettingError, DataError or UnsupportedModel before anything is written, TrainingError when the run diverges,
+    Interrupted on a signal: the same call then continues.
     """
     config, settings = _read(config, settings)
-    shape = family_of(config).shape(config)
+    family = family_of(config)
+    shape, paired = family.shape(config), family.encoder_decoder
+    special = PAIRED if paired else (END,)
     if settings.tokens is None:
         raise SettingError("say how long to train", where="pretrain", next="give --tokens")
-    if shape.vocab_size < SMALLEST_VOCABULARY:
+    if shape.vocab_size < len(special) + 256:
         raise SettingError(
             "vocab_size is too small for a byte-level tokenizer",
             where="pretrain",
             got=shape.vocab_size,
-            allowed=f"at least {SMALLEST_VOCABULARY}",
+            allowed=f"at least {len(special) + 256}",
         )
     if settings.sequence_length > shape.max_positions:
         raise SettingError(
@@ -87,11 +95,15 @@ def pretrain(
             got=settings.sequence_length,
             allowed=f"1 to {shape.max_positions}",
         )
-    config = {**config, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    ids: dict[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if paired:
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = {**config, **ids}
     facts = text_facts(settings.data)
     identity = {**settings.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
-    tokenizer = train_tokenizer(settings.data, facts, shape.vocab_size, shape.max_positions, progress)
-    tokens = token_file(settings.data, tokenizer, progress=progress)
+    texts = (settings.data, *settings.tokenizer_data)
+    tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
+    tokens = (corpus if paired else token_file)(settings.data, tokenizer, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
     output = open_output(out, identity, overwrite=overwrite)
     if output.complete:
@@ -101,9 +113,11 @@ def pretrain(
     if not output.written():
         model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
 
-        def objective(ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            h_BTD = distill.hidden_states(model, ids_BT[:, :-1])
-            return distill.token_losses(h_BTD, distill.Head.of(model), ids_BT[:, 1:], {"ce": 1.0})
+        def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+            read, target_BT, _ = distill.parted(batch)  # a text: every target counts
+            return distill.token_losses(
+                distill.hidden_states(model, read), distill.Head.of(model), target_BT, {"ce": 1.0}
+            )
 
         named = dict(model.named_parameters())
         steps = math.ceil(settings.tokens / settings.step_tokens)
@@ -111,7 +125,7 @@ def pretrain(
         with disk_errors(work):
             position = train(model, [stretch], tokens, settings, work, progress)
             shutil.copytree(tokenizer, work, dirs_exist_ok=True)
-            write_json(work / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
+            write_json(work / "generation_config.json", {**ids, "pad_token_id": 0})
             step = {
                 "stage": "pretrain",
                 "settings": {**dataclasses.asdict(settings), "text": facts.hash},
@@ -133,7 +147,9 @@ def _save(
     output: Output, config: Mapping[str, Any], model: nn.Module, step: Mapping[str, Any], parameters: int
 ) -> None:
     """Write the model, which is the root of its own lineage."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # a T5 names its one embedding three times; state_dict has them all
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
     hashed = save_model(output.work, config=config, state=state, lineage={})
     root = {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters}
     tokenizer = read_json(output.work / "tokenizer.json")
@@ -174,14 +190,26 @@ class _Recipe:
     about: str = ""
 
 
-def train_tokenizer(source: str, facts: TextFacts, vocab_size: int, positions: int, progress: Progress) -> Path:
-    """A byte-level BPE of a text, as transformers reads it: a folder of the cache, made once.
+def train_tokenizer(
+    sources: Sequence[str],
+    facts: TextFacts,
+    vocab_size: int,
+    positions: int,
+    progress: Progress,
+    *,
+    special: Sequence[str] = (END,),
+) -> Path:
+    """A byte-level BPE of texts, the first with these `facts`, as transformers reads it: a folder of the cache.
 
-    Token 0 ends a document, and begins one; `positions` is the longest sequence that the model takes.
+    It is made once. Token 0 ends a document, and begins one; where there are more `special` tokens, 0 pads and 1 ends.
+    `positions` is the longest sequence that the model takes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    folder = cache_folder() / "tokenizers" / fingerprint([facts.hash, vocab_size, positions])[:32]
+    identity: list[Any] = [facts.hash, vocab_size, positions]
+    if len(sources) > 1 or len(special) > 1:
+        identity += [list(special), *(text_facts(source).hash for source in sources[1:])]
+    folder = cache_folder() / "tokenizers" / fingerprint(identity)[:32]
     if folder.exists():
         return folder
     progress.say(f"training a tokenizer of {vocab_size:,} tokens on {facts.characters:,} characters")
@@ -190,11 +218,11 @@ def train_tokenizer(source: str, facts: TextFacts, vocab_size: int, positions: i
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(read_texts(source), trainer)
+    tokenizer.train_from_iterator((text for source in sources for text in read_texts(source)), trainer)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -203,9 +231,9 @@ def train_tokenizer(source: str, facts: TextFacts, vocab_size: int, positions: i
             tokenizer.save(str(made / "tokenizer.json"))
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": END,
-                "eos_token": END,
-                "pad_token": END,
+                **({"bos_token": END} if len(special) == 1 else {}),
+                "eos_token": special[min(1, len(special) - 1)],
+                "pad_token": special[0],
                 "model_max_length": positions,
                 "clean_up_tokenization_spaces": False,
             }

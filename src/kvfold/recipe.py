@@ -121,9 +121,16 @@ class Recipe:
     data: str = field(metadata={"help": "Text to train on."})
     heldout: str = field(metadata={"help": "Text to evaluate on, never trained on."})
     about: str = field(default="", metadata={"help": "What the run shows; printed in its report."})
+    pretrain: Mapping[str, Any] | None = field(
+        default=None, metadata={"help": "Make the source first: `config` and the settings of `kvfold pretrain`."}
+    )
     plan: Mapping[str, Any] | None = None
     convert: Mapping[str, Any] = field(default_factory=lambda: {"method": "gqa"})
     uptrain: Mapping[str, Any] | None = None
+    finetune: Mapping[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Train every student, and the source, on a task before it is evaluated: over the seeds."},
+    )
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     bench: Mapping[str, Any] | None = None
     control: bool = field(default=False, metadata={"help": "Train the unconverted teacher on the same tokens too."})
@@ -215,9 +222,10 @@ def cells(recipe: Recipe) -> list[Cell]:
             uptrain = None
         for seed in recipe.seeds:
             label = "_".join(f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items()) or "student"
-            label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if uptrain is not None else "")
+            trained = uptrain is not None or recipe.finetune is not None
+            label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if trained else "")
             cell = Cell(label, convert, uptrain, seed)
-            same = fingerprint([convert, uptrain, seed if uptrain is not None else None])
+            same = fingerprint([convert, uptrain, seed if trained else None])
             found.setdefault(same, cell)
     return list(found.values())
 

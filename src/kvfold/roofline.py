@@ -97,22 +97,29 @@ def decode_step(
     dtype: str,
     tied: bool,
     tensor_parallel: int = 1,
+    encoder_context: int = 0,
 ) -> Step:
     """Bytes and operations of one decode step after `context` cached tokens, on each of `tensor_parallel` devices.
 
     `tied` says that the embedding is the output matrix too; otherwise a step reads no more of it than its own rows.
-    A cache that layers share saves room and not reads: every layer reads it.
+    An encoder has read its `encoder_context` tokens before: its weights are not read again, k and v of the
+    cross-attention neither. A cache that layers share saves room and not reads: every layer reads it.
     """
     itemsize = DTYPE_BYTES[dtype]
-    read = shape.parameters - (0 if tied else shape.vocab_size * shape.hidden_size)
+    crossed = [site for key, site in shape.sites.items() if key.kind == "cross"]
+    once = sum(2 * site.hidden_size * site.num_key_value_heads * site.head_dim for site in crossed)
+    read = shape.parameters - shape.encoder_parameters - once - (0 if tied else shape.vocab_size * shape.hidden_size)
     unshared = CacheSpec(tuple(replace(slot, storage=str(number)) for number, slot in enumerate(cache.slots)))
     attention = sum(
         4 * site.num_attention_heads * site.head_dim * min(context, site.window or context)
-        for site in shape.sites.values()
+        for key, site in shape.sites.items()
+        if key.kind == "self"
     )
+    attention += sum(4 * site.num_attention_heads * site.head_dim * encoder_context for site in crossed)
     return Step(
         weight_bytes=read * itemsize / tensor_parallel,
-        cache_bytes=unshared.bytes(context, batch=batch, itemsize=itemsize) * cache_share(shape, tensor_parallel),
+        cache_bytes=unshared.bytes(context, batch=batch, itemsize=itemsize, encoder_tokens=encoder_context)
+        * cache_share(shape, tensor_parallel),
         flops=batch * (2 * read + attention) / tensor_parallel,
     )
 

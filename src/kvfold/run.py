@@ -1,4 +1,4 @@
-"""A whole run from one recipe: plan, convert, uptrain, evaluate, bench, report, over a grid and seeds.
+"""A whole run from one recipe: plan, convert, uptrain, fine-tune, evaluate, bench, report, over a grid and seeds.
 
 Every stage keeps its own state on disk, so a run that was stopped goes on where it was, and a run that is complete
 says so. A missed gate does not stop the rows after it: the report is written first, then the run ends with exit 3.
@@ -20,6 +20,7 @@ from kvfold.errors import GateMissed, SettingError
 from kvfold.evaluate import EvaluateSettings, evaluate
 from kvfold.output import disk_errors, fingerprint
 from kvfold.plan import Plan, PlanSettings, plan
+from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import Cell, Recipe, cells, decode, read_recipe
 from kvfold.record import Record
@@ -64,20 +65,24 @@ def run(
         raise SettingError("changes are laid over a recipe file; change the Recipe itself")
     work = _Run(recipe, Path(out or Path("runs") / recipe.name), overwrite, progress)
     rows = cells(recipe)
+    _pretrain(work)
     _check(work, rows)
     with disk_errors(work.folder):
         work.folder.mkdir(parents=True, exist_ok=True)
         written = yaml.safe_dump(asdict(recipe, dict_factory=_given), sort_keys=False, allow_unicode=True)
         (work.folder / "recipe.yaml").write_text(written, encoding="utf-8")
     _plans(work, rows)
-    teacher = _evaluate(work, recipe.source, "teacher", {"role": "teacher", "method": "identity"}, teacher=None)
+    reference = recipe.source if recipe.finetune is None else str(_finetune(work, recipe.source, "teacher", 0))
+    # one that was fine-tuned is nobody's student here
+    itself = None if recipe.finetune is None else reference
+    teacher = _evaluate(work, reference, "teacher", {"role": "teacher", "method": "identity"}, teacher=itself)
     students: dict[str, Path] = {}
     for number, cell in enumerate(rows, 1):
         progress.say(f"row {number} of {len(rows)}: {cell.label}")
-        students.setdefault(fingerprint(dict(cell.convert)), _cell(work, cell))
+        students.setdefault(fingerprint(dict(cell.convert)), _cell(work, cell, reference))
     if recipe.bench is not None:
         settings = decode(BenchSettings, recipe.bench, "bench")
-        models: list[str | Path] = [recipe.source, *students.values()]
+        models: list[str | Path] = [reference, *students.values()]
         bench(models, settings, records=work.records, name=recipe.name, overwrite=overwrite, progress=progress)
     page = report(work.folder)
     if work.missed:
@@ -93,6 +98,8 @@ def _given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(work: _Run, rows: Sequence[Cell]) -> None:
     """Decode every setting of every row, so that a typing error costs a second and not an hour."""
+    if work.recipe.finetune is not None:
+        _task(work, seed=0)
     for cell in rows:
         for settings in _chain(cell.convert):
             decode(ConvertSettings, _of_stage(settings), "convert")
@@ -156,8 +163,37 @@ def _plans(work: _Run, rows: Sequence[Cell]) -> None:
         record.write(record.make("plan", name, identity, made), work.records)
 
 
-def _cell(work: _Run, cell: Cell) -> Path:
-    """Convert, evaluate, uptrain and evaluate one row; what another row has made already is used as it is."""
+def _pretrain(work: _Run) -> None:
+    """Make the source, where the recipe says how: `source` is then the place where it will lie."""
+    said = work.recipe.pretrain
+    if said is None:
+        return
+    if "config" not in said:
+        raise SettingError("pretrain has no config", where=work.recipe.name, next="add the keys of config.json there")
+    rest = {key: value for key, value in said.items() if key != "config"}
+    settings = decode(PretrainSettings, {"data": work.recipe.data, **rest}, "pretrain")
+    work.folder.mkdir(parents=True, exist_ok=True)
+    pretrain(said["config"], work.recipe.source, settings, overwrite=work.overwrite, progress=work.progress)
+
+
+def _task(work: _Run, seed: int) -> UptrainSettings:
+    """How a model is fine-tuned: by cross-entropy, unless the recipe says otherwise."""
+    said = {"data": work.recipe.data, "loss": "ce", **(work.recipe.finetune or {}), "seed": seed}
+    return decode(UptrainSettings, said, "finetune")
+
+
+def _finetune(work: _Run, model: str | Path, label: str, seed: int) -> Path:
+    """Train a model on the task of the recipe."""
+    out = work.folder / "finetuned" / label
+    return uptrain(model, out, _task(work, seed), overwrite=work.overwrite, progress=work.progress)
+
+
+def _cell(work: _Run, cell: Cell, reference: str) -> Path:
+    """Convert, evaluate, uptrain and evaluate one row; what another row has made already is used as it is.
+
+    With a task to fine-tune on, models are evaluated behind that alone, beside the `reference`; conversion and
+    uptraining are then done once for all seeds.
+    """
     recipe = work.recipe
     name, settings = _method(cell.convert)
     first, *others = _chain(cell.convert)
@@ -167,6 +203,8 @@ def _cell(work: _Run, cell: Cell) -> Path:
     label = _label(cell.convert)
     told: dict[str, Any] = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
     row = {"role": "student", "method": name, **settings, **told, **_told(cell.convert), "alpha": 0}
+    if recipe.finetune is not None:
+        return _tuned_cell(work, cell, converted, row, reference)
     last = cell.uptrain is None
     _evaluate(work, converted, f"{label}/converted", row, teacher=recipe.source, judged=last)
     if cell.uptrain is None:
@@ -190,6 +228,25 @@ def _converted(work: _Run, settings: Mapping[str, Any], source: str | Path) -> P
         overwrite=work.overwrite,
         progress=work.progress,
     )
+
+
+def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any], reference: str) -> Path:
+    """Uptrain a student once, fine-tune it with the seed of the row, and evaluate it."""
+    made, task = converted, _task(work, cell.seed)
+    spent: dict[str, Any] = {"loss_name": "the task"}
+    if cell.uptrain is not None:
+        said = {"seed": 0, **cell.uptrain, "data": work.recipe.data}
+        once = work.folder / "uptrained" / cell.label.rpartition("_seed-")[0]
+        wanted = decode(UptrainSettings, said, "uptrain")
+        made = uptrain(
+            converted, once, wanted, teacher=work.recipe.source, overwrite=work.overwrite, progress=work.progress
+        )
+        spent = _spent(cell.uptrain)
+        spent["loss_name"] = f"{spent['loss_name'] or 'kl'}, then the task"
+    tuned = _finetune(work, made, cell.label, cell.seed)
+    row = {**row, "seed": cell.seed, **spent, "tokens": task.tokens}
+    _evaluate(work, tuned, f"{cell.label}/finetuned", row, teacher=reference, judged=True)
+    return tuned
 
 
 def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:

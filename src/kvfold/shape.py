@@ -106,6 +106,7 @@ class Shape:
     parameters: int
     dtype: str
     max_positions: int
+    encoder_parameters: int = 0  # of all parameters: read once for an input, and not for each token that is written
     root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
 
     @property
@@ -169,6 +170,10 @@ class CacheSpec:
     def bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes that one more decoder token adds, before any window is full."""
         return itemsize * sum(slot.per_token for slot in self._unique())
+
+    def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
+        """Bytes that one more token of an encoder's input adds."""
+        return itemsize * sum(slot.per_encoder_token for slot in self._unique())
 
 
 def grouped_cache(shape: Shape) -> CacheSpec:

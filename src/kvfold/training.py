@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kvfold.data import TokenFile
 from kvfold.errors import Interrupted, SettingError, TrainingError
 from kvfold.output import disk_errors, read_json, write_json
 from kvfold.progress import Progress
@@ -31,9 +30,17 @@ LOG = "train.jsonl"
 STATE = "state.json"  # in the work folder: which of the two slots holds the state to go on from
 
 _NO_MATTER = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")
+_UNSAID = {"optimizer": "adamw", "dropout": None, "tokenizer_data": ()}  # outputs are older than these settings
 
-Objective = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""`ids_BT` (length + 1 wide) -> the loss with a gradient, and its parts by name without one."""
+Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+"""A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""
+
+
+class Batches(Protocol):
+    """What is trained on: the batch of a step, a function of (seed, step), that moves and parts as a tensor does."""
+
+    def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Any:
+        """The rows of a step."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,17 @@ class TrainSettings:
         default=None, metadata={"help": "Sequences of one forward; gradients are summed up to the batch."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    schedule: Literal["cosine", "wsd"] = field(
-        default="cosine", metadata={"help": "Learning rate over steps: cosine, or warmup-stable-decay."}
+    schedule: Literal["cosine", "wsd", "constant"] = field(
+        default="cosine", metadata={"help": "Learning rate over steps: cosine, warmup-stable-decay, or constant."}
     )
     warmup: float = field(default=0.02, metadata={"help": "Share of the steps that warm up."})
     decay: float = field(default=0.2, metadata={"help": "Share of the steps that decay (wsd)."})
     final_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end, as a share of the peak."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices (AdamW)."})
+    optimizer: Literal["adamw", "adafactor"] = field(
+        default="adamw", metadata={"help": "AdamW, or T5's Adafactor: rates are relative to a matrix's own size."}
+    )
+    dropout: float | None = field(default=None, metadata={"help": "Dropout while training; by default the config's."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
     beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment."})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment."})
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
@@ -78,8 +89,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1", got=value)
-        for name in ("warmup", "decay", "final_rate", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("warmup", "decay", "final_rate", "beta1", "beta2", "dropout"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingError(f"{name} is a share", got=getattr(self, name), allowed="0 to 1")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
@@ -96,19 +107,22 @@ class TrainSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the weights: how often to save and to log does not, and what the text is called."""
-        known = asdict(self)
-        return {name: value for name, value in known.items() if name not in _NO_MATTER}
+        known = {name: value for name, value in asdict(self).items() if name not in _NO_MATTER}
+        return {name: value for name, value in known.items() if name not in _UNSAID or value != _UNSAID[name]}
 
 
 def rate(settings: TrainSettings, step: int, steps: int) -> float:
     """Share of the peak learning rate at a step of `steps`.
 
     Both schedules rise linearly over the warmup. `cosine` then falls as half a cosine; `wsd` stays, and falls as
-    `1 - sqrt` over the last steps (Hägele et al. 2024, arXiv 2405.18392); both end near `final_rate`.
+    `1 - sqrt` over the last steps (Hägele et al. 2024, arXiv 2405.18392); both end near `final_rate`. `constant` stays:
+    T5's own schedule, `1 / sqrt(n)`, is 1e-3 for all of an uptraining that begins behind a million steps.
     """
     warmup = round(settings.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
     if settings.schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
         fall = 0.5 * (1 - math.cos(math.pi * done))
@@ -149,9 +163,28 @@ def best_device() -> str:
 def place(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """Put a model where it trains, ready to train. Sharding wraps it here."""
     model.to(best_device()).train()
+    if settings.dropout is not None:
+        for module in model.modules():
+            name = "p" if isinstance(module, nn.Dropout) else "dropout"  # the latter of attention probabilities
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, settings.dropout)
     if settings.compile:
-        model.base_model.compile()  # type: ignore[union-attr]
+        paired: Any = model
+        for part in (paired.encoder, paired.decoder) if hasattr(model, "encoder") else (paired.base_model,):
+            part.compile()
     return model
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimiser of a stretch.
+
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is torch's: steps are scaled by a matrix's own root mean square
+    and clipped at 1, second moments are kept by row and column, first moments not at all.
+    """
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
 # --- state on disk -------------------------------------------------------------------------------------------------
@@ -276,7 +309,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 def train(
     model: nn.Module,
     works: Sequence[Work],
-    tokens: TokenFile,
+    tokens: Batches,
     settings: TrainSettings,
     folder: Path,
     progress: Progress,
@@ -317,7 +350,7 @@ class _Run:
 
     model: nn.Module
     work: Work
-    tokens: TokenFile
+    tokens: Batches
     settings: TrainSettings
     state: State
     position: Position
@@ -331,12 +364,7 @@ class _Run:
         self.parameters = [parameter for group in self.work.groups() for parameter in group["params"]]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self.work.groups(),
-            lr=self.settings.learning_rate,
-            betas=(self.settings.beta1, self.settings.beta2),
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.work.groups(), self.settings)
         self.saved = self.started = self.noted = time.monotonic()
         self.first = self.noted_step = self.position.step
 
@@ -368,7 +396,7 @@ class _Run:
         """One optimiser step: loss, its parts, the gradient's norm before clipping, the learning rate."""
         settings, position = self.settings, self.position
         torch.manual_seed(settings.seed * 1_000_003 + position.step)  # dropout, where a model has it
-        ids_BT = self.tokens.batch(
+        batch = self.tokens.batch(
             position.step, seed=settings.seed, batch_size=settings.batch_size, length=settings.sequence_length
         )
         lr = settings.learning_rate * rate(settings, position.stage_step, self.work.steps)
@@ -380,9 +408,9 @@ class _Run:
         parts: dict[str, float] = {}
         device = best_device()
         self.optimizer.zero_grad(set_to_none=True)
-        for rows_BT in ids_BT.to(device, non_blocking=True).split(micro):  # type: ignore[no-untyped-call]
+        for rows in batch.to(device, non_blocking=True).split(micro):
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
-                value, named = self.work.objective(rows_BT)
+                value, named = self.work.objective(rows)
             (value / count).backward()  # type: ignore[no-untyped-call]
             loss += float(value.detach()) / count
             for name, part in named.items():

@@ -25,6 +25,7 @@ from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.output import disk_errors, open_output
 from kvfold.progress import SILENT, Progress
+from kvfold.seq2seq import Pairs, corpus
 from kvfold.shape import Stage
 from kvfold.stages import (
     OF_A_TEACHER,
@@ -137,7 +138,7 @@ def uptrain(
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     stages = _stages(settings, source, guide)
-    tokens = token_file(
+    tokens = (corpus if source.family.encoder_decoder else token_file)(
         settings.data,
         source.path,
         enough=amount + 1,
@@ -310,12 +311,13 @@ def objective(
     paths: Sequence[str],
     settings: UptrainSettings,
 ) -> Objective:
-    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, to the loss and its parts."""
+    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts."""
     asks, matching = bool(OF_A_TEACHER & set(losses)), "attention" in losses
     forced = matching and len(losses) == 1 and settings.attention_inputs == "teacher"
 
-    def evaluate(ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+    def evaluate(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        read, target_BT, counts_BT = distill.parted(batch)
+        counted = slice(None) if counts_BT is None else counts_BT
         with ExitStack() as stack:
             guide = None
             if asks:
@@ -326,13 +328,18 @@ def objective(
                 if forced:
                     stack.enter_context(distill.same_inputs(model, teacher, paths))
                 with torch.no_grad():
-                    guide = (distill.hidden_states(teacher, input_BT), distill.Head.of(teacher))
-            h_BTD = distill.hidden_states(model, input_BT)
+                    guide = (distill.hidden_states(teacher, read)[counted], distill.Head.of(teacher))
+            h_BTD = distill.hidden_states(model, read)
             total = h_BTD.new_zeros(())
             parts: dict[str, Tensor] = {}
             if len(losses) > matching:
                 total, parts = distill.token_losses(
-                    h_BTD, distill.Head.of(model), target_BT, losses, teacher=guide, temperature=settings.temperature
+                    h_BTD[counted],
+                    distill.Head.of(model),
+                    target_BT[counted],
+                    losses,
+                    teacher=guide,
+                    temperature=settings.temperature,
                 )
             if matching:
                 distance = distill.attention_matching(ours, theirs)

@@ -70,7 +70,7 @@ def _decode(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None,
     q_BGRE = q_BH1E.reshape(batch, groups, heads // groups, width)
     if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
         mask = mask.reshape(mask.shape[0], groups, heads // groups, mask.shape[-1])
-    if _matmul_is_faster(q_BGRE, k_BGSE) and (mask is None or mask.dtype == torch.bool):
+    if _matmul_is_faster(q_BGRE, k_BGSE):
         o_BGRE = _by_matmul(q_BGRE * scale, k_BGSE, v_BGSE, mask)
     else:
         o_BGRE = scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale)
@@ -96,8 +96,8 @@ def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
 def _by_matmul(q_BGRE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) -> Tensor:
     """Logits, softmax and weighted sum as separate products, the logits in full; `q` is scaled already."""
     logits_BGRS = q_BGRE @ k_BGSE.mT
-    if mask is None:
-        return logits_BGRS.softmax(-1) @ v_BGSE
+    if mask is None or mask.dtype != torch.bool:
+        return (logits_BGRS if mask is None else logits_BGRS + mask).softmax(-1) @ v_BGSE
     # the lowest number and not -inf: a row without any visible key keeps finite gradients, and then gets 0
     logits_BGRS = logits_BGRS.masked_fill(~mask, torch.finfo(logits_BGRS.dtype).min)
     return logits_BGRS.softmax(-1).masked_fill(~mask, 0.0) @ v_BGSE

@@ -22,11 +22,15 @@ llama.cpp rounds activations to the precision of the weights too. A head in a wr
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers answers in float32: prompts, their greedy continuations, and the logits of every position."""
+    """What transformers answers in float32: prompts, their greedy continuations, and the logits of every position.
+
+    Of an encoder-decoder (`paired`) the prompt is what the encoder reads, and positions are those of the answer.
+    """
 
     prompts: list[list[int]]
     answers: list[list[int]]
     logits: list[Logits]  # (T, V) of prompt and answer, the last token's left out
+    paired: bool = False
 
     def texts(self) -> list[list[int]]:
         """The ids that `logits` belong to."""
@@ -45,14 +49,20 @@ def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: in
 
     ids_BT = torch.randint(vocab_size, (prompts, prompt_tokens), generator=torch.Generator().manual_seed(0))
     new_BT, rows, answer, cache = ids_BT, [], [], None
+    paired = bool(model.config.is_encoder_decoder)
     with torch.no_grad():
+        given: dict[str, Any] = {}
+        if paired:
+            given = {"encoder_outputs": model.encoder(ids_BT)}
+            new_BT = torch.full((prompts, 1), getattr(model.config, "decoder_start_token_id", None) or 0)
         for _ in range(new_tokens):
-            found = model(new_BT, past_key_values=cache, use_cache=True)
+            read = {"decoder_input_ids" if paired else "input_ids": new_BT}
+            found = model(**given, **read, past_key_values=cache, use_cache=True)
             cache, new_BT = found.past_key_values, found.logits[:, -1:].argmax(-1)
             rows.append(found.logits.float())
             answer.append(new_BT)
     logits_BTV = torch.cat(rows, dim=1)
-    return Reference(ids_BT.tolist(), torch.cat(answer, dim=1).tolist(), list(logits_BTV.numpy()))
+    return Reference(ids_BT.tolist(), torch.cat(answer, dim=1).tolist(), list(logits_BTV.numpy()), paired)
 
 
 def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -60,7 +70,14 @@ def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequen
 
     `near_ties` of `differing_answers` part where the two best logits are closer than twice the largest difference.
     """
-    expected, got = np.concatenate(known.logits), np.concatenate(list(logits))
+    alike = [
+        _alike(answer, other) if known.paired else len(rows)
+        for answer, other, rows in zip(known.answers, answers, known.logits, strict=True)
+    ]
+    expected, got = (
+        np.concatenate([each[:count] for each, count in zip(rows, alike, strict=True)])
+        for rows in (known.logits, list(logits))
+    )
     difference = got - expected
     largest = float(np.abs(difference).max())
     same = total = differing = ties = 0
@@ -70,7 +87,7 @@ def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequen
         total += length
         same += length if parted is None else parted
         if parted is not None:
-            best = np.sort(rows[len(prompt) - 1 + parted])[-2:]
+            best = np.sort(rows[parted + (0 if known.paired else len(prompt) - 1)])[-2:]
             differing += 1
             ties += bool(best[1] - best[0] <= 2 * largest)
     return {
@@ -82,6 +99,12 @@ def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequen
         "differing_answers": differing,
         "near_ties": ties,
     }
+
+
+def _alike(answer: Sequence[int], other: Sequence[int]) -> int:
+    """How many positions of two answers had the same tokens before them: there, logits can be compared."""
+    length = min(len(answer), len(other))
+    return next((number + 1 for number in range(length) if answer[number] != other[number]), length)
 
 
 def require(found: dict[str, Any], engine: str, weights: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
+from kvfold.export import ct2_pairs
 from kvfold.export.agreement import Logits, Reference
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.output import read_json
@@ -39,11 +40,14 @@ def version() -> str:
 
 def check(source: Checkpoint) -> None:
     """Raise UnsupportedModel for what CTranslate2 has no place for."""
-    common_attention(source, NAME)
+    if source.family.encoder_decoder:
+        ct2_pairs.activation(source)
+    else:
+        common_attention(source, NAME)
 
 
 def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
-    """Write `model.bin`, `config.json` and `vocabulary.json`; takes the modules out of `model` on the way.
+    """Write `model.bin`, `config.json` and the vocabulary; takes the modules out of `model` on the way.
 
     Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids.
     """
@@ -52,13 +56,19 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
 
     from kvfold.hf import load_tokenizer
 
-    loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
-    tokenizer, spec = load_tokenizer(source.path), _specification(source)
+    paired, tokenizer = source.family.encoder_decoder, load_tokenizer(source.path)
     with torch.no_grad():
-        loader.set_decoder(spec.decoder, model.model)
-        loader.set_linear(spec.decoder.projection, model.lm_head)
+        if paired:
+            loader, spec = ct2_pairs.loader(source), ct2_pairs.specification(source, model)
+            ct2_pairs.fill(spec, loader, model)
+            loader.set_vocabulary(spec, loader.get_vocabulary(model, tokenizer))
+        else:
+            loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
+            spec = _specification(source)
+            loader.set_decoder(spec.decoder, model.model)
+            loader.set_linear(spec.decoder.projection, model.lm_head)
+            spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
         loader.set_config(spec.config, model, tokenizer)
-        spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
         spec.validate()
         spec.optimize(quantization=weights)
         spec.save(str(folder))
@@ -107,7 +117,7 @@ def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], 
     Raises UnsupportedModel when CTranslate2 refuses to load or to run it.
     """
     try:
-        return _answer(folder, known, weights)
+        return (ct2_pairs.answer if known.paired else _answer)(folder, known, weights)
     except (ValueError, RuntimeError) as error:  # what its C++ throws
         said = " ".join(str(error).split())[:200]
         raise UnsupportedModel(f"{NAME} cannot run the model: {said}", next="nothing was exported") from error

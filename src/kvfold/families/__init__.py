@@ -34,6 +34,7 @@ class Family:
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> the config.json fields that say it
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
     mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
+    encoder_decoder: bool = False  # does it read one text and write another? Its inputs are then two rows of ids
 
     def module(self, site: Site) -> str:
         """Path of the site's attention module, as `named_modules` of transformers spells it."""
@@ -42,6 +43,16 @@ class Family:
     def tensor(self, site: Site, role: str) -> str:
         """Name of the tensor that plays this role; a role that no source has is named after itself."""
         return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight')}"
+
+
+def own_type(model_type: str) -> str:
+    """The model type of ours for a stock architecture whose stock classes cannot be what a student is."""
+    return f"kvfold_{model_type}"
+
+
+def stock_type(config: Json) -> str:
+    """The stock architecture of a config.json of either kind."""
+    return str(config["model_type"]).removeprefix(own_type(""))
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Json
+from kvfold.families import Json, own_type, stock_type
 from kvfold.shape import Attention, Rope, Shape, Site
 
 TENSORS = {
@@ -36,20 +36,9 @@ OURS = ("per_layer_config", _SOURCES)
 """What config.json says of a model type of ours beyond what it says of a stock one."""
 
 
-def per_layer_type(model_type: str) -> str:
-    """The model type of ours for a stock architecture whose layers differ in their key/value heads."""
-    return f"kvfold_{model_type}"
-
-
 def with_per_layer(*model_types: str) -> tuple[str, ...]:
     """Stock model types, and those of ours that go with them."""
-    return (*model_types, *map(per_layer_type, model_types))
-
-
-def stock_type(config: Json) -> str:
-    """The stock architecture of a config.json of either kind."""
-    model_type = str(config["model_type"])
-    return next((stock for stock in CLASSES if per_layer_type(stock) == model_type), model_type)
+    return (*model_types, *map(own_type, model_types))
 
 
 def number(config: Json, name: str) -> int:
@@ -107,10 +96,10 @@ def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:
     """Key/value heads of each layer. Raises UnsupportedModel for a `per_layer_config` that says anything else."""
     found = [config.get(_HEADS) or heads] * layers
     overrides = config.get("per_layer_config") or {}
-    if overrides and config["model_type"] not in map(per_layer_type, CLASSES):
+    if overrides and config["model_type"] not in map(own_type, CLASSES):
         raise UnsupportedModel(
             f"config.json: per_layer_config, and transformers builds every layer of {config['model_type']} alike",
-            next=f"is its model_type {per_layer_type(config['model_type'])}?",
+            next=f"is its model_type {own_type(config['model_type'])}?",
         )
     for layer, changes in overrides.items():
         if not str(layer).isdecimal() or int(layer) >= layers:
@@ -134,7 +123,7 @@ def _sources(config: Json, heads: Sequence[int], windows: Sequence[int | None]) 
     said = config.get(_SOURCES)
     if said is None:
         return [None] * len(heads)
-    if config["model_type"] not in map(per_layer_type, CLASSES):
+    if config["model_type"] not in map(own_type, CLASSES):
         raise UnsupportedModel(f"config.json: {_SOURCES}, and {config['model_type']} has no layers that share")
     if not isinstance(said, list) or len(said) != len(heads):
         raise UnsupportedModel(f"config.json: {_SOURCES} must name a layer for each of {len(heads)}", got=repr(said))
@@ -161,7 +150,7 @@ def heads_fields(shape: Shape) -> dict[str, Any]:
     if len(times) == 1 and not shape.owners:
         return {"model_type": shape.model_type, "architectures": [name], _HEADS: common}
     fields: dict[str, Any] = {
-        "model_type": per_layer_type(shape.model_type),
+        "model_type": own_type(shape.model_type),
         "architectures": [f"Kvfold{name}"],
         _HEADS: common,
     }

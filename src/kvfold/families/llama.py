@@ -5,14 +5,13 @@ Llama, Mistral (whose sliding window bounds the cache) and every model that shar
 
 from __future__ import annotations
 
-from kvfold.families import Family, Json
+from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import (
     MLP,
     TENSORS,
     decoder_shape,
     heads_fields,
     number,
-    stock_type,
     tiny_decoder,
     with_per_layer,
 )

@@ -5,14 +5,15 @@ Importing it registers the attention `kvfold` with transformers' own interfaces;
 
 from __future__ import annotations
 
-from kvfold.hf import per_layer as per_layer  # registers its classes
+from kvfold.hf import encoder_decoder as encoder_decoder  # registers its classes
+from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
 from kvfold.hf.attention import attention_outputs, with_attention
-from kvfold.hf.decoding import CacheKind, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.decoding import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers
 from kvfold.hf.loading import build, load, load_tokenizer
-from kvfold.hf.watching import WATCHED, Attended, attend
+from kvfold.hf.watching import WATCHED, Attended, attend, probabilities
 
 __all__ = [
     "ATTENTION",
@@ -25,12 +26,14 @@ __all__ = [
     "attend",
     "attention_outputs",
     "build",
+    "encode",
     "fork",
     "generate",
     "live_cache_bytes",
     "load",
     "load_tokenizer",
     "new_cache",
+    "probabilities",
     "read",
     "with_attention",
 ]

@@ -24,7 +24,7 @@ NAME = "kvfold"
 NAME_FP8 = "kvfold_fp8"
 """The same attention over a cache of fp8, as engines keep one when they are told to: for measuring what that costs."""
 
-_REFUSED = ("softcap", "s_aux", "position_bias")
+_REFUSED = ("softcap", "s_aux")
 
 
 def forward(
@@ -36,11 +36,13 @@ def forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention signature -> `(o_BTHE, None)`: attention weights are never made.
 
-    A window is in the mask already. Raises SettingError for what this attention cannot honour.
+    A window is in the mask already. `position_bias` (1, H, T, S) is added to the logits. Raises SettingError for what
+    this attention cannot honour.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -50,10 +52,27 @@ def forward(
     if causal and tokens > 1:
         # no mask and more keys than queries: the empty tail of a static cache that is being prefilled
         key_BGSE, value_BGSE = key_BGSE[:, :, :tokens], value_BGSE[:, :, :tokens]
+        position_bias = None if position_bias is None else position_bias[..., :tokens]
+    if position_bias is not None:
+        attention_mask, causal = biased(position_bias, attention_mask, causal), False
     o_BHTE = grouped_attention(
         query_BHTE, key_BGSE, value_BGSE, mask=attention_mask, causal=causal, scale=scaling, dropout=dropout
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
+
+
+def biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """A bias of positions and a mask as one float mask; what may not be seen has the lowest number, and not -inf.
+
+    A row of padding that sees nothing then stays finite, as it does in transformers' own attention.
+    """
+    lowest = torch.finfo(bias_1HTS.dtype).min
+    if mask is not None:
+        return bias_1HTS.masked_fill(~mask, lowest) if mask.dtype == torch.bool else bias_1HTS + mask
+    if not causal or bias_1HTS.shape[2] == 1:
+        return bias_1HTS
+    seen_TS = torch.ones(bias_1HTS.shape[2:], dtype=torch.bool, device=bias_1HTS.device).tril()
+    return bias_1HTS.masked_fill(~seen_TS, lowest)
 
 
 def _forward_fp8(

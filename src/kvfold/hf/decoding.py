@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from kvfold.errors import SettingError
 
@@ -33,12 +33,20 @@ def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any)
 def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
     """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
 
-    Raises SettingError when transformers has no fp8 cache for this model (a sliding window).
+    That of an encoder-decoder has two parts, of which the second keeps what the encoder's output is looked at by; it
+    grows once, and is never static. Raises SettingError when transformers has no fp8 cache for this model (a sliding
+    window, an encoder-decoder).
     """
+    pair = bool(model.config.is_encoder_decoder)
+    config = model.get_decoder().config if pair else model.config  # the encoder may have another number of layers
     if kind == "growing":
-        return DynamicCache(config=model.config)
+        own = DynamicCache(config=config)
+        return EncoderDecoderCache(own, DynamicCache(config=config)) if pair else own
     if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=length)
+        fixed = StaticCache(config=config, max_cache_len=length)
+        return EncoderDecoderCache(fixed, DynamicCache(config=config)) if pair else fixed
+    if pair:
+        raise SettingError("transformers has no fp8 cache for encoder-decoders")
     try:
         return QuantizedCache("fp8", model.config)
     except ValueError as error:
@@ -46,12 +54,26 @@ def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
         raise SettingError(f"transformers has no fp8 cache for layers {what}") from error
 
 
-def read(model: Any, ids_BT: Tensor, cache: Cache) -> Tensor:
-    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph."""
+def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = None) -> Tensor:
+    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph.
+
+    The decoder of an encoder-decoder also looks at what its encoder made of an input: `encode`.
+    """
+    more: dict[str, Any] = {"input_ids": ids_BT, "logits_to_keep": 1}
+    if encoded_BSD is not None:
+        more = {"decoder_input_ids": ids_BT, "encoder_outputs": (encoded_BSD,)}
     with torch.inference_mode():
-        logits_B1V = model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits_B1V = model(**more, past_key_values=cache, use_cache=True).logits
     assert isinstance(logits_B1V, Tensor)
     return logits_B1V[:, -1]
+
+
+def encode(model: Any, ids_BS: Tensor) -> Tensor:
+    """What the encoder of an encoder-decoder makes of an input, `encoded_BSD`, without a graph."""
+    with torch.inference_mode():
+        encoded_BSD = model.get_encoder()(ids_BS).last_hidden_state
+    assert isinstance(encoded_BSD, Tensor)
+    return encoded_BSD
 
 
 def live_cache_bytes(cache: Cache) -> int:
@@ -61,7 +83,10 @@ def live_cache_bytes(cache: Cache) -> int:
     one its scales. Counters of tokens (integers without dimensions) do not count.
     """
     storages: dict[tuple[torch.device, int], int] = {}
-    waiting: list[Any] = [vars(layer) for layer in cache.layers]
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    waiting: list[Any] = [vars(layer) for part in parts for layer in part.layers]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
@@ -81,6 +106,10 @@ def fork(cache: Cache) -> Cache:
     A growing cache never writes into its tensors; a static one writes only behind its tokens, so of its forks only
     the last is whole.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        both = EncoderDecoderCache(fork(cache.self_attention_cache), fork(cache.cross_attention_cache))
+        both.is_updated = dict(cache.is_updated)
+        return both
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:

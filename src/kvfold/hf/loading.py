@@ -11,12 +11,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from kvfold.checkpoint import Checkpoint, locate
 from kvfold.errors import CheckpointError, DataError, SettingError, choices
-from kvfold.families._decoder import OURS, stock_type
+from kvfold.families import all_families, stock_type
+from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
 from kvfold.output import read_json
 
@@ -26,6 +34,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = NAME) -> nn.Module:
     """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
 
+    An encoder-decoder takes `decoder_input_ids` besides.
+
     `attention` is `kvfold`, or one of transformers' own (`sdpa`, `eager`). Raises CheckpointError when the checkpoint
     cannot be read, or its tensors are not exactly those of its architecture (transformers would make up what is
     missing); UnsupportedModel when no family takes it.
@@ -34,7 +44,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     source = Checkpoint.open(path)
     try:
         with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = _auto(source.config).from_pretrained(
                 source.path, dtype=kind, attn_implementation=attention, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -85,11 +95,29 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str = "sdpa", dtyp
         made = AutoConfig.for_model(**config)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(made, attn_implementation=attention, dtype=kind)
+            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind)
+            _untie(model, config)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise SettingError(f"the config makes no model: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _auto(config: Mapping[str, Any]) -> Any:
+    """The Auto class that makes the model of a config."""
+    paired = [kind for family in all_families().values() if family.encoder_decoder for kind in family.model_types]
+    return AutoModelForSeq2SeqLM if config.get("model_type") in paired else AutoModelForCausalLM
+
+
+def _untie(model: Any, config: Mapping[str, Any]) -> None:
+    """Give a fresh model the output projection of its own that its config asks for.
+
+    transformers ties every fresh T5, although T5.1.1 says otherwise and its checkpoints hold two matrices.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if config.get("tie_word_embeddings") is False and head.weight is embedding.weight:
+        head.weight = nn.Parameter(torch.randn_like(head.weight) * head.weight.shape[1] ** -0.5)
+        model.all_tied_weights_keys.pop("lm_head.weight", None)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -16,7 +16,8 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvfold.families._decoder import CLASSES, per_layer_type
+from kvfold.families import own_type
+from kvfold.families._decoder import CLASSES
 from kvfold.hf.sharing import SharedAttention, hand_out, refuse_reentrant, sharing_modes
 
 _HEADS = "num_key_value_heads"
@@ -96,7 +97,7 @@ _WHAT = "with key/value heads of each layer's own, or another layer's"
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = per_layer_type(model_type)
+    ours = own_type(model_type)
     config = _derived(
         getattr(transformers, f"{name}Config"),
         f"Kvfold{name}Config",

@@ -1,22 +1,26 @@
-"""Looking into the attention of a layer: what it is given, its rotated queries and keys, what it makes of them."""
+"""Looking into attentions: what one is given, its rotated queries and keys, what it makes of them, where it looks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvfold.hf.attention import forward
+from kvfold.hf.attention import biased, forward
 from kvfold.hf.layers import Layer
 
 WATCHED = "kvfold_watched"
 """The attention that a `Layers` must be opened with to be watched."""
 
 _SEEN: ContextVar[dict[str, Any]] = ContextVar("seen")
+_LOOKS: ContextVar[Mapping[nn.Module, Callable[[Tensor], None]]] = ContextVar("looks")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,31 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
     )
 
 
+@contextmanager
+def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand the probabilities `p_BHTS` of these attention modules over as they run, one attention at a time.
+
+    The model must have been loaded with the attention `WATCHED`.
+    """
+    token = _LOOKS.set(takers)
+    try:
+        yield
+    finally:
+        _LOOKS.reset(token)
+
+
+def _probabilities(query_BHTE: Tensor, key_BGSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """The softmax over keys, in float32 at least."""
+    key_BHSE = key_BGSE.repeat_interleave(query_BHTE.shape[1] // key_BGSE.shape[1], dim=1)
+    logits_BHTS = scale * (query_BHTE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
+    if mask is not None:
+        logits_BHTS = logits_BHTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits_BHTS + mask
+    if causal:
+        visible_TS = torch.ones(logits_BHTS.shape[2:], dtype=torch.bool, device=logits_BHTS.device).tril()
+        logits_BHTS = logits_BHTS.masked_fill(~visible_TS, -torch.inf)
+    return logits_BHTS.softmax(-1)
+
+
 def _watched(
     module: nn.Module,
     query_BHTE: Tensor,
@@ -98,6 +127,13 @@ def _watched(
         scaling = kwargs.get("scaling")
         scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
         seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
+    taker = _LOOKS.get({}).get(module)
+    if taker is not None:
+        mask, bias = attention_mask, kwargs.get("position_bias")
+        causal = bool(getattr(module, "is_causal", True)) and mask is None and query_BHTE.shape[2] > 1
+        if bias is not None:
+            mask, causal = biased(bias, mask, causal), False
+        taker(_probabilities(query_BHTE, key_BGSE, mask, causal, float(kwargs["scaling"])))
     return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, **kwargs)
 
 

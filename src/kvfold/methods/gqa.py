@@ -93,6 +93,12 @@ class Config:
                 next="fold heads first and share layers then: cla takes a student of gqa",
             )
         if self.kv_heads == AUTO:
+            if any(site.kind == "cross" for site in shape.sites):
+                raise SettingError(
+                    "kv_heads auto is measured on decoders alone",
+                    where="gqa",
+                    next="say how many heads each kind keeps",
+                )
             budgets.check(self.budget, shape, "gqa")
             return
         if self.budget is not None:
@@ -319,9 +325,4 @@ def end(finish: str, student: nn.Module, config: Config) -> None:
 
 def lossless(shape: Shape) -> Config:
     """Keep every head."""
-    kept = {
-        site.kind: attention.num_key_value_heads for site, attention in shape.sites.items() if site.kind != "encoder"
-    }
-    return Config(
-        ",".join(f"{kind}={heads}" for kind, heads in kept.items()) if len(kept) > 1 else next(iter(kept.values()))
-    )
+    return Config(_spelled({site: shape.sites[site].num_key_value_heads for site in budgets.cached(shape)}))

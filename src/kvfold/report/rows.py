@@ -371,7 +371,7 @@ def headline(study: Study) -> Table:
     """One row per student: bytes, losses, distance to the teacher, speed. A column without a number is left out."""
     place = headline_place(study)
     columns = ["model", "training", "cache bytes/token", "of teacher", "loss, merely converted", "loss", "KL"]
-    columns += ["agreement", "recovered", "gap closed"]
+    columns += ["agreement", "recovered", "gap closed", "exact match", "CER"]
     columns += [f"decode at {place[0]:,} × {place[1]}"] if place else []
     rows = []
     for row in study.everyone:
@@ -389,6 +389,7 @@ def headline(study: Study) -> Table:
             percent(row.metric("agreement")) if row.role != "teacher" else NONE,
             NONE if row.recovered is None else f"{row.recovered:.0%}",
             NONE if row.gap_closed is None else f"{row.gap_closed:.0%}",
+            *(percent(next(iter(row.keyed(name).values()), None)) for name in ("exact_match", "cer")),  # fewest beams
         ]
         if place:
             cells.append(f"{row.speedups[place]:.2f}×" if place in row.speedups else NONE)
