@@ -17,7 +17,8 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
+    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"}
+    | {"planes", "factor", "latents"},
     {"methods", "families"},
     {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
     | {"lineage", "moments", "sensitivity", "spool"},

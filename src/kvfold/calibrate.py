@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from kvfold.hf import Layer, Layers
 
-FORMAT = 3  # of the kept answers
+FORMAT = 4  # of the kept answers
 BATCH = 512  # tokens: neighbouring rows of one length are read together up to here
 MEMORY_SHARE = 0.8  # of the device's memory, when max_bytes says nothing
 

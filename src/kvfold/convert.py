@@ -45,7 +45,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, Answers, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, WHOLE, Answers, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def convert(
     if options.calibration is None:
         settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
-    config.check(source.shape)
+    methods.check(method, config, source.shape)
     options = replace(options, repair=_repairs(chosen, config, source, options))
     calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
     if calibration:
@@ -326,7 +326,8 @@ class _Job:
             old = {role: source.family.tensor(site, role) for role in source.shape.sites[site].roles()}
             kinds = {role: specs.pop(name).dtype for role, name in old.items()}
             for role, shape in student.shape.sites[site].roles().items():
-                specs[source.family.tensor(site, role)] = TensorSpec(shape, kinds.get(role, kinds["q"]))
+                kind = "int64" if role in WHOLE else kinds.get(role, kinds["q"])
+                specs[source.family.tensor(site, role)] = TensorSpec(shape, kind)
         if dtype != "source":
             specs = {
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()

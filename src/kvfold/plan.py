@@ -217,7 +217,7 @@ def plan(
     shape = rooted(family.shape(config), lineage)
     chosen = methods.get(method)
     made = decode(chosen.Config, settings or {}, method)
-    made.check(shape)
+    methods.check(method, made, shape)
     student = chosen.student(made, shape)
     fields = family.fields(student.shape)  # says so now when no architecture can express the student
     device = hardware(options.hardware)

@@ -14,7 +14,7 @@ from kvfold.families._decoder import (
     number,
     stock_type,
     tiny_decoder,
-    with_per_layer,
+    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -33,7 +33,7 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="llama",
-    model_types=with_per_layer("llama", "mistral"),
+    model_types=with_ours("llama", "mistral"),
     about="Llama, Mistral (sliding window) and every decoder of that layout",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

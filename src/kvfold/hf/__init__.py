@@ -5,6 +5,7 @@ Importing it registers the attention `kvfold` with transformers' own interfaces;
 
 from __future__ import annotations
 
+from kvfold.hf import latent as latent  # registers its classes
 from kvfold.hf import per_layer as per_layer  # registers its classes
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8

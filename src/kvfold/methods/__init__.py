@@ -102,3 +102,18 @@ def get(name: str) -> Method:
             f"method {name!r} is not known", allowed=", ".join(methods), next=did_you_mean(name, methods)
         )
     return methods[name]
+
+
+def check(name: str, config: Any, shape: Shape) -> None:
+    """Refuse a source that this method cannot take with these settings.
+
+    Raises SettingError, also for sites whose keys and values another method has replaced already.
+    """
+    for site in (site for group in get(name).groups(config, shape) for site in group):
+        if shape.sites[site].kept is not None:
+            raise SettingError(
+                f"{site} keeps {' and '.join(shape.sites[site].cached)} already, and no keys and values of heads",
+                where=name,
+                next="convert the checkpoint that it was made from",
+            )
+    config.check(shape)
