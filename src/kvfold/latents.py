@@ -29,6 +29,8 @@ Search = Literal["elite", "contribution", "uniform"]
 Metric = Literal["outputs", "inputs", "weights"]
 Factor = Literal["joint", "separate"]
 
+AVERAGED = 0.1  # errors of logits, of many keys, partly cancel in what a query attends to: measured (docs/log.md)
+
 
 # --- which planes -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,8 @@ def _key_metric(cut: Cut, roles: Roles, moments: Moments, within_DD: Tensor) -> 
     order_HE = cut.order_GE.repeat_interleave(attention.query_group, 0)[:, rotated:]
     gram_HNN = moments.query_HEE.take_along_dim(order_HE[:, :, None], 1).take_along_dim(order_HE[:, None], 2)
     scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
-    return _over_groups(scale**2 * spreads(cut, roles, within_DD)[:, None, None] * gram_HNN, attention)
+    weight_H11 = AVERAGED * scale**2 * spreads(cut, roles, within_DD)[:, None, None]
+    return _over_groups(weight_H11 * gram_HNN, attention)
 
 
 def cut_site(

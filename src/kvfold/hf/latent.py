@@ -33,7 +33,7 @@ class LatentAttention(nn.Module):
     planes: Tensor
 
     def __init__(self, config: Any, stock: Any) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not the stock attention's, behind which a derived class puts this one
         self.config, self.layer_idx = config, stock.layer_idx
         self.head_dim, self.scaling = stock.head_dim, stock.scaling
         self.groups, self.num_key_value_groups = config.num_key_value_heads, stock.num_key_value_groups
@@ -121,11 +121,13 @@ class LatentAttention(nn.Module):
 class _Latent:
     """In front of a stock model class: every layer's attention becomes latent."""
 
+    latent_attention: type[LatentAttention]
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
         for layer in model.base_model.layers:
-            layer.self_attn = LatentAttention(config, layer.self_attn)
+            layer.self_attn = self.latent_attention(config, layer.self_attn)
         model.post_init()  # draws the weights of what is new
 
 
@@ -142,10 +144,12 @@ def _register(model_type: str, name: str) -> None:
     ours = latent_type(model_type)
     config = _derived(getattr(transformers, f"{name}Config"), f"KvfoldLatent{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
+    stock: Any = getattr(transformers, f"{name}Model")
+    # a kind of the stock attention: by its class a model finds what it is asked to show
+    attention = _derived(stock._can_record_outputs["attentions"], f"KvfoldLatent{name}Attention", LatentAttention)
     for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        stock: Any = getattr(transformers, f"{name}{end}")
-        seen = {**(stock._can_record_outputs or {}), "attentions": LatentAttention}
-        fields = {"config_class": config, "_can_record_outputs": seen}
+        stock = getattr(transformers, f"{name}{end}")
+        fields = {"config_class": config, "latent_attention": attention}
         auto.register(config, _derived(stock, f"KvfoldLatent{name}{end}", _Latent, **fields))
 
 
