@@ -45,7 +45,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, WHOLE, Answers, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, WHOLE, Answers, FoldedKL, Question, Reckoned, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -252,11 +252,27 @@ class _Calibration:
         from kvfold.sensitivity import measure
 
         folds = [each for each in self.questions if isinstance(each, FoldedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL | Reckoned)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
-        if not folds:
-            return answers
-        return {**answers, **measure(source, method, config, folds, answers, self.tokens, progress=progress)}
+        if folds:
+            answers = {**answers, **measure(source, method, config, folds, answers, self.tokens, progress=progress)}
+        return {**answers, **self._reckoned(source, method, config, answers, progress)}
+
+    def _reckoned(
+        self, source: Checkpoint, method: methods.Method, config: Any, answers: Answers, progress: Progress
+    ) -> Answers:
+        """What the method makes of sites before anything is resolved, one after the other."""
+        found: dict[Question, Mapping[str, Tensor]] = {}
+        asked = sorted(each.site for each in self.questions if isinstance(each, Reckoned))
+        progress.start("reckoning", len(asked), "sites")
+        try:
+            for site in asked:
+                reckon: Any = getattr(method, "reckon")  # noqa: B009 - of methods that ask; no part of every contract
+                found[Reckoned(site)] = reckon(site, _tensors(source, site), answers, config)
+                progress.advance(1)
+        finally:
+            progress.stop()
+        return found
 
 
 def _calibration(
@@ -366,12 +382,7 @@ class _Job:
     def _convert(self, group: Sequence[Site], writer: Writer, crew: _Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
         name = self.source.family.tensor
-        given = {}
-        for site in group:
-            attention = self.source.shape.sites[site]
-            given[site] = SiteTensors(
-                attention, {role: self.source.read(name(site, role)) for role in attention.roles()}
-            )
+        given = {site: _tensors(self.source, site) for site in group}
         if fold := getattr(self.method, "fold", None):
             converted, told = fold(given, self.answers, self.config)
             if told:  # before the tensors: what is written is not converted again by work that goes on
@@ -407,6 +418,12 @@ class _Job:
         """Hash a tensor of the source that the student does not keep."""
         self.source.digests[name] = digest(tensor)
         return 0
+
+
+def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
+    """What a method is handed of a site."""
+    attention = source.shape.sites[site]
+    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
 
 
 class _Crew:

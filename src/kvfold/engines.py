@@ -55,9 +55,11 @@ _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
 
 def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
     """Every engine that was looked at, for a student of this source architecture."""
-    if student.model_type is not None:
+    kept = next((each.cached for each in student.shape.sites.values() if each.kept is not None), None)
+    if student.model_type is not None or kept is not None:
+        what = student.model_type if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
-        rest = (Engine(known.name, False, f"does not know {student.model_type}", "no") for known in _KNOWN[1:])
+        rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
     mixed = len({attention.num_key_value_heads for attention in student.shape.sites.values()}) > 1
     return tuple(

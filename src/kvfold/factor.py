@@ -69,8 +69,7 @@ def separate(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
     rows, width = sum(len(block.rows_ND) for block in blocks), blocks[0].rows_ND.shape[1]
     if rank >= rows:
         return _exact(blocks, rank, rows, width)
-    spectra = [_spectrum(block) for block in blocks]
-    ends = torch.cat([values_D[: len(block.rows_ND)] for block, values_D in zip(blocks, spectra, strict=True)])
+    ends = torch.cat([spectrum([block])[: len(block.rows_ND)] for block in blocks])
     owner = torch.cat([torch.full((len(block.rows_ND[:width]),), n) for n, block in enumerate(blocks)])
     taken = owner[ends.argsort(descending=True, stable=True)[:rank]]
     ranks = [int((taken == number).sum()) for number in range(len(blocks))]
@@ -97,21 +96,21 @@ def _exact(blocks: Sequence[Block], rank: int, rows: int, width: int) -> tuple[T
     return down_RD, list(torch.split(up_NR, [len(block.rows_ND) for block in blocks]))
 
 
+def spectrum(blocks: Sequence[Block]) -> Tensor:
+    """What each direction of the blocks' outputs is worth on inputs of their mean moments, the largest first, `D`."""
+    root_DD, _ = psd_roots(torch.stack([block.gram_DD for block in blocks]).mean(0))
+    weighted_ND = torch.cat([block.root_NN @ block.rows_ND for block in blocks]) @ root_DD
+    values_D: Tensor = torch.linalg.eigvalsh(weighted_ND.T @ weighted_ND).flip(0)
+    return values_D.clamp_min(0)
+
+
 def _principal(blocks: Sequence[Block], rank: int) -> Tensor:
-    """The leading directions of the blocks' outputs, on inputs of the blocks' mean moments; of unit variance."""
+    """The leading directions of the blocks' outputs on inputs of their mean moments, in units of their spread."""
     root_DD, inverse_DD = psd_roots(torch.stack([block.gram_DD for block in blocks]).mean(0))
     weighted_ND = torch.cat([block.root_NN @ block.rows_ND for block in blocks]) @ root_DD
     _, vectors_DD = torch.linalg.eigh(weighted_ND.T @ weighted_ND)
     down_RD: Tensor = vectors_DD[:, vectors_DD.shape[1] - rank :].flip(1).T @ inverse_DD
     return down_RD
-
-
-def _spectrum(block: Block) -> Tensor:
-    """What each direction of a block's output is worth, the largest first."""
-    root_DD, _ = psd_roots(block.gram_DD)
-    weighted_ND = block.root_NN @ block.rows_ND @ root_DD
-    values_N: Tensor = torch.linalg.svdvals(weighted_ND).square()
-    return values_N
 
 
 def _read(block: Block, down_RD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ bias behind the latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold import planes
-from kvfold.factor import Block, joint, separate
+from kvfold.factor import Block, joint, separate, spectrum
 from kvfold.linalg import psd_roots
 from kvfold.merge import Moments
 from kvfold.rope import frequencies, pairs
@@ -30,32 +30,51 @@ Metric = Literal["outputs", "inputs", "weights"]
 Factor = Literal["joint", "separate"]
 
 AVERAGED = 0.1  # errors of logits, of many keys, partly cancel in what a query attends to: measured (docs/log.md)
+TURNED = 0.1  # the same, of planes that are not turned
+ALIKE = 1.02  # times the least error: what makes no difference, and may be chosen by speed
+LEAST = 1e-3  # of the mean over heads: how little the values of a head can count
 
 
 # --- which planes -----------------------------------------------------------------------------------------------------
 
 
-def choose(
-    attention: Attention, search: Search, kept: int, sample: Mapping[str, Tensor] | None
-) -> tuple[Tensor, list[float]]:
-    """The planes that each key head keeps, `planes_GK` ascending, and by head the mean error of a logit without the
-    rest.
+@dataclass(frozen=True)
+class Survey:
+    """What pairs of queries and keys say of each number of rotated planes.
 
-    `sample` answers SampledPairs; `uniform` needs none, and then no error is known.
+    `planes` (G, K) are those that each key head would keep, ascending. What is lost of logits without the others is
+    `left`, the mean error by key head, and `variance_H`; neither is known without a sample.
     """
-    rope = _rope(attention)
+
+    planes: Mapping[int, Tensor]
+    left: Mapping[int, Sequence[float]]
+    variance_H: Mapping[int, Tensor]
+
+
+def survey(attention: Attention, search: Search, numbers: Sequence[int], sample: Mapping[str, Tensor] | None) -> Survey:
+    """Choose planes for each of these numbers; `sample` answers SampledPairs, and `uniform` needs none."""
+    rope, query_group = _rope(attention), attention.query_group
+    even = {kept: planes.uniform(rope.dims // 2, kept) for kept in numbers}
     if sample is None:
         assert search == "uniform"
-        return planes.uniform(rope.dims // 2, kept).repeat(attention.num_key_value_heads, 1), []
-    chosen, left = [], []
+        return Survey({kept: each.repeat(attention.num_key_value_heads, 1) for kept, each in even.items()}, {}, {})
+    chosen: dict[int, list[Tensor]] = {kept: [] for kept in numbers}
+    left: dict[int, list[float]] = {kept: [] for kept in numbers}
+    variances: dict[int, list[Tensor]] = {kept: [] for kept in numbers}
     for seen in planes.pairs_of(attention, rope, sample):
-        if search == "uniform":
-            order = planes.uniform(rope.dims // 2, kept)
-        else:
-            order = planes.elite(seen)[0] if search == "elite" else planes.contribution(seen)
-        chosen.append(order[:kept].sort().values)
-        left.append(planes.left(seen, chosen[-1]))
-    return torch.stack(chosen), left
+        order = {"elite": lambda seen: planes.elite(seen)[0], "contribution": planes.contribution}.get(search)
+        order_C = order(seen) if order else None
+        for kept in numbers:
+            mine_K = even[kept] if order_C is None else order_C[:kept].sort().values
+            error_X = planes.left(seen, mine_K)
+            chosen[kept].append(mine_K)
+            left[kept].append(float(error_X.abs().mean()))
+            variances[kept].append(error_X.view(query_group, -1).var(1, correction=0))
+    return Survey(
+        {kept: torch.stack(each) for kept, each in chosen.items()},
+        left,
+        {kept: torch.cat(each) for kept, each in variances.items()},
+    )
 
 
 def coordinates(attention: Attention, planes_GK: Tensor) -> Tensor:
@@ -134,15 +153,18 @@ def blocks(cut: Cut, roles: Roles, metric: Metric, moments: Moments | None, gram
         balance = (values.power() / len(v_MD) / power) ** 0.5 if power > 0 else 1.0
         return [Block(free_ND, balance * one_N, gram_DD), values]
     assert moments is not None
-    seen_DD, attended_DD = (
-        gram - torch.outer(mean, mean)
-        for gram, mean in ((moments.gram_DD, moments.mean_D), (moments.attended_DD, moments.attended_mean_D))
-    )
-    keys_GNN, values_GEE = _key_metric(cut, roles, moments, seen_DD - attended_DD), _value_metric(cut, roles)
+    seen_DD, attended_DD = _covariances(moments)
+    keys_GNN, values_GEE = _key_metric(cut, roles, moments), _value_metric(cut, roles)
     return [
         Block(free_ND, _by_heads(psd_roots(keys_GNN)[0]), seen_DD),
         Block(v_MD, _by_heads(psd_roots(values_GEE)[0]), attended_DD),
     ]
+
+
+def _covariances(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Of the inputs, and of their averages by attention."""
+    seen_DD = moments.gram_DD - torch.outer(moments.mean_D, moments.mean_D)
+    return seen_DD, moments.attended_DD - torch.outer(moments.attended_mean_D, moments.attended_mean_D)
 
 
 def _by_heads(metric_GNN: Tensor) -> Tensor:
@@ -166,29 +188,29 @@ def _value_metric(cut: Cut, roles: Roles) -> Tensor:
 
 def _over_groups(heads_HEE: Tensor, attention: Attention) -> Tensor:
     """The sum over the query heads of each key head."""
-    return heads_HEE.view(-1, attention.query_group, *heads_HEE.shape[1:]).sum(1)
+    groups = attention.num_key_value_heads
+    return heads_HEE.view(groups, attention.query_group, *heads_HEE.shape[1:]).sum(1)
 
 
-def spreads(cut: Cut, roles: Roles, within_DD: Tensor) -> Tensor:
+def spreads(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
     """How far the values of a query lie apart behind `o`, by head: what an error of one logit does, `spread_H`.
 
-    `within_DD` is the covariance of the inputs that one query attends to: all of it, less that of their averages.
+    Inputs that one query attends to have the covariance of all, less that of their averages.
     """
-    group = cut.attention.query_group
-    o_HDE, v_HED = _outputs(cut.attention, roles), cut.v_GED.repeat_interleave(group, 0)
-    power_HEE = torch.einsum("hed,df,hgf->heg", v_HED, within_DD, v_HED)
-    apart_H = torch.einsum("hde,heg,hdg->h", o_HDE, power_HEE, o_HDE)
-    return apart_H.clamp_min(1e-3 * apart_H.mean().clamp_min(torch.finfo(torch.float64).tiny))
+    seen_DD, attended_DD = _covariances(moments)
+    o_HDE, v_HED = _outputs(cut.attention, roles), cut.v_GED.repeat_interleave(cut.attention.query_group, 0)
+    within_HEE = v_HED @ (seen_DD - attended_DD) @ v_HED.mT
+    apart_H = ((o_HDE @ within_HEE) * o_HDE).sum((1, 2))
+    return apart_H.clamp_min(LEAST * apart_H.mean().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _key_metric(cut: Cut, roles: Roles, moments: Moments, within_DD: Tensor) -> Tensor:
+def _key_metric(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
     """What an error of an unrotated key costs: its square in a logit, by how far values lie apart, `(G, N, N)`."""
     attention, rotated = cut.attention, cut.rotated_GPX.shape[1]
     order_HE = cut.order_GE.repeat_interleave(attention.query_group, 0)[:, rotated:]
     gram_HNN = moments.query_HEE.take_along_dim(order_HE[:, :, None], 1).take_along_dim(order_HE[:, None], 2)
     scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
-    weight_H11 = AVERAGED * scale**2 * spreads(cut, roles, within_DD)[:, None, None]
-    return _over_groups(weight_H11 * gram_HNN, attention)
+    return _over_groups(AVERAGED * scale**2 * spreads(cut, roles, moments)[:, None, None] * gram_HNN, attention)
 
 
 def cut_site(
@@ -223,3 +245,44 @@ def cut_site(
     if len(k_up_NR):
         new["k_up"] = k_up_NR
     return {**new, "v_up": v_up_MR, "v_up_bias": v_bias_M, "planes": planes_GK}, lost / whole if whole > 0 else 0.0
+
+
+# --- how much of each
+# ---------------------------------------------------------------------------------------------------
+
+
+def reckoned(
+    attention: Attention,
+    roles: Roles,
+    search: Search,
+    numbers: Sequence[int],
+    sample: Mapping[str, Tensor],
+    moments: Moments,
+) -> Tensor:
+    """What every split of a site is reckoned to lose behind `o`, as a part of the power of all its values, `error_CR`.
+
+    C runs over these numbers of rotated planes, R over latents of 0 to D numbers. It is what logits lose by planes that
+    are not turned, as far as values lie apart, and what the latent loses, under the mean of the moments of both blocks.
+    """
+    found, width = survey(attention, search, numbers, sample), attention.hidden_size
+    rows = []
+    for kept in numbers:
+        cut = Cut.of(attention, roles, found.planes[kept])
+        weighed = blocks(cut, roles, "outputs", moments, None)
+        lost_R = torch.zeros(width + 1, dtype=torch.float64)
+        lost_R[:width] = spectrum(weighed).flip(0).cumsum(0).flip(0)
+        turned = TURNED * float((spreads(cut, roles, moments) * found.variance_H[kept]).sum())
+        rows.append((lost_R + turned) / weighed[1].power())
+    return torch.stack(rows)
+
+
+def best_split(error_CR: Tensor, elements_CR: Tensor, room: int) -> tuple[int, int]:
+    """The split of a site, as an index into its errors, that loses least within `room` elements.
+
+    Splits that cannot be are infinite. Of those that lose at most `ALIKE` times as much the one with the narrowest
+    latent is taken: it decodes fastest.
+    """
+    error_CR = error_CR.masked_fill(elements_CR > room, torch.inf)
+    alike_CR = error_CR <= ALIKE * error_CR.min()
+    width = int(alike_CR.any(0).nonzero()[0])
+    return int(error_CR[:, width].argmin()), width

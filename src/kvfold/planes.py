@@ -85,7 +85,7 @@ def uniform(planes: int, kept: int) -> Tensor:
     return torch.linspace(0, planes - 1, kept, dtype=torch.float64).round().long()
 
 
-def left(seen: Pairs, kept_K: Tensor) -> float:
-    """The mean of |S_E - S| in logits when these planes of a key head are rotated and no others."""
+def left(seen: Pairs, kept_K: Tensor) -> Tensor:
+    """S - S_E, what each logit loses when these planes of a key head are rotated and no others, `error_X`."""
     others_C = torch.ones(seen.lost_XC.shape[1], dtype=torch.bool).index_fill(0, kept_K, False)
-    return float(seen.lost_XC[:, others_C].sum(1).abs().mean())
+    return seen.lost_XC[:, others_C].sum(1)

@@ -333,7 +333,19 @@ class FoldedKL:
         return 8
 
 
-Question = Request | FoldedKL
+@dataclass(frozen=True)
+class Reckoned:
+    """What a method itself reckons of a site, from its tensors and the answers: what its `reckon` returns."""
+
+    site: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the answer: a table of a few numbers for each coordinate of the input."""
+        attention = shape.sites[self.site]
+        return 8 * attention.hidden_size * attention.head_dim
+
+
+Question = Request | FoldedKL | Reckoned
 Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 

@@ -27,6 +27,9 @@ def common_attention(source: Checkpoint, engine: str) -> Attention:
 
     if model_type not in ARCHITECTURES:
         raise refuse("its architecture is not known here", model_type, ", ".join(ARCHITECTURES))
+    if first.kept is not None:
+        kept = " and ".join(first.cached)
+        raise refuse("the engine keeps keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise refuse("the engine gates its MLP with silu", activation, "silu")
     if first.rope is None or first.rope.dims != first.head_dim:

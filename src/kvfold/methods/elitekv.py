@@ -20,9 +20,10 @@ layer: `2 rope_chunks G + latent_dim` elements, and decoding reads them as they 
 part of unrotated keys moves all logits of a query alike, so biases of such keys are dropped; the values' mean and bias
 become `b`. Lossless when all planes are kept and the latent is as wide as what it stands for, `min(D, G E)`.
 
-`ratio` says what may be cached as a part of the root teacher's cache. How each layer splits its part between planes and
-latent is chosen by what either is reckoned to lose behind `o`; of splits that lose about as little, the one with the
-narrower latent, which decodes faster.
+`ratio` says what may be cached as a part of the root teacher's cache, in each layer as much. How a layer splits its
+part between planes and latent is chosen by what either is reckoned to lose behind `o`; of splits that lose about as
+little, the one with the narrower latent, which decodes faster. Without a text, and in other metrics, it is a quarter
+for planes in every layer.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from kvfold.shape import (
     InputGram,
     QueryGram,
     Question,
+    Reckoned,
     Roles,
     SampledPairs,
     Shape,
@@ -52,7 +54,7 @@ from kvfold.shape import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Search = Literal["elite", "contribution", "uniform"]
 Metric = Literal["outputs", "inputs", "weights"]
@@ -217,12 +219,14 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
     """Ask for pairs of queries and keys to search by, and for the moments that the metric is made of."""
     asked: list[Question] = []
     for site in shape.sites:
-        if config.search != "uniform":
+        if config.search != "uniform" or _reckons(config):
             asked.append(SampledPairs(site, config.samples))
         if config.metric != "weights":
             asked.append(InputGram(site))
         if config.metric == "outputs":
             asked += [QueryGram(site), AttentionGram(site)]
+        if _reckons(config):
+            asked.append(Reckoned(site))
     return asked
 
 
@@ -231,11 +235,56 @@ def repairs(config: Config) -> Sequence[str]:
     return ("q", "o", "down") if config.metric == "outputs" else ()
 
 
+def reckon(site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
+    """What each split of a site is reckoned to lose: `error_CR` for C `_numbers` of planes and latents of 0 to D."""
+    from kvfold.latents import reckoned
+    from kvfold.merge import moments_of
+
+    sample, moments = answers[SampledPairs(site, config.samples)], moments_of(site, answers)
+    attention, search = tensors.attention, config.search
+    return {"error_CR": reckoned(attention, tensors.roles, search, _numbers(attention), sample, moments)}
+
+
+def _numbers(attention: Attention) -> list[int]:
+    """Numbers of rotated planes that are tried: each up to 4, then in steps of a third or a half, and all."""
+    steps = [1, *(2**power * part for power in range(8) for part in (2, 3))]
+    most = planes_of(attention)
+    return sorted({number for number in steps if number < most} | {most})
+
+
 def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the splits out, layer by layer where they differ."""
-    found = splits(config, shape)
+    """Write the splits out, layer by layer where they differ; under a ratio those that are reckoned to lose least."""
+    found = _reckoned(config, shape, answers) if _reckons(config) else splits(config, shape)
     chunks, widths = ([split[part] for split in found.values()] for part in (0, 1))
     return replace(config, ratio=None, rope_chunks=_spelled(chunks), latent_dim=_spelled(widths))
+
+
+def _reckons(config: Config) -> bool:
+    """Is there anything to choose, and on what?"""
+    return config.ratio is not None and config.metric == "outputs"
+
+
+def _reckoned(config: Config, shape: Shape, answers: Answers) -> dict[Site, tuple[int, int]]:
+    """The splits that lose least, each layer within its part of the ratio."""
+    import torch
+
+    from kvfold.latents import best_split
+
+    assert config.ratio is not None
+    found, room = {}, _part(config.ratio, shape)
+    for site in sorted(shape.sites):
+        attention = shape.sites[site]
+        numbers_C1 = torch.tensor(_numbers(attention))[:, None]
+        most_C1 = torch.tensor([widest(attention, int(number)) for number in numbers_C1])[:, None]
+        width_R = torch.arange(attention.hidden_size + 1)
+        error_CR = answers[Reckoned(site)]["error_CR"]
+        row, width = best_split(
+            error_CR.masked_fill((width_R < 1) | (width_R > most_C1), torch.inf),
+            2 * attention.num_key_value_heads * numbers_C1 + width_R,
+            room,
+        )
+        found[site] = _numbers(attention)[row], width
+    return found
 
 
 def notes(config: Config, shape: Shape) -> Sequence[str]:
@@ -276,7 +325,7 @@ def fold(
     group: Mapping[Site, SiteTensors], answers: Answers, config: Config
 ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
     """Convert, and say of each site which planes its key heads keep, and what was lost of logits and of the latent."""
-    from kvfold.latents import choose, cut_site  # loads torch: a plan is made without
+    from kvfold.latents import cut_site, survey  # loads torch: a plan is made without
     from kvfold.merge import moments_of
 
     converted: dict[Site, Roles] = {}
@@ -285,11 +334,11 @@ def fold(
         attention = tensors.attention
         kept, width = _of(config.rope_chunks, site), _of(config.latent_dim, site)
         sample = None if config.search == "uniform" else answers[SampledPairs(site, config.samples)]
-        planes_GK, logits = choose(attention, config.search, kept, sample)
+        found = survey(attention, config.search, [kept], sample)
         roles, lost = cut_site(
             attention,
             tensors.roles,
-            planes_GK,
+            found.planes[kept],
             width,
             metric=config.metric,
             factor=config.factor,
@@ -297,7 +346,7 @@ def fold(
             gram_DD=answers[InputGram(site)]["gram_DD"] if config.metric == "inputs" else None,
         )
         converted[site] = roles
-        told[site] = {"planes": planes_GK.tolist(), "logits": logits, "lost": lost}
+        told[site] = {"planes": found.planes[kept].tolist(), "logits": list(found.left.get(kept, ())), "lost": lost}
     return converted, told
 
 
