@@ -67,8 +67,8 @@ def absorbed_attention(
     planes, keys = width - free, latent_BSR.shape[1]
     scale = 1 / math.sqrt(width) if scale is None else scale
     q_BGXE = (q_BHTE * scale).reshape(batch, groups, -1, width)  # X: the heads of a group, and their tokens
-    logits_BXS = (q_BGXE[..., planes:] @ k_up_GNR).flatten(1, 2) @ latent_BSR.mT
-    # a head meets the planes of its own group: in one product for all heads, with zeros for those of others; smaller
+    logits_BXS = _through(q_BGXE[..., planes:], k_up_GNR).flatten(1, 2) @ latent_BSR.mT
+    # a head meets the planes of its own group, in one product for all heads with zeros for those of others: smaller
     # products for each group take longer (docs/log.md)
     apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
     apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
@@ -77,8 +77,15 @@ def absorbed_attention(
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - tokens)
     weights_BXS = _softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
     context_BGXR = (weights_BXS @ latent_BSR).view(batch, groups, -1, latent_BSR.shape[-1])
-    o_BGXE: Tensor = context_BGXR @ v_up_GER.mT + v_bias_GE[:, None]
+    o_BGXE = _through(context_BGXR, v_up_GER.mT) + v_bias_GE[:, None]
     return o_BGXE.reshape(batch, heads, tokens, width)
+
+
+def _through(rows_BGXN: Tensor, weight_GNR: Tensor) -> Tensor:
+    """Rows of each group by the group's weight, `(B, G, X, R)`: read once for the batch, and not copied for each row."""
+    batch, groups, count, width = rows_BGXN.shape
+    rows_GYN = rows_BGXN.transpose(0, 1).reshape(groups, batch * count, width)
+    return torch.bmm(rows_GYN, weight_GNR).view(groups, batch, count, weight_GNR.shape[-1]).transpose(0, 1)
 
 
 def _softmax(logits_BHTS: Tensor, mask: Tensor | None) -> Tensor:
