@@ -68,8 +68,8 @@ def absorbed_attention(
     scale = 1 / math.sqrt(width) if scale is None else scale
     q_BGXE = (q_BHTE * scale).reshape(batch, groups, -1, width)  # X: the heads of a group, and their tokens
     logits_BXS = _through(q_BGXE[..., planes:], k_up_GNR).flatten(1, 2) @ latent_BSR.mT
-    # a head meets the planes of its own group, in one product for all heads with zeros for those of others: smaller
-    # products for each group take longer (docs/log.md)
+    # a head meets the planes of its own group: one product for all heads, with zeros for those of other groups, takes
+    # less time than a product for each group (docs/log.md)
     apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
     apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
     logits_BXS = torch.baddbmm(logits_BXS, apart_BGXGP.flatten(3).flatten(1, 2), rotated_BSM.mT)
@@ -82,7 +82,7 @@ def absorbed_attention(
 
 
 def _through(rows_BGXN: Tensor, weight_GNR: Tensor) -> Tensor:
-    """Rows of each group by the group's weight, `(B, G, X, R)`: read once for the batch, and not copied for each row."""
+    """Rows of each group by the group's weight, `(B, G, X, R)`: read once, not copied for each row."""
     batch, groups, count, width = rows_BGXN.shape
     rows_GYN = rows_BGXN.transpose(0, 1).reshape(groups, batch * count, width)
     return torch.bmm(rows_GYN, weight_GNR).view(groups, batch, count, weight_GNR.shape[-1]).transpose(0, 1)
