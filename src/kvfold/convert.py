@@ -264,6 +264,8 @@ class _Calibration:
         """What the method makes of sites before anything is resolved, one after the other."""
         found: dict[Question, Mapping[str, Tensor]] = {}
         asked = sorted(each.site for each in self.questions if isinstance(each, Reckoned))
+        if not asked:
+            return found
         progress.start("reckoning", len(asked), "sites")
         try:
             for site in asked:
