@@ -1,7 +1,8 @@
 """The battery: what every method owes on every family, in bits, bytes, tokens and gradients.
 
 Methods and families are discovered, so a new one is under test by being there. A method that is not named in
-`FOLDED` runs with its lossless settings; `gqa` and `cla` run twice, by weights alone and by what the teacher reads.
+`FOLDED` runs with its lossless settings; methods that can run without text run twice, by weights alone and by what the
+teacher reads.
 """
 
 from __future__ import annotations
@@ -59,13 +60,20 @@ def _fewer_heads(shape: Shape) -> dict[str, Any]:
     return {"kv_heads": f"self={heads},cross=1" if any(site.kind == "cross" for site in shape.sites) else heads}
 
 
+def _one_plane(shape: Shape) -> dict[str, Any]:
+    """One rotated plane of each key head, and a latent of 12."""
+    return {"rope_chunks": 1, "latent_dim": 12, "samples": 200}
+
+
 FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "gqa": _fewer_heads,
     "gqa fit": _fewer_heads,
     "cla": lambda shape: {"init": "mean"},
     "cla fit": lambda shape: {"share": 3},
+    "elitekv": _one_plane,
+    "elitekv fit": _one_plane,
 }
-CASES = [*METHODS, "gqa fit", "cla fit"]
+CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit"]
 
 
 def _takes(case: str, source: str) -> bool:
@@ -103,6 +111,20 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"init": "align"}, "init"),
     ],
     "identity": [({"kv_heads": 2}, "kv_heads")],
+    "elitekv": [
+        ({"rope_chunks": 2}, "latent_dim"),
+        ({"latent_dim": 8}, "rope_chunks"),
+        ({"rope_chunks": 5, "latent_dim": 8}, "rope_chunks"),
+        ({"rope_chunks": 0, "latent_dim": 8}, "rope_chunks"),
+        ({"rope_chunks": "2/2", "latent_dim": 8}, "rope_chunks"),
+        ({"rope_chunks": 2, "latent_dim": 33}, "latent_dim"),
+        ({"rope_chunks": 2, "latent_dim": "wide"}, "latent_dim"),
+        ({"ratio": 0.1}, "ratio"),
+        ({"ratio": 1.5}, "ratio"),
+        ({"ratio": 0.5, "rope_chunks": 2}, "ratio"),
+        ({"rope_chunks": 2, "latent_dim": 8, "samples": 1}, "samples"),
+        ({"rope_chunks": 2, "latent_dim": 8, "search": "greedy"}, "search"),
+    ],
 }
 
 
@@ -396,7 +418,7 @@ def test_a_setting_that_cannot_be_is_one_line(
     teacher = tiny_checkpoint(tokenizer=False)
     with pytest.raises(SettingError) as told:
         convert(teacher, tmp_path / "out", name, settings)
-    line, value = str(told.value), str(settings[field])
+    line, value = str(told.value), str(settings.get(field, ""))
     assert "\n" not in line
     assert field in line
     assert value in line or name == "identity"  # which has no settings to give a value to

@@ -33,6 +33,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name in DECODERS
     },
+    **{
+        f"{model_type}, latent": (
+            "qwen2" if model_type == "qwen2" else "llama",
+            {
+                **(MISTRAL if model_type == "mistral" else {}),
+                "model_type": f"kvfold_latent_{model_type}",
+                "num_key_value_heads": 2,
+                "rope_chunks": [1, 2, 3, 4],
+                "latent_dims": [9, 5, 7, 16],
+            },
+        )
+        for model_type in ("llama", "mistral", "qwen2")
+    },
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
     "mistral": ("llama", {**MISTRAL, "num_key_value_heads": 2}),
@@ -77,10 +90,12 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     shape = family.shape(config)
     model = hf.build(config, seed=0)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert shape.model_type == model.config.model_type.removeprefix("kvfold_")
+    assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
     assert shape.max_positions == getattr(model.config, "max_position_embeddings", 1 << 15)  # T5 has no end
-    tensors = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    saved = model.state_dict().keys()
+    stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
+    tensors = {name: tuple(tensor.shape) for name, tensor in stored}
     for site, attention in shape.sites.items():
         named = {family.tensor(site, role): form for role, form in attention.roles().items()}
         below = {name: form for name, form in tensors.items() if name.startswith(f"{family.module(site)}.")}

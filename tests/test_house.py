@@ -17,7 +17,8 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"},
+    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
+    | {"planes", "factor", "latents"},
     {"methods", "families"},
     {
         "recipe",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvfold.rope import pairs, put_planes, rotate, to_planes
+from kvfold.errors import SettingError
+from kvfold.rope import frequencies, pairs, put_planes, rotate, to_planes
 from kvfold.shape import Rope
 
 LAYOUTS = [Rope(8, 100.0), Rope(8, 100.0, half_split=False), Rope(6, 100.0), Rope(6, 100.0, half_split=False)]
@@ -91,3 +94,38 @@ def test_rotation_is_transformers_own_and_has_its_transpose(dims: int) -> None:
     back_BHTE = rotate(other_BHTE, cos_TE, -sin_TE)
     torch.testing.assert_close((found_BHTE * other_BHTE).sum(), (heads_BHTE * back_BHTE).sum())
     torch.testing.assert_close(rotate(found_BHTE, cos_TE, -sin_TE), heads_BHTE)
+
+
+SCALED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn, two scales": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "truncate": False,
+    },
+    "yarn, told": {"factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3, "beta_fast": 16},
+}
+
+
+@pytest.mark.parametrize("scaled", SCALED)
+def test_frequencies_are_transformers_own(scaled: str) -> None:
+    kind = scaled.partition(",")[0]
+    scaling = {"rope_type": kind, "rope_theta": 5000.0, **SCALED[scaled]}
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=256, rope_parameters=dict(scaling)
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    theta_P, factor = frequencies(Rope(32, 5000.0, scaling=scaling))
+    torch.testing.assert_close(rotary.inv_freq.double(), theta_P, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(rotary.attention_scaling)
+
+
+def test_frequencies_that_depend_on_the_text_are_refused() -> None:
+    with pytest.raises(SettingError, match="'longrope' changes with the length of the text; allowed: default"):
+        frequencies(Rope(8, 1e4, scaling={"rope_type": "longrope"}))

@@ -183,7 +183,7 @@ def test_requests_say_how_large_their_answers_are() -> None:
     assert CrossGram(Site(0), site).bytes(shape) == 8 * 96 * 96
     assert QueryGram(site).bytes(shape) == 8 * 12 * 8 * 8
     assert AttentionGram(site).bytes(shape) == 8 * (96 * 96 + 96)
-    assert SampledPairs(site, 10).bytes(shape) == 10 * (4 * (12 + 4) * 8 + 8)
+    assert SampledPairs(site, 10).bytes(shape) == 10 * (4 * (12 + 4) * 8 + 16)
 
 
 # --- head counts that cannot be -------------------------------------------------------------------------------------

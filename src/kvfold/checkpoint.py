@@ -19,7 +19,7 @@ from kvfold.errors import CheckpointError
 from kvfold.families import Family, family_of
 from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
-from kvfold.shape import Shape
+from kvfold.shape import WHOLE, Shape
 from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, stored_tensors, tensors_hash
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class Checkpoint:
                         got=spec.shape,
                         allowed=shape,
                     )
-                if not spec.floating:
+                if not spec.floating and role not in WHOLE:
                     raise CheckpointError(
                         f"tensor {name} is not of floating numbers",
                         where=self._stored[name].file,

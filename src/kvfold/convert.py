@@ -46,7 +46,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, Answers, ConvertedKL, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, WHOLE, Answers, ConvertedKL, FoldedKL, Question, Reckoned, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def convert(
     if options.calibration is None:
         settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
-    config.check(source.shape)
+    methods.check(method, config, source.shape)
     options = replace(options, repair=_repairs(chosen, config, source, options))
     calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
     if calibration:
@@ -267,11 +267,29 @@ class _Calibration:
         from kvfold.sensitivity import measure
 
         folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL | Reckoned)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
-        if not folds:
-            return answers
-        return {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
+        if folds:
+            answers = {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
+        return {**answers, **self._reckoned(source, method, config, answers, progress)}
+
+    def _reckoned(
+        self, source: Checkpoint, method: methods.Method, config: Any, answers: Answers, progress: Progress
+    ) -> Answers:
+        """What the method makes of sites before anything is resolved, one after the other."""
+        found: dict[Question, Mapping[str, Tensor]] = {}
+        asked = sorted(each.site for each in self.questions if isinstance(each, Reckoned))
+        if not asked:
+            return found
+        progress.start("reckoning", len(asked), "sites")
+        try:
+            for site in asked:
+                reckon: Any = getattr(method, "reckon")  # noqa: B009 - of methods that ask; no part of every contract
+                found[Reckoned(site)] = reckon(site, _tensors(source, site), answers, config)
+                progress.advance(1)
+        finally:
+            progress.stop()
+        return found
 
 
 def _calibration(
@@ -349,7 +367,8 @@ class _Job:
             old = {role: source.family.tensor(site, role) for role in source.shape.sites[site].roles()}
             kinds = {role: specs.pop(name).dtype for role, name in old.items()}
             for role, shape in student.shape.sites[site].roles().items():
-                specs[source.family.tensor(site, role)] = TensorSpec(shape, kinds.get(role, kinds["q"]))
+                kind = "int64" if role in WHOLE else kinds.get(role, kinds["q"])
+                specs[source.family.tensor(site, role)] = TensorSpec(shape, kind)
         if dtype != "source":
             specs = {
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
@@ -388,12 +407,7 @@ class _Job:
     def _convert(self, group: Sequence[Site], writer: Writer, crew: _Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
         name = self.source.family.tensor
-        given = {}
-        for site in group:
-            attention = self.source.shape.sites[site]
-            given[site] = SiteTensors(
-                attention, {role: self.source.read(name(site, role)) for role in attention.roles()}
-            )
+        given = {site: _tensors(self.source, site) for site in group}
         if fold := getattr(self.method, "fold", None):
             converted, told = fold(given, self.answers, self.config)
             if told:  # before the tensors: what is written is not converted again by work that goes on
@@ -429,6 +443,12 @@ class _Job:
         """Hash a tensor of the source that the student does not keep."""
         self.source.digests[name] = digest(tensor)
         return 0
+
+
+def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
+    """What a method is handed of a site."""
+    attention = source.shape.sites[site]
+    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
 
 
 class _Crew:

@@ -81,9 +81,11 @@ def _table(student: Student) -> tuple[_Known, ...]:
 
 def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
     """Every engine that was looked at, for a student of this source architecture."""
-    if student.model_type is not None:
+    kept = next((each.cached for each in student.shape.sites.values() if each.kept is not None), None)
+    if student.model_type is not None or kept is not None:
+        what = student.model_type if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
-        rest = (Engine(known.name, False, f"does not know {student.model_type}", "no") for known in _KNOWN[1:])
+        rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
     if student.shape.owners:
         return _sharing()

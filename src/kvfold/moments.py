@@ -72,8 +72,8 @@ class Sampling:
     def __init__(self, lengths: Sequence[int], seed: int) -> None:
         self.lengths, self.seed = lengths, seed
 
-    def choose(self, count: int) -> tuple[Tensor, Tensor]:
-        """`index_N` of `count` tokens in the text, ascending, and their `position_N` in their rows.
+    def choose(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`index_N` of `count` tokens in the text, ascending, their `row_N`, and their `position_N` in it.
 
         A number is drawn for each token; those with the smallest are a uniform sample.
         """
@@ -82,7 +82,8 @@ class Sampling:
         index_N = drawn.topk(count, largest=False).indices.sort().values
         lengths = torch.tensor(self.lengths)
         starts = lengths.cumsum(0) - lengths
-        return index_N, index_N - starts[torch.searchsorted(starts, index_N, right=True) - 1]
+        row_N = torch.searchsorted(starts, index_N, right=True) - 1
+        return index_N, row_N, index_N - starts[row_N]
 
 
 class _InputSum:
@@ -151,8 +152,8 @@ class _AttentionSum:
 class _Sample:
     """Queries and keys of chosen tokens, in the order of the text."""
 
-    def __init__(self, site: Attention, index_N: Tensor, position_N: Tensor) -> None:
-        self.site, self.index_N, self.position_N, self.seen = site, index_N, position_N, 0
+    def __init__(self, site: Attention, index_N: Tensor, row_N: Tensor, position_N: Tensor) -> None:
+        self.site, self.index_N, self.row_N, self.position_N, self.seen = site, index_N, row_N, position_N, 0
         self.parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, q: Tensor, k: Tensor) -> None:
@@ -164,7 +165,7 @@ class _Sample:
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
         q_NHE, k_NGE = (torch.cat(pieces) for pieces in zip(*self.parts, strict=True))
-        return {"q_NHE": q_NHE, "k_NGE": k_NGE, "position_N": self.position_N}
+        return {"q_NHE": q_NHE, "k_NGE": k_NGE, "row_N": self.row_N, "position_N": self.position_N}
 
 
 def finite(answer: Mapping[str, Tensor]) -> bool:

@@ -266,7 +266,7 @@ def _student(shape: Shape, name: str, settings: Mapping[str, Any]) -> tuple[meth
     """A method, its settings for this shape, and what comes out. Raises SettingError."""
     chosen = methods.get(name)
     made = decode(chosen.Config, settings, name)
-    made.check(shape)
+    methods.check(name, made, shape)
     return chosen, made, chosen.student(made, shape)
 
 

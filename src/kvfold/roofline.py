@@ -111,7 +111,7 @@ def decode_step(
     read = shape.parameters - shape.encoder_parameters - once - (0 if tied else shape.vocab_size * shape.hidden_size)
     unshared = CacheSpec(tuple(replace(slot, storage=str(number)) for number, slot in enumerate(cache.slots)))
     attention = sum(
-        4 * site.num_attention_heads * site.head_dim * min(context, site.window or context)
+        2 * site.num_attention_heads * (site.read or 2 * site.head_dim) * min(context, site.window or context)
         for key, site in shape.sites.items()
         if key.kind == "self"
     )
@@ -125,11 +125,16 @@ def decode_step(
 
 
 def cache_share(shape: Shape, tensor_parallel: int) -> float:
-    """The part of the cache that each device holds: heads are split, and replicated when they are too few."""
+    """The part of the cache that each device holds: heads are split, and replicated when they are too few.
+
+    What is not of heads, as a latent that all of them read, is replicated.
+    """
     sites = [site for kind, site in shape.sites.items() if kind.kind != "encoder"]
-    whole = sum(site.num_key_value_heads * site.head_dim for site in sites)
-    held = sum(max(site.num_key_value_heads / tensor_parallel, 1.0) * site.head_dim for site in sites)
-    return held / whole
+    held = sum(
+        sum(site.cached.values()) * (max(1 / tensor_parallel, 1 / site.num_key_value_heads) if site.kept is None else 1)
+        for site in sites
+    )
+    return held / sum(sum(site.cached.values()) for site in sites)
 
 
 # --- this machine ---------------------------------------------------------------------------------------------------

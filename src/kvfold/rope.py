@@ -10,10 +10,18 @@ and under nothing larger: a map that mixes planes does not commute with the rota
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvfold.errors import SettingError
 from kvfold.shape import Rope
+
+SCALINGS = ("default", "dynamic", "linear", "llama3", "yarn")
+"""Kinds of RoPE scaling whose frequencies are known from the config alone."""
 
 
 def pairs(rope: Rope) -> tuple[slice, slice]:
@@ -43,3 +51,49 @@ def rotate(heads_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     turned, rest = heads_BHTE[..., : cos_TE.shape[-1]], heads_BHTE[..., cos_TE.shape[-1] :]
     real, imaginary = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos_TE + torch.cat([-imaginary, real], dim=-1) * sin_TE, rest], dim=-1)
+
+
+def frequencies(rope: Rope) -> tuple[Tensor, float]:
+    """The angle per position of each plane, `theta_P` in radians, and the factor that the model puts on q and on k.
+
+    They are transformers' own, for every scaling that does not depend on the length of the text (`dynamic` as it is up
+    to the model's positions). Raises SettingError for others.
+    """
+    scaling = rope.scaling or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    theta_P = rope.theta ** -(torch.arange(0, rope.dims, 2, dtype=torch.float64) / rope.dims)
+    if kind in ("default", "dynamic"):
+        return theta_P, 1.0
+    if kind == "linear":
+        return theta_P / float(scaling["factor"]), 1.0
+    if kind == "llama3":
+        turns_P = float(scaling["original_max_position_embeddings"]) * theta_P / (2 * math.pi)
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        whole_P = ((turns_P - low) / (high - low)).clamp(0, 1)
+        return theta_P * (whole_P + (1 - whole_P) / float(scaling["factor"])), 1.0
+    if kind == "yarn":
+        return _yarn(theta_P, rope, scaling)
+    raise SettingError(f"RoPE scaling {kind!r} changes with the length of the text", allowed=", ".join(SCALINGS))
+
+
+def _yarn(theta_P: Tensor, rope: Rope, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071, equations 18 to 22): slow planes are interpolated, fast ones left as they are."""
+    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+
+    def plane(turns: float) -> float:
+        """The plane, counted in halves of `dims`, that turns so often within the original positions."""
+        return rope.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = plane(scaling.get("beta_fast") or 32), plane(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.dims - 1)
+    slow_P = ((torch.arange(rope.dims // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)).clamp(0, 1)
+
+    def stretched(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    on_heads = stretched(both[0]) / stretched(both[1]) if both[0] and both[1] else stretched(1.0)
+    given = scaling.get("attention_factor")
+    return theta_P * (1 - slow_P + slow_P / factor), on_heads if given is None else float(given)

@@ -24,6 +24,9 @@ Roles = dict[str, "Tensor"]
 REPAIRABLE = ("q", "o", "gate", "up", "down")
 """The weights of a layer that a repair can refit, in its order (`kvfold.repair`)."""
 
+WHOLE = frozenset({"planes"})
+"""Roles of whole numbers: saved as int64, never trained, and counted with no parameters."""
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -64,6 +67,9 @@ class Attention:
     permutable: bool = True  # may heads change places? (T5's decoder self-attention: no)
     source: int | None = None  # layer whose keys and values it reads, with that layer's heads; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
+    without: frozenset[str] = frozenset()  # roles that another runtime does not have
+    kept: Mapping[str, int] | None = None  # elements of a token in its cache, by name; None: keys and values of heads
+    read: int | None = None  # of these, what one query head multiplies with; None: `2 head_dim`
 
     @property
     def query_group(self) -> int:
@@ -85,12 +91,18 @@ class Attention:
             shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
         if self.source is not None:
             shapes = {role: shape for role, shape in shapes.items() if role[0] not in "kv"}
-        return shapes | dict(self.extra)
+        return {role: shape for role, shape in shapes.items() if role not in self.without} | dict(self.extra)
 
     @property
     def parameters(self) -> int:
         """Parameters of the site."""
-        return sum(math.prod(shape) for shape in self.roles().values())
+        return sum(math.prod(shape) for role, shape in self.roles().items() if role not in WHOLE)
+
+    @property
+    def cached(self) -> Mapping[str, int]:
+        """Elements that the site keeps of a token, by name."""
+        width = self.num_key_value_heads * self.head_dim
+        return {"k": width, "v": width} if self.kept is None else self.kept
 
 
 @dataclass(frozen=True)
@@ -176,8 +188,33 @@ class CacheSpec:
         return itemsize * sum(slot.per_encoder_token for slot in self._unique())
 
 
+def with_latent(attention: Attention, planes: int, width: int) -> Attention:
+    """The same site with latent keys and values: of each key head `planes` rotated planes, and one latent for the rest.
+
+    Roles: `k_rope` (2 planes G, D) makes the rotated coordinates; `kv_down` (R, D) the latent; `k_up` and `v_up` what
+    it says of unrotated keys and of values; `planes` (G, planes) names the frequencies that each key head keeps. Heads
+    of `q` begin with their rotated coordinates. There is no bias of unrotated keys, which would move all logits alike.
+    """
+    hidden, groups, rotated = attention.hidden_size, attention.num_key_value_heads, 2 * planes
+    free = attention.head_dim - rotated
+    extra: dict[str, tuple[int, ...]] = {"k_rope": (groups * rotated, hidden), "kv_down": (width, hidden)}
+    if "k" in attention.biases:
+        extra["k_rope_bias"] = (groups * rotated,)
+    if free:
+        extra["k_up"] = (groups * free, width)
+    extra |= {"v_up": (groups * attention.head_dim, width), "v_up_bias": (groups * attention.head_dim,)}
+    return replace(
+        attention,
+        extra={**extra, "planes": (groups, planes)},
+        without=frozenset({"k", "v", "k_bias", "v_bias"}),
+        kept={"rotated": groups * rotated, "latent": width},
+        read=rotated + 2 * width,
+        rope=attention.rope and replace(attention.rope, dims=rotated),
+    )
+
+
 def grouped_cache(shape: Shape) -> CacheSpec:
-    """The cache of grouped attention: per site, keys and values of `num_key_value_heads * head_dim` elements.
+    """The cache of a model whose shape tells it: per site keys and values of its heads, or what else it keeps.
 
     Sites that read another layer's share its storage.
     """
@@ -185,8 +222,7 @@ def grouped_cache(shape: Shape) -> CacheSpec:
     for site, attention in shape.sites.items():
         if site.kind == "encoder":
             continue
-        width = attention.num_key_value_heads * attention.head_dim
-        for part in ("k", "v"):
+        for part, width in attention.cached.items():
             name = f"{site.kind}.{site.layer if attention.source is None else attention.source}.{part}"
             if site.kind == "cross":
                 slots.append(Slot(name, per_encoder_token=width))
@@ -288,16 +324,17 @@ class CrossGram:
 
 @dataclass(frozen=True)
 class SampledPairs:
-    """`count` sampled tokens of a site before rotation: `q_NHE`, `k_NGE` and `position_N`."""
+    """`count` sampled tokens of a site before rotation: `q_NHE`, `k_NGE`, `row_N` of the text and `position_N` in
+    it."""
 
     site: Site
     count: int
 
     def bytes(self, shape: Shape) -> int:
-        """Bytes of the float32 answer, positions included."""
+        """Bytes of the float32 answer, rows and positions included."""
         attention = shape.sites[self.site]
         heads = attention.num_attention_heads + attention.num_key_value_heads
-        return self.count * (4 * heads * attention.head_dim + 8)
+        return self.count * (4 * heads * attention.head_dim + 16)
 
 
 Request = InputGram | QueryGram | AttentionGram | CrossGram | SampledPairs
@@ -333,7 +370,19 @@ class ConvertedKL:
         return 8
 
 
-Question = Request | FoldedKL | ConvertedKL
+@dataclass(frozen=True)
+class Reckoned:
+    """What a method itself reckons of a site, from its tensors and the answers: what its `reckon` returns."""
+
+    site: Site
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the answer: a table of a few numbers for each coordinate of the input."""
+        attention = shape.sites[self.site]
+        return 8 * attention.hidden_size * attention.head_dim
+
+
+Question = Request | FoldedKL | ConvertedKL | Reckoned
 Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 

@@ -51,8 +51,8 @@ def own_type(model_type: str) -> str:
 
 
 def stock_type(config: Json) -> str:
-    """The stock architecture of a config.json of either kind."""
-    return str(config["model_type"]).removeprefix(own_type(""))
+    """The stock architecture of a config.json of any kind."""
+    return str(config["model_type"]).removeprefix(own_type("")).removeprefix("latent_")
 
 
 @cache

@@ -3,7 +3,7 @@
 A model whose layers all have as many key/value heads, and each its own, is of its source's own `model_type`. One whose
 layers differ or share says so with transformers' own fields, `per_layer_config` and `kv_source_layers`, under a
 `model_type` of ours (`kvfold_llama`): the stock classes build every layer alike, and `kvfold.hf` has those that do not.
-`Shape.model_type` is the stock architecture for both.
+One with latent keys and values is a `kvfold_latent_llama`. `Shape.model_type` is the stock architecture for all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json, own_type, stock_type
-from kvfold.shape import Attention, Rope, Shape, Site
+from kvfold.shape import Attention, Rope, Shape, Site, with_latent
 
 TENSORS = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},
     **{f"{role}_bias": f"{role}_proj.bias" for role in "qkvo"},
     **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
+    "k_rope_bias": "k_rope.bias",  # of latent attention; its other roles are named after themselves
+    "v_up_bias": "v_up.bias",
+    "planes": "planes",
 }
 
 MLP = {
@@ -30,15 +33,26 @@ MLP = {
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
 
+LATENT = frozenset({"llama", "mistral", "qwen2"})
+"""Those of them that can have latent keys and values: no norm stands between a key and its latent."""
+
 _HEADS = "num_key_value_heads"
 _SOURCES = "kv_source_layers"
 OURS = ("per_layer_config", _SOURCES)
 """What config.json says of a model type of ours beyond what it says of a stock one."""
 
+_PLANES, _WIDTHS = "rope_chunks", "latent_dims"
 
-def with_per_layer(*model_types: str) -> tuple[str, ...]:
+
+def latent_type(model_type: str) -> str:
+    """The model type of ours for a stock architecture with latent keys and values."""
+    return f"kvfold_latent_{model_type}"
+
+
+def with_ours(*model_types: str) -> tuple[str, ...]:
     """Stock model types, and those of ours that go with them."""
-    return (*model_types, *map(own_type, model_types))
+    latent = [latent_type(model_type) for model_type in model_types if model_type in LATENT]
+    return (*model_types, *map(own_type, model_types), *latent)
 
 
 def number(config: Json, name: str) -> int:
@@ -75,6 +89,11 @@ def decoder_shape(
         )
         for layer in range(layers)
     }
+    if config["model_type"] in map(latent_type, LATENT):
+        splits = zip(_per_layer(config, _PLANES, layers), _per_layer(config, _WIDTHS, layers), strict=True)
+        sites = {
+            site: with_latent(attention, *split) for (site, attention), split in zip(sites.items(), splits, strict=True)
+        }
     vocab, mlp = number(config, "vocab_size"), number(config, "intermediate_size")
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
     per_layer = 3 * hidden * mlp + 2 * hidden + (2 * mlp + hidden if mlp_biases else 0)
@@ -115,6 +134,14 @@ def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:
     return found
 
 
+def _per_layer(config: Json, name: str, layers: int) -> list[int]:
+    """A list of positive whole numbers in config.json, one for each layer."""
+    values = config.get(name)
+    if not isinstance(values, list) or len(values) != layers:
+        raise UnsupportedModel(f"config.json: {name} must be a list of {layers} numbers", got=repr(values))
+    return [number({name: value}, name) for value in values]
+
+
 def _sources(config: Json, heads: Sequence[int], windows: Sequence[int | None]) -> list[int | None]:
     """The layer whose keys and values each layer reads, None for its own.
 
@@ -139,10 +166,22 @@ def _sources(config: Json, heads: Sequence[int], windows: Sequence[int | None]) 
 
 
 def heads_fields(shape: Shape) -> dict[str, Any]:
-    """What config.json says of keys and values, architecture included: heads for all or each layer, and who owns them.
+    """What config.json says of the attentions, architecture included.
 
-    Where layers differ, the commonest number is everyone's (the larger of two), and `per_layer_config` has the rest.
+    Key/value heads are one number, or one for each layer: where layers differ, the commonest number is everyone's (the
+    larger of two), and `per_layer_config` has the rest. Where layers share, `kv_source_layers` names the owners. Of
+    latent attention it says what each layer keeps.
     """
+    kept = [attention.kept for attention in shape.sites.values() if attention.kept is not None]
+    if kept:
+        groups = next(iter(shape.sites.values())).num_key_value_heads
+        return {
+            "model_type": latent_type(shape.model_type),
+            "architectures": [f"KvfoldLatent{CLASSES[shape.model_type]}ForCausalLM"],
+            _HEADS: groups,
+            _PLANES: [each["rotated"] // (2 * groups) for each in kept],
+            _WIDTHS: [each["latent"] for each in kept],
+        }
     heads = {site.layer: attention.num_key_value_heads for site, attention in shape.sites.items()}
     times = Counter(heads.values())
     common = max(times, key=lambda count: (times[count], count))

@@ -13,7 +13,7 @@ from kvfold.families._decoder import (
     heads_fields,
     number,
     tiny_decoder,
-    with_per_layer,
+    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -32,7 +32,7 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="llama",
-    model_types=with_per_layer("llama", "mistral"),
+    model_types=with_ours("llama", "mistral"),
     about="Llama, Mistral (sliding window) and every decoder of that layout",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

@@ -10,7 +10,7 @@ from kvfold.families._decoder import (
     heads_fields,
     tiny_decoder,
     upper_windows,
-    with_per_layer,
+    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -21,7 +21,7 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="qwen2",
-    model_types=with_per_layer("qwen2"),
+    model_types=with_ours("qwen2"),
     about="Qwen2 and Qwen2.5 (biases on q, k and v)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

@@ -14,7 +14,7 @@ from kvfold.families._decoder import (
     heads_fields,
     tiny_decoder,
     upper_windows,
-    with_per_layer,
+    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -34,7 +34,7 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="qwen3",
-    model_types=with_per_layer("qwen3"),
+    model_types=with_ours("qwen3"),
     about="Qwen3 (q and k normed before RoPE)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

@@ -79,10 +79,10 @@ def _forward_fp8(
     module: nn.Module, query_BHTE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The same, reading keys and values as an fp8 cache keeps them."""
-    return forward(module, query_BHTE, _through_fp8(key_BGSE), _through_fp8(value_BGSE), *args, **kwargs)
+    return forward(module, query_BHTE, through_fp8(key_BGSE), through_fp8(value_BGSE), *args, **kwargs)
 
 
-def _through_fp8(heads_BGSE: Tensor) -> Tensor:
+def through_fp8(heads_BGSE: Tensor) -> Tensor:
     """Rounded to float8 (4 bits of exponent, 3 of mantissa), under one scale for all that is there."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     scale = (heads_BGSE.abs().amax().float() / largest).clamp_min(torch.finfo(torch.float32).tiny)

@@ -32,7 +32,7 @@ class Attended:
     key_BGSE: Tensor
     mask: Tensor | None
     scale: float
-    cos_TE: Tensor | None  # of the rotation; None without one
+    cos_TE: Tensor | None  # of the rotation, (H, T, E) where heads turn each its own way; None without one
     sin_TE: Tensor | None
     heads_BTN: Tensor  # what `o` is given: the heads side by side
     output_BTD: Tensor
@@ -74,15 +74,18 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
         _SEEN.reset(token)
         for handle in handles:
             handle.remove()
-    cos, sin = seen["rotation"] or (None, None)
+    cos, sin = (None if each is None else each[0] for each in seen["rotation"] or (None, None))
+    turns: Any = getattr(attention, "rotation", None)
+    if turns is not None:  # an attention of ours, whose heads turn each its own way
+        cos, sin = turns(cos, sin)
     return Attended(
         seen["input"],
         seen["query"],
         seen["key"],
         seen["mask"],
         seen["scale"],
-        None if cos is None else cos[0],
-        None if sin is None else sin[0],
+        cos,
+        sin,
         seen["heads"],
         seen["output"],
     )

@@ -40,10 +40,10 @@ class Method(Protocol):
     """The contract of a method file. Sites come in groups: most methods take one site at a time.
 
     A method may also have `repairs(config)`, the roles that are refitted after it; `notes(config, shape)`, lines for a
-    plan; `with_heads(config, heads)`, which FoldedKL needs, and `alone(config, shape, sites)`, which ConvertedKL does.
-    Two more speak in kvfold.json: `found(config, shape, answers)`, on what grounds `resolve` chose; and `fold(group,
-    answers, config)`, which is called instead of `convert` and returns the same roles, and what came to light of each
-    site on the way.
+    plan; `with_heads(config, heads)`, which FoldedKL needs, and `alone(config, shape, sites)`, which ConvertedKL does;
+    `reckon(site, tensors, answers, config)`, the answer to Reckoned. Two more speak in kvfold.json: `found(config,
+    shape, answers)`, on what grounds `resolve` chose; and `fold(group, answers, config)`, which is called instead of
+    `convert` and returns the same roles, and what came to light of each site on the way.
     """
 
     Config: type[Any]
@@ -103,3 +103,18 @@ def get(name: str) -> Method:
             f"method {name!r} is not known", allowed=", ".join(methods), next=did_you_mean(name, methods)
         )
     return methods[name]
+
+
+def check(name: str, config: Any, shape: Shape) -> None:
+    """Refuse a source that this method cannot take with these settings.
+
+    Raises SettingError, also for sites whose keys and values another method has replaced already.
+    """
+    for site in (site for group in get(name).groups(config, shape) for site in group):
+        if shape.sites[site].kept is not None:
+            raise SettingError(
+                f"{site} keeps {' and '.join(shape.sites[site].cached)} already, and no keys and values of heads",
+                where=name,
+                next="convert the checkpoint that it was made from",
+            )
+    config.check(shape)

@@ -95,6 +95,18 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
         return _svg(figure, name, title)
 
 
+def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks: Sequence[str]) -> str:
+    """Small marks row above row as inline SVG; rows are named at the y axis, at 0, 1, 2 and so on."""
+    with _figure(0) as (figure, axes):
+        figure.set_figheight(max(_HEIGHT, 0.45 * len(rows) + 0.6))
+        for number, row in enumerate(rows):
+            axes.plot(row.x, row.y, "s", color=_STAND_INS[number % 2], markersize=2.6)
+        axes.set_yticks(range(len(y_ticks)), y_ticks)
+        axes.grid(visible=False, axis="y")
+        _words(axes, x_label, "")
+        return _svg(figure, name, title)
+
+
 @contextmanager
 def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes and room for its legend below."""

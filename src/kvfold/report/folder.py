@@ -107,10 +107,16 @@ def findings(lineage: Mapping[str, Any]) -> list[str]:
                 f"{mix['kv_heads']}, of predicted KL {mix['kl']:.4f} nats before any repair; "
                 f"{same['kv_heads']} in every layer: {same['kl']:.4f}."
             )
-        merged = {name: site for name, site in (found.get("sites") or {}).items() if site["lossless"]}
+        merged = {name: site for name, site in (found.get("sites") or {}).items() if site.get("lossless")}
         if merged:
             each = (f"{name} ({len(site['lossless'])} of {len(site['lost'])} groups)" for name, site in merged.items())
             lines.append(f"Heads that were linear images of one another, merged without loss: {', '.join(each)}.")
+        latent = {name: site for name, site in (found.get("sites") or {}).items() if "planes" in site}
+        if latent:
+            kept = (f"{name} {len(site['planes'][0])} planes and {site['lost']:.1%}" for name, site in latent.items())
+            lines.append(
+                f"Rotated planes of each key head, and what the latent loses in its metric: {', '.join(kept)}."
+            )
     return lines
 
 

@@ -13,6 +13,7 @@ from kvfold.report import rows as tables
 from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
+from kvfold.report.planes import planes_section
 from kvfold.report.rows import NONE, Row, Study, Table, headline
 from kvfold.report.speed import plans, speed
 from kvfold.shape import DTYPE_BYTES
@@ -28,6 +29,7 @@ def sections(run: Run) -> list[Section]:
     made = [
         *(section for number, study in enumerate(found) for section in _of_study(study, run, number)),
         plans(run, found),
+        planes_section(run),
         _training(run),
         speed(run),
         _gates(run),

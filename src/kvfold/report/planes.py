@@ -1,0 +1,59 @@
+"""Which rotary planes the key heads of a student keep, out of what its conversion noted in kvfold.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvfold.report import figures
+from kvfold.report.blocks import Block, Section
+from kvfold.report.folder import Run
+
+ROWS = 12  # layers that are drawn; of more, every n-th
+
+ABOUT = (
+    "Each row is a key head, head 0 of a layer at the bottom; plane 0 turns fastest. A mark is a plane that stays "
+    "rotated and is cached as it is; the others are part of the latent."
+)
+
+
+def planes_of(lineage: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    """The planes that each key head keeps, by site; empty for students that keep keys and values of heads."""
+    found: dict[str, list[list[int]]] = {}
+    for step in lineage["steps"]:
+        sites = (step.get("found") or {}).get("sites") or {}
+        found |= {name: site["planes"] for name, site in sites.items() if "planes" in site}
+    return found
+
+
+def planes_figure(name: str, title: str, planes: Mapping[str, Sequence[Sequence[int]]]) -> str:
+    """A mark for each plane of each key head that stays rotated, as inline SVG."""
+    step = -(-len(planes) // ROWS)
+    drawn = list(planes.items())[::step]
+    rows = [
+        figures.Line(
+            site,
+            [plane for kept in heads for plane in kept],
+            [layer + _height(head, heads) for head, kept in enumerate(heads) for _ in kept],
+        )
+        for layer, (site, heads) in enumerate(drawn)
+    ]
+    return figures.marks(name, title, rows, x_label="rotary plane", y_ticks=[site for site, _ in drawn])
+
+
+def _height(head: int, heads: Sequence[Sequence[int]]) -> float:
+    """Where the row of a head lies within its layer's."""
+    return 0.8 * ((head + 0.5) / len(heads) - 0.5)
+
+
+def planes_section(run: Run) -> Section:
+    """A figure for each student that was converted on this page."""
+    blocks: list[Block] = []
+    for number, checkpoint in enumerate(run.checkpoints):
+        planes = planes_of(checkpoint.lineage)
+        if planes and checkpoint.lineage["steps"][-1]["stage"] == "convert":
+            figure = planes_figure(f"planes-{number}", f"Rotary planes kept by {checkpoint.name}", planes)
+            rows = [[site, " / ".join(" ".join(map(str, kept)) for kept in heads)] for site, heads in planes.items()]
+            table = (["site", "planes, head by head"], rows)
+            blocks.append(Block("figure", checkpoint.name, table=table, content=figure, words=2))
+    return Section("planes", "Rotary planes", ABOUT, tuple(blocks))
