@@ -110,7 +110,7 @@ def check(name: str, config: Any, shape: Shape) -> None:
 
     Raises SettingError, also for sites whose keys and values another method has replaced already.
     """
-    for site in (site for group in get(name).groups(config, shape) for site in group):
+    for site in (site for group in get(name).groups(config, shape) for site in group if site in shape.sites):
         if shape.sites[site].kept is not None:
             raise SettingError(
                 f"{site} keeps {' and '.join(shape.sites[site].cached)} already, and no keys and values of heads",
