@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ settings.load_profile("kvfold")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported by any test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models crawl when threads wait for one another
+
+# a suite that a shell runs in the background inherits an ignored Ctrl-C; what Ctrl-C does is tested
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
 SENTINELS = 40  # more, for encoder-decoders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -300,6 +300,41 @@ def test_contexts_beyond_the_positions_are_measured_and_noted(tiny_checkpoint: M
     assert made.metrics["notes"] == [
         "17 tokens are more than the 16 positions of the models: times hold, text would not"
     ]
+
+
+# --- layers that share -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_sharing_saves_room_and_the_record_says_what_it_does_not(
+    family: str, tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint(family, **HEADS)
+    student = convert(teacher, tmp_path / "student", "cla", {"share": 2, "init": "copy"})
+    shape = Checkpoint.open(teacher).shape
+    one = grouped_cache(shape).bytes(12 + 5, itemsize=4)
+    memory = 4 * shape.parameters + 4 * one
+    made = bench([teacher, student], replace(SMALL, memory=memory, fp8=False), records=tmp_path)
+    assert [row["cache_ratio"] for row in made.metrics["ratios"]] == [0.5, 0.5]
+    assert [row["model"] for row in made.metrics["largest"]] == ["teacher", "student"]
+    ours = memory - 4 * Checkpoint.open(student).shape.parameters
+    assert [row["batch"] for row in made.metrics["largest"]] == [4, ours // (one // 2)]
+    for row in made.metrics["largest"]:
+        assert row["cache_bytes"] == row["predicted_cache_bytes"] <= memory
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["decode_s_per_token"])
+    layers = shape.num_layers
+    assert made.metrics["notes"] == [
+        f"student: {layers // 2} of {layers} layers read the cache of another; fewer bytes are held, as many are read "
+        "in a step, which gets no faster at the same batch"
+    ]
+    with pytest.raises(SettingError, match="not one sequence of 12 tokens fits beside the weights of teacher"):
+        bench([teacher, student], replace(SMALL, memory=4 * shape.parameters), records=tmp_path)
+
+
+def test_a_teacher_that_shares_has_no_fp8_cache(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    student = convert(tiny_checkpoint("llama", **HEADS), tmp_path / "student", "cla", {"init": "copy"})
+    notes = bench([student], SMALL, records=tmp_path).metrics["notes"]
+    assert notes[0] == "teacher with an fp8 cache: transformers has no fp8 cache for layers that share keys and values"
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

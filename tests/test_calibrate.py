@@ -82,11 +82,12 @@ class BruteForce:
             out = out * self.weight(norm)
         return out
 
-    def averaged(self, layer: int, head: int) -> Any:
-        """Inputs averaged by one head's attention (N, D)."""
+    def averaged(self, layer: int) -> Any:
+        """Inputs averaged by attention (N, D): at each token of a row by the next head's."""
         x, done, found = self.x(layer), 0, []
         for run in self.runs:
-            p = run.attentions[layer][0, head].numpy()
+            p_HTT = run.attentions[layer][0].numpy()
+            p = np.stack([p_HTT[token % len(p_HTT), token] for token in range(p_HTT.shape[1])])
             found.append(p @ x[done : done + len(p)])
             done += len(p)
         return np.concatenate(found)
@@ -110,7 +111,7 @@ def test_answers_are_what_brute_force_finds(teacher: Checkpoint) -> None:
     close(answers[CrossGram(Site(2), Site(1))]["gram_DD"], x[2].T @ x[1] / 41)
     q = brute.projected(1, "q", 4)
     close(answers[QueryGram(Site(1))]["gram_HEE"], np.einsum("nhe,nhf->hef", q, q) / 41)
-    y = np.concatenate([brute.averaged(2, head) for head in range(4)])  # of all heads alike
+    y = brute.averaged(2)
     close(answers[AttentionGram(Site(2))]["gram_DD"], y.T @ y / len(y))
     close(answers[AttentionGram(Site(2))]["mean_D"], y.mean(0))
     assert set(answers) == set(ALL)
@@ -286,14 +287,14 @@ def test_the_inputs_of_one_site_with_itself(teacher: Checkpoint) -> None:
     assert torch.equal(found[requests[0]]["gram_DD"], found[requests[1]]["gram_DD"])
 
 
-def test_attention_is_averaged_in_blocks(tiny_checkpoint: Callable[..., Path]) -> None:
-    """Rows longer than a block, and a teacher in float32: within what its own attention is exact to."""
+def test_attention_is_averaged_over_rows_of_any_length(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Rows of unlike length, and a teacher in float32: within what its own attention is exact to."""
     source = Checkpoint.open(
         tiny_checkpoint("llama", tokenizer=False, num_hidden_layers=2, max_position_embeddings=512)
     )
     tokens, request = token_file(700), AttentionGram(Site(1))
     brute = BruteForce(source, [tokens.tokens[at : at + 300].astype(np.int64) for at in range(0, 700, 300)])
-    y = np.concatenate([brute.averaged(1, head) for head in range(4)])
+    y = brute.averaged(1)
     expected, mean = y.T @ y / len(y), y.mean(0)
     exact, rounded = (
         calibrate(source, [request], tokens, replace(EXACT, length=300, dtype=dtype))[request]

@@ -22,6 +22,7 @@ from kvfold.report import conversion_pages, readme_table
 from kvfold.report.rows import studies
 from kvfold.report.students import DEFAULT, MEAN, Start, results
 from kvfold.run import _label
+from kvfold.shape import REPAIRABLE
 
 ROOT = Path(__file__).parents[1]
 TEACHER, MEAN_LOSS = 2.0, {4: 3.0, 2: 6.0, 1: 8.0}
@@ -69,9 +70,9 @@ def conversions() -> list[Record]:
             converted(heads, "align", 0.6),
             converted(heads, "fit", 0.8, repair="none-"),
             converted(heads, "fit", 0.85, repair="o"),
-            converted(heads, "mean", 0.5, repair="q-o-down"),
+            converted(heads, "mean", 0.5, repair="q-o-gate-up-down"),
             *(
-                converted(heads, "fit", closed + drift, repair="q-o-down", seed=seed)
+                converted(heads, "fit", closed + drift, repair="q-o-gate-up-down", seed=seed)
                 for seed, drift in enumerate((-0.01, 0, 0.01))
             ),
         ]
@@ -92,8 +93,8 @@ def test_a_table_says_what_its_records_say(conversions: list[Record], plans: lis
     assert cells_of(page, "align")[3:5] == ["3.6000", "0.600"]
     assert cells_of(page, "fit")[3:5] == ["2.8000", "0.800"]
     assert cells_of(page, "fit, o repaired")[3:5] == ["2.6000", "0.850"]
-    assert cells_of(page, "mean, q, o, down repaired")[4] == "0.500"
-    default = cells_of(page, "fit, q, o, down repaired (default)")
+    assert cells_of(page, "mean, q, o, gate, up, down repaired")[4] == "0.500"
+    default = cells_of(page, "fit, q, o, gate, up, down repaired (default)")
     assert default[3:5] == ["**2.1800 ± 0.0400**", "**0.955 ± 0.010**"]
     assert page.count("**2.") + page.count("**0.") == 6  # the best of each column, and nothing else
     assert "hash of" not in page
@@ -170,12 +171,15 @@ def test_loss_over_tokens_is_a_table_a_figure_and_sentences(plans: list[Record])
     made = conversion_pages([*_recovery(), *plans])
     page, figure = made["conversion.md"], made["loss-over-tokens.svg"]
     assert "| start | trained by | 0 tokens | 150k tokens | 600k tokens |" in page
-    default = "fit, q, o, down repaired (default)"
+    default = "fit, q, o, gate, up, down repaired (default)"
     assert cells_of(page, default)[1:] == ["kl", "**2.3000**", "2.2000", "**2.1000**"]
     assert cells_of(page, "align")[1:] == ["kl", "4.0000", "**2.1500**", "2.1200"]
     assert "better start than align: holds for 600k tokens by kl; does **not** hold for 150k tokens by kl." in page
     assert "than mean pooling with cross-entropy: holds for 0 tokens, 150k tokens; does **not** hold for 600k" in page
-    assert "KL to the teacher is better than cross-entropy: holds for mean after 150k tokens, mean after 600k" in page
+    assert (
+        "to the teacher (KL) is better than cross-entropy alone: holds for mean after 150k tokens, mean after 600k"
+        in page
+    )
     for word in (f"{default}; kl", "align; kl", "mean; ce", "teacher"):
         assert f">{word}</text>" in figure
     assert made == conversion_pages([*_recovery(), *plans])  # the same bytes for the same numbers
@@ -222,6 +226,50 @@ def test_the_headline_stands_on_the_page_and_the_sweeps_are_not_in_the_readme(
     assert "77,777" not in table  # of another teacher
 
 
+def made_by(stage: str, seconds: float, **settings: Any) -> dict[str, Any]:
+    return {"stage": stage, "seconds": seconds, "tokens": None} | ({"settings": settings} if settings else {})
+
+
+def told(made: Record, *steps: dict[str, Any]) -> Record:
+    return dataclasses.replace(made, metrics={**made.metrics, "made_by": list(steps)})
+
+
+def test_a_budget_stands_beside_the_same_bytes_spent_evenly(plans: list[Record]) -> None:
+    rows = [
+        told(evaluated("budget/a", 2.6, kv_heads=2, init="fit"), made_by("convert", 20, kv_heads=2)),
+        told(
+            evaluated("budget/b", 2.5, kv_heads="auto", budget=0.25, init="fit"),
+            made_by("convert", 40, kv_heads="4/2/1/1"),
+        ),
+        told(evaluated("budget/c", 2.2, kv_heads=4, init="fit"), made_by("convert", 20, kv_heads=4)),
+        told(
+            evaluated("budget/d", 2.3, kv_heads="auto", budget=0.5, init="fit"),
+            made_by("convert", 41, kv_heads="8/4/2/2"),
+        ),
+    ]
+    page = conversion_pages([*rows, *plans])["conversion.md"]
+    assert cells_of(page, "4/2/1/1 (auto)")[1:] == ["25.0%", "2.5000", "0.5000", "40"]
+    assert cells_of(page, "2")[1:] == ["25.0%", "2.6000", "0.6000", "20"]
+    assert "than the same bytes spent evenly: holds for 2 heads; does **not** hold for 4 heads." in page
+
+
+def test_attentions_trained_each_on_its_own_are_held_against_what_they_were(plans: list[Record]) -> None:
+    trained = {"loss_name": "attention:1.0", "tokens": 600_000, "init": "fit", "seed": 0}
+    rows = [
+        evaluated("conversion/mean/converted", 6.0),
+        evaluated("local/fit/converted", 3.0, init="fit"),
+        told(
+            evaluated("local/fit/uptrained", 2.5, **trained),
+            made_by("convert", 20, kv_heads=2),
+            made_by("uptrain", 300),
+        ),
+    ]
+    page = conversion_pages([*rows, *plans])["conversion.md"]
+    row = cells_of(page, "2: fit, q, o, gate, up, down repaired (default)")
+    assert row[1:] == ["3.0000", "0.750", "2.5000", "0.875", "600k", "5.0"]
+    assert "block-local training improves on it: holds for 2 heads, fit" in page
+
+
 def test_a_repaired_mean_is_no_mean_pooling_and_a_calibration_seed_no_other_row() -> None:
     made = [
         evaluated("a", 4.0),
@@ -249,8 +297,8 @@ def test_the_conversion_recipe_says_every_start_once() -> None:
         (row.convert["kv_heads"], row.convert["init"], each.repair, each.calibration_seed)
         for row, each in zip(rows, options, strict=True)
     ]
-    labels = [_label("gqa", row.convert) for row in rows]
-    assert len(set(asked)) == len(set(labels)) == len(rows) == 33
+    labels = [_label(row.convert) for row in rows]
+    assert len(set(asked)) == len(set(labels)) == len(rows) == 36
     found = results(
         [
             evaluated(f"conversion-other/{label}/converted", 3.0, **row.convert)
@@ -258,12 +306,12 @@ def test_the_conversion_recipe_says_every_start_once() -> None:
         ]
     )
     fit = [each for each in found if each.start.init == "fit"]
-    assert {each.start.repair for each in fit} == {(), ("o",), ("o", "down"), ("q", "o", "down")}
-    wanted = {(heads, "fit", ("q", "o", "down"), seed) for heads in (4, 2, 1) for seed in (0, 1, 2)}
+    assert {each.start.repair for each in fit} == {(), ("o",), ("o", "down"), ("q", "o", "down"), REPAIRABLE}
+    wanted = {(heads, "fit", REPAIRABLE, seed) for heads in (4, 2, 1) for seed in (0, 1, 2)}
     assert wanted <= set(asked)
 
 
-@pytest.mark.parametrize(("name", "count"), [("recovery", 12), ("headline", 6)])
+@pytest.mark.parametrize(("name", "count"), [("recovery", 12), ("headline", 6), ("local", 6)])
 def test_the_training_recipes_spend_what_they_say(name: str, count: int) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
     rows = cells(recipe)

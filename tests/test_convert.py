@@ -27,7 +27,9 @@ from kvfold.errors import CheckpointError, Interrupted, OutputError, SettingErro
 from kvfold.families import all_families
 from kvfold.methods import Student
 from kvfold.output import MANIFEST, read_json
+from kvfold.repair import RepairSettings
 from kvfold.shape import (
+    REPAIRABLE,
     Answers,
     CacheSpec,
     CrossGram,
@@ -337,7 +339,7 @@ def test_a_method_with_calibration_and_groups_of_layers(
 
 # --- repaired -------------------------------------------------------------------------------------------------------
 
-REPAIRED = ("q_proj.weight", "o_proj.weight", "down_proj.weight")
+REPAIRED = tuple(f"{role}_proj.weight" for role in REPAIRABLE)
 
 
 @pytest.fixture
@@ -381,7 +383,8 @@ def test_a_repaired_student_is_stock_and_says_what_it_is(
 
     lineage = read_json(student / MANIFEST)
     (step,) = lineage["steps"]
-    assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", ["q", "o", "down"])
+    assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", ["q", "o", "gate", "up", "down"])
+    assert step["settings"]["repaired_by"]["logit_tokens"] == RepairSettings().logit_tokens
     assert step["calibration"] == read_json(plain / MANIFEST)["steps"][0]["calibration"]
     assert read_json(plain / MANIFEST)["steps"][0]["settings"]["repair"] == []
     assert lineage["hash"] == Checkpoint.open(student).hash() != Checkpoint.open(plain).hash()
@@ -432,7 +435,7 @@ def test_any_method_is_repaired_where_it_is_said(
 
 def test_repair_that_cannot_be(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_checkpoint()
-    with pytest.raises(SettingError, match="convert: 'v' cannot be repaired; allowed: q, o or down, or none"):
+    with pytest.raises(SettingError, match="convert: 'v' cannot be repaired; allowed: q, o, gate, up or down, or none"):
         ConvertSettings(repair=("q", "v"))
     with pytest.raises(SettingError, match="repair asks the teacher to read a little text, and none is given"):
         convert(teacher, tmp_path / "out", "identity", options=ConvertSettings(repair=("o",)))

@@ -17,9 +17,22 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "budget", "attention"},
+    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"},
     {"methods", "families"},
-    {"recipe", "checkpoint", "hf", "calibrate", "engines", "plan", "convert", "repair", "logits", "data", "shards"}
+    {
+        "recipe",
+        "checkpoint",
+        "hf",
+        "calibrate",
+        "engines",
+        "plan",
+        "convert",
+        "repair",
+        "logits",
+        "gated",
+        "data",
+        "shards",
+    }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool"},
     {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},

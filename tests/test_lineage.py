@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvfold.checkpoint import Checkpoint
-from kvfold.lineage import descend, remember, remembered, root_teacher, vocabulary_difference
+from kvfold.lineage import descend, remember, remembered, root_teacher, steps_since_root, vocabulary_difference
 from kvfold.output import MANIFEST, write_json
 
 Make = Callable[..., Path]
@@ -52,6 +52,21 @@ def test_a_students_student_descends_from_the_same_root(tiny_checkpoint: Make, t
     assert lineage["root"]["hash"] == student.root_hash() == teacher.hash()
     assert [step["stage"] for step in lineage["steps"]] == ["convert", "uptrain"]
     assert [step["source"] for step in lineage["steps"]] == [teacher.hash(), student.hash()]
+
+
+def test_what_was_done_since_the_root_is_told_with_what_it_cost(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    teacher = tiny_checkpoint()
+    assert steps_since_root(Checkpoint.open(teacher)) == []
+    before = descend(Checkpoint.open(teacher), inputs="i", stage="pretrain", settings={"text": "t"}, tokens=9)
+    write_json(teacher / MANIFEST, {**before, "hash": Checkpoint.open(teacher).hash()})
+    student = student_of(teacher, tmp_path / "student")
+    assert steps_since_root(student) == [
+        {"stage": "convert", "seconds": None, "tokens": None, "settings": {"method": "gqa"}}
+    ]
+    trained = descend(student, inputs="i", stage="uptrain", settings={"data": "d"}, tokens=5, wall_seconds=1.5)
+    write_json(student.path / MANIFEST, {**trained, "hash": student.hash()})
+    told = steps_since_root(Checkpoint.open(student.path))
+    assert told[1:] == [{"stage": "uptrain", "seconds": 1.5, "tokens": 5}]
 
 
 def test_a_teacher_is_found_by_its_content_beside_the_student_or_where_it_was(

@@ -306,7 +306,7 @@ def test_a_head_that_looks_at_one_key_asks_for_nothing(saturated: slice, normed:
 
 def test_room_is_asked_for_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     made, tokens = case(), ROWS * LENGTH
-    needed = 4 * tokens * (4 * WIDTH + 4 * WIDTH + HIDDEN + 2 * WIDTH)  # queries, keys, inputs, shared keys
+    needed = 4 * tokens * (HIDDEN + 2 * WIDTH + 4 * WIDTH + 4 * LENGTH)  # inputs, shared keys, their means, attention
     monkeypatch.setattr(spool, "free_bytes", lambda path: needed)
     solve(made, steps=1)
     monkeypatch.setattr(spool, "free_bytes", lambda path: needed - 1)

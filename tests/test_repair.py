@@ -151,8 +151,9 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
     model, taught, above = stock(student), Watch(stock(teacher), ids_BT), outputs(stock(teacher), ids_BT)
     for number, layer in enumerate(model.model.layers):
         path = f"model.layers.{number}"
-        q, o, down = (f"{path}.{name}.weight" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"))
-        assert set(found[number]) == {q, o, down}
+        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+        q, o, up, gate, down = (f"{path}.{name}.weight" for name in names)
+        assert set(found[number]) == {q, o, up, gate, down}
         put(model, {q: found[number][q]})
         seen = Watch(model, ids_BT)
         middle = taught.inputs[f"{path}.post_attention_layernorm"]
@@ -160,7 +161,7 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
         expected = lstsq(layer.self_attn.o_proj, seen.inputs[f"{path}.self_attn.o_proj"], target, SETTINGS.damping)
         torch.testing.assert_close(found[number][o], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(expected, layer.self_attn.o_proj.weight, atol=1e-2)
-        put(model, {o: found[number][o]})
+        put(model, {name: found[number][name] for name in (o, up, gate)})
         seen = Watch(model, ids_BT)
         target = above[number] - seen.inputs[f"{path}.post_attention_layernorm"]
         expected = lstsq(layer.mlp.down_proj, seen.inputs[f"{path}.mlp.down_proj"], target, SETTINGS.damping)
@@ -340,11 +341,11 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
 
 def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = pair()
-    with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o or down"):
+    with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o, gate, up or down"):
         next(repair(teacher, student, ("q", "v"), tokens()))
-    monkeypatch.setattr(teacher, "family", replace(teacher.family, down=None))
+    monkeypatch.setattr(teacher, "family", replace(teacher.family, mlp={}))
     monkeypatch.setattr(student, "family", teacher.family)
-    with pytest.raises(SettingError, match="repair: family llama names no MLP to repair; leave out down"):
+    with pytest.raises(SettingError, match="repair: family llama names no gated MLP to repair; leave out"):
         next(repair(teacher, student, REPAIRABLE, tokens()))
     assert len(next(repair(teacher, student, ("q", "o"), tokens(), SETTINGS))) == 2
     monkeypatch.setattr(spool, "free_bytes", lambda path: 4 * ROWS * LENGTH * 32 * 4 - 1)

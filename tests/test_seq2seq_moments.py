@@ -71,7 +71,8 @@ def textbook(model: Any, given: Tensor, asked: Tensor) -> dict[tuple[Site, str],
                 logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf)
             looked.append(logits.softmax(-1) @ read)
             heads.append(logits.softmax(-1) @ v[:, shared])
-        seen[site, "y"] = torch.stack(looked)
+        turns = torch.arange(len(x))
+        seen[site, "y"] = torch.stack(looked)[turns % config.num_heads, turns]  # one head at each token, in turns
         return layer.o(torch.cat(heads, dim=-1))
 
     def forward(layer: Any, x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def test_moments_are_those_of_the_definition(
     assert len(rows) > 10
     for site in sites:
         x, q = (torch.cat([row[site, what].detach() for row in rows]) for what in "xq")
-        y = torch.cat([row[site, "y"].detach() for row in rows], dim=1).flatten(0, 1)
+        y = torch.cat([row[site, "y"].detach() for row in rows])
         found = answers[InputGram(site)]
         close(found["gram_DD"], x.T @ x / len(x))
         close(found["mean_D"], x.mean(0))

@@ -162,7 +162,7 @@ def test_what_comes_out(student: Path, text: Path, tmp_path: Path) -> None:
     assert made.lineage["hash"] == made.hash()
     step = made.lineage["steps"][-1]
     assert (step["stage"], step["tokens"], step["seed"], step["source"]) == ("uptrain", 384, 0, source.hash())
-    assert step["settings"]["loss"] == "kl", "the default was written out"
+    assert step["settings"]["loss"] == "kl+0.3ce", "the default was written out"
     assert [line["step"] for line in _log(out)] == [*range(1, STEPS + 1), STEPS]
     assert _log(out)[-1]["done"] is True
     assert {path.name for path in out.iterdir()} - {path.name for path in student.iterdir()} == {"train.jsonl"}
@@ -179,6 +179,21 @@ def test_frozen_parameters_stay_and_are_saved(student: Path, text: Path, tmp_pat
 
 
 # --- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_was_converted_is_trained(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    teacher = tiny_checkpoint("qwen2")
+    shared = convert(teacher, tmp_path / "shared", "cla", {"layout": "0,0,2,3"})
+    out = uptrain(shared, tmp_path / "out", _settings(text, converted_only=True, learning_rate=1e-2))
+    before, after = _weights(shared), _weights(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "layers.0.self_attn" in name or "layers.1.self_attn" in name}
+    settings = _settings(text, converted_only=True, trainable=("q", "k"), loss="ce", learning_rate=1e-2)
+    after = _weights(uptrain(shared, tmp_path / "some", settings))
+    named = {f"model.layers.{n}.self_attn.{role}_proj.weight" for n, role in ((0, "q"), (0, "k"), (1, "q"))}
+    assert {name for name in before if before[name] != after[name]} == named
+    with pytest.raises(SettingError, match="no attention of the model was converted"):
+        uptrain(teacher, tmp_path / "none", _settings(text, converted_only=True, loss="ce"))
 
 
 def test_formulas_and_stages_are_read() -> None:

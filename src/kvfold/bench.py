@@ -7,6 +7,9 @@ Prompts are random tokens: a time does not depend on what is written.
 
 Caches are static, as in serving engines, where no layer has a window: transformers' growing cache copies itself for
 every token, and a speed-up over a teacher that copies more would be an artefact.
+
+What layers share is read by all of them: such a student decodes no faster at the same batch. Under `memory` each model
+is timed at the largest batch that fits beside its weights too, which is where fewer bytes turn into speed.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from kvfold.training import best_device
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
 QUICK = 0.25  # seconds; prompts that take longer are read once
+PIECE = 64  # tokens of each prompt that are read together where as many prompts are read as memory holds
 COPIES = 3  # caches' worth of memory that a model needs while it is measured: its own, and what kernels make of it
 
 K = TypeVar("K")
@@ -55,11 +59,15 @@ class BenchSettings:
     )
     threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; by default its own choice."})
     fp8: bool = field(default=True, metadata={"help": "Measure the teacher with an fp8 cache too."})
+    memory: int | None = field(
+        default=None,
+        metadata={"help": "Bytes for weights and cache (2G): each model is timed at the largest batch that fits, too."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the prompts."})
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, with SettingError."""
-        for name in ("context", "batch", "new_tokens", "repeats", "threads"):
+        for name in ("context", "batch", "new_tokens", "repeats", "threads", "memory"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or any(number is not None and number < 1 for number in numbers):
@@ -98,7 +106,8 @@ def bench(
     _check_room(opened, settings)
     with _threads(settings.threads):
         metrics = _metrics(checkpoints, settings, progress)
-        wrong = next((row for row in metrics["rows"] if row["cache_bytes"] != row["predicted_cache_bytes"]), None)
+        timed = [*metrics["rows"], *metrics["largest"]]
+        wrong = next((row for row in timed if row["cache_bytes"] != row["predicted_cache_bytes"]), None)
         error = None if wrong is None else _other_bytes(wrong, path)
         made = record.make(
             "bench",
@@ -167,6 +176,16 @@ def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> N
         grouped_cache(each.shape).bytes(tokens, batch=batch, itemsize=item, encoder_tokens=context)
         for each in checkpoints
     )
+    if settings.memory is not None:
+        for each in checkpoints:
+            if not _largest_batch(each, context, settings):
+                raise SettingError(
+                    f"not one sequence of {context:,} tokens fits beside the weights of {each.name}",
+                    where="bench",
+                    got=f"memory {size(settings.memory)}",
+                    next="give more memory, or choose a smaller context",
+                )
+        caches = max(caches, len(checkpoints) * settings.memory)
     needed = COPIES * caches + item * sum(each.shape.parameters for each in checkpoints)
     gpu = best_device() == "cuda"
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else processor_memory()
@@ -178,6 +197,14 @@ def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> N
             allowed=size(memory),
             next="choose a smaller context or batch, or dtype bfloat16",
         )
+
+
+def _largest_batch(checkpoint: Checkpoint, context: int, settings: BenchSettings) -> int:
+    """Sequences whose cache fits into the memory that was given, beside the weights."""
+    item = DTYPE_BYTES[settings.dtype]
+    room = (settings.memory or 0) - checkpoint.shape.parameters * item
+    cache = grouped_cache(checkpoint.shape)
+    return max(0, room // cache.bytes(context + settings.new_tokens, itemsize=item, encoder_tokens=context))
 
 
 def _other_bytes(row: Mapping[str, Any], path: Path) -> KvfoldError:
@@ -294,15 +321,19 @@ def _metrics(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
             rows += found
             seconds += raw
             progress.advance(context * batch, f"{context:,} tokens x {batch}")
+        largest: Rows = []
+        for context in settings.context if settings.memory is not None else ():
+            largest += _at_largest([each for each in contenders if not each.fp8], context, vocabulary, settings, draw)
     finally:
         progress.stop()
     return {
         "rows": rows,
         "ratios": _ratios(contenders, rows, settings),
-        "bytes_as_predicted": all(row["cache_bytes"] == row["predicted_cache_bytes"] for row in rows),
+        "largest": largest,
+        "bytes_as_predicted": all(row["cache_bytes"] == row["predicted_cache_bytes"] for row in [*rows, *largest]),
         "beyond_positions": bool(beyond),
         "bandwidth": hardware("local").bandwidth,
-        "notes": notes + beyond,
+        "notes": [*notes, *beyond, *_sharing(contenders)],
         "seconds": seconds,
     }
 
@@ -324,6 +355,20 @@ def _beyond(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> list[
     if longest <= positions:
         return []
     return [f"{longest} tokens are more than the {positions} positions of the models: times hold, text would not"]
+
+
+def _sharing(contenders: Sequence[_Contender]) -> list[str]:
+    """What must be said of students whose layers share."""
+    told = {}
+    for each in contenders:
+        shape = each.checkpoint.shape
+        reading = sum(attention.source is not None for attention in shape.sites.values())
+        if reading:
+            told[each.name] = (
+                f"{each.name}: {reading} of {shape.num_layers} layers read the cache of another; fewer bytes are held, "
+                "as many are read in a step, which gets no faster at the same batch"
+            )
+    return list(told.values())
 
 
 Rows = list[dict[str, Any]]
@@ -370,6 +415,47 @@ def _time_prefill(
     if max(times[0] for times in seconds.values()) < QUICK:
         seconds = interleave(works, repeats)
     return seconds
+
+
+def _at_largest(
+    contenders: Sequence[_Contender], context: int, vocabulary: int, settings: BenchSettings, draw: torch.Generator
+) -> Rows:
+    """Each contender with as many sequences as its memory holds, in turns: decode time and throughput."""
+    room, works, batches = context + settings.new_tokens, {}, {}
+    for each in contenders:
+        batch = _largest_batch(each.checkpoint, context, settings)
+        ids_BT = torch.randint(vocabulary, (batch, room), generator=draw).to(best_device())
+        read = each.prefill(ids_BT[:, :context], settings.new_tokens)  # makes the cache
+        if each.paired:
+            read()
+        else:  # so many prompts are read piece by piece
+            for prompts_BN in torch.split(ids_BT[:, :context], PIECE, dim=1):
+                hf.read(each.model, prompts_BN, each.held)
+        each.kernel = _fastest_kernel(each, ids_BT[:, context:])
+        works[each], batches[each] = partial(each.decode, ids_BT[:, context:]), batch
+    seconds = interleave(works, settings.repeats)
+    rows = []
+    for each in contenders:
+        step = statistics.median(seconds[each]) / settings.new_tokens
+        rows.append(
+            {
+                "model": each.name,
+                "cache": "native",
+                "context": context,
+                "memory": settings.memory,
+                "batch": batches[each],
+                "cache_bytes": hf.live_cache_bytes(each.live),
+                "predicted_cache_bytes": each.predicted_bytes(
+                    context, settings.new_tokens, batches[each], settings.dtype
+                ),
+                "decode_s_per_token": step,
+                "tokens_per_s": batches[each] / step,
+                "kernel": f"{each.kernel}, {each.cache} cache",
+                "seconds": seconds[each],
+            }
+        )
+        each.held = each.live = each.encoded_BSD = None
+    return rows
 
 
 def _fastest_kernel(contender: _Contender, ids_BN: Tensor) -> str:

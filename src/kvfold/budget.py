@@ -32,7 +32,7 @@ def choices_of(shape: Shape, site: Site) -> list[int]:
 
 def part(shape: Shape, heads: Mapping[Site, int]) -> float:
     """What sites of so many heads cache of a token, as a part of the root teacher's."""
-    return _elements(shape, heads) / _whole(shape)
+    return _elements(shape, heads) / whole(shape)
 
 
 def check(budget: float | None, shape: Shape, where: str) -> None:
@@ -47,11 +47,11 @@ def check(budget: float | None, shape: Shape, where: str) -> None:
 
 def alike(budget: float, shape: Shape) -> Heads:
     """The heads that spend the budget with sites as alike as can be: what is known before anything is measured."""
-    heads, room = dict.fromkeys(cached(shape), 1), _room(budget, shape)
+    heads, most = dict.fromkeys(cached(shape), 1), room(budget, shape)
     while True:
         for site in sorted(heads, key=lambda site: heads[site] / choices_of(shape, site)[-1]):
             more = [count for count in choices_of(shape, site) if count > heads[site]]
-            if more and _elements(shape, {**heads, site: more[0]}) <= room:
+            if more and _elements(shape, {**heads, site: more[0]}) <= most:
                 heads[site] = more[0]
                 break
         else:
@@ -68,7 +68,7 @@ def cheapest(budget: float, shape: Shape, answers: Answers) -> Heads:
     sizes_N = np.array([_elements(shape, {site: count}) for site, count in options])
     unit = int(np.gcd.reduce(sizes_N))
     one_each_LN = np.array([[owner == site for owner, _ in options] for site in cached(shape)])
-    limits = [LinearConstraint(one_each_LN, 1, 1), LinearConstraint(sizes_N // unit, ub=_room(budget, shape) // unit)]
+    limits = [LinearConstraint(one_each_LN, 1, 1), LinearConstraint(sizes_N // unit, ub=room(budget, shape) // unit)]
     for goal_N in (prices_N, sizes_N // unit):  # whole numbers: the second solution keeps the first one's price
         found = milp(
             goal_N,
@@ -86,7 +86,7 @@ def uniform(budget: float, shape: Shape, answers: Answers) -> Heads:
     """The cheapest heads within the budget of which every site keeps as many."""
     common = math.gcd(*(choices_of(shape, site)[-1] for site in cached(shape)))
     mixes = [dict.fromkeys(cached(shape), count) for count in divisors(common)]
-    within = [heads for heads in mixes if _elements(shape, heads) <= _room(budget, shape)]
+    within = [heads for heads in mixes if _elements(shape, heads) <= room(budget, shape)]
     return min(within, key=lambda heads: (_steps(price(shape, answers, heads)), _elements(shape, heads)))
 
 
@@ -108,13 +108,14 @@ def _elements(shape: Shape, heads: Mapping[Site, int]) -> int:
     return sum(2 * count * shape.sites[site].head_dim for site, count in heads.items())
 
 
-def _whole(shape: Shape) -> int:
+def whole(shape: Shape) -> int:
+    """Elements of a token that the root teacher caches."""
     return shape.root_elements or grouped_cache(shape).elements(1, 1)
 
 
-def _room(budget: float, shape: Shape) -> int:
+def room(budget: float, shape: Shape) -> int:
     """Elements of a token that a budget allows."""
-    return math.floor(budget * _whole(shape) * (1 + 1e-12))  # 0.29 * 100 is a little less than 29
+    return math.floor(min(budget, 1) * whole(shape) * (1 + 1e-12))  # 0.29 * 100 is a little less than 29
 
 
 def _steps(nats: float) -> int:

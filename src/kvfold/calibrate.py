@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kvfold.hf import Layer, Layers
 
-FORMAT = 3  # of the kept answers
+FORMAT = 4  # of the kept answers
 BATCH = 512  # tokens: neighbouring rows of one length are read together up to here
 MEMORY_SHARE = 0.8  # of the device's memory, when max_bytes says nothing
 
@@ -135,8 +135,11 @@ def memory_bytes(shape: Shape, requests: Iterable[Request], settings: Calibratio
 
 
 def disk_bytes(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings, tokens: int) -> int:
-    """Bytes on disk that a calibration of that many tokens needs: hidden states, and inputs kept for later layers."""
-    return (1 + len(_waiting(requests))) * spool_bytes(tokens, shape.hidden_size, settings.dtype)
+    """Bytes on disk that a calibration of that many tokens needs: hidden states, inputs kept for later layers, and
+    keys and values that layers share.
+    """
+    width = (1 + len(_waiting(requests))) * shape.hidden_size + sum(shape.owners.values())
+    return spool_bytes(tokens, width, settings.dtype)
 
 
 # --- the pass -------------------------------------------------------------------------------------------------------
@@ -170,10 +173,14 @@ def read(
         )
     probabilities = any(isinstance(request, AttentionGram) for request in requests)
     attention = "eager" if probabilities else "sdpa"
-    layers = hf.Layers(source, dtype=settings.dtype, device=device, attention=attention)
     rows = [ids_T for ids_BT in batches for ids_T in ids_BT]
+    lengths = [len(ids_T) for ids_T in rows]
     needed = 1 + max((_layer(request) for request in requests), default=-1)
-    with _Reading(layers, rows, settings) as reading, torch.inference_mode():
+    with (
+        hf.Layers(source, dtype=settings.dtype, device=device, attention=attention, lengths=lengths) as layers,
+        _Reading(layers, rows, settings) as reading,
+        torch.inference_mode(),
+    ):
         progress.start("calibrating", total * needed, "tokens")
         try:
             for number in range(needed):
@@ -228,7 +235,7 @@ class _Reading:
                 if number == 0
                 else self.hidden.read(row, count)
             )
-            hidden_BTD = layer.run(hidden_BTD)
+            hidden_BTD = layer.run(hidden_BTD, row)
             for look in here - seen.keys():
                 seen[look] = self.kept[look[0]].read(row, count).to(self.layers.device)
             for request, total in sums.items():
@@ -265,7 +272,7 @@ class _Reading:
             if what == "p":
                 name = self.family.module(site)
             elif what == "x":
-                name = self.family.tensor(site, "k")
+                name = self.family.tensor(site, "q" if self.shape.sites[site].source is not None else "k")
             else:
                 role = f"{what}_norm" if self.shape.sites[site].norms == "pre_rope" else what
                 name = self.family.tensor(site, role)

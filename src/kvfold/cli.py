@@ -262,6 +262,23 @@ def bench(
             for row in made.metrics["rows"]
         ],
     )
+    if made.metrics["largest"]:
+        table(
+            f"largest batch in {size(settings.memory or 0)}",
+            ["tokens", "model", "batch", "cache", "tokens/s"],
+            [
+                [
+                    f"{row['context']:,}",
+                    row["model"],
+                    f"{row['batch']:,}",
+                    size(row["cache_bytes"]),
+                    f"{row['tokens_per_s']:,.0f}",
+                ]
+                for row in made.metrics["largest"]
+            ],
+        )
+    for note in made.metrics["notes"]:
+        OUT.print(note, markup=False, soft_wrap=True)
 
 
 @command()

@@ -30,6 +30,7 @@ from kvfold.checkpoint import (
     natural,
 )
 from kvfold.errors import Interrupted, OutputError, SettingError, choices
+from kvfold.families import MLP
 from kvfold.lineage import descend, remember
 from kvfold.output import (
     MANIFEST,
@@ -45,7 +46,7 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, Answers, FoldedKL, Question, Site, SiteTensors
+from kvfold.shape import REPAIRABLE, Answers, ConvertedKL, FoldedKL, Question, Site, SiteTensors
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class ConvertSettings:
     calibration_seed: int = field(default=0, metadata={"help": "Seed with which they are drawn from all of the text."})
     repair: tuple[str, ...] | None = field(
         default=None,
-        metadata={"help": "What is refitted in closed form afterwards: q,o,down or none; what the method asks for."},
+        metadata={
+            "help": "What is refitted in closed form afterwards: q,o,gate,up,down or none; what the method asks for."
+        },
     )
     shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest file of weights, in bytes (5G)."})
     dtype: Literal["source", "bfloat16", "float16", "float32"] = field(
@@ -143,9 +146,12 @@ def convert(
                     shutil.copyfile(source.path / "config.json", output.work / "config.json")
                 else:
                     write_json(output.work / "config.json", made)
+                how: dict[str, Any] = {}
                 if calibration and options.repair:
-                    from kvfold.repair import repair_in_place  # loads transformers: only for what is repaired
+                    # loads transformers: only for what is repaired
+                    from kvfold.repair import RepairSettings, repair_in_place
 
+                    how = {"repaired_by": dataclasses.asdict(RepairSettings())}
                     repair_in_place(source, output, options.repair, calibration.text(), writer, progress)
                 writer.close()
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
@@ -154,7 +160,7 @@ def convert(
                 source,
                 inputs=_inputs(source, asked),
                 stage="convert",
-                settings=_settings(method, resolved, options),
+                settings={**_settings(method, resolved, options), **how},
                 calibration=calibration.hash if calibration else None,
                 wall_seconds=round(time.monotonic() - started, 3),
             )
@@ -260,8 +266,8 @@ class _Calibration:
         from kvfold.calibrate import calibrate  # loads transformers: only for methods that ask
         from kvfold.sensitivity import measure
 
-        folds = [each for each in self.questions if isinstance(each, FoldedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL)]
+        folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if not folds:
             return answers
@@ -313,7 +319,7 @@ def _repairs(method: methods.Method, config: Any, source: Checkpoint, options: C
     wanted = getattr(method, "repairs", lambda config: ())(config)
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
-    return tuple(role for role in wanted if role != "down" or source.family.down)
+    return tuple(role for role in wanted if role not in MLP or source.family.mlp)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------

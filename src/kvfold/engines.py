@@ -1,8 +1,8 @@
 """Which engines load a student, and how much of that was tried.
 
 A student in its source's own architecture is loaded by every engine that knows the architecture. One whose layers
-differ in their key/value heads needs an engine that takes a number for each layer; one that needs another of
-kvfold's own classes is loaded by transformers with kvfold installed.
+differ in their key/value heads needs an engine that takes a number for each layer; one whose layers share keys and
+values, or that needs another of kvfold's own classes, is loaded by transformers with kvfold installed.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
         rest = (Engine(known.name, False, f"does not know {student.model_type}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
+    if student.shape.owners:
+        return _sharing()
     return tuple(
         Engine(
             known.name,
@@ -94,3 +96,12 @@ def engines(student: Student, model_type: str) -> tuple[Engine, ...]:
         )
         for known in _table(student)
     )
+
+
+def _sharing() -> tuple[Engine, ...]:
+    """Layers that read another layer's keys and values: kvfold's own classes, and no engine's."""
+    told = {"llama.cpp": "shares the last layers of Gemma's architectures alone", "CTranslate2": "no place for it"}
+    rest = (
+        Engine(known.name, False, told.get(known.name, "does not find kvfold's classes"), "no") for known in _KNOWN[1:]
+    )
+    return (Engine("transformers", True, "with kvfold installed", "loaded in the tests"), *rest)

@@ -21,7 +21,7 @@ from kvfold import gate, hf, probes, record, scores, seq2seq_scores
 from kvfold.checkpoint import Checkpoint
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, DataError, GateMissed, SettingError, choices
-from kvfold.lineage import known_length, root_teacher, vocabulary_difference
+from kvfold.lineage import known_length, root_teacher, steps_since_root, vocabulary_difference
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record
@@ -174,6 +174,8 @@ def evaluate(
             measured = seq2seq_scores.measure(models, model.path, text.corpus, progress=progress, **_pairs(settings))
         else:
             measured = _measure(settings, model, other, text.ids_N, progress)
+        if steps := steps_since_root(model):
+            measured["made_by"] = steps
         made = _make(name, identity, settings, measured, control)
         made = replace(made, hashes=hashes, wall_seconds=round(time.monotonic() - began, 2))
         path = record.write(made, records)

@@ -67,6 +67,20 @@ def known_length(checkpoint: Checkpoint) -> int:
     return min(checkpoint.shape.max_positions, max(seen)) if first and seen else checkpoint.shape.max_positions
 
 
+def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What was done to a student since its first teacher, as records keep it: stage, seconds, tokens trained.
+
+    Conversions say their resolved settings too: what `auto` came to.
+    """
+    steps = (checkpoint.lineage or {}).get("steps", ())
+    return [
+        {"stage": step["stage"], "seconds": step["wall_seconds"], "tokens": step["tokens"]}
+        | ({"settings": step["settings"]} if step["stage"] == "convert" else {})
+        for step in steps
+        if step["stage"] != "pretrain"
+    ]
+
+
 def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint | None:
     """The first teacher of a student's lineage, known by its content; None when it is in none of the usual places.
 

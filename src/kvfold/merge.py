@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvfold.linalg import psd_roots
 from kvfold.rope import put_planes, to_planes
-from kvfold.shape import Answers, Attention, AttentionGram, InputGram, QueryGram, Roles, Site
+from kvfold.shape import Answers, Attention, AttentionGram, InputGram, QueryGram, Roles, Rope, Site
 
 How = Literal["fit", "align", "align-norm"]
 
@@ -133,46 +133,62 @@ def merge_site(attention: Attention, roles: Roles, heads: int, moments: Moments,
     is always 1.
     """
     new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
-    keys, values = _Maps.of(new, "k", attention), _Maps.of(new, "v", attention)
-    queries = _Maps.of(new, "q", attention)
+    keys, values = Maps.of(new, "k", attention), Maps.of(new, "v", attention)
+    queries = Maps.of(new, "q", attention)
     output_DHE = new["o"].view(attention.hidden_size, attention.num_attention_heads, attention.head_dim)
     group, readers = attention.num_key_value_heads // heads, attention.query_group
-    key_gram_DD = _with_one(moments.gram_DD, moments.mean_D, keys.biased)
-    value_gram_DD = _with_one(moments.attended_DD, moments.attended_mean_D, values.biased)
+    key_gram_DD = with_one(moments.gram_DD, moments.mean_D, keys.biased)
+    value_gram_DD = with_one(moments.attended_DD, moments.attended_mean_D, values.biased)
     merged_k, merged_v, lost = [], [], []
     for first in range(0, attention.num_key_value_heads, group):
         mine = slice(first, first + group)
         read = slice(first * readers, (first + group) * readers)
-        shared_k, lost_k = _merge_keys(
-            keys.rows_HED[mine],
-            queries.rows_HED[read].view(group, readers, *queries.rows_HED.shape[1:]),
-            moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1),
-            key_gram_DD,
-            attention,
-            how,
-        )
-        shared_v, lost_v = _merge_values(
-            values.rows_HED[mine],
-            output_DHE[:, read].view(attention.hidden_size, group, readers, attention.head_dim),
-            value_gram_DD,
-            how,
-        )
-        merged_k.append(shared_k)
-        merged_v.append(shared_v)
-        lost.append(max(lost_k, lost_v))
-    _Maps(torch.stack(merged_k), keys.biased).put(new, "k")
-    _Maps(torch.stack(merged_v), values.biased).put(new, "v")
+        looks_JEE = moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1)
+        shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how)
+        for head, queries_RED in enumerate(queries.rows_HED[read].view(group, readers, *queries.rows_HED.shape[1:])):
+            lifts.fold(head, queries_RED)
+        output_DJRE = output_DHE[:, read].view(attention.hidden_size, group, readers, attention.head_dim)
+        seen_JEE = torch.einsum("djre,djrf->jef", output_DJRE, output_DJRE)
+        merged = shared_value(values.rows_HED[mine], seen_JEE, value_gram_DD, how)
+        output_DJRE.copy_(torch.einsum("djre,jef->djrf", output_DJRE, merged.lift_JER))
+        merged_k.append(shared_ED)
+        merged_v.append(merged.shared_RD)
+        lost.append(max(lost_k, merged.lost))
+    Maps(torch.stack(merged_k), keys.biased).put(new, "k")
+    Maps(torch.stack(merged_v), values.biased).put(new, "v")
     queries.put(new, "q")
     return new, lost
 
 
-def _merge_keys(
-    keys_JED: Tensor, queries_JRED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: How
-) -> tuple[Tensor, float]:
-    """The shared key of a group; the queries that read it are folded in place."""
+@dataclass(frozen=True)
+class KeyLifts:
+    """How J heads are read off a shared key: one factor for each plane, and a matrix for what is not rotated."""
+
+    planes_JP: Tensor | None
+    free_JFF: Tensor | None
+    rope: Rope | None
+
+    def fold(self, head: int, queries_RED: Tensor) -> None:
+        """Turn the queries that read this head, in place, so that they read the shared one."""
+        rotated = self.rope.dims if self.rope else 0
+        if self.rope and self.planes_JP is not None:
+            turned_RPD = self.planes_JP[head].conj()[:, None] * to_planes(queries_RED, self.rope)
+            put_planes(queries_RED, turned_RPD, self.rope)
+        if self.free_JFF is not None:
+            queries_RED[:, rotated:] = self.free_JFF[head].mT @ queries_RED[:, rotated:]
+
+
+def shared_key(
+    keys_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: How
+) -> tuple[Tensor, KeyLifts, float]:
+    """The shared key of J heads, `(E, D)`, how each is read off it, and what is lost of their weighted moment.
+
+    `metric_JEE` is the second moment of the queries that read each head; `attention` says what is rotated and normed.
+    """
     rope, width = attention.rope, attention.head_dim
     shared_ED, lost = torch.zeros_like(keys_JED[0]), 0.0
     rotated = rope.dims if rope else 0
+    planes_JP = free_JFF = None
     if attention.norms == "pre_rope":
         # the norm comes between: heads of one length, turned by phases alone, and no scale to choose
         power_J11 = ((keys_JED @ gram_DD) * keys_JED).sum((1, 2), keepdim=True)
@@ -181,16 +197,12 @@ def _merge_keys(
     if rope:
         maps_PJ1D = to_planes(keys_JED, rope).transpose(0, 1)[..., None, :]
         if how == "fit":
-            looks_JE = metric_JEE.diagonal(dim1=1, dim2=2)[..., None]
-            metric_PJ11 = to_planes(looks_JE, rope).transpose(0, 1)
-            metric_PJ11 = (metric_PJ11.real + metric_PJ11.imag).to(maps_PJ1D.dtype)[..., None]
+            metric_PJ11 = plane_power(metric_JEE.diagonal(dim1=1, dim2=2), rope).T.to(maps_PJ1D.dtype)[..., None, None]
             merged = low_rank(maps_PJ1D, metric_PJ11, gram_DD, 1)
         else:
             merged = aligned(maps_PJ1D, gram_DD, keep_norm=how == "align-norm")
         put_planes(shared_ED[None], merged.shared_RD[None, :, 0], rope)
-        lift_JP = merged.lift_JER[..., 0, 0].T
-        for queries_RED, lift_P in zip(queries_JRED, lift_JP, strict=True):
-            put_planes(queries_RED, lift_P.conj()[:, None] * to_planes(queries_RED, rope), rope)
+        planes_JP = merged.lift_JER[..., 0, 0].T
         lost = merged.lost
     if rotated < width:
         free = slice(rotated, width)
@@ -198,32 +210,34 @@ def _merge_keys(
             merged = low_rank(keys_JED[:, free], metric_JEE[:, free, free], gram_DD, width - rotated)
         else:
             merged = aligned(keys_JED[:, free], gram_DD, keep_norm=how == "align-norm")
-        shared_ED[free] = merged.shared_RD
-        queries_JRED[:, :, free] = merged.lift_JER.mT[:, None] @ queries_JRED[:, :, free]
+        shared_ED[free], free_JFF = merged.shared_RD, merged.lift_JER
         lost = max(lost, merged.lost)
-    return shared_ED, lost
+    return shared_ED, KeyLifts(planes_JP, free_JFF, rope), lost
 
 
-def _merge_values(values_JED: Tensor, output_DJRE: Tensor, gram_DD: Tensor, how: How) -> tuple[Tensor, float]:
-    """The shared value of a group; the columns of `o` that read it are folded in place."""
+def plane_power(power_JE: Tensor, rope: Rope) -> Tensor:
+    """Powers of the rotated coordinates of heads -> powers of their planes, `(J, P)`."""
+    planes_JP1 = to_planes(power_JE[..., None], rope)
+    return (planes_JP1.real + planes_JP1.imag)[..., 0]
+
+
+def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: How) -> Merged:
+    """The shared value of J heads; `metric_JEE` is `sum o^T o` over the readers of each."""
     if how == "fit":
-        metric_JEE = torch.einsum("djre,djrf->jef", output_DJRE, output_DJRE)
-        merged = low_rank(values_JED, metric_JEE, gram_DD, values_JED.shape[1])
-    else:
-        merged = aligned(values_JED, gram_DD, keep_norm=how == "align-norm")
-    output_DJRE.copy_(torch.einsum("djre,jef->djrf", output_DJRE, merged.lift_JER))
-    return merged.shared_RD, merged.lost
+        return low_rank(values_JED, metric_JEE, gram_DD, values_JED.shape[1])
+    return aligned(values_JED, gram_DD, keep_norm=how == "align-norm")
 
 
 @dataclass(frozen=True)
-class _Maps:
+class Maps:
     """The heads of a role as maps of the input, with the bias as one more column where there is one."""
 
     rows_HED: Tensor
     biased: bool
 
     @classmethod
-    def of(cls, roles: Roles, role: str, attention: Attention) -> _Maps:
+    def of(cls, roles: Roles, role: str, attention: Attention) -> Maps:
+        """The heads of `q`, `k` or `v`, in memory of their own."""
         rows_HED = roles[role].view(-1, attention.head_dim, attention.hidden_size)
         bias = roles.get(f"{role}_bias")
         if bias is not None:
@@ -231,13 +245,14 @@ class _Maps:
         return cls(rows_HED.clone(), bias is not None)
 
     def put(self, roles: Roles, role: str) -> None:
+        """Write them back as weight and bias."""
         flat = self.rows_HED.flatten(0, 1)
         roles[role] = flat[:, :-1] if self.biased else flat
         if self.biased:
             roles[f"{role}_bias"] = flat[:, -1]
 
 
-def _with_one(gram_DD: Tensor, mean_D: Tensor, biased: bool) -> Tensor:
+def with_one(gram_DD: Tensor, mean_D: Tensor, biased: bool) -> Tensor:
     """The second moments of the input with a 1 behind it, for maps with a bias column."""
     if not biased:
         return gram_DD

@@ -24,8 +24,6 @@ from kvfold.shape import (
     Site,
 )
 
-BLOCK = 128  # queries whose attention is applied at once: later keys, which they do not see, are left out
-
 
 class Moment(Protocol):
     """The unfinished answer to one request."""
@@ -61,7 +59,7 @@ def start(request: Request, shape: Shape, device: str, sampling: Sampling) -> Mo
         case QueryGram(site):
             return _QuerySum(shape.sites[site], device)
         case AttentionGram(site):
-            return _AttentionSum(shape.sites[site], device, causal=site.kind == "self")
+            return _AttentionSum(shape.sites[site], device)
         case CrossGram(first, second):
             return _CrossSum(shape.sites[first], shape.sites[second], device)
         case SampledPairs(site, count):
@@ -132,30 +130,22 @@ class _QuerySum:
 
 
 class _AttentionSum:
-    """Sums of `y y^T` and `y` over all heads, `y` being the inputs averaged by a head's attention.
+    """Sums of `y y^T` and `y`, `y` being the inputs averaged by attention: token t by that of head `t mod H`.
 
-    The average is taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
+    All heads at all tokens would be `H` times the work for sums that differ by the noise of a sample. The average is
+    taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
     """
 
-    def __init__(self, site: Attention, device: str, *, causal: bool = True) -> None:
-        self.heads, self.causal = site.num_attention_heads, causal
-        self.gram_DD = _zeros(site.hidden_size, site.hidden_size, device=device)
-        self.sum_D = _zeros(site.hidden_size, device=device)
+    def __init__(self, site: Attention, device: str) -> None:
+        self.sum = _InputSum(site, device)
 
-    def add(self, x_BSD: Tensor, p_BHTS: Tensor) -> None:
-        format = torch.promote_types(x_BSD.dtype, torch.float32)
-        for x_SD, p_HTS in zip(x_BSD.to(format), p_BHTS, strict=True):
-            for p_TS in p_HTS:  # one head at a time bounds the memory
-                blocks = p_TS.to(format).split(BLOCK)
-                seen = range(BLOCK, len(p_TS) + BLOCK, BLOCK) if self.causal else [len(x_SD)] * len(blocks)
-                parts = zip(blocks, seen, strict=True)
-                y_TD = torch.cat([block[:, :end] @ x_SD[:end] for block, end in parts]).double()
-                self.gram_DD.addmm_(y_TD.T, y_TD)
-                self.sum_D += y_TD.sum(0)
+    def add(self, x_BTD: Tensor, p_BHTT: Tensor) -> None:
+        format = torch.promote_types(x_BTD.dtype, torch.float32)
+        token_T = torch.arange(p_BHTT.shape[2], device=p_BHTT.device)
+        self.sum.add(p_BHTT[:, token_T % p_BHTT.shape[1], token_T].to(format) @ x_BTD.to(format))
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
-        count = tokens * self.heads
-        return {"gram_DD": self.gram_DD / count, "mean_D": self.sum_D / count}
+        return self.sum.answer(tokens)
 
 
 class _Sample:

@@ -7,7 +7,7 @@ any kernel's or engine's own losses. docs/plan.md explains every row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -212,8 +212,9 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     *,
     options: PlanSettings = PlanSettings(),
+    after: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Plan:
-    """Say what converting `src` with this method would save and cost.
+    """Say what converting `src` with this method would save and cost, once those of `after` have come first.
 
     `src` is a checkpoint, a directory that holds only a config.json, that file, or a hub id (whose config.json
     alone is fetched). Raises SettingError, CheckpointError or UnsupportedModel.
@@ -221,17 +222,18 @@ def plan(
     config, lineage = read_source(src)
     family = family_of(config)
     shape = rooted(family.shape(config), lineage)
-    chosen = methods.get(method)
-    made = decode(chosen.Config, settings or {}, method)
-    made.check(shape)
-    student = chosen.student(made, shape)
+    before_all = shape
+    for name, first in after:
+        shape = _student(shape, name, first)[2].shape
+        root_elements = before_all.root_elements or grouped_cache(before_all).elements(1, 1)
+        shape = replace(shape, root_elements=root_elements)
+    chosen, made, student = _student(shape, method, settings or {})
     fields = family.fields(student.shape)  # says so now when no architecture can express the student
     device = hardware(options.hardware)
-    use = _Use(options, shape, device, tied=bool(config.get("tie_word_embeddings", False)))
-    source_cache = grouped_cache(shape)
-    before = use.side(shape, source_cache, config["model_type"])
-    after = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
-    uptraining = _uptraining(options, device, shape, student.shape)
+    use = _Use(options, before_all, device, tied=bool(config.get("tie_word_embeddings", False)))
+    before = use.side(before_all, grouped_cache(before_all), config["model_type"])
+    folded = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
+    uptraining = _uptraining(options, device, before_all, student.shape)
     disk = Disk(
         student=student.shape.parameters * _itemsize(shape.dtype),
         uptraining=SLOTS * TRAINING_BYTES * student.shape.parameters if uptraining else 0,
@@ -247,17 +249,25 @@ def plan(
         tensor_parallel=options.tensor_parallel,
         hardware=device,
         before=before,
-        after=after,
+        after=folded,
         root_cache_bytes_per_token=root,
         uptraining=uptraining,
         disk=disk,
         calibration_bytes=sum(request.bytes(shape) for request in set(chosen.needs(made, shape))),
         engines=engines(student, shape.model_type),
         warnings=(
-            *use.warnings(shape, student.shape, before, after),
+            *use.warnings(before_all, student.shape, before, folded),
             *getattr(chosen, "notes", lambda config, shape: ())(made, shape),
         ),
     )
+
+
+def _student(shape: Shape, name: str, settings: Mapping[str, Any]) -> tuple[methods.Method, Any, methods.Student]:
+    """A method, its settings for this shape, and what comes out. Raises SettingError."""
+    chosen = methods.get(name)
+    made = decode(chosen.Config, settings, name)
+    made.check(shape)
+    return chosen, made, chosen.student(made, shape)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -351,6 +361,7 @@ class _Use:
         """What a reader of the numbers should know, one line each."""
         return [
             *self._about_heads(student),
+            *self._about_sharing(student),
             *self._about_context(source, before, after),
             *self._about_room(before, after),
         ]
@@ -372,6 +383,15 @@ class _Use:
         if any(count % parallel for count in queries):
             found.append(f"{choices(sorted(queries))} query heads cannot be split over {parallel} devices")
         return found
+
+    def _about_sharing(self, student: Shape) -> list[str]:
+        reading = sum(site.source is not None for site in student.sites.values())
+        if not reading:
+            return []
+        return [
+            f"{reading} of {student.num_layers} layers read the cache of another: that saves room and not reads, so a "
+            "step gets no faster at the same batch; what gains is the largest batch, and the speed there"
+        ]
 
     def _about_context(self, source: Shape, before: Side, after: Side) -> list[str]:
         found = []
@@ -425,7 +445,9 @@ def _heads(shape: Shape) -> str:
         if site.kind != "encoder":
             kinds.setdefault(site.kind, set()).add(attention.num_key_value_heads)
     words = {kind: f"{min(n)} to {max(n)}" if len(n) > 1 else str(min(n)) for kind, n in kinds.items()}
-    return next(iter(words.values())) if len(words) == 1 else ", ".join(f"{kind} {n}" for kind, n in words.items())
+    said = next(iter(words.values())) if len(words) == 1 else ", ".join(f"{kind} {n}" for kind, n in words.items())
+    owners = sum(attention.source is None for attention in shape.sites.values())
+    return f"{said}, in {owners} of {len(shape.sites)} layers" if shape.owners else said
 
 
 def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student: Shape) -> Uptraining | None:

@@ -92,7 +92,7 @@ def describe(hint: Any) -> str:
         if typing.get_origin(kind) is typing.Literal:
             parts.append(", ".join(map(str, typing.get_args(kind))))
         elif typing.get_origin(kind) is tuple:
-            parts.append(f"{words[typing.get_args(kind)[0]].removeprefix('a ')}s between commas")
+            parts.append(f"{words.get(typing.get_args(kind)[0], 'a mapping').removeprefix('a ')}s between commas")
         else:
             parts.append(words.get(kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(parts)
@@ -221,13 +221,18 @@ def cells(recipe: Recipe) -> list[Cell]:
         if uptrain is not None and (uptrain.get("alpha") == 0 or uptrain.get("tokens") == 0):
             uptrain = None
         for seed in recipe.seeds:
-            label = "_".join(f"{key.partition('.')[2]}-{value}" for key, value in point.items()) or "student"
+            label = "_".join(f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items()) or "student"
             trained = uptrain is not None or recipe.finetune is not None
             label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if trained else "")
             cell = Cell(label, convert, uptrain, seed)
             same = fingerprint([convert, uptrain, seed if trained else None])
             found.setdefault(same, cell)
     return list(found.values())
+
+
+def _word(value: Any) -> str:
+    """A value in the name of a row: of a conversion that comes first, its settings."""
+    return "-".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
 
 
 def _points(matrix: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,15 +6,18 @@ did there, and everything above sees the layer as repaired:
 
     q     its logits: min E_t Var_{s ~ p_t}[ q'_t . k'_s - l_ts ]      p and l are the teacher's attention and logits
     o     min E |z W_o^T - (a - h')|^2       z: the student's heads; a: the teacher's residual stream after attention
-    down  min E |m W^T - (r - a')|^2         m: what the student's MLP hands to W; r: the teacher's stream above
+    gate  min E |m W_down^T - (r - a')|^2    m: what the student's MLP hands to down; r: the teacher's stream above
+    up    the same, in W_up                  (in W_gate it is the minimum to first order)
+    down  the same, in W_down
 
 `h'` and `a'` are the student's own residual stream, so what drifted below is made up for. o and down are ridge
-regressions, q is the least squares of `logits`. No gradient runs through a layer, and nothing is trained.
+regressions, q is the least squares of `logits`, gate and up those of `gated`. No gradient runs through a layer, and
+nothing is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,8 @@ from torch import Tensor
 from kvfold import hf
 from kvfold.checkpoint import Checkpoint, Writer, read_config
 from kvfold.errors import CheckpointError, SettingError, choices
+from kvfold.families import MLP
+from kvfold.gated import InnerFit, slope
 from kvfold.linalg import ridge
 from kvfold.lineage import known_length
 from kvfold.logits import LogitFit
@@ -46,10 +51,12 @@ class RepairSettings:
 
     length: int = field(default=256, metadata={"help": "Tokens of a row; each row is read from its own beginning."})
     batch_tokens: int = field(default=4096, metadata={"help": "Tokens that go through a layer together."})
-    logit_tokens: int = field(default=24_576, metadata={"help": "Tokens on which q is repaired."})
-    steps: int = field(default=6, metadata={"help": "Steps of conjugate gradients for q: each reads those tokens."})
-    damping: float = field(default=1e-3, metadata={"help": "Pull of o and down to where they are."})
-    logit_damping: float = field(default=1e-2, metadata={"help": "The same for q."})
+    logit_tokens: int = field(default=49_152, metadata={"help": "Tokens on which q is repaired; others have them all."})
+    steps: int = field(default=6, metadata={"help": "Steps of conjugate gradients for q: each rereads those tokens."})
+    inner_steps: int = field(default=3, metadata={"help": "The same for gate and up, over all tokens."})
+    damping: float = field(default=3e-2, metadata={"help": "Pull of o and down to where they are."})
+    logit_damping: float = field(default=1e-1, metadata={"help": "The same for q."})
+    inner_damping: float = field(default=1e-2, metadata={"help": "The same for gate and up."})
 
 
 def repair(
@@ -65,15 +72,18 @@ def repair(
     """Yield, layer by layer, the student's repaired tensors by name; the checkpoints are not written.
 
     The first layers may be `done`: they are taken as they are, so that a repair goes on where it was stopped.
-    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: four hidden states a token,
-    and rotated queries and keys of `logit_tokens`. Raises SettingError for unknown roles and for families whose MLP is
-    not known, OutputError when the disk has no room, CheckpointError when a repaired tensor is not finite.
+    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: six hidden states a token,
+    and the inner width of the MLP, or over `logit_tokens` the teacher's attention. Raises SettingError for unknown
+    roles and for families whose MLP is not known, OutputError when the disk has no room, CheckpointError when a
+    repaired tensor is not finite.
     """
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if "down" in roles and teacher.family.down is None:
+    if not teacher.family.mlp and (inside := [role for role in roles if role in MLP]):
         raise SettingError(
-            f"family {teacher.family.name} names no MLP to repair", where="repair", next="leave out down"
+            f"family {teacher.family.name} names no gated MLP to repair",
+            where="repair",
+            next=f"leave out {choices(inside)}",
         )
     with ExitStack() as stack:
         work = _Pass(teacher, student, roles, tokens, settings, stack)
@@ -125,10 +135,12 @@ class _Pass:
         self.roles, self.settings = roles, settings
         self.source, self.target = teacher, student
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teachers = hf.Layers(teacher, device=device, attention=hf.WATCHED)
-        self.students = hf.Layers(student, device=device, attention=hf.WATCHED)
         length = min(settings.length, known_length(teacher), len(tokens))
         rows = len(tokens) // length
+        self.teachers, self.students = (
+            stack.enter_context(hf.Layers(each, device=device, attention=hf.WATCHED, lengths=[length] * rows))
+            for each in (teacher, student)
+        )
         width = teacher.shape.hidden_size
         check_room(4 * spool_bytes(rows * length, width))
         # before the layer: the teacher's stream and the student's; within it: the teacher's after attention, after all
@@ -155,22 +167,23 @@ class _Pass:
                 found[name] = tensor
         else:
             for role in (role for role in REPAIRABLE if role in self.roles):
-                {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
+                if role in ("up", "gate"):
+                    self._repair_inner(learnt, role)
+                else:
+                    {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
                 name = self._name(site, role)
                 # what lies above must see the layer as it will be saved
                 found[name] = learnt.rounded(name, getattr(torch, self.target.spec(name).dtype))
                 if not bool(found[name].isfinite().all()):
                     raise CheckpointError("the repaired tensor is not finite", where=name, next="repair less")
         for row, count in self._batches():
-            self.learnt.write(row, student.run(self.learnt.read(row, count)))
+            self.learnt.write(row, student.run(self.learnt.read(row, count), row))
         self.taught, self.above = self.above, self.taught
         return found
 
     def _name(self, site: Site, role: str) -> str:
-        if role == "down":
-            assert self.target.family.down is not None
-            return f"{self.target.family.down.format(layer=site.layer)}.weight"
-        return self.target.family.tensor(site, role)
+        family = self.target.family
+        return f"{family.mlp[role].format(layer=site.layer)}.weight" if role in MLP else family.tensor(site, role)
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         return self.taught.batches(self.settings.batch_tokens)
@@ -178,9 +191,10 @@ class _Pass:
     @torch.inference_mode()
     def _read_teacher(self, taught: _Parts) -> None:
         for row, count in self._batches():
-            hidden_BTD = self.taught.read(row, count)
-            self.middle.write(row, hidden_BTD + taught.attend(hidden_BTD).output_BTD.cpu())
-            self.above.write(row, taught.layer.run(hidden_BTD))
+            for spool, stream_BTD in zip(
+                (self.middle, self.above), taught.streams(self.taught.read(row, count), row), strict=True
+            ):
+                spool.write(row, stream_BTD)
 
     @torch.inference_mode()
     def _repair_o(self, taught: _Parts, learnt: _Parts) -> None:
@@ -188,29 +202,44 @@ class _Pass:
         fit = _Ridge(learnt.o)
         for row, count in self._batches():
             hidden_BTD = self.learnt.read(row, count)
-            fit.add(learnt.attend(hidden_BTD).heads_BTN, self.middle.read(row, count) - hidden_BTD)
+            fit.add(learnt.attend(hidden_BTD, row).heads_BTN, self.middle.read(row, count) - hidden_BTD)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
+    def _repair_inner(self, learnt: _Parts, role: str) -> None:
+        """up or gate: the student's gated MLP to what is missing of the teacher's stream after the layer."""
+        batch = max(1, self.settings.batch_tokens // self.length)
+        with InnerFit(learnt.mlp[role], learnt.mlp["down"], [self.length] * self.rows) as fit:
+            for row, count in self._batches():
+                middle_BTD, x_BTD, inner_BTF = learnt.through(self.learnt.read(row, count), row)
+                missing_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD - learnt.mlp["down"](inner_BTF)
+                fit.add(row, x_BTD, learnt.slope(x_BTD, role), missing_BTD)
+            fit.solve(steps=self.settings.inner_steps, damping=self.settings.inner_damping, batch=batch)
+
+    @torch.inference_mode()
     def _repair_down(self, taught: _Parts, learnt: _Parts) -> None:
-        """down: the student's gated MLP to what is missing of the teacher's stream after the layer."""
-        fit = _Ridge(learnt.down)
+        """down: the same, as a regression on what the MLP hands to it."""
+        fit = _Ridge(learnt.mlp["down"])
         for row, count in self._batches():
-            hidden_BTD = self.learnt.read(row, count)
-            middle_BTD, inner_BTF = learnt.through(hidden_BTD)
+            middle_BTD, _, inner_BTF = learnt.through(self.learnt.read(row, count), row)
             fit.add(inner_BTF, self.above.read(row, count).to(middle_BTD) - middle_BTD)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
     def _repair_q(self, taught: _Parts, learnt: _Parts) -> None:
-        rows = max(1, min(self.rows, self.settings.logit_tokens // self.length))
+        """q: the student's logits to the teacher's."""
         heads = taught.attention.num_attention_heads
         batch = max(1, LOGIT_BATCH // (heads * self.length**2))
+        rows = max(1, min(self.rows, self.settings.logit_tokens // self.length))
         lengths = [self.length] * rows
         with LogitFit(taught.attention, learnt.attention, learnt.q, learnt.q_norm, lengths) as fit:
             for row in range(0, rows, batch):
                 count = min(batch, rows - row)
-                fit.add(row, taught.attend(self.taught.read(row, count)), learnt.attend(self.learnt.read(row, count)))
+                both = (
+                    taught.attend(self.taught.read(row, count), row),
+                    learnt.attend(self.learnt.read(row, count), row),
+                )
+                fit.add(row, *both)
             fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
 
 
@@ -223,12 +252,25 @@ class _Parts:
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms == "pre_rope" else None
-        if family.down is not None:
-            self.down = layer.owner(family.down.format(layer=site.layer))
+        self.mlp: dict[str, Any] = {
+            part: layer.owner(path.format(layer=site.layer)) for part, path in family.mlp.items()
+        }
 
-    def attend(self, hidden_BTD: Tensor) -> hf.Attended:
-        """What the attention does with these hidden states."""
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD)
+    def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
+        """What the attention does with these hidden states, of the rows from `row` on."""
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
+
+    def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and after the layer."""
+        added: list[Tensor] = []
+        handle = self._module.register_forward_hook(
+            lambda module, args, result: added.append(result[0] if isinstance(result, tuple) else result)
+        )
+        try:
+            above_BTD = self.layer.run(hidden_BTD, row)
+        finally:
+            handle.remove()
+        return hidden_BTD.to(added[0]) + added[0], above_BTD
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Set a weight of the layer."""
@@ -242,15 +284,24 @@ class _Parts:
         weight.copy_(saved)
         return saved.cpu()
 
-    def through(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and the input of `down`."""
-        inner: list[Tensor] = []
-        handle = self.down.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after attention, the input of the MLP, and the input of `down`."""
+        seen: dict[str, Tensor] = {}
+
+        def look(part: str) -> Callable[..., None]:
+            return lambda module, args: seen.update({part: args[0]})
+
+        handles = [self.mlp[part].register_forward_pre_hook(look(part)) for part in ("up", "down")]
         try:
-            above_BTD = self.layer.run(hidden_BTD)
+            above_BTD = self.layer.run(hidden_BTD, row)
         finally:
-            handle.remove()
-        return above_BTD - self.down(inner[0]), inner[0]
+            for handle in handles:
+                handle.remove()
+        return above_BTD - self.mlp["down"](seen["down"]), seen["up"], seen["down"]
+
+    def slope(self, x_BTD: Tensor, role: str) -> Tensor:
+        """What a row of up or gate is multiplied by on its way to `down`."""
+        return slope(self.mlp["act"], self.mlp["gate"](x_BTD), self.mlp["up"](x_BTD), role)
 
 
 class _Ridge:

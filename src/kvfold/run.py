@@ -19,13 +19,16 @@ from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import GateMissed, SettingError
 from kvfold.evaluate import EvaluateSettings, evaluate
 from kvfold.output import disk_errors, fingerprint
-from kvfold.plan import PlanSettings, plan
+from kvfold.plan import Plan, PlanSettings, plan
 from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import Cell, Recipe, cells, decode, read_recipe
 from kvfold.record import Record
 from kvfold.report import report
 from kvfold.uptrain import UptrainSettings, uptrain
+
+AFTER = "after"
+"""In a recipe's `convert` section: the conversion that comes first, with keys of its own."""
 
 
 @dataclass
@@ -98,7 +101,9 @@ def _check(work: _Run, rows: Sequence[Cell]) -> None:
     if work.recipe.finetune is not None:
         _task(work, seed=0)
     for cell in rows:
-        plan(work.recipe.source, *_method(cell.convert), options=_plan_settings(work.recipe))
+        for settings in _chain(cell.convert):
+            decode(ConvertSettings, _of_stage(settings), "convert")
+        _plan(work, cell)
         if cell.uptrain is not None:
             decode(UptrainSettings, {**cell.uptrain, "data": work.recipe.data, "seed": cell.seed}, "uptrain")
     evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}
@@ -110,10 +115,39 @@ def _check(work: _Run, rows: Sequence[Cell]) -> None:
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """A recipe's `convert` section without the fields of the stage itself -> method name and its settings."""
-    own = set(ConvertSettings.__dataclass_fields__)
-    return str(settings.get("method", "gqa")), {
-        key: value for key, value in settings.items() if key not in own and key != "method"
-    }
+    own = {*ConvertSettings.__dataclass_fields__, "method", AFTER}
+    return str(settings.get("method", "gqa")), {key: value for key, value in settings.items() if key not in own}
+
+
+def _of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the stage itself."""
+    return {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
+
+
+def _chain(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A `convert` section as conversions one after the other: `after` holds the one that comes first, if any."""
+    first = settings.get(AFTER)
+    if first is None:
+        return [settings]
+    if not isinstance(first, Mapping):
+        raise SettingError(
+            "after is a conversion that comes first", where="convert", got=repr(first), allowed="keys as in convert"
+        )
+    return [*_chain(first), settings]
+
+
+def _plan(work: _Run, cell: Cell) -> Plan:
+    *before, last = (_method(settings) for settings in _chain(cell.convert))
+    return plan(work.recipe.source, *last, options=_plan_settings(work.recipe), after=before)
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a record says of conversions that came first."""
+    words = [
+        " ".join([name, *(f"{key} {value}" for key, value in own.items())])
+        for name, own in map(_method, _chain(settings)[:-1])
+    ]
+    return {AFTER: ", ".join(words)} if words else {}
 
 
 def _plan_settings(recipe: Recipe) -> PlanSettings:
@@ -123,9 +157,10 @@ def _plan_settings(recipe: Recipe) -> PlanSettings:
 def _plans(work: _Run, rows: Sequence[Cell]) -> None:
     for cell in rows:
         name, settings = _method(cell.convert)
-        made = plan(work.recipe.source, name, settings, options=_plan_settings(work.recipe))
-        identity = {"method": name, **settings, "plan": dict(work.recipe.plan or {})}
-        record.write(record.make("plan", name, identity, made.as_dict()), work.records)
+        made, told = _plan(work, cell).as_dict(), _told(cell.convert)
+        identity = {"method": name, **settings, **told, "plan": dict(work.recipe.plan or {})}
+        made["settings"] = {**made["settings"], **told}
+        record.write(record.make("plan", name, identity, made), work.records)
 
 
 def _pretrain(work: _Run) -> None:
@@ -161,20 +196,13 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
     """
     recipe = work.recipe
     name, settings = _method(cell.convert)
-    options = {key: value for key, value in cell.convert.items() if key in ConvertSettings.__dataclass_fields__}
-    label = _label(name, cell.convert)
-    converted = work.folder / "converted" / label
-    convert(
-        recipe.source,
-        converted,
-        name,
-        settings,
-        options=decode(ConvertSettings, options, "convert"),
-        overwrite=work.overwrite,
-        progress=work.progress,
-    )
-    told: dict[str, Any] = {key: options[key] for key in ("repair", "calibration_seed") if key in options}
-    row = {"role": "student", "method": name, **settings, **told, "alpha": 0}
+    first, *others = _chain(cell.convert)
+    converted = _converted(work, first, recipe.source)
+    for each in others:
+        converted = _converted(work, each, converted)
+    label = _label(cell.convert)
+    told: dict[str, Any] = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
+    row = {"role": "student", "method": name, **settings, **told, **_told(cell.convert), "alpha": 0}
     if recipe.finetune is not None:
         return _tuned_cell(work, cell, converted, row, reference)
     last = cell.uptrain is None
@@ -190,6 +218,18 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
     return trained
 
 
+def _converted(work: _Run, settings: Mapping[str, Any], source: str | Path) -> Path:
+    """Convert a source, or find it converted."""
+    return convert(
+        source,
+        work.folder / "converted" / _label(settings),
+        *_method(settings),
+        options=decode(ConvertSettings, _of_stage(settings), "convert"),
+        overwrite=work.overwrite,
+        progress=work.progress,
+    )
+
+
 def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any], reference: str) -> Path:
     """Uptrain a student once, fine-tune it with the seed of the row, and evaluate it."""
     made, task = converted, _task(work, cell.seed)
@@ -202,7 +242,7 @@ def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any],
             converted, once, wanted, teacher=work.recipe.source, overwrite=work.overwrite, progress=work.progress
         )
         spent = _spent(cell.uptrain)
-        spent["loss_name"] = f"{spent['loss_name'] or 'kl'}, then the task"
+        spent["loss_name"] = f"{spent['loss_name'] or 'the default loss'}, then the task"
     tuned = _finetune(work, made, cell.label, cell.seed)
     row = {**row, "seed": cell.seed, **spent, "tokens": task.tokens}
     _evaluate(work, tuned, f"{cell.label}/finetuned", row, teacher=reference, judged=True)
@@ -214,7 +254,8 @@ def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
 
     By cross-entropy, whatever the students' loss is: the teacher's distance to itself is nothing to learn from.
     """
-    spent = {**settings, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
+    given = {key: value for key, value in settings.items() if key != "converted_only"}
+    spent = {**given, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
     wanted = decode(UptrainSettings, spent, "uptrain")
     label = f"control_{fingerprint(spent)[:8]}_seed-{cell.seed}"
     trained = work.folder / "uptrained" / label
@@ -232,11 +273,14 @@ def _spent(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _label(method: str, settings: Mapping[str, Any]) -> str:
-    places = {key: Path(str(value)).name for key, value in settings.items() if key == "calibration"}
-    said: dict[str, Any] = {**settings, **places}
-    own = "_".join(f"{key}-{value}" for key, value in said.items() if key != "method")
-    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in f"{method}_{own}".strip("_"))
+def _label(settings: Mapping[str, Any]) -> str:
+    """The folder of a conversion; of a chain, its steps in order."""
+    labels = []
+    for each in _chain(settings):
+        method, said = _method(each)[0], {key: value for key, value in each.items() if key not in ("method", AFTER)}
+        places = {key: Path(str(value)).name for key, value in said.items() if key == "calibration"}
+        labels.append("_".join([method, *(f"{key}-{value}" for key, value in {**said, **places}.items())]))
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_then_".join(labels))
 
 
 def _evaluate(

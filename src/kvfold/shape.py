@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = ("self", "cross", "encoder")
 Roles = dict[str, "Tensor"]
 """The tensors of one site by role: `q` (HE, D), `k` and `v` (GE, D), `o` (D, HE), `q_bias`, `k_norm`, ..."""
 
-REPAIRABLE = ("q", "o", "down")
+REPAIRABLE = ("q", "o", "gate", "up", "down")
 """The weights of a layer that a repair can refit, in its order (`kvfold.repair`)."""
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -62,6 +62,7 @@ class Attention:
     window: int | None = None  # tokens that a query may look back on, itself included
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
     permutable: bool = True  # may heads change places? (T5's decoder self-attention: no)
+    source: int | None = None  # layer whose keys and values it reads, with that layer's heads; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
 
     @property
@@ -70,7 +71,10 @@ class Attention:
         return self.num_attention_heads // self.num_key_value_heads
 
     def roles(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the site's tensors by role, as a checkpoint stores them (out, in)."""
+        """Shapes of the site's tensors by role, as a checkpoint stores them (out, in).
+
+        One that reads another layer's keys and values has none for making its own.
+        """
         wide, narrow = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         rows = {"q": wide, "k": narrow, "v": narrow, "o": self.hidden_size}
         shapes: dict[str, tuple[int, ...]] = {
@@ -79,6 +83,8 @@ class Attention:
         shapes |= {f"{role}_bias": (rows[role],) for role in rows if role in self.biases}
         if self.norms != "none":
             shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        if self.source is not None:
+            shapes = {role: shape for role, shape in shapes.items() if role[0] not in "kv"}
         return shapes | dict(self.extra)
 
     @property
@@ -102,6 +108,15 @@ class Shape:
     max_positions: int
     encoder_parameters: int = 0  # of all parameters: read once for an input, and not for each token that is written
     root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """Layers whose keys and values others read too, with the elements of both for one token; most models: none."""
+        return {
+            attention.source: 2 * attention.num_key_value_heads * attention.head_dim
+            for attention in self.sites.values()
+            if attention.source is not None
+        }
 
     def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
         """The same model with other attentions at these sites; the parameter count follows."""
@@ -162,14 +177,17 @@ class CacheSpec:
 
 
 def grouped_cache(shape: Shape) -> CacheSpec:
-    """The cache of grouped attention: per site, keys and values of `num_key_value_heads * head_dim` elements."""
+    """The cache of grouped attention: per site, keys and values of `num_key_value_heads * head_dim` elements.
+
+    Sites that read another layer's share its storage.
+    """
     slots = []
     for site, attention in shape.sites.items():
         if site.kind == "encoder":
             continue
         width = attention.num_key_value_heads * attention.head_dim
         for part in ("k", "v"):
-            name = f"{site.kind}.{site.layer}.{part}"
+            name = f"{site.kind}.{site.layer if attention.source is None else attention.source}.{part}"
             if site.kind == "cross":
                 slots.append(Slot(name, per_encoder_token=width))
             else:
@@ -244,7 +262,7 @@ class QueryGram:
 
 @dataclass(frozen=True)
 class AttentionGram:
-    """Second moments of the inputs averaged by attention, over all heads alike: `gram_DD`, with `mean_D`.
+    """Second moments of the inputs averaged by attention, by that of each head in turn: `gram_DD`, with `mean_D`.
 
     Heads apart would be `H` times the memory, and made no student better (docs/log.md).
     """
@@ -301,7 +319,21 @@ class FoldedKL:
         return 8
 
 
-Question = Request | FoldedKL
+@dataclass(frozen=True)
+class ConvertedKL:
+    """KL to the teacher in nats per token when these sites are converted together, and no others: `kl`.
+
+    For methods that have `alone(config, shape, sites)`; measured once the requests are answered.
+    """
+
+    sites: tuple[Site, ...]
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8
+
+
+Question = Request | FoldedKL | ConvertedKL
 Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 
@@ -313,13 +345,15 @@ class Stage:
     """One stretch of uptraining.
 
     `share` is its part of all tokens (the shares of a method add up to 1); `losses` weighs `ce`, `kl` and
-    `attention` (matching of attention outputs); `trainable` names roles, or is empty for every parameter;
-    `rates` multiplies the learning rate by role; `finish` names the `end` of the method to call when it is over.
+    `attention` (matching of attention outputs); `trainable` names roles, or is empty for every parameter; `converted`
+    leaves out sites that the conversion did not touch, and all that is no attention; `rates` multiplies the learning
+    rate by role; `finish` names the `end` of the method to call when it is over.
     """
 
     name: str
     share: float
     losses: Mapping[str, float]
     trainable: tuple[str, ...] = ()
+    converted: bool = False
     rates: Mapping[str, float] = field(default_factory=dict)
     finish: str | None = None

@@ -13,7 +13,7 @@ from kvfold import methods
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import SettingError, did_you_mean
 from kvfold.recipe import decode
-from kvfold.shape import Stage
+from kvfold.shape import Site, Stage
 
 LOSSES = ("ce", "kl", "attention")
 OF_A_TEACHER = {"kl", "attention"}
@@ -100,6 +100,17 @@ def method_stages(source: Checkpoint) -> list[Stage]:
     return list(made[0].stages(made[1]))
 
 
+def converted_sites(source: Checkpoint) -> set[Site]:
+    """The sites that the student's last conversion changed. Raises SettingError when there was none."""
+    made = method_of(source)
+    found = {site for group in made[0].groups(made[1], source.shape) for site in group} if made else set[Site]()
+    if not found:
+        raise SettingError(
+            "no attention of the model was converted", where="uptrain", got=source.name, next="leave out converted_only"
+        )
+    return found
+
+
 # --- parameters and ends -------------------------------------------------------------------------------------------
 
 
@@ -128,9 +139,14 @@ def parameters_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[st
                 allowed=", ".join(known),
                 next=did_you_mean(role, known),
             )
-    if not stage.trainable:
+    if not stage.trainable and not stage.converted:
         return parameters
-    wanted = set[str]().union(*(_names(source, role) for role in stage.trainable))
+    sites = converted_sites(source) if stage.converted else set(source.shape.sites)
+    wanted = {
+        source.family.tensor(site, role)
+        for site in sites
+        for role in stage.trainable or source.shape.sites[site].roles()
+    }
     return {name: parameter for name, parameter in parameters.items() if name in wanted}
 
 

@@ -27,6 +27,12 @@ def common_attention(source: Checkpoint, engine: str) -> Attention:
 
     if model_type not in ARCHITECTURES:
         raise refuse("its architecture is not known here", model_type, ", ".join(ARCHITECTURES))
+    if source.shape.owners:
+        raise refuse(
+            "its layers share keys and values",
+            f"{len(source.shape.owners)} owners",
+            "keys and values of its own for each layer",
+        )
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise refuse("the engine gates its MLP with silu", activation, "silu")
     if first.rope is None or first.rope.dims != first.head_dim:

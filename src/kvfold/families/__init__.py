@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
@@ -16,6 +16,9 @@ from kvfold.errors import UnsupportedModel, did_you_mean
 from kvfold.shape import Shape, Site
 
 Json = Mapping[str, Any]
+
+MLP = ("gate", "up", "act", "down")
+"""The modules of a gated MLP, `down(act(gate x) * up x)`: paths with {layer} in `Family.mlp`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Family:
     shape: Callable[[Json], Shape]  # config.json -> Shape; raises UnsupportedModel
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> the config.json fields that say it
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
-    down: str | None = None  # module with which a layer's MLP writes into the residual stream, with {layer}
+    mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
     encoder_decoder: bool = False  # does it read one text and write another? Its inputs are then two rows of ids
 
     def module(self, site: Site) -> str:

@@ -1,8 +1,9 @@
 """What the decoder families share: q, k, v and o apart, half-split rotation, RMS norms, a gated MLP.
 
-A model whose layers all have as many key/value heads is of its source's own `model_type`. One whose layers differ says
-so with transformers' own field, `per_layer_config`, under a `model_type` of ours (`kvfold_llama`): the stock classes
-build every layer alike, and `kvfold.hf` has those that do not. `Shape.model_type` is the stock architecture for both.
+A model whose layers all have as many key/value heads, and each its own, is of its source's own `model_type`. One whose
+layers differ or share says so with transformers' own fields, `per_layer_config` and `kv_source_layers`, under a
+`model_type` of ours (`kvfold_llama`): the stock classes build every layer alike, and `kvfold.hf` has those that do not.
+`Shape.model_type` is the stock architecture for both.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ TENSORS = {
     **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
 }
 
-DOWN = "model.layers.{layer}.mlp.down_proj"
+MLP = {
+    **{part: f"model.layers.{{layer}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "act": "model.layers.{layer}.mlp.act_fn",
+}
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
 
 _HEADS = "num_key_value_heads"
+_SOURCES = "kv_source_layers"
+OURS = ("per_layer_config", _SOURCES)
+"""What config.json says of a model type of ours beyond what it says of a stock one."""
 
 
 def with_per_layer(*model_types: str) -> tuple[str, ...]:
@@ -60,9 +67,13 @@ def decoder_shape(
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     rotated = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
     rope = Rope(rotated, theta, scaling=dict(parameters) or None)
+    counts = _kv_heads(config, heads, layers)
+    sources = _sources(config, counts, windows)
     sites = {
-        Site(layer): Attention(hidden, heads, kv_heads, head_dim, biases, norms, rope, windows[layer])
-        for layer, kv_heads in enumerate(_kv_heads(config, heads, layers))
+        Site(layer): Attention(
+            hidden, heads, counts[layer], head_dim, biases, norms, rope, windows[layer], source=sources[layer]
+        )
+        for layer in range(layers)
     }
     vocab, mlp = number(config, "vocab_size"), number(config, "intermediate_size")
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
@@ -104,8 +115,31 @@ def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:
     return found
 
 
+def _sources(config: Json, heads: Sequence[int], windows: Sequence[int | None]) -> list[int | None]:
+    """The layer whose keys and values each layer reads, None for its own.
+
+    Raises UnsupportedModel for what cannot be.
+    """
+    said = config.get(_SOURCES)
+    if said is None:
+        return [None] * len(heads)
+    if config["model_type"] not in map(own_type, CLASSES):
+        raise UnsupportedModel(f"config.json: {_SOURCES}, and {config['model_type']} has no layers that share")
+    if not isinstance(said, list) or len(said) != len(heads):
+        raise UnsupportedModel(f"config.json: {_SOURCES} must name a layer for each of {len(heads)}", got=repr(said))
+    for layer, source in enumerate(said):
+        if not isinstance(source, int) or not 0 <= source <= layer or said[source] != source:
+            raise UnsupportedModel(f"config.json: layer {layer} cannot read keys and values of layer {source!r}")
+        if (heads[layer], windows[layer]) != (heads[source], windows[source]):
+            raise UnsupportedModel(
+                f"config.json: layer {layer} reads keys and values of layer {source}, "
+                "and differs from it in key/value heads or window"
+            )
+    return [None if source == layer else source for layer, source in enumerate(said)]
+
+
 def heads_fields(shape: Shape) -> dict[str, Any]:
-    """What config.json says of the key/value heads, architecture included: one number, or one for each layer.
+    """What config.json says of keys and values, architecture included: heads for all or each layer, and who owns them.
 
     Where layers differ, the commonest number is everyone's (the larger of two), and `per_layer_config` has the rest.
     """
@@ -113,14 +147,19 @@ def heads_fields(shape: Shape) -> dict[str, Any]:
     times = Counter(heads.values())
     common = max(times, key=lambda count: (times[count], count))
     name = f"{CLASSES[shape.model_type]}ForCausalLM"
-    if len(times) == 1:
+    if len(times) == 1 and not shape.owners:
         return {"model_type": shape.model_type, "architectures": [name], _HEADS: common}
-    return {
+    fields: dict[str, Any] = {
         "model_type": own_type(shape.model_type),
         "architectures": [f"Kvfold{name}"],
         _HEADS: common,
-        "per_layer_config": {str(layer): {_HEADS: count} for layer, count in heads.items() if count != common},
     }
+    if len(times) > 1:
+        fields["per_layer_config"] = {str(n): {_HEADS: count} for n, count in heads.items() if count != common}
+    if shape.owners:
+        sources = {site.layer: attention.source for site, attention in shape.sites.items()}
+        fields[_SOURCES] = [layer if source is None else source for layer, source in sources.items()]
+    return fields
 
 
 def upper_windows(config: Json) -> list[int | None]:

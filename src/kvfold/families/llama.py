@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import (
-    DOWN,
+    MLP,
     TENSORS,
     decoder_shape,
     heads_fields,
@@ -39,5 +39,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("llama", "LlamaForCausalLM"),
-    down=DOWN,
+    mlp=MLP,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json
 from kvfold.families._decoder import (
-    DOWN,
+    MLP,
     TENSORS,
     decoder_shape,
     heads_fields,
@@ -28,5 +28,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen2", "Qwen2ForCausalLM"),
-    down=DOWN,
+    mlp=MLP,
 )

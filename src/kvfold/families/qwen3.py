@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json
 from kvfold.families._decoder import (
-    DOWN,
+    MLP,
     TENSORS,
     decoder_shape,
     heads_fields,
@@ -41,5 +41,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen3", "Qwen3ForCausalLM"),
-    down=DOWN,
+    mlp=MLP,
 )

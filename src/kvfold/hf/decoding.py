@@ -50,7 +50,8 @@ def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
     try:
         return QuantizedCache("fp8", model.config)
     except ValueError as error:
-        raise SettingError("transformers has no fp8 cache for layers with a window") from error
+        what = "that share keys and values" if getattr(model.config, "kv_sharing_modes", None) else "with a window"
+        raise SettingError(f"transformers has no fp8 cache for layers {what}") from error
 
 
 def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = None) -> Tensor:

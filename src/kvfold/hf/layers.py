@@ -2,21 +2,28 @@
 
 The model is transformers' own, built on the meta device with the checkpoint's whole `config.json`; every layer but the
 one that is open hands its input on. So a layer keeps its number and all that a config decides by it: sliding or full
-attention, and settings of its own (`per_layer_config`) where the architecture reads them.
+attention, and settings of its own (`per_layer_config`) where the architecture reads them. Keys and values that layers
+share wait on disk, row by row, from their owner to those who read them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import KVSharingDict
 
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
 from kvfold.hf.attention import NAME
 from kvfold.hf.loading import build
+from kvfold.hf.sharing import STATES
+from kvfold.shape import Shape
+from kvfold.spool import Spool
 
 
 class Layers:
@@ -24,11 +31,18 @@ class Layers:
 
     For decoders that transformers builds as `embed_tokens`, `layers` and `norm`, and in which nothing else touches the
     hidden states; UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
-    the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`.
+    the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`. `lengths` are those of the
+    rows that will be read: a model whose layers share keys and values must know them, and is a context manager then.
     """
 
     def __init__(
-        self, source: Checkpoint, *, dtype: str = "float32", device: str = "cpu", attention: str = NAME
+        self,
+        source: Checkpoint,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attention: str = NAME,
+        lengths: Sequence[int] = (),
     ) -> None:
         self.source, self.device = source, torch.device(device)
         with torch.device("meta"):
@@ -49,9 +63,17 @@ class Layers:
             self._base.layers[number] = _Through()
         self._fill_buffers(self._base)
         self._probe()
+        self._open = ExitStack()
+        self._shared = _Shared(source.shape, lengths, dtype, self._open) if source.shape.owners else None
 
     def __len__(self) -> int:
         return len(self._unread)
+
+    def __enter__(self) -> Layers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The input of layer 0, `hidden_BTD`; of the embedding only the rows asked for come into memory."""
@@ -69,7 +91,7 @@ class Layers:
         for name, tensor in module.state_dict().items():
             tensor.copy_(self.source.read(path + name))
         self._fill_buffers(module)
-        return Layer(self._base, number, path, module.requires_grad_(False).eval())
+        return Layer(self._base, number, path, module.requires_grad_(False).eval(), self._shared)
 
     def _verify(self) -> None:
         """Compare the names and shapes of the weights with the architecture's, from headers alone."""
@@ -124,16 +146,25 @@ class Layers:
 class Layer:
     """One layer in memory; others of the same `Layers` may be open too."""
 
-    def __init__(self, base: Any, number: int, path: str, module: nn.Module) -> None:
-        self._base, self.number, self.path, self._module = base, number, path, module
+    def __init__(self, base: Any, number: int, path: str, module: nn.Module, shared: _Shared | None) -> None:
+        self._base, self.number, self.path, self._module, self._shared = base, number, path, module, shared
 
-    def run(self, hidden_BTD: Tensor) -> Tensor:
-        """The next hidden states of rows without padding, `hidden_BTD`, causal by the layer's own window."""
+    def run(self, hidden_BTD: Tensor, row: int = 0) -> Tensor:
+        """The next hidden states of rows without padding, `hidden_BTD`, causal by the layer's own window.
+
+        `row` is the number of the first of them: what they share with layers above is kept by it.
+        """
         first = next(self._module.parameters())
+        hidden_BTD = hidden_BTD.to(first.device, first.dtype)
         through = self._base.layers[self.number]
         self._base.layers[self.number] = self._module
         try:
-            return _forward(self._base, hidden_BTD.to(first.device, first.dtype))
+            if self._shared is None:
+                return _forward(self._base, hidden_BTD)
+            states = self._shared.read(self.number, row, hidden_BTD)
+            above_BTD = _forward(self._base, hidden_BTD, **{STATES: states})
+            self._shared.write(self.number, row, states)
+            return above_BTD
         finally:
             self._base.layers[self.number] = through
 
@@ -159,6 +190,33 @@ class Layer:
         return self.module(below)
 
 
+class _Shared:
+    """Keys and values of the owners, on disk by row: `k` and `v` of all heads side by side."""
+
+    def __init__(self, shape: Shape, lengths: Sequence[int], dtype: str, stack: ExitStack) -> None:
+        self.sources = {site.layer: attention.source for site, attention in shape.sites.items()}
+        self.head_dim = next(iter(shape.sites.values())).head_dim
+        self.spools = {
+            owner: stack.enter_context(Spool(lengths, width, dtype)) for owner, width in shape.owners.items()
+        }
+
+    def read(self, layer: int, row: int, hidden_BTD: Tensor) -> KVSharingDict:
+        """What a layer is handed for these rows: nothing, or its owner's keys and values."""
+        states: Any = KVSharingDict()
+        source = self.sources[layer]
+        if source is not None:
+            both_BSN = self.spools[source].read(row, hidden_BTD.shape[0]).to(hidden_BTD)
+            heads_BGSE = both_BSN.view(*both_BSN.shape[:2], -1, self.head_dim).transpose(1, 2)
+            states[source] = heads_BGSE.chunk(2, dim=1)
+        return cast(KVSharingDict, states)
+
+    def write(self, layer: int, row: int, states: Any) -> None:
+        """Keep what an owner made of these rows."""
+        if layer in self.spools:
+            both_BGSE = torch.cat(states[layer], dim=1)
+            self.spools[layer].write(row, both_BGSE.transpose(1, 2).flatten(2))
+
+
 class _Through(nn.Module):
     """In place of a layer that is not open."""
 
@@ -166,5 +224,5 @@ class _Through(nn.Module):
         return hidden_states
 
 
-def _forward(base: Any, hidden_BTD: Tensor) -> Tensor:
-    return cast(Tensor, base(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state)
+def _forward(base: Any, hidden_BTD: Tensor, **more: Any) -> Tensor:
+    return cast(Tensor, base(inputs_embeds=hidden_BTD, use_cache=False, **more).last_hidden_state)

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from kvfold.checkpoint import Checkpoint, locate
 from kvfold.errors import CheckpointError, DataError, SettingError, choices
 from kvfold.families import all_families, stock_type
+from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
 from kvfold.output import read_json
 
@@ -80,7 +81,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig | None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config or stock_type(config) == config["model_type"]:
         return None
-    same = {key: value for key, value in config.items() if key not in ("model_type", "per_layer_config")}
+    same = {key: value for key, value in config.items() if key not in ("model_type", *OURS)}
     return AutoConfig.for_model(stock_type(config), **same)
 
 

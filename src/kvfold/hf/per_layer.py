@@ -1,13 +1,16 @@
-"""Decoders whose layers differ in their number of key/value heads: `kvfold_llama`, `kvfold_qwen3` and their like.
+"""Decoders whose layers differ in their key/value heads, or share keys and values: `kvfold_llama` and its like.
 
-transformers' configs can say so (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`), and its caches take each
-layer as it comes; its models build every layer alike. The classes here are the stock ones, in which each layer that
-differs gets a stock attention built from its own layer's config. Modules, tensor names and forwards are the stock
-ones' own; importing this module registers the classes with transformers' Auto classes.
+transformers' configs can say so (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`; `kv_source_layers`:
+`[0, 0, 2, 2]`, the layer whose keys and values each layer reads), and its caches take each layer as it comes; its
+models of these architectures build every layer alike. The classes here are the stock ones, in which each layer that
+differs gets a stock attention built from its own layer's config, and each that shares the attention of `sharing`.
+Modules and tensor names are the stock ones' own; importing this module registers the classes with transformers' Auto
+classes.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import transformers
@@ -15,12 +18,33 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvfold.families import own_type
 from kvfold.families._decoder import CLASSES
+from kvfold.hf.sharing import SharedAttention, hand_out, refuse_reentrant, sharing_modes
 
 _HEADS = "num_key_value_heads"
 
 
-class _OwnHeads:
-    """In front of a stock model class: gives each layer the key/value heads that its own config names."""
+class _Sources:
+    """In front of a stock config class: transformers' words for layers that share."""
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        """Raise ValueError for a layer that reads one above it, or one that owns nothing."""
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        sources = self.kv_source_layers
+        if sources is not None:
+            if len(sources) != self.num_hidden_layers:
+                raise ValueError(f"kv_source_layers has {len(sources)} numbers for {self.num_hidden_layers} layers")
+            for layer, source in enumerate(sources):
+                if not 0 <= source <= layer or sources[source] != source:
+                    raise ValueError(f"kv_source_layers: layer {layer} cannot read keys and values of layer {source}")
+
+    @property
+    def kv_sharing_modes(self: Any) -> list[str | None] | None:
+        """What each layer does with keys and values; None where no layer shares."""
+        return sharing_modes(self.kv_source_layers)
+
+
+class _OwnLayers:
+    """In front of a stock model class: gives each layer the key/value heads and the source that the config names."""
 
     def __init__(self, config: Any) -> None:
         """Build the stock model, then the attentions that differ.
@@ -38,12 +62,27 @@ class _OwnHeads:
             differing = {layer: {_HEADS: count} for layer, count in enumerate(heads) if count != common}
             config.per_layer_config = differing or None
         model: Any = self
-        for layer, own in zip(model.base_model.layers, config.per_layer_config, strict=True):
-            if own.num_key_value_heads != common:
-                stock = layer.self_attn
-                layer.self_attn = type(stock)(own, stock.layer_idx)
-                layer.self_attn.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+        modes, sources = config.kv_sharing_modes or [None] * len(heads), config.kv_source_layers
+        layers = zip(model.base_model.layers, config.per_layer_config, modes, strict=True)
+        for number, (layer, own, mode) in enumerate(layers):
+            stock = type(layer.self_attn)
+            if mode is not None:
+                layer.self_attn = globals()[f"Kvfold{stock.__name__}"](own, number, sources[number])
+            elif own.num_key_value_heads != common:
+                layer.self_attn = stock(own, number)
+            layer.self_attn.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+        if config.kv_sharing_modes is not None:
+            model.base_model.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # draws the weights of what is new
+
+    def activation_checkpointing_enable(
+        self: Any, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """The stock method, which is never reentrant where layers share. Raises SettingError when that is asked for."""
+        asked = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if self.config.kv_sharing_modes is not None:
+            refuse_reentrant(asked)
+        super().activation_checkpointing_enable(asked, *args, **kwargs)  # type: ignore[misc]
 
 
 def _derived(stock: type, name: str, *before: type, **fields: Any) -> type:
@@ -53,16 +92,25 @@ def _derived(stock: type, name: str, *before: type, **fields: Any) -> type:
     return made
 
 
-_WHAT = "with key/value heads of each layer's own"
+_WHAT = "with key/value heads of each layer's own, or another layer's"
 
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
     ours = own_type(model_type)
-    config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
+    config = _derived(
+        getattr(transformers, f"{name}Config"),
+        f"Kvfold{name}Config",
+        _Sources,
+        model_type=ours,
+        kv_source_layers=None,
+        __annotations__={"kv_source_layers": list[int] | None},
+    )
     AutoConfig.register(ours, config)
+    module = sys.modules[getattr(transformers, f"{name}Model").__module__]
+    _derived(getattr(module, f"{name}Attention"), f"Kvfold{name}Attention", SharedAttention, architecture=module)
     for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        model = _derived(getattr(transformers, f"{name}{end}"), f"Kvfold{name}{end}", _OwnHeads, config_class=config)
+        model = _derived(getattr(transformers, f"{name}{end}"), f"Kvfold{name}{end}", _OwnLayers, config_class=config)
         auto.register(config, model)
 
 

@@ -42,8 +42,11 @@ class _Done(Exception):
     """The attention has been seen: the rest of the layer need not be computed."""
 
 
-def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Tensor) -> Attended:
-    """Run a layer as far as its attention, whose output projection is `output`, and show what it did."""
+def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Tensor, row: int = 0) -> Attended:
+    """Run a layer as far as its attention, whose output projection is `output`, and show what it did.
+
+    `row` is as for `Layer.run`.
+    """
     seen: dict[str, Any] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,7 +67,7 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
     ]
     token = _SEEN.set(seen)
     try:
-        layer.run(hidden_BTD)
+        layer.run(hidden_BTD, row)
     except _Done:
         pass
     finally:

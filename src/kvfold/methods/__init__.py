@@ -40,9 +40,10 @@ class Method(Protocol):
     """The contract of a method file. Sites come in groups: most methods take one site at a time.
 
     A method may also have `repairs(config)`, the roles that are refitted after it; `notes(config, shape)`, lines for a
-    plan; `with_heads(config, heads)`, which FoldedKL needs. Two more speak in kvfold.json: `found(config, shape,
-    answers)`, on what grounds `resolve` chose; and `fold(group, answers, config)`, which is called instead of `convert`
-    and returns the same roles, and what came to light of each site on the way.
+    plan; `with_heads(config, heads)`, which FoldedKL needs, and `alone(config, shape, sites)`, which ConvertedKL does.
+    Two more speak in kvfold.json: `found(config, shape, answers)`, on what grounds `resolve` chose; and `fold(group,
+    answers, config)`, which is called instead of `convert` and returns the same roles, and what came to light of each
+    site on the way.
     """
 
     Config: type[Any]

@@ -33,6 +33,7 @@ from kvfold.errors import SettingError, choices
 from kvfold.methods import Student
 from kvfold.shape import (
     KINDS,
+    REPAIRABLE,
     Answers,
     Attention,
     AttentionGram,
@@ -85,6 +86,12 @@ class Config:
 
     def check(self, shape: Shape) -> None:
         """Refuse a budget that no head fits, and a head count that does not divide the source's, naming what does."""
+        if shape.owners:
+            raise SettingError(
+                "layers of the source share keys and values",
+                where="gqa",
+                next="fold heads first and share layers then: cla takes a student of gqa",
+            )
         if self.kv_heads == AUTO:
             if any(site.kind == "cross" for site in shape.sites):
                 raise SettingError(
@@ -181,7 +188,7 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
 
 def repairs(config: Config) -> Sequence[str]:
     """Ask for everything to be repaired after a fit; what the paper and others publish is left as they publish it."""
-    return ("q", "o", "down") if config.init == "fit" else ()
+    return REPAIRABLE if config.init == "fit" else ()
 
 
 def resolve(config: Config, shape: Shape, answers: Answers) -> Config:

@@ -1,7 +1,8 @@
 """The page on conversion: what each start keeps without training, and what training adds to it, out of records.
 
 Runs are known by their names: `conversion` and `conversion-...` are tables without training, one section each;
-`...-paper` are students of the paper's recipe to hold them against. `recovery` draws loss over tokens.
+`...-paper` are students of the paper's recipe to hold them against. `budget` is heads of each layer's own, `local` what
+block-local training adds, `recovery` loss over tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from kvfold.errors import DataError
 from kvfold.record import Record
 from kvfold.report import rows as tables
+from kvfold.report.budgets import budgets
 from kvfold.report.pages import compare, say
-from kvfold.report.recovery import FIGURE, loss_over_tokens, over_seeds, recovery
+from kvfold.report.recovery import FIGURE, local, loss_over_tokens, over_seeds, recovery
 from kvfold.report.rows import Spread, markdown, spread
 from kvfold.report.students import DEFAULT, MEAN, Ground, Result, Start, bare_name
 
@@ -31,6 +33,8 @@ def conversion_pages(records: Sequence[Record]) -> dict[str, str]:
     drawn = loss_over_tokens(ground)
     sections = [
         *(part for run in _runs(ground) for part in _section(run, ground)),
+        *budgets(records),
+        *local(ground),
         *recovery(ground),
         *over_seeds(records),
     ]
@@ -121,14 +125,15 @@ def _targets(gaps: Mapping[tuple[Start, int], Spread], folds: Mapping[int, tuple
 
 def _claims(losses: Mapping[tuple[Start, int], Spread], folds: Mapping[int, tuple[int, int]]) -> Iterator[str]:
     """What the table shows of the parts that the default is made of."""
-    fit, o, down = Start("fit"), Start("fit", ("o",)), Start("fit", ("o", "down"))
+    fit, o, down, q = (Start("fit", repair) for repair in ((), ("o",), ("o", "down"), ("q", "o", "down")))
     claims = (
         ("fit is better than align", fit, Start("align")),
         ("fit is better than align-norm", fit, Start("align-norm")),
         ("restoring the norm of align helps", Start("align-norm"), Start("align")),
         ("repairing o helps", o, fit),
         ("repairing down as well helps", down, o),
-        ("repairing q as well helps", DEFAULT, down),
+        ("repairing q as well helps", q, down),
+        ("repairing gate and up as well helps", DEFAULT, q),
         ("the same repairs after fit are better than after mean", DEFAULT, Start("mean", DEFAULT.repair)),
     )
     for claim, lower, higher in claims:

@@ -21,7 +21,7 @@ from kvfold.report.rows import Row, Spread, Study, markdown, studies
 from kvfold.report.sections import quality_points
 
 START, END = "<!-- table:start -->", "<!-- table:end -->"
-SWEEPS = ("miniature", "conversion", "recovery")  # runs of these names have pages of their own
+SWEEPS = ("miniature", "conversion", "recovery", "budget", "local")  # runs of these names have pages of their own
 INITS = ("mean", "first", "random")  # in the order that the paper found
 
 

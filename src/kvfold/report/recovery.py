@@ -1,4 +1,7 @@
-"""What training adds to each start, out of records: `recovery` is loss over tokens, `headline` the rows over seeds."""
+"""What training adds to each start, out of records.
+
+`recovery` is loss over tokens, `local` attentions trained each on its own, `headline` the rows over seeds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from kvfold.report.pages import compare, of_runs, say
 from kvfold.report.rows import Spread, markdown, spread, studies
 from kvfold.report.students import DEFAULT, MEAN, Ground, Start, bare_name
 
-RECOVERY, HEADLINE = "recovery", "headline"
+RECOVERY, LOCAL, HEADLINE = "recovery", "local", "headline"
 FIGURE = "loss-over-tokens.svg"
 
 Curves = dict[tuple[Start, str], dict[int, Spread]]  # (start, loss) -> tokens -> loss
@@ -102,11 +105,11 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
             },
         )
     yield (
-        "KL to the teacher is better than cross-entropy",
+        "listening to the teacher (KL) is better than cross-entropy alone",
         {
             f"{start.words} after {tables.compact(tokens)} tokens": compare(points[tokens], other[tokens])
             for (start, loss_name), points in curves.items()
-            if loss_name == "kl"
+            if "kl" in loss_name
             for other in [curves.get((start, "ce"), {})]
             for tokens in points
             if tokens and tokens in other
@@ -117,6 +120,43 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
             "the default without training is better than mean pooling with cross-entropy",
             {f"{tables.compact(tokens)} tokens": compare(merely, loss) for tokens, loss in pooled.items()},
         )
+
+
+def local(ground: Ground) -> Iterator[str]:
+    """Each attention trained on its own: before, after, and what it took."""
+    found = ground.of_run(LOCAL)
+    lines, answers = [], {}
+    for after in sorted((each for each in found if each.trained), key=lambda each: (-each.kv_heads, each.start.order)):
+        before = next(
+            each for each in found if not each.trained and (each.start, each.kv_heads) == (after.start, after.kv_heads)
+        )
+        losses = [spread([each.loss]) for each in (before, after)]
+        gaps = [spread([ground.gap_closed(each)]) for each in (before, after)]
+        seconds = sum(step["seconds"] for step in after.record.metrics["made_by"] if step["stage"] == "uptrain")
+        lines.append(
+            [
+                f"{after.kv_heads}: {after.start.words}",
+                *(
+                    tables.cell(value, digits)
+                    for pair in zip(losses, gaps, strict=True)
+                    for value, digits in zip(pair, (4, 3), strict=True)
+                ),
+                tables.compact(after.tokens),
+                f"{seconds / 60:.1f}",
+            ]
+        )
+        if losses[0] and losses[1]:
+            answers[f"{after.kv_heads} heads, {after.start.words}"] = compare(losses[1], losses[0])
+    if not lines:
+        return
+    yield "## Attentions trained each on its own"
+    yield (
+        "Every attention learns its teacher's outputs on the teacher's own inputs; no gradient crosses a layer. "
+        f"The teacher's loss is {found[0].teacher_loss:.4f}."
+    )
+    columns = ["heads, start", "loss", "gap closed", "trained: loss", "gap closed", "tokens", "minutes"]
+    yield markdown((columns, lines))
+    yield say("block-local training improves on it", answers)
 
 
 def over_seeds(records: Sequence[Record]) -> Iterator[str]:

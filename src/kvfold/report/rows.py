@@ -165,7 +165,7 @@ def row_of(record: Record, lineages: Mapping[str, Mapping[str, Any]]) -> dict[st
         settings = step.get("settings", {})
         if step.get("stage") == "convert":
             said = {key: value for key, value in settings.items() if value is not None}
-            row |= {key: value for key, value in said.items() if key not in ("dtype", "shard_size")}
+            row |= {key: value for key, value in said.items() if key not in ("dtype", "shard_size", "repaired_by")}
         elif step.get("stage") == "uptrain":
             tokens += step.get("tokens") or 0
             losses.append(str(settings.get("stages") or settings.get("loss")))
@@ -304,7 +304,8 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
             continue
         known = {"method": record.metrics.get("method"), **(record.metrics.get("settings") or {})}
         shared = [key for key in known if key in row]
-        if known["method"] != row.get("method") or any(str(known[key]) != str(row[key]) for key in shared):
+        same = all(known.get(key) == row.get(key) for key in ("method", "after"))
+        if not same or any(str(known[key]) != str(row[key]) for key in shared):
             continue
         if best is None or len(shared) > best[0]:
             best = (len(shared), record)

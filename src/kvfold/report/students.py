@@ -15,9 +15,9 @@ from kvfold.methods import gqa
 from kvfold.recipe import decode
 from kvfold.record import Record
 from kvfold.report.rows import question, row_of
+from kvfold.shape import REPAIRABLE
 
 INITS = ("mean", "first", "random", "align", "align-norm", "fit")
-ROLES = ("q", "o", "down")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _repair(name: str, row: Mapping[str, object]) -> tuple[str, ...]:
     if said is None:
         return _asked_for(str(row["init"]))
     words = re.findall("[a-z]+", str(said))
-    return tuple(role for role in ROLES if role in words)
+    return tuple(role for role in REPAIRABLE if role in words)
 
 
 @dataclass(frozen=True)
