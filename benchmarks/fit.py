@@ -2,19 +2,19 @@
 
     calibrate   the teacher reads the text and sums the moments that `--init fit` asks for
     merge       a quarter of the heads stay: eigenvectors of small matrices, no text
-    repair      q, o and down are refitted, teacher and student side by side
+    repair      q, o and the MLP are refitted, teacher and student side by side
 
 The source is a random Llama of one layer: heads of 128, an MLP of 2.7 times the width, 2,048 words, bf16. Each width
 runs in a process of its own. Memory is the largest RssAnon, seen every 5 ms, above what the process had before the
 phase; beside the calibration's stands what `calibrate.memory_bytes` says of it beforehand. A model of L layers takes L
 times as long, and no more memory: one layer is open at a time.
 
-Predicted, before it was first run, for 4k tokens on 2 cores at some 30 GFLOPS in float64 and 60 in float32: every term
-that counts grows as the cube of the width (a Gram matrix for each head; a Gram matrix and a system as wide as the MLP),
-so eight times from width to width. At 4096: calibrate 160 s, nearly all of it 2 H T D^2 operations of the attention
-moments; merge 45 s; repair 300 s, half of it reading, a quarter the system of down. At 512 a second in all. Calibrate
-and repair's reading grow with the tokens; merge, the solutions and the memory do not. Memory at 4096: calibrate 1.4 GB,
-within 20% of what memory_bytes says; repair 6 GB: two layers, and four float64 matrices as wide as the MLP.
+Predicted, before it was run, for 4k tokens on 2 cores at some 30 GFLOPS in float64 and 120 in float32: every term that
+counts grows as the cube of the width, or as its square times the tokens. At 4096: calibrate 30 s (a reading, and
+4 T D^2 operations in float64); merge 45 s; repair 400 s: eight readings 110 s, two times three sweeps of gate and up
+100 s, two products and two inverses as wide as the MLP 120 s, the system of down 40 s. At 512 two seconds. Readings
+and sweeps grow with the tokens; merge, the systems and the memory do not. Memory at 4096: calibrate 1.4 GB, within 20%
+of what memory_bytes says; repair 7 GB: two layers, and five float64 matrices as wide as the MLP.
 
     python benchmarks/fit.py [--widths 512,1024,2048,4096] [--tokens 4k] [--quick] [--results results]
 """

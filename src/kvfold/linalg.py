@@ -25,7 +25,8 @@ def psd_roots(gram_NN: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor
 
 def damped_inverse(gram_NN: Tensor, damping: float) -> Tensor:
     """Inverse of a positive semidefinite matrix `(..., N, N)` to which `damping` of its mean diagonal is added."""
-    inverse_NN: Tensor = torch.linalg.inv(_damped(gram_NN, damping))
+    factor_NN = torch.linalg.cholesky(_damped(gram_NN, damping))  # half the work of an inverse of any matrix
+    inverse_NN: Tensor = torch.cholesky_inverse(factor_NN)
     return inverse_NN
 
 
