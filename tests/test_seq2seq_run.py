@@ -80,6 +80,21 @@ def test_a_pretraining_without_a_config_is_one_line(recipe: Recipe) -> None:
         run(Recipe(**{**vars(recipe), "pretrain": {"tokens": 640}}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"finetune": {"tokens": 1, "los": "ce"}}, "finetune: unknown setting 'los'; did you mean 'loss'?"),
+        ({"uptrain": {"tokens": 1, "schedule": "slow"}}, "uptrain: schedule cannot be 'slow'"),
+        ({"control": True}, "tiny: a control is not fine-tuned; give method identity a row of its own"),
+    ],
+)
+def test_a_typing_error_costs_no_pretraining(recipe: Recipe, changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(SettingError) as told:
+        run(Recipe(**{**vars(recipe), **changes}))
+    assert str(told.value).startswith(line)
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(("name", "count"), [("t5-table1", 9), ("t5-small", 3), ("t5-ablations", 11)])
 def test_the_recipes_of_the_paper_say_what_can_be(name: str, count: int) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")

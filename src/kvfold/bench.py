@@ -178,13 +178,6 @@ def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> N
     )
     if settings.memory is not None:
         for each in checkpoints:
-            if each.family.encoder_decoder:
-                raise SettingError(
-                    "the largest batch is measured of decoders alone",
-                    where="bench",
-                    got=f"{each.name}, family {each.family.name}",
-                    next="leave out --memory",
-                )
             if not _largest_batch(each, context, settings):
                 raise SettingError(
                     f"not one sequence of {context:,} tokens fits beside the weights of {each.name}",
@@ -210,7 +203,8 @@ def _largest_batch(checkpoint: Checkpoint, context: int, settings: BenchSettings
     """Sequences whose cache fits into the memory that was given, beside the weights."""
     item = DTYPE_BYTES[settings.dtype]
     room = (settings.memory or 0) - checkpoint.shape.parameters * item
-    return max(0, room // grouped_cache(checkpoint.shape).bytes(context + settings.new_tokens, itemsize=item))
+    cache = grouped_cache(checkpoint.shape)
+    return max(0, room // cache.bytes(context + settings.new_tokens, itemsize=item, encoder_tokens=context))
 
 
 def _other_bytes(row: Mapping[str, Any], path: Path) -> KvfoldError:
@@ -431,9 +425,12 @@ def _at_largest(
     for each in contenders:
         batch = _largest_batch(each.checkpoint, context, settings)
         ids_BT = torch.randint(vocabulary, (batch, room), generator=draw).to(best_device())
-        each.prefill(ids_BT, 0)  # makes the cache; so many prompts are read piece by piece
-        for prompts_BN in torch.split(ids_BT[:, :context], PIECE, dim=1):
-            hf.read(each.model, prompts_BN, each.held)
+        read = each.prefill(ids_BT[:, :context], settings.new_tokens)  # makes the cache
+        if each.paired:
+            read()
+        else:  # so many prompts are read piece by piece
+            for prompts_BN in torch.split(ids_BT[:, :context], PIECE, dim=1):
+                hf.read(each.model, prompts_BN, each.held)
         each.kernel = _fastest_kernel(each, ids_BT[:, context:])
         works[each], batches[each] = partial(each.decode, ids_BT[:, context:]), batch
     seconds = interleave(works, settings.repeats)
@@ -457,7 +454,7 @@ def _at_largest(
                 "seconds": seconds[each],
             }
         )
-        each.held = each.live = None
+        each.held = each.live = each.encoded_BSD = None
     return rows
 
 

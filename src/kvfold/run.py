@@ -65,8 +65,10 @@ def run(
         raise SettingError("changes are laid over a recipe file; change the Recipe itself")
     work = _Run(recipe, Path(out or Path("runs") / recipe.name), overwrite, progress)
     rows = cells(recipe)
-    _pretrain(work)
-    _check(work, rows)
+    _check(work, rows, planned=recipe.pretrain is None)
+    if recipe.pretrain is not None:
+        _pretrain(work, recipe.pretrain)
+        _check(work, rows)
     with disk_errors(work.folder):
         work.folder.mkdir(parents=True, exist_ok=True)
         written = yaml.safe_dump(asdict(recipe, dict_factory=_given), sort_keys=False, allow_unicode=True)
@@ -96,14 +98,24 @@ def _given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value not in (None, ())}
 
 
-def _check(work: _Run, rows: Sequence[Cell]) -> None:
-    """Decode every setting of every row, so that a typing error costs a second and not an hour."""
+def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
+    """Decode every setting of every row, so that a typing error costs a second and not an hour.
+
+    Conversions are `planned` too, once their source is there.
+    """
+    if work.recipe.pretrain is not None:
+        _pretraining(work, work.recipe.pretrain)
     if work.recipe.finetune is not None:
         _task(work, seed=0)
+        if work.recipe.control:
+            raise SettingError(
+                "a control is not fine-tuned", where=work.recipe.name, next="give method identity a row of its own"
+            )
     for cell in rows:
         for settings in _chain(cell.convert):
             decode(ConvertSettings, _of_stage(settings), "convert")
-        _plan(work, cell)
+        if planned:
+            _plan(work, cell)
         if cell.uptrain is not None:
             decode(UptrainSettings, {**cell.uptrain, "data": work.recipe.data, "seed": cell.seed}, "uptrain")
     evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}
@@ -163,16 +175,17 @@ def _plans(work: _Run, rows: Sequence[Cell]) -> None:
         record.write(record.make("plan", name, identity, made), work.records)
 
 
-def _pretrain(work: _Run) -> None:
-    """Make the source, where the recipe says how: `source` is then the place where it will lie."""
-    said = work.recipe.pretrain
-    if said is None:
-        return
+def _pretraining(work: _Run, said: Mapping[str, Any]) -> PretrainSettings:
+    """How the source is trained, on the recipe's text unless another is named."""
     if "config" not in said:
         raise SettingError("pretrain has no config", where=work.recipe.name, next="add the keys of config.json there")
     rest = {key: value for key, value in said.items() if key != "config"}
-    settings = decode(PretrainSettings, {"data": work.recipe.data, **rest}, "pretrain")
-    work.folder.mkdir(parents=True, exist_ok=True)
+    return decode(PretrainSettings, {"data": work.recipe.data, **rest}, "pretrain")
+
+
+def _pretrain(work: _Run, said: Mapping[str, Any]) -> None:
+    """Make the source: `source` is then the place where it will lie."""
+    settings = _pretraining(work, said)
     pretrain(said["config"], work.recipe.source, settings, overwrite=work.overwrite, progress=work.progress)
 
 
@@ -242,7 +255,7 @@ def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any],
             converted, once, wanted, teacher=work.recipe.source, overwrite=work.overwrite, progress=work.progress
         )
         spent = _spent(cell.uptrain)
-        spent["loss_name"] = f"{spent['loss_name'] or 'kl'}, then the task"
+        spent["loss_name"] = f"{spent['loss_name'] or 'the default loss'}, then the task"
     tuned = _finetune(work, made, cell.label, cell.seed)
     row = {**row, "seed": cell.seed, **spent, "tokens": task.tokens}
     _evaluate(work, tuned, f"{cell.label}/finetuned", row, teacher=reference, judged=True)
