@@ -27,6 +27,7 @@ from kvfold.methods import cla
 from kvfold.output import fingerprint
 from kvfold.plan import plan
 from kvfold.recipe import cells, read_recipe
+from kvfold.report.folder import findings
 from kvfold.report.rows import cache_bytes
 from kvfold.run import _chain, _method, run
 from kvfold.sensitivity import SensitivitySettings, measure
@@ -342,6 +343,9 @@ def test_gqa_comes_first(tiny_checkpoint: Callable[..., Path], text: Path, tmp_p
     assert used / 16 == pytest.approx(found["chosen"]["cache"])
     assert used / 16 <= 0.4
     assert found["chosen"]["kl"] <= found["alike"]["kl"]
+    (line,) = (each for each in findings(Checkpoint.open(budgeted).lineage or {}) if "each layer reads" in each)
+    assert found["chosen"]["layout"] in line
+    assert "within 40.0% of the root" in line
 
 
 def test_a_student_that_shares_is_a_source(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvfold.linalg import LEAST, ridge
 from kvfold.merge import KeyLifts, Maps, plane_power, shared_key, shared_value, with_one
 from kvfold.rope import pairs, put_planes, to_planes
-from kvfold.shape import Attention, Roles
+from kvfold.shape import Attention, Roles, Rope
 
 DAMPING = 1e-7  # of the mean moment of the owner's input: far below what is worth anything, above float32's noise
 ROUNDS = 4  # of matching and merging, at most
@@ -64,18 +64,18 @@ def share(readers: Sequence[Reader], damping: float = DAMPING) -> Shared:
     """
     heads = readers[0].attention.num_key_value_heads
     sides = [_Side(reader, readers[0], damping) for reader in readers]
-    own = [(sides[0].key.rows_HED[head], sides[0].value.rows_HED[head]) for head in range(heads)]
+    own = sides[0].key.rows_HED, sides[0].value.rows_HED
     slots: list[list[int]] = []
     merged: list[_Head] = []
     for _ in range(ROUNDS):
-        before, slots = slots, [list(range(heads)), *(side.match(own) for side in sides[1:])]
+        before, slots = slots, [list(range(heads)), *(side.match(*own) for side in sides[1:])]
         if slots == before:
             break
         merged = [_merge(sides, slots, head) for head in range(heads)]
-        own = [(each.key_ED, each.value_ED) for each in merged]
+        own = torch.stack([each.key_ED for each in merged]), torch.stack([each.value_ED for each in merged])
     new = [side.fold(number, units, merged) for number, (side, units) in enumerate(zip(sides, slots, strict=True))]
-    Maps(torch.stack([each.key_ED for each in merged]), sides[0].key.biased).put(new[0], "k")
-    Maps(torch.stack([each.value_ED for each in merged]), sides[0].value.biased).put(new[0], "v")
+    for role, rows_GED, biased in zip("kv", own, (sides[0].key.biased, sides[0].value.biased), strict=True):
+        Maps(rows_GED, biased).put(new[0], role)
     wholes, losts = (
         torch.tensor([getattr(each, name) for each in merged], dtype=torch.float64) for name in ("whole", "lost")
     )
@@ -110,16 +110,19 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
     if sides[0].reader.attention.norms == "pre_rope":
         key_ED, lifts = _as_first(key_ED, lifts)
     merged = shared_value(values_JED, seen_JEE, grams["v"], "fit")
-    whole_key, whole_value = (sum(side.power(role, unit) for *_, side, unit in found) for role in "kv")
-    told_key, told_value = (sum(side.told(role, unit) for *_, side, unit in found) for role in "kv")
+
+    def total(role: str, *, told: bool) -> float:
+        return sum(side.weighed(role, unit, (side.told if told else side.moments)[role]) for *_, side, unit in found)
+
+    wholes, tolds = ([total(role, told=told) for role in "kv"] for told in (False, True))
     return _Head(
         key_ED,
         merged.shared_RD,
         {(number, slot): place for place, (number, slot, *_) in enumerate(found)},
         lifts,
         merged.lift_JER,
-        (whole_key, whole_value),
-        (whole_key - told_key * (1 - lost_key), whole_value - told_value * (1 - merged.lost)),
+        (wholes[0], wholes[1]),
+        (wholes[0] - tolds[0] * (1 - lost_key), wholes[1] - tolds[1] * (1 - merged.lost)),
     )
 
 
@@ -149,19 +152,21 @@ class _Side:
         self.units = math.lcm(attention.num_key_value_heads, owner.attention.num_key_value_heads)
         self.readers = attention.num_attention_heads // self.units
         self.grams: dict[str, Tensor] = {}  # of the owner's input, with a 1 behind it where the maps have biases
-        self.own: dict[str, Tensor] = {}  # of the layer's
-        self.cross: dict[str, Tensor] = {}
-        self.regressed: dict[str, Tensor] = {}  # the layer's heads as maps of the owner's input
+        self.regressed: dict[str, Tensor] = {}  # the layer's heads as maps of the owner's input, (H, E, D)
+        self.crossed: dict[str, Tensor] = {}  # their moments with the owner's input, (H, E, D)
+        self.moments: dict[str, Tensor] = {}  # theirs alone, (H, E, E), and of what the owner's input tells of them
+        self.told: dict[str, Tensor] = {}
         for role, each in (("k", self.key), ("v", self.value)):
-            self.grams[role] = with_one(owner.gram_DD, owner.mean_D, each.biased)
-            self.own[role] = with_one(reader.gram_DD, reader.mean_D, each.biased)
-            self.cross[role] = _cross(reader, owner, each.biased)
+            gram_DD, rows_HED = with_one(owner.gram_DD, owner.mean_D, each.biased), each.rows_HED
+            own_DD, cross_DD = with_one(reader.gram_DD, reader.mean_D, each.biased), _cross(reader, owner, each.biased)
             if reader is owner:
-                self.regressed[role] = each.rows_HED
+                regressed_HED = rows_HED
             else:
                 # towards the owner's input itself: what never occurs in it is taken to be the same in both
-                apart = ridge(self.grams[role], self.cross[role] - self.grams[role], damping)
-                self.regressed[role] = each.rows_HED + each.rows_HED @ apart.T
+                regressed_HED = rows_HED + rows_HED @ ridge(gram_DD, cross_DD - gram_DD, damping).T
+            self.grams[role], self.regressed[role], self.crossed[role] = gram_DD, regressed_HED, rows_HED @ cross_DD.T
+            self.moments[role] = rows_HED @ own_DD @ rows_HED.mT
+            self.told[role] = regressed_HED @ gram_DD @ regressed_HED.mT
 
     def head(self, unit: int) -> int:
         """The key/value head that a unit reads in the source."""
@@ -178,58 +183,36 @@ class _Side:
         output_DRE = self.output_DHE[:, self.queries(unit)]
         return torch.einsum("dre,drf->ef", output_DRE, output_DRE)
 
-    def power(self, role: str, unit: int) -> float:
-        """The weighted second moment of a head."""
-        rows_ED = (self.key if role == "k" else self.value).rows_HED[self.head(unit)]
-        return self._weighed(role, unit, rows_ED @ self.own[role] @ rows_ED.T)
-
-    def told(self, role: str, unit: int) -> float:
-        """The part of it that the owner's input tells."""
-        rows_ED = self.regressed[role][self.head(unit)]
-        return self._weighed(role, unit, rows_ED @ self.grams[role] @ rows_ED.T)
-
-    def _weighed(self, role: str, unit: int, moment_EE: Tensor) -> float:
-        metric_EE, rope = self.metric(role, unit), self.reader.attention.rope
+    def weighed(self, role: str, unit: int, moments_HEE: Tensor) -> float:
+        """The second moment of a unit's head as it is looked at: of keys under RoPE plane by plane."""
+        metric_EE, moment_EE = self.metric(role, unit), moments_HEE[self.head(unit)]
+        rope = self.reader.attention.rope
         if role == "v" or rope is None:
             return float((metric_EE * moment_EE).sum())
         turned = plane_power(moment_EE.diagonal()[None], rope) * plane_power(metric_EE.diagonal()[None], rope)
         free = slice(rope.dims, None)
         return float(turned.sum()) + float((metric_EE[free, free] * moment_EE[free, free]).sum())
 
-    def match(self, own: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    def match(self, keys_GED: Tensor, values_GED: Tensor) -> list[int]:
         """The unit in each slot, slots of one head of the owner side by side: the assignment that explains most."""
         from scipy.optimize import linear_sum_assignment
 
-        gain_UG = torch.tensor(
-            [[self._explained(unit, *maps) for maps in own] for unit in range(self.units)], dtype=torch.float64
-        )
-        places = self.units // len(own)
+        rope, gain_UG = self.reader.attention.rope, torch.zeros(self.units, len(keys_GED), dtype=torch.float64)
+        rotated = rope.dims if rope else 0
+        own = {role: maps @ self.grams[role] @ maps.mT for role, maps in (("k", keys_GED), ("v", values_GED))}
+        for unit in range(self.units):
+            head = self.head(unit)
+            key_GEE, value_GEE = keys_GED @ self.crossed["k"][head].mT, values_GED @ self.crossed["v"][head].mT
+            keys_G = _read_off(key_GEE, own["k"], self.metric("k", unit), slice(rotated, None))
+            if rope:
+                looks_P = plane_power(self.metric("k", unit).diagonal()[None], rope)[0]
+                keys_G = keys_G + _read_off_planes(key_GEE, own["k"], looks_P, rope)
+            values_G = _read_off(value_GEE, own["v"], self.metric("v", unit), slice(0, None))
+            wholes = [max(self.weighed(role, unit, self.moments[role]), LEAST) for role in "kv"]
+            gain_UG[unit] = keys_G / wholes[0] + values_G / wholes[1]
+        places = self.units // len(keys_GED)
         chosen_U = linear_sum_assignment(gain_UG.repeat_interleave(places, 1).numpy(), maximize=True)[1]
         return [int(unit) for unit in torch.as_tensor(chosen_U).argsort()]
-
-    def _explained(self, unit: int, key_ED: Tensor, value_ED: Tensor) -> float:
-        """The parts of a unit's keys and values that its gauge reads off these heads of the owner, added up."""
-        head, rope = self.head(unit), self.reader.attention.rope
-        kept, rotated = 0.0, rope.dims if rope else 0
-        mine_ED = self.key.rows_HED[head]
-        if rope:
-            one_PD, other_PD = to_planes(mine_ED[None], rope)[0], to_planes(key_ED[None], rope)[0]
-            cross_P = ((one_PD @ self.cross["k"].T.to(one_PD)) * other_PD.conj()).sum(-1)
-            power_P = ((other_PD @ self.grams["k"].to(one_PD)) * other_PD.conj()).sum(-1).real
-            looks_P = plane_power(self.metric("k", unit).diagonal()[None], rope)[0]
-            kept += float((looks_P * cross_P.abs().square() / power_P.clamp_min(LEAST)).sum())
-        if rotated < self.reader.attention.head_dim:
-            free = slice(rotated, None)
-            kept += self._read_off("k", unit, mine_ED[free], key_ED[free], free)
-        keys = kept / max(self.power("k", unit), LEAST)
-        values = self._read_off("v", unit, self.value.rows_HED[head], value_ED, slice(None))
-        return keys + values / max(self.power("v", unit), LEAST)
-
-    def _read_off(self, role: str, unit: int, mine_ED: Tensor, theirs_ED: Tensor, rows: slice) -> float:
-        """The weighted moment of heads that any matrix reads off others."""
-        cross_EE = theirs_ED @ self.cross[role] @ mine_ED.T
-        map_EE = ridge(theirs_ED @ self.grams[role] @ theirs_ED.T, cross_EE, DAMPING)
-        return float((self.metric(role, unit)[rows, rows] * (cross_EE.T @ map_EE)).sum())
 
     def read_by(self, slot: int) -> int:
         """The owner's head that a slot reads: slots of one head lie side by side."""
@@ -264,6 +247,31 @@ class _Side:
             turned = (both_E[real] + both_E[imaginary]) / (own_E[real] + own_E[imaginary])
             ratio_E[real] = ratio_E[imaginary] = turned
         return ratio_E
+
+
+def _read_off(cross_GEE: Tensor, own_GEE: Tensor, metric_EE: Tensor, rows: slice) -> Tensor:
+    """The weighted moment of a head that any matrix reads off each of the owner's, `(G,)`, on some coordinates alone.
+
+    `cross_GEE` has the owner's heads on its first axis of width E.
+    """
+    cross_GEE, own_GEE = cross_GEE[:, rows, rows], own_GEE[:, rows, rows]
+    if not cross_GEE.shape[-1]:
+        return cross_GEE.new_zeros(len(cross_GEE))
+    kept_GEE = cross_GEE.mT @ ridge(own_GEE, cross_GEE, DAMPING)
+    return (metric_EE[rows, rows] * kept_GEE).sum((-2, -1))
+
+
+def _read_off_planes(cross_GEE: Tensor, own_GEE: Tensor, looks_P: Tensor, rope: Rope) -> Tensor:
+    """The same under one complex number for each plane."""
+    real, imaginary = pairs(rope)
+
+    def parts(first: slice, second: slice) -> Tensor:
+        return cross_GEE[:, first, second].diagonal(dim1=1, dim2=2)
+
+    along_GP = parts(real, real) + parts(imaginary, imaginary)
+    across_GP = parts(real, imaginary) - parts(imaginary, real)
+    power_GP = plane_power(own_GEE.diagonal(dim1=1, dim2=2), rope)
+    return (looks_P * (along_GP.square() + across_GP.square()) / power_GP.clamp_min(LEAST)).sum(-1)
 
 
 def _cross(reader: Reader, owner: Reader, biased: bool) -> Tensor:

@@ -107,6 +107,13 @@ def findings(lineage: Mapping[str, Any]) -> list[str]:
                 f"{mix['kv_heads']}, of predicted KL {mix['kl']:.4f} nats before any repair; "
                 f"{same['kv_heads']} in every layer: {same['kl']:.4f}."
             )
+        if "chosen" in found:
+            chosen, alike = found["chosen"], found["alike"]
+            lines.append(
+                f"The layer that each layer reads, within {found['budget']:.1%} of the root teacher's cache: "
+                f"{chosen['layout']}, of predicted KL {chosen['kl']:.4f} nats before any repair; "
+                f"groups as alike as can be, {alike['layout']}: {alike['kl']:.4f}."
+            )
         merged = {name: site for name, site in (found.get("sites") or {}).items() if site.get("lossless")}
         if merged:
             each = (f"{name} ({len(site['lossless'])} of {len(site['lost'])} groups)" for name, site in merged.items())
