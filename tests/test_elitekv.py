@@ -24,6 +24,7 @@ from kvfold.methods import elitekv
 from kvfold.plan import PlanSettings, plan
 from kvfold.roofline import cache_share, decode_step
 from kvfold.shape import (
+    REPAIRABLE,
     Attention,
     AttentionGram,
     InputGram,
@@ -215,7 +216,7 @@ def test_a_ratio_is_kept_to_the_byte(
     assert "how each layer splits its part is reckoned" in " ".join(planned.warnings)
     step = json.loads((student / "kvfold.json").read_text())["steps"][-1]
     assert step["settings"]["ratio"] is None
-    assert step["settings"]["repair"] == ["q", "o", "down"]
+    assert step["settings"]["repair"] == list(REPAIRABLE)
     assert set(step["found"]["sites"]) == {f"layer {n}" for n in range(4)}
     cache = hf.new_cache(model := hf.load(student), "growing", 0)
     hf.read(model, torch.arange(3, 13).view(2, 5), cache)

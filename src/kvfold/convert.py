@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Barrier
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -466,6 +467,15 @@ class _Crew:
             self._progress.advance(self._pending.popleft().result())
 
     def __enter__(self) -> Self:
+        """Start every thread now: one whose start is interrupted would not be waited for, and write on by itself."""
+        together = Barrier(CREW)
+        try:
+            for each in [self._pool.submit(together.wait) for _ in range(CREW)]:
+                each.result()
+        except BaseException:
+            together.abort()
+            self._pool.shutdown(cancel_futures=True)
+            raise
         return self
 
     def __exit__(

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from kvfold.errors import SettingError
 from kvfold.methods import Student
 from kvfold.shape import (
+    REPAIRABLE,
     Answers,
     Attention,
     AttentionGram,
@@ -119,6 +120,8 @@ def _check_site(site: Site, attention: Attention) -> None:
     problem = None
     if site.kind != "self" or attention.rope is None:
         problem = "keys are not rotated, so there are no planes to choose"
+    elif attention.source is not None:
+        problem = f"keys and values are those of layer {attention.source}"
     elif attention.norms != "none":
         problem = "keys are normed head by head, and no normed key is a linear image of a latent"
     elif not attention.rope.half_split:
@@ -131,9 +134,8 @@ def _check_site(site: Site, attention: Attention) -> None:
 
 
 def planes_of(attention: Attention) -> int:
-    """The rotary planes of a key head."""
-    assert attention.rope is not None
-    return attention.rope.dims // 2
+    """The rotary planes of a key head; none where keys are not rotated."""
+    return attention.rope.dims // 2 if attention.rope else 0
 
 
 def widest(attention: Attention, planes: int) -> int:
@@ -232,7 +234,7 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
 
 def repairs(config: Config) -> Sequence[str]:
     """Ask for everything to be repaired where errors were weighed; what others publish is left as they publish it."""
-    return ("q", "o", "down") if config.metric == "outputs" else ()
+    return REPAIRABLE if config.metric == "outputs" else ()
 
 
 def reckon(site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
