@@ -106,7 +106,9 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     modules = {
         name
         for name, module in model.named_modules()
-        if re.fullmatch(r"[A-Z]\w*\dAttention|[A-Z][a-z]+Attention|KvfoldLatent\w+Attention|LatentAttention", type(module).__name__)
+        if re.fullmatch(
+            r"[A-Z]\w*\dAttention|[A-Z][a-z]+Attention|KvfoldLatent\w+Attention|LatentAttention", type(module).__name__
+        )
     }
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:

@@ -60,9 +60,10 @@ class InnerFit:
 
     def solve(self, *, steps: int, damping: float, batch: int) -> None:
         """Add the change that `steps` of conjugate gradients find, over `batch` rows at a time."""
-        gram_DD, weight_DF = self.gram_DD / self.tokens, self.weight_DF.double().cpu()
-        left_FF = self.slopes_FF / self.tokens * (weight_DF.T @ weight_DF)
-        left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR), damped_inverse(gram_DD, damping)
+        gram_DD = self.gram_DD / self.tokens
+        left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
+        # a preconditioner need not be exact, and these are the widest products of a repair
+        left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR).float(), damped_inverse(gram_DD, damping).float()
         stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
 
         def apply(change_FD: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class InnerFit:
         change_FD = conjugate_gradients(
             apply,
             self._sweep(batch, None),
-            precondition=lambda r_FD: left_inverse_FF @ r_FD @ inverse_DD,
+            precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
             steps=steps,
         )
         self.inner.weight += change_FD.to(self.inner.weight)
