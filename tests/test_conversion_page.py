@@ -270,6 +270,14 @@ def test_attentions_trained_each_on_its_own_are_held_against_what_they_were(plan
     assert "block-local training improves on it: holds for 2 heads, fit" in page
 
 
+def test_an_init_that_was_left_to_the_method_is_read_from_the_lineage() -> None:
+    unsaid = evaluated("local/x", 3.0)
+    del unsaid.settings["row"]["init"]
+    assert results([unsaid]) == []
+    (found,) = results([told(unsaid, made_by("convert", 20, kv_heads=2, init="fit"), made_by("uptrain", 300))])
+    assert found.start == DEFAULT
+
+
 def test_a_repaired_mean_is_no_mean_pooling_and_a_calibration_seed_no_other_row() -> None:
     made = [
         evaluated("a", 4.0),

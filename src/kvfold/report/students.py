@@ -80,6 +80,7 @@ def results(records: Sequence[Record]) -> list[Result]:
     found = []
     for record in records:
         row = row_of(record, {}) if record.kind == "evaluate" and record.status != "failed" else {}
+        row = {**_converted(record), **row}
         known = row.get("role") == "student" and row.get("init") in INITS and str(row.get("kv_heads")).isdigit()
         if not known or record.metrics.get("loss") is None or record.metrics.get("teacher_loss") is None:
             continue
@@ -99,6 +100,13 @@ def results(records: Sequence[Record]) -> list[Result]:
             )
         )
     return found
+
+
+def _converted(record: Record) -> dict[str, str]:
+    """The init that a recipe left to the method, as the student's lineage has it."""
+    steps = record.metrics.get("made_by", ())
+    settings: Mapping[str, str] = next((step["settings"] for step in reversed(steps) if step["stage"] == "convert"), {})
+    return {"init": settings["init"]} if "init" in settings else {}
 
 
 def _repair(name: str, row: Mapping[str, object]) -> tuple[str, ...]:
