@@ -16,7 +16,7 @@ counts grows as the cube of the width, or as its square times the tokens. At 409
 and sweeps grow with the tokens; merge, the systems and the memory do not. Memory at 4096: calibrate 1.4 GB, within 20%
 of what memory_bytes says; repair 7 GB: two layers, and five float64 matrices as wide as the MLP.
 
-    python benchmarks/fit.py [--widths 512,1024,2048,4096] [--tokens 4k] [--quick] [--results results]
+    python benchmarks/fit.py [--widths 512,1024,2048,4096] [--tokens 4k] [--no-repair] [--quick] [--results results]
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def measured(name: str, into: dict[str, float]) -> Iterator[None]:
         into[f"{name}_mb"] = max(seen) - before
 
 
-def child(width: int, tokens: int, room: Path) -> None:
+def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
     """Fit one layer of this width and print its seconds and memory as JSON."""
     import numpy as np
     import torch  # noqa: F401 -- imports are not timed
@@ -150,18 +150,27 @@ def child(width: int, tokens: int, room: Path) -> None:
     save(room / "student", {**config, "num_key_value_heads": wanted.kv_heads}, tensors)
     student = Checkpoint.open(room / "student")
     del answers, old, new, tensors
-    with measured("repair", found):
-        for _ in repair(source, student, gqa.repairs(wanted), text):
-            pass
+    if repaired:
+        with measured("repair", found):
+            for _ in repair(source, student, gqa.repairs(wanted), text):
+                pass
     found["predicted_mb"] = memory_bytes(source.shape, questions, CalibrationSettings()) / 1e6
     print(json.dumps(found))
 
 
-def measure(width: int, tokens: int) -> dict[str, float]:
+def measure(width: int, tokens: int, *, repaired: bool) -> dict[str, float]:
     """One width, with a cache folder of its own: nothing is recalled from an earlier run."""
     with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
         ran = subprocess.run(
-            [sys.executable, __file__, "--child", str(width), str(tokens), room],
+            [
+                sys.executable,
+                __file__,
+                "--child",
+                str(width),
+                str(tokens),
+                room,
+                *([] if repaired else ["--no-repair"]),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -176,12 +185,13 @@ def main() -> None:
     parser.add_argument("--widths", default="512,1024,2048,4096")
     parser.add_argument("--tokens", default="4k", help="tokens of the calibration text; convert reads 65k")
     parser.add_argument("--quick", action="store_true", help="the two smallest widths on 1k tokens: does it run?")
+    parser.add_argument("--no-repair", action="store_true", help="calibrate and merge alone")
     parser.add_argument("--results", default="results")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(int(given.child[0]), int(given.child[1]), Path(given.child[2]))
+        child(int(given.child[0]), int(given.child[1]), Path(given.child[2]), repaired=not given.no_repair)
         return
     from kvfold import record
 
@@ -192,7 +202,7 @@ def main() -> None:
     begun = time.perf_counter()
     rows: dict[str, dict[str, float]] = {}
     for width in widths:
-        rows[str(width)] = measure(width, tokens)
+        rows[str(width)] = measure(width, tokens, repaired=not given.no_repair)
         print(width, {name: round(value, 2) for name, value in rows[str(width)].items()}, flush=True)
     metrics = {
         "by_width": rows,
@@ -200,7 +210,7 @@ def main() -> None:
         "calibrate_memory_over_predicted": {
             width: row["calibrate_mb"] / row["predicted_mb"] for width, row in rows.items()
         },
-        "seconds": {width: sum(row[f"{phase}_seconds"] for phase in PHASES) for width, row in rows.items()},
+        "seconds": {width: sum(row.get(f"{phase}_seconds", 0) for phase in PHASES) for width, row in rows.items()},
     }
     settings = {
         "widths": widths,
@@ -209,6 +219,7 @@ def main() -> None:
         "vocabulary": VOCABULARY,
         "one_head_of": KEPT,
         "quick": given.quick,
+        "repair": not given.no_repair,
         "note": given.note,
     }
     made = record.make("benchmark", "fit", settings, metrics, wall_seconds=round(time.perf_counter() - begun, 1))
