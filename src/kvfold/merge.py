@@ -12,8 +12,9 @@ of width 1 over the complex numbers. All functions are batched over planes in fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ How = Literal["fit", "align", "align-norm"]
 
 ROUNDS = 100  # of generalised Procrustes, at most
 SETTLED = 1e-7  # relative gain of a round below which it has converged
+NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ def _power(maps_ED: Tensor, gram_DD: Tensor) -> Tensor:
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """A quotient, 1 for heads of zeros, which pruned and padded models hold."""
     return torch.where(below > 0, above / below, 1.0)
+
+
+def losses(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
+    """What kvfold.json says of shared heads: what each lost, and which lost nothing.
+
+    Nothing is what rounding to the format of `weight` can lose.
+    """
+    nothing = max(NOTHING, (torch.finfo(weight.dtype).eps / 2) ** 2)
+    return {"lost": list(lost), "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
 
 
 # --- a site's heads, group by group ---------------------------------------------------------------------------------

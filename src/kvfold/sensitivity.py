@@ -174,6 +174,7 @@ class _Reading:
     def __init__(self, source: Checkpoint, rows_BT: Tensor, device: str) -> None:
         from kvfold import hf  # loads transformers: what is kept is answered without it
 
+        self.through = hf.Through
         model: Any = hf.load(source.path, device=device)
         self.base, self.head = model.base_model, model.get_output_embeddings()
         self.prefix = f"{model.base_model_prefix}."
@@ -204,7 +205,7 @@ class _Reading:
     def _show(self, first: int, end: int, norm: nn.Module) -> None:
         """Let hidden states pass through all layers but those from `first` on, before `end`."""
         for number, layer in enumerate(self.layers):
-            self.base.layers[number] = layer if first <= number < end else _Through()
+            self.base.layers[number] = layer if first <= number < end else self.through()
         self.base.norm = norm
 
     def _run(self, hidden_BTD: Tensor, made: _Folded = _Folded({}, {})) -> Tensor:
@@ -245,10 +246,3 @@ class _Told(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         return self.out
-
-
-class _Through(nn.Module):
-    """In place of a layer that is not run."""
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states

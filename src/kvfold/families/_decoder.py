@@ -46,7 +46,7 @@ _PLANES, _WIDTHS = "rope_chunks", "latent_dims"
 
 def latent_type(model_type: str) -> str:
     """The model type of ours for a stock architecture with latent keys and values."""
-    return f"kvfold_latent_{model_type}"
+    return own_type(f"latent_{model_type}")
 
 
 def with_ours(*model_types: str) -> tuple[str, ...]:

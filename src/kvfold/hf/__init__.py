@@ -12,7 +12,7 @@ from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
 from kvfold.hf.attention import attention_outputs, with_attention
 from kvfold.hf.decoding import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
-from kvfold.hf.layers import Layer, Layers
+from kvfold.hf.layers import Layer, Layers, Through
 from kvfold.hf.loading import build, load, load_tokenizer
 from kvfold.hf.watching import WATCHED, Attended, attend, probabilities
 
@@ -24,6 +24,7 @@ __all__ = [
     "CacheKind",
     "Layer",
     "Layers",
+    "Through",
     "attend",
     "attention_outputs",
     "build",

@@ -8,6 +8,7 @@ caches: modules, tensor names and forwards are theirs. Importing this module reg
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import transformers
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from kvfold.families import own_type
 from kvfold.families.t5 import CLASSES, HEADS
+from kvfold.hf.deriving import derive
 
 
 class _FewerHeads:
@@ -44,12 +46,7 @@ def narrow(attention: Any, heads: int) -> None:
             setattr(attention, name, nn.Linear(attention.d_model, heads * attention.key_value_proj_dim, bias=False))
 
 
-def _derived(stock: type, name: str, *before: type, **fields: Any) -> type:
-    """A subclass of a stock class, to be found (and pickled) by its name in this module."""
-    about = f"{stock.__name__}, with fewer key/value heads in the decoder."
-    made = type(name, (*before, stock), {"__module__": __name__, "__doc__": about, **fields})
-    globals()[name] = made
-    return made
+_derived = partial(derive, __name__, "with fewer key/value heads in the decoder")
 
 
 def _register(model_type: str, name: str) -> None:

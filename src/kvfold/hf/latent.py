@@ -9,6 +9,7 @@ are. Importing this module registers the classes with transformers' Auto classes
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.families._decoder import CLASSES, LATENT, latent_type
 from kvfold.hf.attention import NAME, NAME_FP8, through_fp8
+from kvfold.hf.deriving import derive
 
 
 class LatentAttention(nn.Module):
@@ -131,12 +133,7 @@ class _Latent:
         model.post_init()  # draws the weights of what is new
 
 
-def _derived(stock: type, name: str, *before: type, **fields: Any) -> type:
-    """A subclass of a stock class, to be found (and pickled) by its name in this module."""
-    about = f"{stock.__name__}, with latent keys and values."
-    made = type(name, (*before, stock), {"__module__": __name__, "__doc__": about, **fields})
-    globals()[name] = made
-    return made
+_derived = partial(derive, __name__, "with latent keys and values")
 
 
 def _register(model_type: str, name: str) -> None:

@@ -60,7 +60,7 @@ class Layers:
         self._plain = type(self._base.embed_tokens) is nn.Embedding
         self._base.embed_tokens = self._base.norm = nn.Identity()
         for number in range(len(self)):
-            self._base.layers[number] = _Through()
+            self._base.layers[number] = Through()
         self._fill_buffers(self._base)
         self._probe()
         self._open = ExitStack()
@@ -217,10 +217,11 @@ class _Shared:
             self.spools[layer].write(row, both_BGSE.transpose(1, 2).flatten(2))
 
 
-class _Through(nn.Module):
-    """In place of a layer that is not open."""
+class Through(nn.Module):
+    """In place of a layer that is not run: it hands its input on."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The hidden states as they came."""
         return hidden_states
 
 

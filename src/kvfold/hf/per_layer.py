@@ -11,6 +11,7 @@ classes.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import transformers
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvfold.families import own_type
 from kvfold.families._decoder import CLASSES
+from kvfold.hf.deriving import derive
 from kvfold.hf.sharing import SharedAttention, hand_out, refuse_reentrant, sharing_modes
 
 _HEADS = "num_key_value_heads"
@@ -85,14 +87,7 @@ class _OwnLayers:
         super().activation_checkpointing_enable(asked, *args, **kwargs)  # type: ignore[misc]
 
 
-def _derived(stock: type, name: str, *before: type, **fields: Any) -> type:
-    """A subclass of a stock class, to be found (and pickled) by its name in this module."""
-    made = type(name, (*before, stock), {"__module__": __name__, "__doc__": f"{stock.__name__}, {_WHAT}.", **fields})
-    globals()[name] = made
-    return made
-
-
-_WHAT = "with key/value heads of each layer's own, or another layer's"
+_derived = partial(derive, __name__, "with key/value heads of each layer's own, or another layer's")
 
 
 def _register(model_type: str, name: str) -> None:

@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 LAYOUTS = ("pairs", "keep_ends", "trailing", "sandwich")
 SPAN = 4  # layers of the largest group that `auto` looks at
-NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
 
 
 @dataclass(frozen=True)
@@ -337,12 +336,10 @@ def fold(
             site: {role: each for role, each in group[site].roles.items() if role[0] not in "kv"} for site in consumers
         }
         return {owner: _owned(group, config), **new}, {}
-    import torch
+    from kvfold.merge import losses
 
     made = _shared(group, answers)
-    nothing = max(NOTHING, (torch.finfo(group[owner].roles["k"].dtype).eps / 2) ** 2)
-    told = {"lost": made.heads, "lossless": [number for number, share in enumerate(made.heads) if share <= nothing]}
-    return dict(zip(sorted(group), made.roles, strict=True)), {owner: told}
+    return dict(zip(sorted(group), made.roles, strict=True)), {owner: losses(made.heads, group[owner].roles["k"])}
 
 
 def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:

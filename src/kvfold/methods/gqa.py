@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 POOLED = ("mean", "first", "random")
 MERGED = ("fit", "align", "align-norm")
-NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
 Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
 
 
@@ -285,14 +284,11 @@ def _merge(
     site: Site, tensors: SiteTensors, heads: int, answers: Answers, config: Config
 ) -> tuple[Roles, dict[str, Any]]:
     """Merge by the moments of what the teacher read."""
-    import torch
-
-    from kvfold.merge import merge_site, moments_of
+    from kvfold.merge import losses, merge_site, moments_of
 
     how = cast(Literal["fit", "align", "align-norm"], config.init)
     roles, lost = merge_site(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
-    nothing = max(NOTHING, (torch.finfo(tensors.roles["k"].dtype).eps / 2) ** 2)
-    return roles, {"lost": lost, "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
+    return roles, losses(lost, tensors.roles["k"])
 
 
 def _pool(tensor: Tensor, attention: Attention, heads: int, config: Config, salt: str) -> Tensor:
