@@ -9,13 +9,15 @@ turns; medians over the rounds:
     expanded     keys and values of all heads written out anew, then multi-head's best kernel (one split for each part)
     grouped      grouped-query attention of the same bytes by kvfold's kernel
 
-Prompts: 1,024 tokens of one sequence, causal, keys and values written out from the latent, against multi-head.
+Prompts: 1,024 tokens of one sequence, causal, from hidden states on: the latent's projections, keys and values written
+out, attention; against multi-head's projections and attention.
 
 Predicted before it was run whole, from trials of the kernel on half the batch with one thread: a step multiplies each
 cached token with P + 2 R numbers a head, and not with 2 E. At 12.5% that is 2 to 12 times multi-head's arithmetic and
 an eighth of its bytes: in float32 0.3 to 0.8 of multi-head's time, the less the more of it is planes; at 25% 0.5 to
 0.9; at 50% no faster. Grouped-query attention of the same bytes: its part of the bytes and a little, always faster.
-Expanded: 10 times multi-head and more. Prompts: 1.0 to 1.2 of multi-head.
+Expanded: 10 times multi-head and more. Prompts, by multiplications a token: `R (D + 2 H E)` and the rotated planes
+against `2 D H E`, before the same attention: 0.4 of multi-head at 12.5%, 0.7 at 25%, 1.1 at 50%.
 
     python benchmarks/latent.py [--quick] [--rounds 9] [--results results] [--note TEXT]
 """
@@ -131,17 +133,29 @@ class Case:
         return int((kernel is sdpa) != (self.dtype == "float32"))
 
     def prompts(self) -> None:
-        """All variants of a prompt that is read."""
+        """All variants of a prompt that is read, from hidden states as wide as all heads: projections and attention."""
         heads, tokens, width = self.shape["heads"], self.shape["prompt"], self.width
-        q, k, v = (self.random(1, heads, tokens, width) for _ in range(3))
-        self.add("multi-head", "prompt", lambda: grouped_attention(q, k, v, causal=True), [k, v])
+        x_BTD, q_BHTE = self.random(1, tokens, heads * width), self.random(1, heads, tokens, width)
+
+        def project(size: int) -> Tensor:
+            return self.random(heads * width, size, spread=(heads * width) ** -0.5)
+
+        k_proj, v_proj = project(heads * width), project(heads * width)
+
+        def whole() -> Tensor:
+            k_BHTE, v_BHTE = ((x_BTD @ w_DK).unflatten(-1, (heads, width)).transpose(1, 2) for w_DK in (k_proj, v_proj))
+            return grouped_attention(q_BHTE, k_BHTE, v_BHTE, causal=True)
+
+        self.add("multi-head", "prompt", whole, [x_BTD @ k_proj, x_BTD @ v_proj])
         for split in list(splits(heads, width))[1 :: len(ROTATED)]:
-            kept = self.latents(split, tokens, 1)
+            _, _, *up = self.latents(split, 1, 1)
+            k_rope, kv_down = project(heads * split.rotated), project(split.latent)
 
-            def written(kept: Any = kept) -> Tensor:
-                return grouped_attention(q, *written_out(*kept), causal=True)
+            def written(up: Any = up, k_rope: Tensor = k_rope, kv_down: Tensor = kv_down) -> Tensor:
+                k_BHTE, v_BHTE = written_out(x_BTD @ k_rope, x_BTD @ kv_down, *up)
+                return grouped_attention(q_BHTE, k_BHTE, v_BHTE, causal=True)
 
-            self.add("written out", f"prompt, {split.name}", written, list(kept[:2]))
+            self.add("written out", f"prompt, {split.name}", written, [x_BTD @ k_rope, x_BTD @ kv_down])
 
     def add(self, family: str, name: str, work: Callable[[], object], cache: list[Tensor]) -> None:
         """One variant, and the bytes that it caches."""

@@ -411,7 +411,7 @@ CHAIN: dict[str, Any] = {
     "evaluate": {"tokens": 256, "sequence_length": 32, "copy_distances": [], "samples": 0, "fp8": False},
     "control": True,
     "bench": {"context": [8], "batch": [1], "new_tokens": 2, "repeats": 1, "fp8": False, "memory": "1M"},
-    "matrix": [{"convert.after": [None, {"method": "gqa", "kv_heads": 1}], "convert.share": 2}],
+    "matrix": [{"convert.share": 2, "convert.after": [None, {"method": "gqa", "kv_heads": 1}]}],
 }
 
 
@@ -444,8 +444,18 @@ def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Pat
     assert not (tmp_path / "other").exists()
 
 
+def test_what_comes_first_reads_the_same_calibration() -> None:
+    after = {"method": "gqa", "kv_heads": 2}
+    said = {"method": "cla", "repair": "none", "calibration": "text", "calibration_seed": 1, "after": after}
+    first, last = _chain(said)
+    assert first == {**after, "calibration": "text", "calibration_seed": 1}
+    assert last == said
+    own, _ = _chain({**said, "after": {**after, "calibration": "another"}})
+    assert own["calibration"] == "another"
+
+
 @pytest.mark.parametrize(
-    ("name", "rows", "tokens"), [("cla", 15, 600_000), ("cla-layouts", 24, 150_000), ("cla-conversion", 23, None)]
+    ("name", "rows", "tokens"), [("headline", 24, 600_000), ("cla-layouts", 24, 150_000), ("cla-conversion", 23, None)]
 )
 def test_the_recipes_are_what_they_say(name: str, rows: int, tokens: int | None) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")

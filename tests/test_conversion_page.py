@@ -319,7 +319,7 @@ def test_the_conversion_recipe_says_every_start_once() -> None:
     assert wanted <= set(asked)
 
 
-@pytest.mark.parametrize(("name", "count"), [("recovery", 12), ("headline", 6), ("local", 3)])
+@pytest.mark.parametrize(("name", "count"), [("recovery", 12), ("headline", 24), ("local", 3)])
 def test_the_training_recipes_spend_what_they_say(name: str, count: int) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
     rows = cells(recipe)

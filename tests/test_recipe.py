@@ -89,6 +89,17 @@ def test_grids_are_products_that_add_up_and_a_row_stands_once(tmp_path: Path) ->
     assert sorted(each[0] for each in seen if not each[1]) == ["first", "mean"]  # no seed: nothing is trained
 
 
+def test_null_takes_a_key_out_of_its_stage(tmp_path: Path) -> None:
+    matrix = "matrix=[{convert.init: [null, mean]}, {convert.kv_heads: null, convert.share: 2, uptrain.loss: null}]"
+    plain, mean, other = cells(read_recipe(_recipe(tmp_path, RECIPE), [matrix, "seeds=[0]", "uptrain.loss=ce"]))
+    assert plain.convert == {key: value for key, value in mean.convert.items() if key != "init"}
+    assert mean.convert["init"] == "mean"
+    assert "kv_heads" not in other.convert
+    assert other.uptrain is not None
+    assert "loss" not in other.uptrain
+    assert "None" not in plain.label + other.label
+
+
 def test_set_changes_a_key_and_makes_missing_sections(tmp_path: Path) -> None:
     changed = read_recipe(_recipe(tmp_path, RECIPE), ["uptrain.tokens=2M", "bench.context=[64]", "seeds=[7]"])
     assert changed.uptrain == {"tokens": "2M"}

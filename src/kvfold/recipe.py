@@ -200,7 +200,10 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 
 def cells(recipe: Recipe) -> list[Cell]:
-    """Every row of the run: each grid of `matrix` is a product, grids add up, each row runs once per seed."""
+    """Every row of the run: each grid of `matrix` is a product, grids add up, each row runs once per seed.
+
+    A value of null takes the key out of its stage.
+    """
     found: dict[str, Cell] = {}
     for point in _points(recipe.matrix):
         stages: dict[str, dict[str, Any] | None] = {
@@ -216,12 +219,16 @@ def cells(recipe: Recipe) -> list[Cell]:
             settings = stages[stage]
             if settings is None:
                 raise SettingError(f"matrix: {key!r} needs an {stage} section")
-            settings[name] = value
+            if value is None:  # as if the recipe did not say it
+                settings.pop(name, None)
+            else:
+                settings[name] = value
         convert, uptrain = stages["convert"] or {}, stages["uptrain"]
         if uptrain is not None and (uptrain.get("alpha") == 0 or uptrain.get("tokens") == 0):
             uptrain = None
         for seed in recipe.seeds:
-            label = "_".join(f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items()) or "student"
+            said = (f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items() if value is not None)
+            label = "_".join(said) or "student"
             trained = uptrain is not None or recipe.finetune is not None
             label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if trained else "")
             cell = Cell(label, convert, uptrain, seed)

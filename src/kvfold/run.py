@@ -137,7 +137,10 @@ def _of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chain(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A `convert` section as conversions one after the other: `after` holds the one that comes first, if any."""
+    """A `convert` section as conversions one after the other: `after` holds the one that comes first, if any.
+
+    What comes first reads the same calibration unless it names its own.
+    """
     first = settings.get(AFTER)
     if first is None:
         return [settings]
@@ -145,7 +148,8 @@ def _chain(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise SettingError(
             "after is a conversion that comes first", where="convert", got=repr(first), allowed="keys as in convert"
         )
-    return [*_chain(first), settings]
+    read = {key: value for key, value in settings.items() if key.startswith("calibration")}
+    return [*_chain({**read, **first}), settings]
 
 
 def _plan(work: _Run, cell: Cell) -> Plan:
@@ -292,7 +296,7 @@ def _label(settings: Mapping[str, Any]) -> str:
     for each in _chain(settings):
         method, said = _method(each)[0], {key: value for key, value in each.items() if key not in ("method", AFTER)}
         places = {key: Path(str(value)).name for key, value in said.items() if key == "calibration"}
-        labels.append("_".join([method, *(f"{key}-{value}" for key, value in {**said, **places}.items())]))
+        labels.append("_".join([method, *(f"{key}-{value}" for key, value in sorted({**said, **places}.items()))]))
     return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_then_".join(labels))
 
 
