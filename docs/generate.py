@@ -1,7 +1,7 @@
 """Write the pages that are made from code and records, so that no number or flag is typed twice.
 
-python docs/generate.py          writes docs/commands.md, README's table and figure, and out of records
-                                 docs/miniature.md, docs/conversion.md, docs/loss-over-tokens.svg
+python docs/generate.py          writes docs/commands.md, and out of records the tables between marks of README and
+                                 docs, the figures, docs/miniature.md, docs/conversion.md
 python docs/generate.py --check  changes nothing; exit 1 when one of them is out of step
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import tempfile
 import typing
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from kvfold import record
 from kvfold.cli import COMMANDS
-from kvfold.report import conversion_pages, miniature_page, readme_figure, readme_with_table
-from kvfold.report.pages import SWEEPS
+from kvfold.report import conversion_pages, first_planes, miniature_page, of_runs, quality_figure, with_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,20 +57,20 @@ def commands() -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated page and what it must say."""
-    results = ROOT / "results"
-    made = {
-        ROOT / "docs" / "commands.md": commands(),
-        ROOT / "README.md": readme_with_table((ROOT / "README.md").read_text(encoding="utf-8"), results),
-    }
-    records = record.read_all(results)
+    records = record.read_all(ROOT / "results")
+    made = {ROOT / "docs" / "commands.md": commands()}
+    headline = of_runs(records, lambda name: name.startswith("headline/"))
+    if headline:
+        made[ROOT / "docs" / "quality-against-bytes.svg"] = quality_figure(headline)
+    if planes := first_planes(headline):
+        made[ROOT / "docs" / "elitekv-planes.svg"] = planes
     miniature = [each for each in records if each.name.startswith("miniature")]
-    if any(each.kind == "evaluate" and not each.name.startswith(SWEEPS) for each in records):
-        figure = ROOT / "docs" / "quality-against-bytes.svg"
-        with tempfile.TemporaryDirectory() as folder:
-            made[figure] = readme_figure(results, Path(folder) / figure.name).read_text(encoding="utf-8")
     if miniature:
         made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)
     made |= {ROOT / "docs" / name: text for name, text in conversion_pages(records).items()}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        if path not in made:
+            made[path] = with_tables(path.read_text(encoding="utf-8"), records)
     return made
 
 

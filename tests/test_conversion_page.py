@@ -18,7 +18,8 @@ from kvfold.families import all_families
 from kvfold.plan import PlanSettings, plan
 from kvfold.recipe import cells, decode, read_recipe
 from kvfold.record import Record
-from kvfold.report import conversion_pages, readme_table
+from kvfold.report import conversion_pages, with_tables
+from kvfold.report.marks import END, START
 from kvfold.report.rows import studies
 from kvfold.report.students import DEFAULT, MEAN, Start, results
 from kvfold.run import _label
@@ -218,9 +219,8 @@ def test_the_headline_stands_on_the_page_and_the_sweeps_are_not_in_the_readme(
     )
     more = {"source": "another", "after": {**plans[3].metrics["after"], "cache_bytes_per_token": 77_777}}
     foreign = dataclasses.replace(plans[3], name="a", metrics={**plans[3].metrics, **more})
-    for each in [foreign, *headline, *conversions, *_recovery(), *plans]:
-        record.write(each, tmp_path / "results")
-    table = readme_table(tmp_path / "results")
+    marked = f"{START.format('students headline')}\n{END}"
+    table = with_tables(marked, [foreign, *headline, *conversions, *_recovery(), *plans])
     assert table.count("| gqa, ") == 2
     assert "2.1100 ± 0.0100" in table
     assert "77,777" not in table  # of another teacher

@@ -21,11 +21,12 @@ from kvfold.errors import CheckpointError, DataError, OutputError
 from kvfold.families import all_families
 from kvfold.plan import PlanSettings, plan
 from kvfold.record import Record
-from kvfold.report import card, figures, miniature_page, readme_figure, readme_table, refresh, render, report, summary
+from kvfold.report import card, figures, miniature_page, quality_figure, render, report, summary, with_tables
 from kvfold.report import rows as tables
 from kvfold.report.card import MARK, card_path
 from kvfold.report.folder import Folded, collect, commands
-from kvfold.report.pages import END, START, compare, readme_with_table
+from kvfold.report.marks import END, START
+from kvfold.report.pages import compare
 
 ROOT = Path(__file__).parents[1]
 TEACHER_LOSS = 1.0
@@ -512,34 +513,67 @@ def test_commands_name_the_checkpoints_of_the_run() -> None:
 # --- README and the paper in miniature ------------------------------------------------------------------------------
 
 
-def test_the_readme_is_in_step_with_the_records() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == readme_with_table(text, ROOT / "results"), "run python docs/generate.py"
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_tables_in_pages_are_in_step_with_the_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == with_tables(text, record.read_all(ROOT / "results")), "run python docs/generate.py"
 
 
-def test_refresh_puts_the_table_between_the_marks_once(run_dir: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\n{END}\nafter\n", encoding="utf-8")
-    assert refresh(readme, run_dir)
-    first = readme.read_text(encoding="utf-8")
-    assert readme_table(run_dir) in first
-    assert first.startswith("before\n")
-    assert first.endswith("\nafter\n")
-    assert not refresh(readme, run_dir)
-    readme.write_text("no marks")
-    with pytest.raises(DataError, match="table:start"):
-        refresh(readme, run_dir)
+def test_a_page_gets_the_table_that_it_asks_for(run_dir: Path) -> None:
+    start = START.format("students toy")
+    page = f"before\n{start}\nan older table\n{END}\nafter, `{END}`\n"
+    records = [dataclasses.replace(each, name=f"toy/{each.name}") for each in record.read_all(run_dir)]
+    first = with_tables(page, records)
+    assert first.startswith(f"before\n{start}\n| model |")
+    assert first.endswith(f"{END}\nafter, `{END}`\n")
+    assert "an older table" not in first
+    assert "| gqa, kv heads 2, init mean |" in first
+    assert with_tables(first, records) == first
+    assert with_tables(page, []) == page.replace("an older table\n", "")
+    other = dataclasses.replace(evaluated("other/first", student_row(2, init="first"), 9.0))
+    assert with_tables(page, [*records, other]) == first
+    assert with_tables("no marks", records) == "no marks"
+    for asked in ("students", "guesses toy"):
+        with pytest.raises(DataError, match=f"asks for '{asked}'"):
+            with_tables(page.replace(start, START.format(asked)), records)
 
 
-def test_the_readme_leaves_the_miniature_out(run_dir: Path) -> None:
-    before = readme_table(run_dir)
-    record.write(evaluated("miniature/first", student_row(2, init="first"), 9.0), run_dir)
-    assert readme_table(run_dir) == before
-    assert readme_table(run_dir / "uptrained") == ""
+def test_equal_bytes_are_held_against_one_another_with_what_the_seeds_can_tell(tmp_path: Path) -> None:
+    records = [planned(tmp_path, 2), planned(tmp_path, 2, "first"), planned(tmp_path, 1)]
+    for init, losses in (("mean", (2.0, 2.2)), ("first", (2.05, 2.25)), ("random", (3.0, 3.1))):
+        for seed, loss in enumerate(losses):
+            row = student_row(2, init=init, alpha=0.05, seed=seed)
+            records.append(evaluated(f"toy/{init}-{seed}", row, loss))
+    records += [
+        evaluated("toy/fewer tokens", student_row(2, alpha=0.01), 1.0),
+        evaluated("toy/fewer bytes", student_row(1, alpha=0.05), 1.0),
+    ]
+    text = with_tables(f"{START.format('equal-bytes toy')}\n{END}", records)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 0")]
+    assert [(line[1], line[-1]) for line in lines] == [
+        ("**gqa, kv heads 2, init mean**", tables.NONE),
+        ("gqa, kv heads 2, init first", "0.0500 (within the seeds' spread)"),
+    ]
 
 
-def test_the_readme_figure_has_a_point_for_each_row(run_dir: Path, tmp_path: Path) -> None:
-    text = readme_figure(run_dir, tmp_path / "figure.svg").read_text(encoding="utf-8")
+def test_ratios_of_a_benchmark_stand_by_shape_and_dtype() -> None:
+    metrics = {
+        "float32, 64": {"over_multi_head": {"absorbed": 0.5, "grouped": 0.25}},
+        "bfloat16, 64": {"over_multi_head": {"absorbed": 0.625}},
+        "load_average": 0.1,
+    }
+    made = record.make("benchmark", "toy", {"note": "a quiet machine"}, metrics)
+    text = with_tables(f"{START.format('ratios toy')}\n{END}", [made])
+    assert "| heads of 64 | float32 | bfloat16 |" in text
+    assert "| absorbed | 0.50 | 0.62 |" in text
+    assert f"| grouped | 0.25 | {tables.NONE} |" in text
+    assert "a quiet machine" in text
+
+
+def test_the_figure_of_the_readme_has_a_point_for_each_row(run_dir: Path) -> None:
+    text = quality_figure(record.read_all(run_dir))
     for label in (
         "teacher",
         "gqa, kv heads 2, init mean; alpha 0.05, kl",
@@ -547,7 +581,7 @@ def test_the_readme_figure_has_a_point_for_each_row(run_dir: Path, tmp_path: Pat
     ):
         assert f">{label}<" in text
     with pytest.raises(DataError, match="both bytes and loss"):
-        readme_figure(tmp_path / "nowhere", tmp_path / "other.svg")
+        quality_figure([])
 
 
 def miniature(losses: Mapping[tuple[int, str, float], float | tuple[float, ...]]) -> list[Record]:

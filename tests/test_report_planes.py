@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from kvfold import record
+from kvfold.checkpoint import Checkpoint
 from kvfold.convert import ConvertSettings, convert
+from kvfold.lineage import steps_since_root
 from kvfold.report import report
 from kvfold.report.folder import findings
-from kvfold.report.planes import planes_figure, planes_of
+from kvfold.report.planes import first_planes, planes_figure, planes_of
 
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
@@ -39,11 +42,18 @@ def test_a_page_shows_the_planes_of_its_students(tiny_checkpoint: Callable[..., 
     settings = {"rope_chunks": 2, "latent_dim": 8, "samples": 100}
     student = convert(tiny_checkpoint(), tmp_path / "run" / "student", "elitekv", settings, options=options)
     lineage = json.loads((student / "kvfold.json").read_text())
-    assert [len(heads) for heads in planes_of(lineage).values()] == [4] * 4
+    assert [len(heads) for heads in planes_of(lineage["steps"]).values()] == [4] * 4
     assert "layer 0 2 planes and" in " ".join(findings(lineage))
     page = report(tmp_path / "run").read_text()
     assert "Rotary planes" in page
     assert "Rotary planes kept by student" in page
+    steps = steps_since_root(Checkpoint.open(student))
+    assert planes_of(steps) == planes_of(lineage["steps"])
+    made = record.make("evaluate", "run/student/converted", {}, {"made_by": steps})
+    drawn = first_planes([record.make("evaluate", "run/teacher", {}, {}), made])
+    assert drawn is not None
+    assert "Rotary planes kept by run/student/converted" in drawn
+    assert first_planes([]) is None
     other = convert(tiny_checkpoint(name="other"), tmp_path / "plain" / "student", "gqa", {"kv_heads": 2})
-    assert planes_of(json.loads((other / "kvfold.json").read_text())) == {}
+    assert planes_of(json.loads((other / "kvfold.json").read_text())["steps"]) == {}
     assert "Rotary planes" not in report(tmp_path / "plain").read_text()

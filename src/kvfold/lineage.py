@@ -70,12 +70,12 @@ def known_length(checkpoint: Checkpoint) -> int:
 def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """What was done to a student since its first teacher, as records keep it: stage, seconds, tokens trained.
 
-    Conversions say their resolved settings too: what `auto` came to.
+    Conversions say their resolved settings too, what `auto` came to, and what they found on the way.
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     return [
         {"stage": step["stage"], "seconds": step["wall_seconds"], "tokens": step["tokens"]}
-        | ({"settings": step["settings"]} if step["stage"] == "convert" else {})
+        | ({key: step[key] for key in ("settings", "found") if key in step} if step["stage"] == "convert" else {})
         for step in steps
         if step["stage"] != "pretrain"
     ]

@@ -41,9 +41,10 @@ class Method(Protocol):
 
     A method may also have `repairs(config)`, the roles that are refitted after it; `notes(config, shape)`, lines for a
     plan; `with_heads(config, heads)`, which FoldedKL needs, and `alone(config, shape, sites)`, which ConvertedKL does;
-    `reckon(site, tensors, answers, config)`, the answer to Reckoned. Two more speak in kvfold.json: `found(config,
-    shape, answers)`, on what grounds `resolve` chose; and `fold(group, answers, config)`, which is called instead of
-    `convert` and returns the same roles, and what came to light of each site on the way.
+    `reckon(site, tensors, answers, config)`, the answer to Reckoned; `PUBLISHED`, settings of the starts that papers
+    have, against which reports hold the others. Two more speak in kvfold.json: `found(config, shape, answers)`, on what
+    grounds `resolve` chose; and `fold(group, answers, config)`, which is called instead of `convert` and returns the
+    same roles, and what came to light of each site on the way.
     """
 
     Config: type[Any]

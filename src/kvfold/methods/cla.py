@@ -55,6 +55,9 @@ LAYOUTS = ("pairs", "keep_ends", "trailing", "sandwich")
 SPAN = 4  # layers of the largest group that `auto` looks at
 
 
+PUBLISHED = ({"init": "copy"}, {"init": "mean"})  # what others start from
+
+
 @dataclass(frozen=True)
 class Config:
     """Which layers share, and what they start from."""

@@ -62,6 +62,9 @@ Metric = Literal["outputs", "inputs", "weights"]
 Factor = Literal["joint", "separate"]
 
 
+PUBLISHED = ({"search": "uniform", "metric": "weights"},)  # what others start from
+
+
 @dataclass(frozen=True)
 class Config:
     """What stays rotated, how wide the latent is, and what decides both."""

@@ -62,6 +62,9 @@ MERGED = ("fit", "align", "align-norm")
 Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
 
 
+PUBLISHED = ({"init": "mean"},)  # what others start from
+
+
 @dataclass(frozen=True)
 class Config:
     """How many heads stay, and what they start from."""

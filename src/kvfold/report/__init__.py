@@ -1,23 +1,25 @@
-"""Reports out of records: the page of a run, model cards, the README's table and figure, the paper in miniature.
+"""Reports out of records: the page of a run, model cards, tables and figures of the docs, the paper in miniature.
 
-folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), pages, conversion (Markdown and SVG)
+folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), pages, conversion, marks (Markdown and SVG)
 """
 
 from kvfold.report.card import card
 from kvfold.report.conversion import conversion_pages
+from kvfold.report.marks import with_tables
 from kvfold.report.page import render, report
-from kvfold.report.pages import miniature_page, readme_figure, readme_table, readme_with_table, refresh
+from kvfold.report.pages import miniature_page, of_runs, quality_figure
+from kvfold.report.planes import first_planes
 from kvfold.report.rows import summary
 
 __all__ = [
     "card",
     "conversion_pages",
+    "first_planes",
     "miniature_page",
-    "readme_figure",
-    "readme_table",
-    "readme_with_table",
-    "refresh",
+    "of_runs",
+    "quality_figure",
     "render",
     "report",
     "summary",
+    "with_tables",
 ]

@@ -1,35 +1,25 @@
-"""Pages out of records: the table and figure of the README, and the paper in miniature. `conversion` has one more.
+"""Pages out of records: the figure of the README, and the paper in miniature. `conversion` and `marks` have more.
 
-A number in these pages is never typed: `refresh` writes the table between two marks, and a test compares them.
+A number in these pages is never typed, and a test compares them with the records.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from kvfold.errors import DataError
-from kvfold.output import disk_errors
-from kvfold.record import Record, read_all
+from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
 from kvfold.report.rows import Row, Spread, Study, markdown, studies
 from kvfold.report.sections import quality_points
 
-START, END = "<!-- table:start -->", "<!-- table:end -->"
-SWEEPS = ("miniature", "conversion", "recovery", "budget", "local", "elitekv")  # these have pages of their own
 INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
 # --- the README ----------------------------------------------------------------------------------------------------
-
-
-def _headline_records(results_dir: str | Path) -> list[Record]:
-    return of_runs(read_all(results_dir), lambda name: not name.startswith(SWEEPS))
 
 
 def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Record]:
@@ -40,31 +30,14 @@ def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Reco
     return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
 
 
-def readme_table(results_dir: str | Path) -> str:
-    """The README's table: the headline of every study in a folder of records, the sweeps left out.
+def quality_figure(records: Sequence[Record]) -> str:
+    """Cache bytes per token against loss above the teacher's, a point for each student of the first study: an SVG.
 
-    Empty when nothing was evaluated.
+    Raises DataError when no student has both numbers.
     """
-    records = _headline_records(results_dir)
-    parts = []
-    for study in studies(records):
-        device = next(row.records[0].device for row in study.everyone)
-        data = study.everyone[0].records[0].settings.get("data")
-        seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
-        about = f"Loss in nats per token of `{data}`; decode speed is the teacher's time over the student's.{seeds}"
-        parts.append(f"{markdown(tables.headline(study), words=2)}\n\n{about} Measured on {tables.plain(device)}.")
-    return "\n\n".join(parts)
-
-
-def readme_figure(results_dir: str | Path, out: str | Path) -> Path:
-    """Write the README's figure, cache bytes per token against loss above the teacher's, as an SVG file.
-
-    Raises DataError when no student has both numbers, OutputError when the disk refuses.
-    """
-    records = _headline_records(results_dir)
     points = [point for study in studies(records)[:1] for point in quality_points(study, records)]
     if not any(point.y for point in points):
-        raise DataError("no student with both bytes and loss is here", where=results_dir, next="record its plan too")
+        raise DataError("no student with both bytes and loss is here", next="record its plan too")
     drawn = figures.scatter(
         "quality",
         "Cache bytes per token against loss above the teacher's",
@@ -72,38 +45,7 @@ def readme_figure(results_dir: str | Path, out: str | Path) -> Path:
         x_label="cache bytes per token",
         y_label="loss above the teacher’s (nats)",
     )
-    _write(Path(out), figures.standalone(drawn))
-    return Path(out)
-
-
-def refresh(readme_path: str | Path, results_dir: str | Path) -> bool:
-    """Put the table of the records between the marks of a page; was it another one before?
-
-    Raises DataError when the page has no marks, OutputError when the disk refuses.
-    """
-    path = Path(readme_path)
-    before = path.read_text(encoding="utf-8")
-    after = readme_with_table(before, results_dir)
-    if before != after:
-        _write(path, after)
-    return before != after
-
-
-def readme_with_table(text: str, results_dir: str | Path) -> str:
-    """A page with the table of the records between its marks. Raises DataError when it has no marks."""
-    made = "\n".join(filter(None, (START, readme_table(results_dir), END)))
-    found = re.search(rf"{START}\n.*?{END}", text, flags=re.S)
-    if found is None:
-        raise DataError(f"the page has no {START} with {END} on a line below it")
-    return text[: found.start()] + made + text[found.end() :]
-
-
-def _write(path: Path, text: str) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sibling = path.with_name(path.name + ".tmp")
-        sibling.write_text(text, encoding="utf-8")
-        os.replace(sibling, path)
+    return figures.standalone(drawn)
 
 
 # --- the paper in miniature ----------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Which rotary planes the key heads of a student keep, out of what its conversion noted in kvfold.json."""
+"""Which rotary planes the key heads of a student keep, out of what its conversion found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report.blocks import Block, Section
 from kvfold.report.folder import Run
@@ -17,10 +18,13 @@ ABOUT = (
 )
 
 
-def planes_of(lineage: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-    """The planes that each key head keeps, by site; empty for students that keep keys and values of heads."""
+def planes_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
+    """The planes that each key head keeps, by site; empty for students that keep keys and values of heads.
+
+    `steps` are those of a lineage, or of a record.
+    """
     found: dict[str, list[list[int]]] = {}
-    for step in lineage["steps"]:
+    for step in steps:
         sites = (step.get("found") or {}).get("sites") or {}
         found |= {name: site["planes"] for name, site in sites.items() if "planes" in site}
     return found
@@ -46,11 +50,19 @@ def _height(head: int, heads: Sequence[Sequence[int]]) -> float:
     return 0.8 * ((head + 0.5) / len(heads) - 0.5)
 
 
+def first_planes(records: Sequence[Record]) -> str | None:
+    """The figure of the first student among the records that keeps planes; None when none does."""
+    for record in records:
+        if record.kind == "evaluate" and (planes := planes_of(record.metrics.get("made_by") or ())):
+            return figures.standalone(planes_figure("planes", f"Rotary planes kept by {record.name}", planes))
+    return None
+
+
 def planes_section(run: Run) -> Section:
     """A figure for each student that was converted on this page."""
     blocks: list[Block] = []
     for number, checkpoint in enumerate(run.checkpoints):
-        planes = planes_of(checkpoint.lineage)
+        planes = planes_of(checkpoint.lineage["steps"])
         if planes and checkpoint.lineage["steps"][-1]["stage"] == "convert":
             figure = planes_figure(f"planes-{number}", f"Rotary planes kept by {checkpoint.name}", planes)
             rows = [[site, " / ".join(" ".join(map(str, kept)) for kept in heads)] for site, heads in planes.items()]

@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvfold.methods import all_methods
 from kvfold.output import fingerprint
 from kvfold.record import Record
 
 TRAINING = ("alpha", "tokens", "loss_name")  # what a row says of its uptraining; the rest but these is the method's
 READING = ("sequence_length", "stride", "copy_trials", "passkey_trials", "lm_eval_limit", "seed", "dtype")
 SEEDS = ("seed", "calibration_seed")  # what a row is repeated over
-MEAN_POOLED = ("gqa", "mean")  # the baseline of "gap closed"
+GAP_CLOSED = "how much of what the published start of the same method, bytes and tokens loses is not lost"
 NONE = "–"  # a cell without a number
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows; the first column is words
@@ -271,13 +272,17 @@ def _row(
 
 
 def _with_gap(row: Row, everyone: Sequence[Row]) -> Row:
-    """The row with the gap it closes: of mean pooling of the same bytes and tokens, how much of the loss it avoids."""
-    if row.role != "student" or _is_mean(row) or row.teacher_loss is None:
+    """The row with the gap it closes: of what the published start of the same bytes and tokens loses, what it avoids.
+
+    Where several starts are published, the best counts.
+    """
+    if row.role != "student" or _is_published(row) or row.teacher_loss is None:
         return row
     baselines = [
         other
         for other in everyone
-        if _is_mean(other)
+        if _is_published(other)
+        and other.method == row.method
         and other.cache_bytes == row.cache_bytes
         and (other.cache_bytes is not None or other.settings.get("kv_heads") == row.settings.get("kv_heads"))
         and all(other.training.get(key) == row.training.get(key) for key in ("alpha", "tokens"))
@@ -291,9 +296,13 @@ def _with_gap(row: Row, everyone: Sequence[Row]) -> Row:
     return replace(row, gap_closed=closed)
 
 
-def _is_mean(row: Row) -> bool:
-    pooled = (row.method, str(row.settings.get("init", "mean"))) == MEAN_POOLED
-    return row.role == "student" and pooled and not row.settings.get("repair")
+def _is_published(row: Row) -> bool:
+    """Is it as a paper starts from it, and not repaired? By what the conversion resolved to, where that is known."""
+    steps = [step for record in row.records for step in record.metrics.get("made_by") or ()]
+    said = {**row.settings, **next((step["settings"] for step in reversed(steps) if step["stage"] == "convert"), {})}
+    starts = getattr(all_methods().get(row.method), "PUBLISHED", ())
+    alike = any(all(said.get(key) == value for key, value in start.items()) for start in starts)
+    return row.role == "student" and alike and said.get("repair") in (None, "none", [], ())
 
 
 def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:

@@ -51,7 +51,7 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     if any(row.recovered is not None for row in study.rows):
         about += "Recovered: the part of the conversion's damage that training undid. "
     if any(row.gap_closed is not None for row in study.rows):
-        about += "Gap closed: against mean pooling of the same bytes and tokens, 100% is the teacher. "
+        about += f"Gap closed: {tables.GAP_CLOSED}; 100% is the teacher. "
     if any(len(row.records) > 1 for row in study.rows):
         about += "± is the standard deviation over seeds. "
     place = tables.headline_place(study)

@@ -1,0 +1,142 @@
+"""Tables out of records, between marks in pages that people write.
+
+A page says what it wants and of which runs, and gets it again each time that it is refreshed:
+
+    <!-- records: students headline -->
+    <!-- records end -->
+
+`students`: every student of the runs beside its teacher. `equal-bytes`: students that cache as much and were trained on
+as much, the best first. `ratios`: a benchmark's variants as parts of what it holds them against.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kvfold.errors import DataError
+from kvfold.record import Record
+from kvfold.report import rows as tables
+from kvfold.report.pages import compare, of_runs
+from kvfold.report.rows import Row, Study, markdown, studies
+from kvfold.report.students import bare_name
+
+START, END = "<!-- records: {} -->", "<!-- records end -->"
+_MARKED = re.compile(r"<!-- records: ([^\n]*?) -->\n(?:.*?\n)??<!-- records end -->", re.S)
+
+
+def with_tables(text: str, records: Sequence[Record]) -> str:
+    """A page with what it asks for between its marks; a page without marks as it is.
+
+    Raises DataError when a mark asks for what is not known.
+    """
+    return _MARKED.sub(lambda found: "\n".join([START.format(found[1]), *_written(found[1], records), END]), text)
+
+
+def _written(asked: str, records: Sequence[Record]) -> list[str]:
+    kind, *names = asked.split()
+    if kind not in KINDS or not names:
+        raise DataError(f"a page asks for {asked!r}", allowed=f"{', '.join(KINDS)}, and names of runs")
+    made = "\n\n".join(KINDS[kind](of_runs(records, lambda name: name.partition("/")[0] in names)))
+    return [made] if made else []
+
+
+def _students(records: Sequence[Record]) -> Iterator[str]:
+    """The headline of every study."""
+    for study in studies(records):
+        yield markdown(tables.headline(study), words=2)
+        speed = "; decode speed is the teacher's time over the student's" if tables.headline_place(study) else ""
+        gaps = any(row.gap_closed is not None for row in study.rows)
+        gap = f". *Gap closed* is {tables.GAP_CLOSED}" if gaps else ""
+        seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
+        yield f"{_about(study)}{speed}{gap}.{seeds} {_device(study)}"
+
+
+def _about(study: Study) -> str:
+    settings = study.everyone[0].records[0].settings
+    return f"Loss in nats per token of `{bare_name(settings.get('data'))}`"
+
+
+def _device(study: Study) -> str:
+    return f"Measured on {tables.plain(next(row.records[0].device for row in study.everyone))}."
+
+
+def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
+    """Who is best at the same bytes and tokens, and whether the seeds can tell."""
+    for study in studies(records):
+        lines: list[list[str]] = []
+        bold = set()
+        for alike in _alike(study):
+            best = alike[0]
+            bold.add((len(lines), 1))
+            for row in alike:
+                part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
+                lines.append([f"{part:.3g}", row.name, row.schooling, tables.cell(row.metric("loss")), _kl(row)])
+                lines[-1].append(tables.NONE if row is best else _behind(best, row))
+        if lines:
+            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "behind the best"]
+            yield markdown((columns, lines), words=3, bold=bold)
+            teacher = tables.cell(study.teacher.metric("loss") if study.teacher else None)
+            yield f"{_about(study)}, the teacher's {teacher}. {_device(study)}"
+
+
+def _alike(study: Study) -> list[list[Row]]:
+    """Students of equal bytes and tokens, where there are several: most bytes first, each lot by its loss."""
+    lots: dict[tuple[float, str], list[Row]] = {}
+    for row in study.rows:
+        if row.role == "student" and row.cache_bytes and row.metric("loss"):
+            tokens = str({key: value for key, value in row.training.items() if key != "loss_name"})
+            lots.setdefault((row.cache_bytes, tokens), []).append(row)
+    several = {place: lot for place, lot in lots.items() if len(lot) > 1}
+    return [sorted(lot, key=_loss) for _, lot in sorted(several.items(), key=lambda each: (-each[0][0], each[0][1]))]
+
+
+def _loss(row: Row) -> float:
+    loss = row.metric("loss")
+    return float("inf") if loss is None else loss.mean
+
+
+def _kl(row: Row) -> str:
+    return tables.cell(row.metric("kl"))
+
+
+def _behind(best: Row, row: Row) -> str:
+    """How far, in nats, and whether the seeds can tell."""
+    lower, higher = best.metric("loss"), row.metric("loss")
+    assert lower is not None  # as _alike keeps them
+    assert higher is not None
+    unclear = " (within the seeds' spread)" if compare(lower, higher) == "unclear" else ""
+    return f"{higher.mean - lower.mean:.4f}{unclear}"
+
+
+def _ratios(records: Sequence[Record]) -> Iterator[str]:
+    """Of each benchmark, a table for each shape: a line for each variant, a column for each dtype."""
+    for record in (each for each in records if each.kind == "benchmark"):
+        shapes: dict[str, dict[str, Mapping[str, float]]] = {}
+        for place, found in record.metrics.items():
+            ratios = _over(found)
+            if ratios is not None:
+                dtype, _, shape = place.partition(", ")
+                shapes.setdefault(shape, {})[dtype] = ratios
+        for shape, by_dtype in shapes.items():
+            variants = list(dict.fromkeys(name for ratios in by_dtype.values() for name in ratios))
+            lines = [[name, *(_ratio(ratios.get(name)) for ratios in by_dtype.values())] for name in variants]
+            yield markdown(([f"heads of {shape}", *by_dtype], lines))
+        note = f" ({record.settings['note']})" if record.settings.get("note") else ""
+        yield f"Time as a part of multi-head's best. Measured on {tables.plain(record.device)}{note}."
+
+
+def _ratio(value: float | None) -> str:
+    return tables.NONE if value is None else f"{value:.2f}"
+
+
+def _over(found: Any) -> Mapping[str, float] | None:
+    return found.get("over_multi_head") if isinstance(found, Mapping) else None
+
+
+KINDS: Mapping[str, Callable[[Sequence[Record]], Iterator[str]]] = {
+    "students": _students,
+    "equal-bytes": _equal_bytes,
+    "ratios": _ratios,
+}
