@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -284,15 +285,19 @@ def test_a_model_of_images_is_shared_without_loss(
     model, ids_BT = gauged(teacher), torch.arange(34).view(2, 17) + 40
     options = ConvertSettings(calibration=str(text), calibration_tokens=600, repair=())
     off = {}
-    for init in ("fit", "copy"):
-        student = convert(teacher, tmp_path / init, "cla", {"init": init}, options=options)
+    for name, init, repair in (("fit", "fit", ()), ("copy", "copy", ()), ("repaired", "fit", ("q",))):
+        each = dataclasses.replace(options, repair=repair)
+        student = convert(teacher, tmp_path / name, "cla", {"init": init}, options=each)
         with torch.inference_mode():
-            off[init] = float((hf.load(student)(ids_BT).logits - model(ids_BT).logits).abs().max())
+            off[name] = float((hf.load(student)(ids_BT).logits - model(ids_BT).logits).abs().max())
     assert off["fit"] < 1e-4
+    assert off["repaired"] < 1e-3  # each query head is held against the one that it was, wherever it stands now
     assert off["copy"] > 1e-2
     told = json.loads((tmp_path / "fit" / "kvfold.json").read_text())["steps"][-1]["found"]["sites"]
-    assert told.keys() == {"layer 0", "layer 2"}
-    assert all(each["lossless"] == [0, 1, 2, 3] for each in told.values())
+    assert all(told[f"layer {owner}"]["lossless"] == [0, 1, 2, 3] for owner in (0, 2))
+    moved = [told[f"layer {consumer}"]["queries"] for consumer in (1, 3)]
+    assert all(sorted(each) == [0, 1, 2, 3] for each in moved)
+    assert moved != [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -47,7 +47,18 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, WHOLE, Answers, ConvertedKL, FoldedKL, Question, Reckoned, Site, SiteTensors
+from kvfold.shape import (
+    QUERIES,
+    REPAIRABLE,
+    WHOLE,
+    Answers,
+    ConvertedKL,
+    FoldedKL,
+    Question,
+    Reckoned,
+    Site,
+    SiteTensors,
+)
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -153,7 +164,7 @@ def convert(
                     from kvfold.repair import RepairSettings, repair_in_place
 
                     how = {"repaired_by": dataclasses.asdict(RepairSettings())}
-                    repair_in_place(source, output, options.repair, calibration.text(), writer, progress)
+                    repair_in_place(source, output, options.repair, calibration.text(), writer, job.queries(), progress)
                 writer.close()
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
@@ -432,6 +443,11 @@ class _Job:
     def found(self) -> dict[str, Any]:
         """What the method told of the sites that are converted, also before the work was stopped."""
         return read_json(self.notes) or {}
+
+    def queries(self) -> dict[Site, list[int]]:
+        """The source's query heads in their new order, at sites where the method says that it is another."""
+        told = {site: self.found().get(str(site), {}) for site in self.source.shape.sites}
+        return {site: found[QUERIES] for site, found in told.items() if QUERIES in found}
 
     def _copy(self, name: str, tensor: Tensor, writer: Writer) -> int:
         """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""

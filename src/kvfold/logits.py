@@ -59,10 +59,15 @@ class LogitFit:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def add(self, row: int, taught: hf.Attended, learnt: hf.Attended) -> None:
-        """Take what both attentions did with the same rows: the teacher's attention, and what the student's lack."""
+    def add(self, row: int, taught: hf.Attended, learnt: hf.Attended, queries: Sequence[int] | None = None) -> None:
+        """Take what both attentions did with the same rows: the teacher's attention, and what the student's lack.
+
+        `queries` are the teacher's heads in the student's order, where that is another.
+        """
         x_BTD, key_BGSE, self.seen = learnt.input_BTD, learnt.key_BGSE, learnt
         logits_BHTS = _meet(taught.scale * taught.query_BHTE, taught.key_BGSE)
+        if queries is not None:
+            logits_BHTS = logits_BHTS[:, queries]
         attention_BHTS = _attention(logits_BHTS, learnt.mask)
         mean_BHTE = _look(attention_BHTS, key_BGSE)
         self.inputs.write(row, x_BTD)

@@ -66,12 +66,14 @@ def repair(
     tokens: TokenFile,
     settings: RepairSettings = RepairSettings(),
     *,
+    queries: Mapping[Site, Sequence[int]] = {},
     done: Sequence[Mapping[str, Tensor]] = (),
     progress: Progress = SILENT,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield, layer by layer, the student's repaired tensors by name; the checkpoints are not written.
 
-    The first layers may be `done`: they are taken as they are, so that a repair goes on where it was stopped.
+    `queries` are the teacher's query heads in the student's order, at sites where that is another. The first layers may
+    be `done`: they are taken as they are, so that a repair goes on where it was stopped.
     Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: six hidden states a token,
     and the inner width of the MLP, or over `logit_tokens` the teacher's attention. Raises SettingError for unknown
     roles and for families whose MLP is not known, OutputError when the disk has no room, CheckpointError when a
@@ -86,7 +88,7 @@ def repair(
             next=f"leave out {choices(inside)}",
         )
     with ExitStack() as stack:
-        work = _Pass(teacher, student, roles, tokens, settings, stack)
+        work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
         progress.start("repairing", len(work.teachers), "layers")
         try:
             for number in range(len(work.teachers)):
@@ -97,7 +99,13 @@ def repair(
 
 
 def repair_in_place(
-    source: Checkpoint, output: Output, roles: Sequence[str], tokens: TokenFile, writer: Writer, progress: Progress
+    source: Checkpoint,
+    output: Output,
+    roles: Sequence[str],
+    tokens: TokenFile,
+    writer: Writer,
+    queries: Mapping[Site, Sequence[int]],
+    progress: Progress,
 ) -> None:
     """Repair the student that lies in an unfinished output, whose tensors `writer` has written.
 
@@ -110,7 +118,9 @@ def repair_in_place(
     while (path := folder / f"{len(done):05d}.safetensors").exists():
         done.append(load_file(path))
     student = Checkpoint(output.work, output.path.name, read_config(output.work))
-    for number, tensors in enumerate(repair(source, student, roles, tokens, done=done, progress=progress)):
+    for number, tensors in enumerate(
+        repair(source, student, roles, tokens, queries=queries, done=done, progress=progress)
+    ):
         if number >= len(done):
             path = folder / f"{number:05d}.safetensors"
             save_file(tensors, path.with_suffix(".tmp"))
@@ -130,9 +140,10 @@ class _Pass:
         roles: Sequence[str],
         tokens: TokenFile,
         settings: RepairSettings,
+        queries: Mapping[Site, Sequence[int]],
         stack: ExitStack,
     ) -> None:
-        self.roles, self.settings = roles, settings
+        self.roles, self.settings, self.queries = roles, settings, queries
         self.source, self.target = teacher, student
         device = "cuda" if torch.cuda.is_available() else "cpu"
         length = min(settings.length, known_length(teacher), len(tokens))
@@ -239,7 +250,7 @@ class _Pass:
                     taught.attend(self.taught.read(row, count), row),
                     learnt.attend(self.learnt.read(row, count), row),
                 )
-                fit.add(row, *both)
+                fit.add(row, *both, self.queries.get(learnt.site))
             fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
 
 
@@ -247,7 +258,7 @@ class _Parts:
     """One layer of one model, and the modules in it that a repair looks at."""
 
     def __init__(self, layer: hf.Layer, checkpoint: Checkpoint, site: Site) -> None:
-        family = checkpoint.family
+        family, self.site = checkpoint.family, site
         self.layer, self.attention = layer, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")

@@ -24,6 +24,9 @@ Roles = dict[str, "Tensor"]
 REPAIRABLE = ("q", "o", "gate", "up", "down")
 """The weights of a layer that a repair can refit, in its order (`kvfold.repair`)."""
 
+QUERIES = "queries"
+"""What `fold` tells of a site whose query heads it reordered: in each place, the head of the source."""
+
 WHOLE = frozenset({"planes"})
 """Roles of whole numbers: saved as int64, never trained, and counted with no parameters."""
 

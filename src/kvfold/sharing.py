@@ -48,10 +48,12 @@ class Reader:
 class Shared:
     """Roles of every layer of a group anew, float64, and what is lost of their weighted second moment.
 
-    `lost` is the part of the keys' and that of the values' added up, `heads` the larger part by head of the owner.
+    `queries` are the query heads of each layer in their new order, as numbers of the source's. `lost` is the part of
+    the keys' and that of the values' added up, `heads` the larger part by head of the owner.
     """
 
     roles: list[Roles]
+    queries: list[list[int]]
     lost: float
     heads: list[float]
 
@@ -80,7 +82,17 @@ def share(readers: Sequence[Reader], damping: float = DAMPING) -> Shared:
         torch.tensor([getattr(each, name) for each in merged], dtype=torch.float64) for name in ("whole", "lost")
     )
     by_head = (losts / wholes.clamp_min(LEAST)).clamp(0, 1).amax(1)
-    return Shared(new, float((losts.sum(0) / wholes.sum(0).clamp_min(LEAST)).clamp(0, 1).sum()), by_head.tolist())
+    queries = [
+        [
+            head
+            for unit in units
+            for head in range(*side.queries(unit).indices(side.reader.attention.num_attention_heads))
+        ]
+        for side, units in zip(sides, slots, strict=True)
+    ]
+    return Shared(
+        new, queries, float((losts.sum(0) / wholes.sum(0).clamp_min(LEAST)).clamp(0, 1).sum()), by_head.tolist()
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from kvfold import budget as budgets
 from kvfold.errors import SettingError, choices
 from kvfold.methods import Student
 from kvfold.shape import (
+    QUERIES,
     REPAIRABLE,
     Answers,
     CacheSpec,
@@ -332,6 +333,7 @@ def fold(
     """Convert, and say of the owner what each of its heads lost of all that is read off it, and which lost nothing.
 
     Lost is a share of the second moment as it is looked at; nothing is what rounding to the weights' format can lose.
+    Of a consumer it says which of the source's query heads stands in each place.
     """
     owner, *consumers = sorted(group)
     if config.init != "fit":
@@ -342,7 +344,11 @@ def fold(
     from kvfold.merge import losses
 
     made = _shared(group, answers)
-    return dict(zip(sorted(group), made.roles, strict=True)), {owner: losses(made.heads, group[owner].roles["k"])}
+    told: dict[Site, Any] = {site: {QUERIES: made.queries[number]} for number, site in enumerate(consumers, 1)}
+    return dict(zip(sorted(group), made.roles, strict=True)), {
+        owner: losses(made.heads, group[owner].roles["k"]),
+        **told,
+    }
 
 
 def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
