@@ -28,7 +28,9 @@ from kvfold.methods import cla
 from kvfold.output import fingerprint
 from kvfold.plan import plan
 from kvfold.recipe import cells, read_recipe
+from kvfold.report import with_tables
 from kvfold.report.folder import findings
+from kvfold.report.marks import END, START
 from kvfold.report.rows import cache_bytes
 from kvfold.run import _chain, _method, run
 from kvfold.sensitivity import SensitivitySettings, measure
@@ -435,6 +437,9 @@ def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Pat
     assert [row["cache_ratio"] for row in bench.metrics["ratios"]] == [1 / 2, 1 / 8]
     assert "read the cache of another" in page
     assert "The largest batch in" in page
+    marked = with_tables(f"{START.format('largest-batch chain')}\n{END}", records)
+    assert "| model | context | largest batch in 976.6 KiB, weights and cache | tokens/s | of teacher |" in marked
+    assert marked.count("| 8 |") == 3
     students = [each for each in records if each.settings.get("row", {}).get("role") == "student"]
     assert {each.settings["row"].get("after") for each in students} == {None, first}
     for each in students:

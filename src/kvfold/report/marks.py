@@ -5,8 +5,10 @@ A page says what it wants and of which runs, and gets it again each time that it
     <!-- records: students headline -->
     <!-- records end -->
 
-`students`: every student of the runs beside its teacher. `equal-bytes`: students that cache as much and were trained on
-as much, the best first. `ratios`: a benchmark's variants as parts of what it holds them against.
+    students       every student of the runs beside its teacher
+    equal-bytes    students that cache as much and were trained on as much, the best first
+    largest-batch  what fits into a given memory, and how fast it then is
+    ratios         a benchmark's variants as parts of what it holds them against
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.pages import compare, of_runs
 from kvfold.report.rows import Row, Study, markdown, studies
+from kvfold.report.speed import largest_batches
 from kvfold.report.students import bare_name
 
 START, END = "<!-- records: {} -->", "<!-- records end -->"
@@ -135,8 +138,17 @@ def _over(found: Any) -> Mapping[str, float] | None:
     return found.get("over_multi_head") if isinstance(found, Mapping) else None
 
 
+def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
+    """What fits into a given memory, by every benchmark that measured it."""
+    for bench in tables.benches(records):
+        if largest := largest_batches(bench):
+            yield markdown(largest)
+            yield f"Measured on {tables.plain(bench.device)}."
+
+
 KINDS: Mapping[str, Callable[[Sequence[Record]], Iterator[str]]] = {
     "students": _students,
     "equal-bytes": _equal_bytes,
+    "largest-batch": _largest_batch,
     "ratios": _ratios,
 }

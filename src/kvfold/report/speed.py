@@ -112,30 +112,34 @@ def speed(run: Run) -> Section:
         notes = [note for note in bench.metrics.get("notes") or () if "read the cache of another" in note]
         said = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
         blocks.append(Block("table", f"Every measurement of {bench.name}", said, table=table, words=2, folded=True))
-        blocks += _largest(bench, said)
+        if largest := largest_batches(bench):
+            blocks.append(Block("table", f"The largest batch in {_memory(bench)}", said, table=largest))
     about = "Medians, teacher and students interleaved in one run, each with its best kernel. A speed is a ratio: "
     about += "seconds are this machine’s."
     return Section("speed", "Decode speed over context", about, tuple(blocks))
 
 
-def _largest(bench: Record, said: str) -> Iterator[Block]:
-    """What fits into a given memory, and how fast it is."""
+def largest_batches(bench: Record) -> Table | None:
+    """What fits into a given memory, weights and cache, and how fast it is; None when it was not measured."""
     rows = bench.metrics.get("largest") or []
-    if rows:
-        teacher = {row["context"]: row for row in rows if row["model"] == rows[0]["model"]}
-        lines = [
-            [
-                row["model"],
-                f"{row['context']:,}",
-                f"{row['batch']:,}",
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['tokens_per_s'] / teacher[row['context']]['tokens_per_s']:.2f}×",
-            ]
-            for row in rows
+    if not rows:
+        return None
+    teacher = {row["context"]: row for row in rows if row["model"] == rows[0]["model"]}
+    columns = ["model", "context", f"largest batch in {_memory(bench)}", "tokens/s", "of teacher"]
+    return columns, [
+        [
+            row["model"],
+            f"{row['context']:,}",
+            f"{row['batch']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / teacher[row['context']]['tokens_per_s']:.2f}×",
         ]
-        title = f"The largest batch in {size(rows[0]['memory'])}, weights and cache"
-        columns = ["model", "context", "batch", "tokens/s", "of teacher"]
-        yield Block("table", title, said, table=(columns, lines))
+        for row in rows
+    ]
+
+
+def _memory(bench: Record) -> str:
+    return f"{size(bench.metrics['largest'][0]['memory'])}, weights and cache"
 
 
 def _batches(bench: Record) -> list[int]:
