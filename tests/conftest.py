@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -27,6 +28,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
 SENTINELS = 40  # more, for encoder-decoders
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's hands: converters of engines call it for every layer."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
