@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 VOCABULARY = 260  # <pad>, <s>, </s>, <unk> and 256 bytes
 SENTINELS = 40  # more, for encoder-decoders
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's hands: converters of engines call it for every layer."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +90,19 @@ def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> Non
     ours = str(config["architectures"][0]).startswith("Kvfold")
     with torch.random.fork_rng(devices=[]):
         model = getattr(hf.encoder_decoder if ours else transformers, config["architectures"][0])(kept)
+    _draw(model, seed, 0.1).to(getattr(torch, config["dtype"])).save_pretrained(folder)
+
+
+def _draw(model: Any, seed: int, spread: float) -> Any:
+    """The model with every parameter drawn anew, biases and norms too."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
-    model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else spread * noise)
+    return model
 
 
 def _reshape(folder: Path, shard_size: int | None, form: str) -> None:
@@ -115,6 +130,38 @@ def _reshape(folder: Path, shard_size: int | None, form: str) -> None:
             "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
         }
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def layered_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A checkpoint whose layers have these key/value heads, and read those of `sources`. Made once: not to be changed.
+
+    `layered_checkpoint("qwen2", (4, 2, 1, 2), tie_word_embeddings=True)`. Greedy answers of it never end.
+    """
+    from kvfold import hf
+    from kvfold.families import all_families, family_of
+
+    made: dict[str, Path] = {}
+
+    def make(family: str, heads: Sequence[int], sources: Sequence[int] | None = None, **changes: Any) -> Path:
+        key = json.dumps([family, heads, sources, changes], sort_keys=True)
+        if key not in made:
+            config = {**all_families()[family].tiny(), **changes, "eos_token_id": None}
+            shape = family_of(config).shape(config)
+            sites = {
+                site: replace(
+                    each,
+                    num_key_value_heads=heads[site.layer],
+                    source=None if sources is None or sources[site.layer] == site.layer else sources[site.layer],
+                )
+                for site, each in shape.sites.items()
+            }
+            model = hf.build(config | family_of(config).fields(shape.with_sites(sites)), seed=0)
+            made[key] = tmp_path_factory.mktemp("layered") / "model"
+            _draw(model, 0, 0.3).save_pretrained(made[key])
+        return made[key]
+
+    return make
 
 
 @pytest.fixture(scope="session")

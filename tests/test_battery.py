@@ -3,6 +3,9 @@
 Methods and families are discovered, so a new one is under test by being there. A method that is not named in
 `FOLDED` runs with its lossless settings; methods that can run without text run twice, by weights alone and by what the
 teacher reads.
+
+Not every check runs on every pair of a method and a source: each runs on every source, with one method or two, and on
+every method, the next check on other pairs. `make test` meets every pair in some check, `make check` a part of them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +92,35 @@ def _takes(case: str, source: str) -> bool:
     return True
 
 
-PAIRS = [(case, source) for case in CASES for source in SOURCES if _takes(case, source)]
+TAKERS = {source: [case for case in CASES if _takes(case, source)] for source in SOURCES}
+
+
+MIXES = 3  # each converts and loads students of its own
+
+
+def drawn(check: int) -> list[tuple[str, str]]:
+    """The pairs that the n-th check runs on: a source meets one method after the other from check to check."""
+    pairs = [(takers[(check + n) % len(takers)], source) for n, (source, takers) in enumerate(TAKERS.items())]
+    for n, case in enumerate(CASES):
+        if case not in (met for met, _ in pairs):
+            taken = [source for source, takers in TAKERS.items() if case in takers]
+            pairs.append((case, taken[(check + n) % len(taken)]))
+    return pairs
+
+
+def _checks() -> list[str]:
+    return [n for n, each in globals().items() if n.startswith("test_") and "pair" in each.__annotations__]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every check its pairs: three mixes in turn, and as slow tests as many mixes as there are checks."""
+    if "pair" in metafunc.fixturenames:
+        check = _checks().index(metafunc.function.__name__)
+        marks = dict.fromkeys(drawn(check), (pytest.mark.slow,)) | dict.fromkeys(drawn(check % MIXES), ())
+        pairs = [pytest.param(pair, id="-".join(pair), marks=mark) for pair, mark in marks.items()]
+        metafunc.parametrize("pair", pairs, indirect=True)
+
+
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gqa": [
@@ -152,33 +184,44 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
-def pair(
-    request: pytest.FixtureRequest,
+@pytest.fixture(scope="session")
+def _folded(
     _built: Callable[..., Path],
     byte_tokenizer: Path,
     span_tokenizer: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Pair:
-    case, (family, changes) = request.param[0], SOURCES[request.param[1]]
-    name, folder = case.split()[0], tmp_path_factory.mktemp(request.param[0].replace(" ", "-"))
-    reads = name != case  # what reads has a tokenizer, whose vocabulary is larger
-    pairs = all_families()[family].encoder_decoder
-    vocabulary = {"vocab_size": 300 if pairs else 260} if reads else {}
-    teacher = _built(family, 0, None, "safetensors", {**changes, **ENDLESS, **vocabulary})
-    options = ConvertSettings()
-    if reads:
-        teacher = Path(shutil.copytree(teacher, folder / "teacher"))
-        shutil.copytree(span_tokenizer if pairs else byte_tokenizer, teacher, dirs_exist_ok=True)
-        (folder / "text.txt").write_text(TEXT)
-        options = ConvertSettings(calibration=str(folder / "text.txt"))
-    method, shape = METHODS[name], Checkpoint.open(teacher).shape
-    settings = FOLDED[case](shape) if case in FOLDED else dataclasses.asdict(method.lossless(shape))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVFOLD_CACHE", str(folder / "cache"))
-        student = convert(teacher, folder / "student", name, settings, options=options)
-    model = hf.load(student)
-    return Pair(case, method, name, shape, settings, options, teacher, student, model, _stock(student).eval())
+) -> Callable[[str, str], Pair]:
+    """Teacher and student of a pair, converted and loaded once for all checks."""
+
+    @cache
+    def fold(case: str, source: str) -> Pair:
+        family, changes = SOURCES[source]
+        name, folder = case.split()[0], tmp_path_factory.mktemp(case.replace(" ", "-"))
+        reads = name != case  # what reads has a tokenizer, whose vocabulary is larger
+        pairs = all_families()[family].encoder_decoder
+        vocabulary = {"vocab_size": 300 if pairs else 260} if reads else {}
+        teacher = _built(family, 0, None, "safetensors", {**changes, **ENDLESS, **vocabulary})
+        options = ConvertSettings()
+        if reads:
+            teacher = Path(shutil.copytree(teacher, folder / "teacher"))
+            shutil.copytree(span_tokenizer if pairs else byte_tokenizer, teacher, dirs_exist_ok=True)
+            (folder / "text.txt").write_text(TEXT)
+            options = ConvertSettings(calibration=str(folder / "text.txt"))
+        method, shape = METHODS[name], Checkpoint.open(teacher).shape
+        settings = FOLDED[case](shape) if case in FOLDED else dataclasses.asdict(method.lossless(shape))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KVFOLD_CACHE", str(folder / "cache"))
+            student = convert(teacher, folder / "student", name, settings, options=options)
+        model = hf.load(student)
+        return Pair(case, method, name, shape, settings, options, teacher, student, model, _stock(student).eval())
+
+    return fold
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, _folded: Callable[[str, str], Pair]) -> Pair:
+    """What a check runs on; see `drawn`."""
+    return _folded(*request.param)
 
 
 def _stock(student: Path) -> Any:
@@ -228,6 +271,17 @@ def _ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
 
 def _close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- which pairs a check meets -------------------------------------------------------------------------------------
+
+
+def test_every_check_meets_every_method_and_every_source_and_some_check_every_pair() -> None:
+    met = [drawn(check) for check, _ in enumerate(_checks())]
+    for pairs in met:
+        assert {case for case, _ in pairs} == set(CASES)
+        assert {source for _, source in pairs} == set(SOURCES)
+    assert set().union(*met) == {(case, source) for source, takers in TAKERS.items() for case in takers}
 
 
 # --- logits --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def cost(shape: Shape, answers: Answers, mix: dict[Site, int]) -> tuple[int, int
     return sum(round(1e6 * kl) for kl in nats), sum(heads * shape.sites[site].head_dim for site, heads in mix.items())
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_no_mix_within_the_budget_is_cheaper(data: st.DataObject) -> None:
     layers = data.draw(

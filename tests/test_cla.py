@@ -302,6 +302,7 @@ def test_a_model_of_images_is_shared_without_loss(
     assert moved != [[0, 1, 2, 3]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 def test_repair_brings_consumers_nearer_to_the_teacher(
     family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path

@@ -389,6 +389,7 @@ def _stopped(here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch, calls: in
     assert not (here / "runs" / "tiny" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end_and_again(here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = here / "runs" / "tiny"
     for calls in (2, 30):

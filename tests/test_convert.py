@@ -479,6 +479,7 @@ class CtrlC(Listener):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "kept"), [("start", 0), (1, 1), (2, 2), ("stop", 2)])
 @pytest.mark.parametrize("size", [5 * 10**9, 20_000])
 def test_ctrl_c_in_a_repair_and_the_same_command_again(
@@ -518,6 +519,7 @@ def _same_as_never_stopped(
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "teacher", "text", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["second tensor", "tidying", "between", "closing", "lineage", "commit"])
 def test_ctrl_c_after_a_repair_and_the_same_command_again(
     tiny_checkpoint: Make,
@@ -680,6 +682,7 @@ def test_ctrl_c_and_the_same_command_again(
         assert listener.total < sum(tensor.nbytes for tensor in state(out).values())
 
 
+@pytest.mark.slow
 def test_kill_and_the_same_command_again(tiny_checkpoint: Make, tmp_path: Path) -> None:
     teacher, out = tiny_checkpoint(), tmp_path / "out"
     script = """

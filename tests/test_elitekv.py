@@ -232,6 +232,7 @@ def test_weights_alone_do_without_a_text(tiny_checkpoint: Callable[..., Path], t
     assert (settings["rope_chunks"], settings["latent_dim"]) == (1, 24)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_repair_brings_the_student_nearer(tiny_checkpoint: Callable[..., Path], text: str, tmp_path: Path) -> None:
     """Heads turn each its own way, and q, o and down are refitted all the same."""

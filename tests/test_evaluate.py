@@ -446,6 +446,7 @@ def test_an_interruption_leaves_no_record(tiny_checkpoint: Make, settings: Evalu
 # --- lm-eval ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lm_eval_in_the_record_and_in_the_gate(
     pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -366,6 +366,7 @@ def test_a_t5_with_shared_heads_is_found_by_transformers_once_kvfold_is_there(
     assert hf.load_tokenizer(student).encode("fold") == hf.load_tokenizer(tmp_path / "teacher").encode("fold")
 
 
+@pytest.mark.slow
 def test_without_kvfold_a_t5_with_shared_heads_is_no_t5(tiny_checkpoint: Maker, tmp_path: Path) -> None:
     """transformers would read `num_key_value_heads` of a `t5`, and build all heads; an unknown type is refused."""
     student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": 2})

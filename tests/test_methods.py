@@ -146,6 +146,7 @@ def test_convert_is_pure_deterministic_and_keeps_its_promise_of_shapes(name: str
             assert all(torch.equal(given[site].roles[role], before[site][role]) for role in before[site])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_the_lossless_student_is_the_teacher(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path

@@ -188,6 +188,7 @@ def test_q_brings_attention_nearer_in_every_layer(kind: str, pair: Callable[...,
         assert divergence(number) < 0.9 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_repaired_student_is_nearer_on_other_text(kind: str, pair: Callable[..., Pair]) -> None:
     teacher, student = pair(kind)

@@ -66,6 +66,7 @@ def test_a_mask_has_the_noise_and_the_spans_that_were_asked_for(tokens: int) -> 
         assert len(spans_of(mask)) == spans
 
 
+@pytest.mark.slow
 def test_every_division_into_spans_is_alike_likely() -> None:
     """20 tokens at 40% in 3 spans: noise (21 ways) and the rest (55 ways) are cut independently."""
     generator, seen, draws = np.random.default_rng(0), Counter[tuple[bool, ...]](), 30_000

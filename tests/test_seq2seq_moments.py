@@ -155,6 +155,7 @@ def _images(folder: Path, kind: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_heads_that_are_linear_images_merge_without_loss(
     kind: str, tiny_checkpoint: Make, text: Path, tmp_path: Path

@@ -48,6 +48,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_a_table_from_nothing(recipe: Recipe) -> None:
     page = run(recipe)
     folder = page.parent

@@ -93,6 +93,7 @@ def test_kl_counts_what_is_asked_for_and_no_padding() -> None:
 # --- uptraining -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ce", "kl", "attention"])
 def test_a_student_learns_from_text(loss: str, student: Path, text: Path, tmp_path: Path) -> None:
     settings = UptrainSettings(data=str(text), tokens=32 * 4 * 30, loss=loss, log_every=1, learning_rate=3e-3, **SMALL)
@@ -107,6 +108,7 @@ def test_a_student_learns_from_text(loss: str, student: Path, text: Path, tmp_pa
     assert (step["stage"], step["tokens"], step["settings"]["loss"]) == ("uptrain", 32 * 4 * 30, loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_run_that_broke_off_ends_as_if_it_had_not(
     optimizer: Any, student: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +157,7 @@ def _pretrained(text: Path, tmp_path: Path, **changes: Any) -> Path:
     return pretrain(config, tmp_path / "teacher", settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_pretrain_makes_a_t5_that_stock_transformers_loads(tied: bool, text: Path, tmp_path: Path) -> None:
     made = _pretrained(text, tmp_path, tie_word_embeddings=tied)

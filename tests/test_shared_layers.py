@@ -1,4 +1,4 @@
-"""Layers that read another layer's keys and values, against a textbook decoder written out here."""
+"""Layers with key/value heads of their own, or another layer's, against a textbook decoder written out here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,63 +25,56 @@ from kvfold.families import all_families, family_of
 from kvfold.shape import Site, grouped_cache
 
 Sources = tuple[int, ...]
+OWN: Sources = (0, 1, 2, 3)
 PAIRS: Sources = (0, 0, 2, 2)
+HEADS = (4, 2, 1, 2)
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
+    **{f"{name}, own": (name, {}, OWN, HEADS) for name, family in all_families().items() if not family.encoder_decoder},
+    "windows, own": ("qwen3", {**WINDOWS, "attention_bias": True, "tie_word_embeddings": True}, OWN, HEADS),
     "llama": ("llama", {}, PAIRS, (4, 4, 4, 4)),
     "one owner": ("llama", {"attention_bias": True}, (0, 0, 0, 0), (2, 2, 2, 2)),
     "crossed": ("llama", {"num_key_value_heads": 2}, (0, 1, 0, 1), (2, 1, 2, 1)),
     "trailing": ("llama", {"head_dim": 16}, (0, 1, 1, 1), (4, 2, 2, 2)),
-    "mistral": (
-        "llama",
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},
-        PAIRS,
-        (4, 4, 4, 4),
-    ),
-    "qwen2": ("qwen2", {}, PAIRS, (2, 2, 4, 4)),
-    "qwen2, windows": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-        PAIRS,
-        (4, 4, 4, 4),
-    ),
+    "mistral": ("llama", MISTRAL, PAIRS, (4, 4, 2, 2)),
+    "qwen2": ("qwen2", WINDOWS, PAIRS, (2, 2, 4, 4)),
     "qwen3": ("qwen3", {}, PAIRS, (4, 4, 1, 1)),
 }
+SHARED = [kind for kind, (_, _, sources, _) in MODELS.items() if sources != OWN]
 
 
-def config_of(kind: str) -> dict[str, Any]:
-    """The config.json of a tiny model with these sources and heads."""
-    family, changes, sources, heads = MODELS[kind]
-    config = {**all_families()[family].tiny(), **changes, "eos_token_id": None}
-    shape = family_of(config).shape(config)
-    sites = {
-        site: replace(each, num_key_value_heads=heads[site.layer], source=None if source == site.layer else source)
-        for (site, each), source in zip(shape.sites.items(), sources, strict=True)
-    }
-    return config | family_of(config).fields(shape.with_sites(sites))
+@pytest.fixture(params=MODELS)
+def saved(request: pytest.FixtureRequest, layered_checkpoint: Callable[..., Path]) -> Path:
+    family, changes, sources, heads = MODELS[request.param]
+    return layered_checkpoint(family, heads, sources, **changes)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared") / "model"
-    model: Any = hf.build(config_of(request.param), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def config(layered_checkpoint: Callable[..., Path]) -> dict[str, Any]:
+    """The config.json of a llama whose layers share in pairs."""
+    return config_of(layered_checkpoint("llama", (4, 4, 4, 4), PAIRS))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def sources_of(folder: Path) -> list[int]:
+    """The layer whose keys and values each layer reads; its own, where none share."""
+    config = config_of(folder)
+    return list(config.get("kv_source_layers") or range(config["num_hidden_layers"]))
 
 
 # --- the textbook --------------------------------------------------------------------------------------------------
 
 
 def textbook(folder: Path, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
-    """Logits of a decoder whose layers read the keys and values that `kv_source_layers` says, token by token."""
-    config, shape = json.loads((folder / "config.json").read_text()), Checkpoint.open(folder).shape
+    """Logits of a decoder whose layers read the keys and values that `kv_source_layers` says, or its own."""
+    config, shape = config_of(folder), Checkpoint.open(folder).shape
     x_BTD = weights["model.embed_tokens.weight"][ids_BT]
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, source in enumerate(config["kv_source_layers"]):
+    for layer, source in enumerate(sources_of(folder)):
         name, site = f"model.layers.{layer}", shape.sites[Site(layer)]
         h_BTD = _norm(x_BTD, weights[f"{name}.input_layernorm.weight"], config["rms_norm_eps"])
         made = {}
@@ -108,7 +100,8 @@ def textbook(folder: Path, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Ten
         h_BTD = _norm(x_BTD, weights[f"{name}.post_attention_layernorm.weight"], config["rms_norm_eps"])
         gate, up, down = (weights[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
         x_BTD = x_BTD + (silu(h_BTD @ gate.T) * (h_BTD @ up.T)) @ down.T
-    return _norm(x_BTD, weights["model.norm.weight"], config["rms_norm_eps"]) @ weights["lm_head.weight"].T
+    head_VD = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
+    return _norm(x_BTD, weights["model.norm.weight"], config["rms_norm_eps"]) @ head_VD.T
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -151,6 +144,7 @@ def test_logits_are_the_textbooks(saved: Path, attention: str) -> None:
         _close(model(_ids(2, 20), use_cache=use_cache).logits, expected)
 
 
+@pytest.mark.parametrize("saved", SHARED, indirect=True)
 @torch.inference_mode()
 def test_the_source_is_felt(saved: Path) -> None:
     """Or these tests would hold for layers that made something of their own."""
@@ -182,8 +176,9 @@ def test_the_cache_holds_owners_only(saved: Path) -> None:
     cache = hf.new_cache(model, "growing", 0)
     for ids in (_ids(3, 9), _ids(3, 1)):
         hf.read(model, ids, cache)
-    sources = model.config.kv_source_layers
-    assert [layer.keys is not None for layer in cache.layers] == [source == n for n, source in enumerate(sources)]
+    sources, heads = sources_of(saved), [each.num_key_value_heads for each in shape.sites.values()]
+    kept = [None if layer.keys is None else layer.keys.shape[1] for layer in cache.layers]
+    assert kept == [heads[n] if source == n else None for n, source in enumerate(sources)]
     promised = grouped_cache(shape)
     assert hf.live_cache_bytes(cache) == promised.bytes(10, batch=3, itemsize=4)
     owners = 2 * sum(shape.sites[Site(n)].num_key_value_heads * shape.sites[Site(n)].head_dim for n in set(sources))
@@ -204,10 +199,15 @@ def test_greedy_answers_are_the_textbooks(saved: Path) -> None:
     assert torch.equal(beams, hf.generate(model, ids, max_new_tokens=6, num_beams=4, use_cache=False))
     for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": hf.load(saved, attention="eager")}):
         assert torch.equal(hf.generate(model, ids[:1], max_new_tokens=6, **helper), expected[:1])
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
-    mask = (torch.arange(13) >= 3).long().expand(2, -1)
-    found = hf.generate(model, padded, max_new_tokens=6, attention_mask=mask)
-    assert torch.equal(found[:, 3:], expected)
+
+
+def test_left_padding_does_not_change_a_row(saved: Path) -> None:
+    model, ids, padding = hf.load(saved), _ids(3, 12), (5, 0, 9)
+    mask = torch.stack([torch.arange(12) >= width for width in padding]).long()
+    together = hf.generate(model, ids * mask, max_new_tokens=6, attention_mask=mask)[:, 12:]
+    for row, width in enumerate(padding):
+        alone = hf.generate(model, ids[row : row + 1, width:], max_new_tokens=6)
+        assert torch.equal(together[row], alone[0, 12 - width :])
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -244,15 +244,15 @@ def test_owners_learn_from_all_who_read_them(saved: Path) -> None:
         assert all(torch.equal(found, plain[name]) for name, found in gradients(model, use_cache=use_cache).items())
 
 
-def test_reentrant_checkpointing_is_refused() -> None:
-    model: Any = hf.build(config_of("llama"), seed=0)
+def test_reentrant_checkpointing_is_refused(config: dict[str, Any]) -> None:
+    model: Any = hf.build(config, seed=0)
     with pytest.raises(SettingError, match=r"loses the gradient.*got use_reentrant=True.*use_reentrant=False"):
         model.activation_checkpointing_enable({"use_reentrant": True})
     assert not model.is_activation_checkpointing
     model.model.activation_checkpointing_enable({"use_reentrant": True})  # past the door: the forward still refuses
     with pytest.raises(SettingError, match="loses the gradient"):
         model.train()(_ids(1, 5))
-    alone: Any = hf.build({**config_of("llama"), "kv_source_layers": None}, seed=0)
+    alone: Any = hf.build({**config, "kv_source_layers": None}, seed=0)
     alone.activation_checkpointing_enable({"use_reentrant": True})  # nothing is shared, nothing is lost
 
 
@@ -263,6 +263,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("saved", ["one owner", "crossed", "qwen3"], indirect=True)
 def test_what_is_shared_survives_sharding(saved: Path, one_rank: None) -> None:
     """FSDP2 takes the keywords of a forward apart on their way; a plain dict would come out as another one."""
     expected = gradients(hf.load(saved), use_cache=False)
@@ -285,10 +286,14 @@ def test_what_is_saved_is_read_again(saved: Path, tmp_path: Path) -> None:
     model: Any = hf.load(saved)
     model.save_pretrained(tmp_path / "again")
     assert Checkpoint.open(tmp_path / "again").hash() == Checkpoint.open(saved).hash()
-    config = AutoConfig.from_pretrained(saved)
-    modes = {("store" if n in config.kv_source_layers[n + 1 :] else None) for n in set(config.kv_source_layers)}
-    assert set(config.kv_sharing_modes) == modes | {"reuse"}
+    config, sources = AutoConfig.from_pretrained(saved), sources_of(saved)
+    if config.kv_source_layers is not None:
+        modes = {("store" if n in sources[n + 1 :] else None) for n in set(sources)}
+        assert set(config.kv_sharing_modes) == modes | {"reuse"}
     assert pickle.loads(pickle.dumps(config)).kv_source_layers == config.kv_source_layers
+    heads = [each.num_key_value_heads for each in Checkpoint.open(saved).shape.sites.values()]
+    assert [own.num_key_value_heads for own in config.per_layer_config or [config] * 4] == heads
+    AutoModelForCausalLM.from_config(config).load_state_dict(model.state_dict(), strict=True)
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(_ids(1, 7)).logits, model(_ids(1, 7)).logits)
     with hf.with_attention(model, "eager"):
@@ -298,13 +303,13 @@ def test_what_is_saved_is_read_again(saved: Path, tmp_path: Path) -> None:
 
 def test_a_shape_and_its_config_say_the_same(saved: Path) -> None:
     shape = Checkpoint.open(saved).shape
-    config = json.loads((saved / "config.json").read_text())
+    config = config_of(saved)
     fields = family_of(config).fields(shape)
     assert {key: config[key] for key in fields} == fields
     assert sum(each.numel() for each in hf.load(saved).parameters()) == shape.parameters
     assert shape.owners == {
         source: 2 * shape.sites[Site(source)].num_key_value_heads * shape.sites[Site(source)].head_dim
-        for n, source in enumerate(config["kv_source_layers"])
+        for n, source in enumerate(sources_of(saved))
         if source != n
     }
 
@@ -319,19 +324,19 @@ def test_a_shape_and_its_config_say_the_same(saved: Path) -> None:
         ("0,0,2,2", "a layer for each of 4"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(said: object, told: str) -> None:
-    config = {**config_of("llama"), "kv_source_layers": said}
+def test_a_config_that_cannot_be_is_refused(said: object, told: str, config: dict[str, Any]) -> None:
+    config["kv_source_layers"] = said
     with pytest.raises(UnsupportedModel, match=told):
         family_of(config).shape(config)
     with pytest.raises(SettingError):
         hf.build(config, seed=0)
 
 
-def test_a_stock_architecture_does_not_share() -> None:
-    config = {**all_families()["llama"].tiny(), "kv_source_layers": [0, 0, 2, 2]}
+def test_a_stock_architecture_does_not_share(config: dict[str, Any]) -> None:
+    stock = {**all_families()["llama"].tiny(), "kv_source_layers": [0, 0, 2, 2]}
     with pytest.raises(UnsupportedModel, match="llama has no layers that share"):
-        family_of(config).shape(config)
-    mixed = {**config_of("crossed"), "kv_source_layers": [0, 0, 2, 2]}
+        family_of(stock).shape(stock)
+    mixed = {**config, "per_layer_config": {"1": {"num_key_value_heads": 2}}}
     with pytest.raises(UnsupportedModel, match="layer 1 reads keys and values of layer 0, and differs"):
         family_of(mixed).shape(mixed)
 
@@ -339,16 +344,15 @@ def test_a_stock_architecture_does_not_share() -> None:
 # --- one layer at a time ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["kvfold", "eager"])
-def test_layer_by_layer_is_the_whole_model(saved: Path, attention: str) -> None:
+def test_layer_by_layer_is_the_whole_model(saved: Path) -> None:
     source, ids = Checkpoint.open(saved), _ids(5, 12)
-    model: Any = hf.load(saved, attention=attention)
+    model: Any = hf.load(saved)
     expected: list[Tensor] = []
     for each in model.model.layers:
         each.register_forward_hook(lambda module, given, out: expected.append(out))
     with torch.inference_mode():
         model(ids)
-    with hf.Layers(source, attention=attention, lengths=[12] * 5) as layers, torch.inference_mode():
+    with hf.Layers(source, lengths=[12] * 5) as layers, torch.inference_mode():
         rows = list(layers.embed(ids).split(2))
         for number in range(len(layers)):
             layer = layers.open(number)
@@ -356,6 +360,7 @@ def test_layer_by_layer_is_the_whole_model(saved: Path, attention: str) -> None:
             _close(torch.cat(rows), expected[number])
 
 
+@pytest.mark.parametrize("saved", ["qwen3"], indirect=True)
 def test_a_consumer_before_its_owner_is_an_error(saved: Path) -> None:
     source = Checkpoint.open(saved)
     consumer = next(site.layer for site, each in source.shape.sites.items() if each.source is not None)
