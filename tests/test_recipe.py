@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvfold.errors import SettingError
 from kvfold.recipe import cells, decode, read_recipe
+from kvfold.run import _spent
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ def test_null_takes_a_key_out_of_its_stage(tmp_path: Path) -> None:
     assert other.uptrain is not None
     assert "loss" not in other.uptrain
     assert "None" not in plain.label + other.label
+
+
+def test_a_row_says_what_the_matrix_sets_in_its_training(tmp_path: Path) -> None:
+    matrix = "matrix=[{uptrain.learning_rate: [0.001, 0.002]}, {uptrain.loss: ce, uptrain.alpha: 0.01}]"
+    recipe = read_recipe(_recipe(tmp_path, RECIPE), [matrix, "uptrain.learning_rate=0.003", "seeds=[0]"])
+    spent = [_spent(cell.uptrain or {}, recipe) for cell in cells(recipe)]
+    assert spent == [
+        {"tokens": "1M", "loss_name": None, "varied": f"learning rate {rate:g}"} for rate in (1e-3, 2e-3)
+    ] + [{"alpha": 0.01, "tokens": "1M", "loss_name": "ce", "varied": "learning rate 0.003"}]
 
 
 def test_set_changes_a_key_and_makes_missing_sections(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
     trained = work.folder / "uptrained" / cell.label
     wanted = decode(UptrainSettings, {**cell.uptrain, "data": recipe.data, "seed": cell.seed}, "uptrain")
     uptrain(converted, trained, wanted, teacher=recipe.source, overwrite=work.overwrite, progress=work.progress)
-    row |= {"seed": cell.seed, **_spent(cell.uptrain)}
+    row |= {"seed": cell.seed, **_spent(cell.uptrain, recipe)}
     _evaluate(work, trained, f"{cell.label}/uptrained", row, teacher=recipe.source, judged=True, control=control)
     return trained
 
@@ -258,7 +258,7 @@ def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any],
         made = uptrain(
             converted, once, wanted, teacher=work.recipe.source, overwrite=work.overwrite, progress=work.progress
         )
-        spent = _spent(cell.uptrain)
+        spent = _spent(cell.uptrain, work.recipe)
         spent["loss_name"] = f"{spent['loss_name'] or 'the default loss'}, then the task"
     tuned = _finetune(work, made, cell.label, cell.seed)
     row = {**row, "seed": cell.seed, **spent, "tokens": task.tokens}
@@ -277,17 +277,19 @@ def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
     label = f"control_{fingerprint(spent)[:8]}_seed-{cell.seed}"
     trained = work.folder / "uptrained" / label
     uptrain(work.recipe.source, trained, wanted, overwrite=work.overwrite, progress=work.progress)
-    row = {"role": "control", "method": "identity", "seed": cell.seed, **_spent(spent)}
+    row = {"role": "control", "method": "identity", "seed": cell.seed, **_spent(spent, work.recipe)}
     made = _evaluate(work, trained, label, row, teacher=work.recipe.source)
     return record.path_of(work.records, made.kind, made.name, made.settings)
 
 
-def _spent(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row of a table says of its uptraining."""
-    named = {"alpha": settings.get("alpha"), "tokens": settings.get("tokens")}
-    return {key: value for key, value in named.items() if value is not None} | {
-        "loss_name": settings.get("stages") or settings.get("loss")
-    }
+def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What a row of a table says of its uptraining: its tokens, its loss, and what the matrix sets in it besides."""
+    varied = {key.partition(".")[2] for grid in recipe.matrix for key in grid if key.startswith("uptrain.")}
+    others = sorted(varied - {"alpha", "tokens", "loss", "stages"} & settings.keys())
+    named = {key: settings[key] for key in ("alpha", "tokens") if settings.get(key) is not None}
+    if others:
+        named["varied"] = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in others)
+    return named | {"loss_name": settings.get("stages") or settings.get("loss")}
 
 
 def _label(settings: Mapping[str, Any]) -> str:

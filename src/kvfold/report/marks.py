@@ -50,15 +50,18 @@ def _students(records: Sequence[Record]) -> Iterator[str]:
     for study in studies(records):
         yield markdown(tables.headline(study), words=2)
         speed = "; decode speed is the teacher's time over the student's" if tables.headline_place(study) else ""
-        gaps = any(row.gap_closed is not None for row in study.rows)
-        gap = f". *Gap closed* is {tables.GAP_CLOSED}" if gaps else ""
         seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
-        yield f"{_about(study)}{speed}{gap}.{seeds} {_device(study)}"
+        yield f"{_about(study)}{speed}{_gap(study)}.{seeds} {_device(study)}"
 
 
 def _about(study: Study) -> str:
     settings = study.everyone[0].records[0].settings
     return f"Loss in nats per token of `{bare_name(settings.get('data'))}`"
+
+
+def _gap(study: Study) -> str:
+    gaps = any(row.gap_closed is not None for row in study.rows)
+    return f". *Gap closed* is {tables.GAP_CLOSED}" if gaps else ""
 
 
 def _device(study: Study) -> str:
@@ -76,12 +79,13 @@ def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
             for row in alike:
                 part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
                 lines.append([f"{part:.3g}", row.name, row.schooling, tables.cell(row.metric("loss")), _kl(row)])
+                lines[-1].append(tables.NONE if row.gap_closed is None else f"{row.gap_closed:.0%}")
                 lines[-1].append(tables.NONE if row is best else _behind(best, row))
         if lines:
-            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "behind the best"]
+            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "gap closed", "behind the best"]
             yield markdown((columns, lines), words=3, bold=bold)
             teacher = tables.cell(study.teacher.metric("loss") if study.teacher else None)
-            yield f"{_about(study)}, the teacher's {teacher}. {_device(study)}"
+            yield f"{_about(study)}, the teacher's {teacher}{_gap(study)}. {_device(study)}"
 
 
 def _alike(study: Study) -> list[list[Row]]:
@@ -89,7 +93,7 @@ def _alike(study: Study) -> list[list[Row]]:
     lots: dict[tuple[float, str], list[Row]] = {}
     for row in study.rows:
         if row.role == "student" and row.cache_bytes and row.metric("loss"):
-            tokens = str({key: value for key, value in row.training.items() if key != "loss_name"})
+            tokens = str([row.training.get(key) for key in ("alpha", "tokens")])
             lots.setdefault((row.cache_bytes, tokens), []).append(row)
     several = {place: lot for place, lot in lots.items() if len(lot) > 1}
     return [sorted(lot, key=_loss) for _, lot in sorted(several.items(), key=lambda each: (-each[0][0], each[0][1]))]

@@ -16,7 +16,7 @@ from kvfold.methods import all_methods
 from kvfold.output import fingerprint
 from kvfold.record import Record
 
-TRAINING = ("alpha", "tokens", "loss_name")  # what a row says of its uptraining; the rest but these is the method's
+TRAINING = ("alpha", "tokens", "loss_name", "varied")  # what a row says of its uptraining; the rest is the method's
 READING = ("sequence_length", "stride", "copy_trials", "passkey_trials", "lm_eval_limit", "seed", "dtype")
 SEEDS = ("seed", "calibration_seed")  # what a row is repeated over
 GAP_CLOSED = "how much of what the published start of the same method, bytes and tokens loses is not lost"
@@ -92,7 +92,7 @@ class Row:
         if known.get("tokens") is not None:
             count = known["tokens"]
             words.append(f"{count if isinstance(count, str) else compact(count)} tokens")
-        return ", ".join([*words, *([str(known["loss_name"])] if known.get("loss_name") else [])])
+        return ", ".join([*words, *(str(known[key]) for key in ("loss_name", "varied") if known.get(key))])
 
     @property
     def label(self) -> str:
