@@ -32,6 +32,7 @@ from kvfold.shape import Shape
 
 METHODS = methods.all_methods()
 ENDLESS = {"eos_token_id": None}  # every generation is as long as it was asked to be
+WIDTH = 32  # of the tiny models
 WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 GROUPED_T5 = {
     "model_type": "kvfold_t5",
@@ -72,8 +73,9 @@ FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "cla fit": lambda shape: {"share": 3},
     "elitekv": _one_plane,
     "elitekv fit": _one_plane,
+    "crosslatent fit": lambda shape: {"cross_latent_dim": 12},
 }
-CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit"]
+CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "crosslatent fit"]
 
 
 def _takes(case: str, source: str) -> bool:
@@ -109,6 +111,12 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"budget": 0.5}, "budget"),
         ({"layout": "auto", "budget": 0.01}, "budget"),
         ({"init": "align"}, "init"),
+    ],
+    "crosslatent": [
+        ({"cross_latent_dim": 33}, "cross_latent_dim"),
+        ({"cross_latent_dim": 0}, "cross_latent_dim"),
+        ({"cross_latent_dim": "wide"}, "cross_latent_dim"),
+        ({"cross_latent_dim": 8, "metric": "cosine"}, "metric"),
     ],
     "identity": [({"kv_heads": 2}, "kv_heads")],
     "elitekv": [
@@ -184,7 +192,7 @@ def pair(
 def _stock(student: Path) -> Any:
     """The student as transformers loads it without kvfold; a T5 of ours as a T5 whose heads are repeated."""
     config = json.loads((student / "config.json").read_text())
-    if config["model_type"] == "kvfold_t5":
+    if config["model_type"] == "kvfold_t5" and config.get("cross_latent_dim", WIDTH) == WIDTH:
         return _repeated(load_file(student / "model.safetensors"), config)
     auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
     stock, found = auto.from_pretrained(student, output_loading_info=True)
@@ -194,7 +202,8 @@ def _stock(student: Path) -> Any:
 
 def _repeated(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
     """The same function with as many key/value heads as query heads, in a class that knows of no others."""
-    known = {key: value for key, value in config.items() if "key_value_heads" not in key and key != "model_type"}
+    ours = ("num_key_value_heads", "cross_num_key_value_heads", "cross_latent_dim", "model_type")
+    known = {key: value for key, value in config.items() if key not in ours}
     model = T5ForConditionalGeneration(T5Config(**known))
     there = model.state_dict()
     for name, tensor in tensors.items():
@@ -415,7 +424,8 @@ def test_a_conversion_is_a_function_of_its_inputs(
 def test_a_setting_that_cannot_be_is_one_line(
     name: str, settings: dict[str, Any], field: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    teacher = tiny_checkpoint(tokenizer=False)
+    family = next(SOURCES[source][0] for source in SOURCES if _takes(name, source))
+    teacher = tiny_checkpoint(family, tokenizer=False)
     with pytest.raises(SettingError) as told:
         convert(teacher, tmp_path / "out", name, settings)
     line, value = str(told.value), str(settings.get(field, ""))

@@ -73,6 +73,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5, not gated": ("t5", {"feed_forward_proj": "relu", "d_kv": 16}),
     "t5, deep encoder": ("t5", {"num_layers": 6, "num_decoder_layers": 4}),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
+    "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "t5, the encoder's output": ("t5", {**OUR_T5, "cross_latent_dim": 32}),
+    "mt5, latent": ("t5", {"model_type": "kvfold_mt5", "cross_latent_dim": 5, "num_decoder_layers": 2}),
     "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
 }
 
@@ -276,6 +279,11 @@ def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None
         ),
         ({**OUR_T5, "num_key_value_heads": [2, 2, 2, 0]}, "config.json: num_key_value_heads must be a positive whole"),
         ({"model_type": "umt5"}, "architecture 'umt5' is not supported; allowed: "),
+        (
+            {"cross_latent_dim": 8},
+            "config.json: cross_latent_dim, and transformers ignores it in t5; is its model_type kvfold_t5?",
+        ),
+        ({**OUR_T5, "cross_latent_dim": 33}, "config.json: cross_latent_dim is wider than the model (got 33); allowed"),
     ],
 )
 def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
