@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache
 
 from kvfold import hf, methods
 from kvfold.bench import BenchSettings, bench
@@ -21,12 +22,12 @@ from kvfold.convert import ConvertSettings, convert
 from kvfold.crossed import Reader, Shared, share
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export import ctranslate2
-from kvfold.families import all_families
+from kvfold.families import all_families, family_of
 from kvfold.merge import Moments
 from kvfold.methods import crosslatent
 from kvfold.plan import PlanSettings, plan
 from kvfold.roofline import decode_step
-from kvfold.shape import Attention, grouped_cache
+from kvfold.shape import Attention, Site, grouped_cache
 
 Make = Callable[..., Path]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
@@ -38,6 +39,12 @@ SHARED = {
     "num_key_value_heads": 2,
     "cross_num_key_value_heads": [2, 1, 4, 2],
 }
+GROUPED_BART = {
+    "model_type": "kvfold_bart",
+    "architectures": ["KvfoldBartForConditionalGeneration"],
+    "cross_num_key_value_heads": 2,
+}
+MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"], "decoder_layers": 3}
 CROSS = "decoder.block.{}.layer.1.EncDecAttention."
 
 
@@ -61,23 +68,27 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def written_out(student: Path) -> Any:
-    """The same function as a stock T5 that caches keys and values of all heads of all layers."""
+    """The same function as a stock model that caches keys and values of all heads of all layers."""
     config = json.loads((student / "config.json").read_text())
-    tensors, heads = load_file(student / "model.safetensors"), config["num_heads"]
+    tensors, family = load_file(student / "model.safetensors"), family_of(config)
+    shape = family.shape(config)
     ours = ("num_key_value_heads", "cross_num_key_value_heads", "cross_latent_dim", "model_type")
-    model = T5ForConditionalGeneration(T5Config(**{key: value for key, value in config.items() if key not in ours}))
-    down_RD = tensors.pop(CROSS.format(0) + "kv_down.weight", torch.eye(config["d_model"]))
-    for block in model.decoder.block:
-        attention = block.layer[1].EncDecAttention
-        attention.v = nn.Linear(config["d_model"], heads * config["d_kv"])
-        nn.init.zeros_(attention.v.bias)
+    known = {key: value for key, value in config.items() if key not in ours}
+    made = transformers.AutoConfig.for_model(config["model_type"].removeprefix("kvfold_"), **known)
+    model = getattr(transformers, config["architectures"][0].removeprefix("Kvfold"))(made)
+    down_RD = tensors.pop(family.tensor(Site(0, "cross"), "kv_down"), torch.eye(shape.hidden_size))
+    for site, attention in shape.sites.items():
+        module = model.get_submodule(family.module(site))
+        if site.kind == "cross" and "v_bias" in attention.roles() and hasattr(module, "v"):
+            module.v = nn.Linear(shape.hidden_size, attention.num_attention_heads * attention.head_dim)
+        for role in ("k", "v", "k_bias", "v_bias"):
+            name = family.tensor(site, role)
+            if name in tensors:
+                whole = tensors[name] if "bias" in role or site.kind != "cross" else tensors[name] @ down_RD
+                each = whole.unflatten(0, (-1, attention.head_dim))
+                tensors[name] = each.repeat_interleave(attention.query_group, dim=0).flatten(0, 1)
     there = model.state_dict()
     for name, tensor in tensors.items():
-        if "EncDecAttention" in name and name.split(".")[-2] in "kv" and tensor.dim() == 2:
-            tensor = tensor @ down_RD
-        if name.split(".")[-2] in "kv":
-            each = tensor.unflatten(0, (-1, config["d_kv"]))
-            tensor = each.repeat_interleave(heads // len(each), dim=0).flatten(0, 1)
         there[name].copy_(tensor)
     return model.eval()
 
@@ -86,15 +97,24 @@ def written_out(student: Path) -> Any:
 
 
 @pytest.mark.parametrize("width", [7, None], ids=["narrow", "whole"])
-@pytest.mark.parametrize("source", [{}, SHARED, WIDE], ids=["multi-head", "shared", "wide"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("t5", {}), ("t5", SHARED), ("t5", WIDE), ("bart", {}), ("bart", GROUPED_BART), ("bart", MBART)],
+    ids=["t5", "t5-shared", "t5-wide", "bart", "bart-shared", "mbart"],
+)
 def test_generation_is_that_of_keys_and_values_written_out(
-    source: dict[str, Any], width: int | None, tiny_checkpoint: Make, text: ConvertSettings, tmp_path: Path
+    family: str,
+    changes: dict[str, Any],
+    width: int | None,
+    tiny_checkpoint: Make,
+    text: ConvertSettings,
+    tmp_path: Path,
 ) -> None:
-    teacher = tiny_checkpoint("t5", eos_token_id=None, **source)
+    teacher = tiny_checkpoint(family, eos_token_id=None, **changes)
     student = convert(teacher, tmp_path / "student", "crosslatent", {"cross_latent_dim": width}, options=text)
     model: Any = hf.load(student)
     stock, mask = written_out(student), torch.ones(3, 12, dtype=torch.long)
-    mask[0, :5] = 0
+    mask[0, 7:] = 0
     inputs = {"input_ids": ids(3, 12), "attention_mask": mask, "max_new_tokens": 9}
     with torch.inference_mode():
         read = {**inputs, "decoder_input_ids": ids(3, 6)}
@@ -347,6 +367,8 @@ def test_no_engine_is_promised_and_none_is_written(tiny_checkpoint: Make, tmp_pa
     assert [engine.name for engine in plan(teacher, "crosslatent").engines if engine.loads] == ["transformers"]
     with pytest.raises(UnsupportedModel, match="keeps keys and values of heads"):
         ctranslate2.check(student)
+    with pytest.raises(UnsupportedModel, match=r"its architecture is not known here \(got bart\)"):
+        ctranslate2.check(Checkpoint.open(tiny_checkpoint("bart", name="bart")))
 
 
 def test_a_plan_says_what_is_held_and_what_is_read(tmp_path: Path) -> None:

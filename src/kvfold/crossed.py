@@ -105,10 +105,12 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
     down_RD, _ = joint(blocks, width)
     roles, lost = [], []
     for reader, cost, average_D, gram_DD in zip(readers, costs, means, attended, strict=True):
-        new: Roles = {role: reader.roles[role] for role in ("q", "o")}
+        new: Roles = dict(reader.roles)
         new["k"], off_k = _read(reader.heads("k"), down_RD, seen_DD)
         new["v"], off_v = _read(reader.heads("v"), down_RD, gram_DD)
         new["v_bias"] = reader.heads("v").flatten(0, 1) @ (off_v @ average_D)
+        if "v_bias" in reader.roles:
+            new["v_bias"] = new["v_bias"] + reader.roles["v_bias"].double()
         roles.append(new)
         lost.append((_part(cost[0], off_k, seen_DD), _part(cost[1], off_v, gram_DD)))
     return Shared(down_RD, roles, lost)

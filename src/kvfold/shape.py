@@ -217,12 +217,15 @@ def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attenti
     """The same cross-attention over one latent of the encoder's output, which the first layer caches for all.
 
     Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these; `kv_down` (R, D), in
-    the first layer alone, makes it. The encoder's output itself, `R = D`, needs neither `v_bias` nor `kv_down`.
+    the first layer alone, makes it. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias beyond those
+    that there were.
     """
-    rows = attention.num_key_value_heads * attention.head_dim
+    rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.hidden_size
     extra: dict[str, tuple[int, ...]] = {"k": (rows, width), "v": (rows, width)}
-    if width < attention.hidden_size:
-        extra |= {"v_bias": (rows,)} | ({} if layer else {"kv_down": (width, attention.hidden_size)})
+    biased = attention.biases & {"k", "v"} | ({"v"} if narrow else set())
+    extra |= {f"{role}_bias": (rows,) for role in sorted(biased)}
+    if narrow and layer == 0:
+        extra["kv_down"] = (width, attention.hidden_size)
     kept = {"latent": width}
     return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
 

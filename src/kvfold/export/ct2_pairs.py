@@ -24,6 +24,13 @@ ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "
 
 def check(source: Checkpoint) -> None:
     """Raise UnsupportedModel for what CTranslate2 has no place for."""
+    if source.shape.family != "t5":
+        raise UnsupportedModel(
+            "cannot be exported to CTranslate2: its architecture is not known here",
+            where=source.path,
+            got=source.shape.model_type,
+            allowed="t5, mt5",
+        )
     activation(source)
     kept = next((each.cached for each in source.shape.sites.values() if each.kept is not None), None)
     if kept is not None:

@@ -81,7 +81,7 @@ class Config:
             )
         for site in sites:
             attention = shape.sites[site]
-            if attention.rope or attention.norms != "none" or attention.biases & {"k", "v"}:
+            if attention.rope or attention.norms != "none":
                 raise SettingError(f"keys of {site} are no linear images of a latent", where="crosslatent")
         most = min(shape.hidden_size, sum(map(kept, map(shape.sites.__getitem__, sites))) - 1)
         if not 1 <= width_of(self, shape) <= most:
