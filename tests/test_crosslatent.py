@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvfold import hf, methods
@@ -200,6 +202,33 @@ def test_reentrant_checkpointing_is_refused(tiny_checkpoint: Make, tmp_path: Pat
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(SettingError, match="reentrant checkpointing loses the gradient"):
         model(input_ids=ids(1, 5), labels=ids(1, 5), use_cache=False)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # a stock T5 hands on a view of its biases
+def test_the_latent_survives_sharding_and_pickling(
+    tiny_checkpoint: Make, text: ConvertSettings, tmp_path: Path, one_rank: None
+) -> None:
+    """FSDP2 shards `kv_down` with the first layer, whose forward alone uses it; the others are handed what it made."""
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "crosslatent", {"cross_latent_dim": 6}, options=text)
+    plain: Any = hf.load(student).train()
+    sharded: Any = pickle.loads(pickle.dumps(plain))
+    sharded.activation_checkpointing_enable({"use_reentrant": False})
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for block in (*sharded.encoder.block, *sharded.decoder.block):
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model in (plain, sharded):
+        model(input_ids=ids(2, 11), labels=ids(2, 9), use_cache=False).loss.backward()
+    for (name, each), other in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+        assert each.grad is not None, name
+        close(other.grad.full_tensor(), each.grad)
 
 
 # --- how the latent is found ----------------------------------------------------------------------------------------
