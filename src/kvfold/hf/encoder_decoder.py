@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from kvfold.attention.latent import absorbed_attention, absorbs
+from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of, own_type
 from kvfold.families._encoder_decoder import CLASSES
 from kvfold.hf.deriving import derive
@@ -109,12 +110,14 @@ class _Fewer:
     latent_attention: type
 
     def __init__(self, config: Any) -> None:
-        """Build the stock model, then what is narrower. Raises UnsupportedModel for numbers that cannot be."""
+        """Build the stock model, then what is narrower. Raises ValueError for numbers that cannot be."""
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
-        told = config.to_dict()
-        family, decoder = family_of(told), model.get_decoder()
-        shape = family.shape(told)
+        family, decoder = family_of(config.to_dict()), model.get_decoder()
+        try:
+            shape = family.shape(config.to_dict())
+        except UnsupportedModel as error:  # as transformers' own configs and models say it
+            raise ValueError(str(error)) from error
         for site, attention in shape.sites.items():
             if site.kind == "encoder":
                 continue
