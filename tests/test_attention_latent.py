@@ -15,6 +15,7 @@ SHAPES = {  # batch, heads, groups, head width, rotated, latent
     "grouped": (2, 6, 2, 8, 2, 5),
     "multi-query": (1, 4, 1, 8, 6, 3),
     "all rotated": (2, 4, 2, 8, 8, 7),
+    "none rotated": (2, 4, 2, 8, 0, 9),
 }
 
 
@@ -51,6 +52,12 @@ def test_masks_are_the_textbooks(shape: str, kind: str) -> None:
     torch.testing.assert_close(absorbed_attention(*given, mask=mask), reference(*given, mask=mask))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_not_causal_sees_every_key(shape: str) -> None:
+    given, everything = drawn(shape, 3, 9), torch.ones(3, 9, dtype=torch.bool)
+    torch.testing.assert_close(absorbed_attention(*given, causal=False), reference(*given, mask=everything))
+
+
 def test_a_query_that_may_look_at_nothing_gets_the_bias_and_finite_gradients() -> None:
     given = [each.requires_grad_() for each in drawn("grouped", 2, 5)]
     mask = torch.ones(2, 1, 2, 5, dtype=torch.bool)
@@ -80,14 +87,14 @@ def test_gradients_are_the_textbooks(shape: str) -> None:
 
 def test_fewer_operations_decide() -> None:
     """Counted by hand for 4 heads of 8, 4 rotated, a latent of 12: 48 more a query and key, against 576 a key."""
-    assert absorbs(1, 100, 4, 4, 8, 4, 12)
-    assert absorbs(1, 1, 4, 4, 8, 4, 12)
-    assert not absorbs(9, 9, 4, 4, 8, 4, 12)  # a prompt: all its keys are new
+    assert absorbs(1, False, 4, 4, 8, 4, 12)
+    assert absorbs(1, True, 4, 4, 8, 4, 12)
+    assert not absorbs(9, True, 4, 4, 8, 4, 12)  # a prompt: all its keys are new
     per_query, per_key = 4 * (2 * 12 + 4 - 2 * 8), 12 * 4 * (2 * 8 - 4)
     assert (per_query, per_key) == (48, 576)
-    assert absorbs(11, 100, 4, 4, 8, 4, 12)
-    assert not absorbs(12, 100, 4, 4, 8, 4, 12)
-    assert absorbs(90, 100, 4, 4, 8, 4, 6)  # absorbed is less work in every step
+    assert absorbs(11, False, 4, 4, 8, 4, 12)
+    assert not absorbs(12, False, 4, 4, 8, 4, 12)
+    assert absorbs(90, False, 4, 4, 8, 4, 6)  # absorbed is less work in every step
 
 
 def test_planes_are_turned_as_transformers_turns_whole_heads() -> None:

@@ -22,20 +22,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kvfold import hf, methods
 from kvfold.checkpoint import Checkpoint
 from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import SettingError
-from kvfold.families import all_families
+from kvfold.families import all_families, family_of
 from kvfold.methods import Method
-from kvfold.shape import Shape
+from kvfold.shape import Shape, Site
 
 METHODS = methods.all_methods()
 ENDLESS = {"eos_token_id": None}  # every generation is as long as it was asked to be
+WIDTH = 32  # of the tiny models
 WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 GROUPED_T5 = {
     "model_type": "kvfold_t5",
@@ -51,6 +53,8 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen2", {"tie_word_embeddings": True}),
     "t5-grouped": ("t5", GROUPED_T5),
     "t5-wide": ("t5", {"feed_forward_proj": "relu", "d_kv": 16, "num_layers": 5, "num_decoder_layers": 3}),
+    "bart-uneven": ("bart", {"encoder_layers": 5, "decoder_layers": 3, "encoder_attention_heads": 2}),
+    "mbart": ("bart", {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
 }
 
@@ -76,8 +80,9 @@ FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "cla fit": lambda shape: {"share": 3},
     "elitekv": _one_plane,
     "elitekv fit": _one_plane,
+    "crosslatent fit": lambda shape: {"cross_latent_dim": 12},
 }
-CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit"]
+CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "crosslatent fit"]
 
 
 def _takes(case: str, source: str) -> bool:
@@ -141,6 +146,12 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"budget": 0.5}, "budget"),
         ({"layout": "auto", "budget": 0.01}, "budget"),
         ({"init": "align"}, "init"),
+    ],
+    "crosslatent": [
+        ({"cross_latent_dim": 33}, "cross_latent_dim"),
+        ({"cross_latent_dim": 0}, "cross_latent_dim"),
+        ({"cross_latent_dim": "wide"}, "cross_latent_dim"),
+        ({"cross_latent_dim": 8, "metric": "cosine"}, "metric"),
     ],
     "identity": [({"kv_heads": 2}, "kv_heads")],
     "elitekv": [
@@ -225,9 +236,9 @@ def pair(request: pytest.FixtureRequest, _folded: Callable[[str, str], Pair]) ->
 
 
 def _stock(student: Path) -> Any:
-    """The student as transformers loads it without kvfold; a T5 of ours as a T5 whose heads are repeated."""
+    """The student as transformers loads it without kvfold; a T5 or BART of ours as one whose heads are repeated."""
     config = json.loads((student / "config.json").read_text())
-    if config["model_type"] == "kvfold_t5":
+    if config.get("cross_num_key_value_heads") and config.get("cross_latent_dim", WIDTH) == WIDTH:
         return _repeated(load_file(student / "model.safetensors"), config)
     auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
     stock, found = auto.from_pretrained(student, output_loading_info=True)
@@ -237,13 +248,16 @@ def _stock(student: Path) -> Any:
 
 def _repeated(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
     """The same function with as many key/value heads as query heads, in a class that knows of no others."""
-    known = {key: value for key, value in config.items() if "key_value_heads" not in key and key != "model_type"}
-    model = T5ForConditionalGeneration(T5Config(**known))
+    ours = ("num_key_value_heads", "cross_num_key_value_heads", "cross_latent_dim", "model_type")
+    known = {key: value for key, value in config.items() if key not in ours}
+    made = transformers.AutoConfig.for_model(config["model_type"].removeprefix("kvfold_"), **known)
+    model = getattr(transformers, config["architectures"][0].removeprefix("Kvfold"))(made)
     there = model.state_dict()
+    width = family_of(config).shape(config).sites[Site(0)].head_dim
     for name, tensor in tensors.items():
-        if name.endswith((".k.weight", ".v.weight")):
-            heads = tensor.reshape(-1, config["d_kv"], tensor.shape[1])
-            tensor = heads.repeat_interleave(config["num_heads"] // len(heads), dim=0).flatten(0, 1)
+        if len(tensor) < len(there[name]):
+            heads = tensor.unflatten(0, (-1, width))
+            tensor = heads.repeat_interleave(len(there[name]) // len(tensor), dim=0).flatten(0, 1)
         there[name].copy_(tensor)
     model.load_state_dict(there)
     return model
@@ -253,7 +267,7 @@ def _summed(gradient: Tensor, like: Tensor, width: int) -> Tensor:
     """What repeated heads learn is what the one head learns that they are, `width` rows each."""
     if gradient.shape == like.shape:
         return gradient
-    return gradient.view(len(like) // width, -1, width, gradient.shape[1]).sum(1).reshape(like.shape)
+    return gradient.view(len(like) // width, -1, width, *gradient.shape[1:]).sum(1).reshape(like.shape)
 
 
 def _inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -309,7 +323,7 @@ def test_token_by_token_is_the_whole_prompt(pair: Pair) -> None:
     expected = pair.model(**inputs).logits
     written = "decoder_input_ids" if _pairs(pair.model) else "input_ids"
     if _pairs(pair.model):
-        inputs["encoder_outputs"] = pair.model.encoder(inputs.pop("input_ids"))
+        inputs["encoder_outputs"] = pair.model.get_encoder()(inputs.pop("input_ids"))
     tokens = inputs[written].split(1, dim=1)
     steps = [pair.model(**{**inputs, written: token}, past_key_values=cache).logits for token in tokens]
     _close(torch.cat(steps, dim=1), expected)
@@ -351,13 +365,15 @@ def test_a_cache_holds_the_bytes_that_were_promised(pair: Pair) -> None:
 
 
 def test_padding_and_neighbours_do_not_change_a_row(pair: Pair) -> None:
+    """What is continued is padded on the left; what an encoder reads on the right, where it counts positions."""
     ids = _ids(3, 12)
     mask = torch.ones_like(ids)
-    for row, padding in enumerate((5, 0, 9)):
-        mask[row, :padding] = 0
+    hidden = [slice(12 - padding, 12) if _pairs(pair.model) else slice(padding) for padding in (5, 0, 9)]
+    for row, padding in enumerate(hidden):
+        mask[row, padding] = 0
     answers, logits, _ = _written(pair.model, ids * mask, attention_mask=mask)
-    for row, padding in enumerate((5, 0, 9)):
-        alone, expected, _ = _written(pair.model, ids[row : row + 1, padding:])
+    for row in range(3):
+        alone, expected, _ = _written(pair.model, ids[row : row + 1, mask[row].bool()])
         _close(logits[row], expected[0])
         assert torch.equal(answers[row], alone[0])
 
@@ -429,7 +445,7 @@ def test_every_parameter_learns_also_with_checkpointing(pair: Pair) -> None:
             assert torch.equal(again[name], gradient)
     stock = _gradients(pair.stock)
     for name, gradient in plain.items():
-        _close(gradient, _summed(stock[name], gradient, model.config.head_dim))
+        _close(gradient, _summed(stock[name], gradient, pair.shape.sites[Site(0)].head_dim))
 
 
 # --- determinism ---------------------------------------------------------------------------------------------------
@@ -469,7 +485,8 @@ def test_a_conversion_is_a_function_of_its_inputs(
 def test_a_setting_that_cannot_be_is_one_line(
     name: str, settings: dict[str, Any], field: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    teacher = tiny_checkpoint(tokenizer=False)
+    family = next(SOURCES[source][0] for source in SOURCES if _takes(name, source))
+    teacher = tiny_checkpoint(family, tokenizer=False)
     with pytest.raises(SettingError) as told:
         convert(teacher, tmp_path / "out", name, settings)
     line, value = str(told.value), str(settings.get(field, ""))

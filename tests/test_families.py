@@ -15,6 +15,8 @@ from kvfold.shape import Attention, Site, grouped_cache
 
 FAMILIES = all_families()
 OUR_T5 = {"model_type": "kvfold_t5"}
+OUR_BART = {"model_type": "kvfold_bart"}
+MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
 DECODERS = [name for name, family in FAMILIES.items() if not family.encoder_decoder]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,7 +74,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5, untied": ("t5", {"tie_word_embeddings": False}),
     "t5, not gated": ("t5", {"feed_forward_proj": "relu", "d_kv": 16}),
     "t5, deep encoder": ("t5", {"num_layers": 6, "num_decoder_layers": 4}),
+    "bart, grouped": ("bart", {**OUR_BART, "num_key_value_heads": 2, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "bart, uneven": ("bart", {"encoder_layers": 5, "decoder_layers": 3, "encoder_attention_heads": 2}),
+    "bart, uneven MLPs": ("bart", {"decoder_ffn_dim": 40, "scale_embedding": True}),
+    "bart, latent": ("bart", {**OUR_BART, "cross_latent_dim": 12, "cross_num_key_value_heads": 2}),
+    "bart, the encoder's output": ("bart", {**OUR_BART, "cross_latent_dim": 32}),
+    "mbart": ("bart", MBART),
+    "mbart, grouped": ("bart", {**MBART, "model_type": "kvfold_mbart", "cross_num_key_value_heads": 2}),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
+    "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "t5, the encoder's output": ("t5", {**OUR_T5, "cross_latent_dim": 32}),
+    "mt5, latent": ("t5", {"model_type": "kvfold_mt5", "cross_latent_dim": 5, "num_decoder_layers": 2}),
     "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
 }
 
@@ -107,12 +119,12 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
         name
         for name, module in model.named_modules()
         if re.fullmatch(
-            r"[A-Z]\w*\dAttention|[A-Z][a-z]+Attention|KvfoldLatent\w+Attention|LatentAttention", type(module).__name__
+            r"[A-Z]\w*\dAttention|[A-Z]+[a-z]+Attention|KvfoldLatent\w+Attention|LatentAttention", type(module).__name__
         )
     }
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:
-        read = (each for name, each in model.encoder.named_parameters() if not name.startswith("embed_tokens"))
+        read = (each for name, each in model.get_encoder().named_parameters() if not name.startswith("embed_tokens"))
         assert shape.encoder_parameters == sum(parameter.numel() for parameter in read)
 
 
@@ -138,7 +150,7 @@ def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     read: dict[str, Any] = {}
     name = "input_ids"
     if family_of(config).encoder_decoder:
-        read, name = {"encoder_outputs": model.encoder(ids_BT[:, :11])}, "decoder_input_ids"
+        read, name = {"encoder_outputs": model.get_encoder()(ids_BT[:, :11])}, "decoder_input_ids"
     with torch.inference_mode():
         cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
         model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
@@ -276,6 +288,11 @@ def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None
         ),
         ({**OUR_T5, "num_key_value_heads": [2, 2, 2, 0]}, "config.json: num_key_value_heads must be a positive whole"),
         ({"model_type": "umt5"}, "architecture 'umt5' is not supported; allowed: "),
+        (
+            {"cross_latent_dim": 8},
+            "config.json: cross_latent_dim, and transformers ignores it in t5; is its model_type kvfold_t5?",
+        ),
+        ({**OUR_T5, "cross_latent_dim": 33}, "config.json: cross_latent_dim is wider than the model (got 33); allowed"),
     ],
 )
 def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
@@ -283,6 +300,17 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         family_of(config).shape(config)
     assert str(caught.value).startswith(line)
+
+
+def test_barts_that_cannot_be_taken() -> None:
+    config = FAMILIES["bart"].tiny()
+    for changes, line in (
+        ({"num_key_value_heads": 2}, "config.json: num_key_value_heads, and transformers ignores it in bart; is its"),
+        ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings false"),
+        ({"model_type": "whisper"}, "architecture 'whisper' is not supported"),
+    ):
+        with pytest.raises(UnsupportedModel, match=line):
+            family_of(config | changes).shape(config | changes)
 
 
 def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "kvfold"
 LAYERS = [
     {"errors", "shape", "progress", ""},
     {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
-    | {"planes", "factor", "latents"},
+    | {"planes", "factor", "latents", "crossed"},
     {"methods", "families"},
     {
         "recipe",

@@ -173,6 +173,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gqa": {"kv_heads": 2},
     "cla": {"share": 2},
     "elitekv": {"rope_chunks": 1, "latent_dim": 12},
+    "crosslatent": {"cross_latent_dim": 12},
 }
 
 

@@ -96,7 +96,9 @@ def test_a_typing_error_costs_no_pretraining(recipe: Recipe, changes: dict[str, 
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("name", "count"), [("t5-table1", 9), ("t5-small", 3), ("t5-ablations", 11)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("t5-table1", 9), ("t5-small", 3), ("t5-ablations", 11), ("t5-latent", 16)]
+)
 def test_the_recipes_of_the_paper_say_what_can_be(name: str, count: int) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
     source = yaml.safe_load(

@@ -362,7 +362,7 @@ def _sharing(contenders: Sequence[_Contender]) -> list[str]:
     told = {}
     for each in contenders:
         shape = each.checkpoint.shape
-        reading = sum(attention.source is not None for attention in shape.sites.values())
+        reading = sum(each.source is not None and each.kept is None for each in shape.sites.values())
         if reading:
             told[each.name] = (
                 f"{each.name}: {reading} of {shape.num_layers} layers read the cache of another; fewer bytes are held, "

@@ -54,9 +54,10 @@ _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
 
 
 _T5 = frozenset({"t5", "mt5"})
+_PAIRED = _T5 | {"bart", "mbart"}
 
 _GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold's own
-    _Known("transformers", "with kvfold installed", _T5, _T5, "loaded in the tests"),
+    _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
     _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
     _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
@@ -64,7 +65,7 @@ _GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold
 )
 
 _PLAIN_T5 = (
-    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5, _T5, "loaded in the tests"),
+    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _PAIRED, _PAIRED, "loaded in the tests"),
     _GROUPED_T5[1],
     _Known("llama.cpp", "GGUF, by its own converter", _T5, frozenset(), ""),
     *_GROUPED_T5[3:],

@@ -50,13 +50,13 @@ def joint(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
     if rank >= min(rows, width):
         return _exact(blocks, rank, rows, width)
     down_RD = _principal(blocks, rank)
-    ups = [_read(block, down_RD) for block in blocks]
+    ups = [read_off(block, down_RD) for block in blocks]
     if all(block.gram_DD is blocks[0].gram_DD for block in blocks):
         return down_RD, ups
     best, found = _loss(blocks, down_RD, ups), (down_RD, ups)
     for _ in range(ROUNDS):
         down_RD = _white(_down(blocks, ups), blocks[0].gram_DD)
-        ups = [_read(block, down_RD) for block in blocks]
+        ups = [read_off(block, down_RD) for block in blocks]
         now = _loss(blocks, down_RD, ups)
         if now >= best:
             break
@@ -77,7 +77,7 @@ def separate(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
     ups, before = [], 0
     for block, down_RD in zip(blocks, downs, strict=True):
         up_NR = torch.zeros(len(block.rows_ND), rank, dtype=torch.float64)
-        up_NR[:, before : before + len(down_RD)] = _read(block, down_RD)
+        up_NR[:, before : before + len(down_RD)] = read_off(block, down_RD)
         ups.append(up_NR)
         before += len(down_RD)
     return torch.cat(downs), ups
@@ -113,7 +113,7 @@ def _principal(blocks: Sequence[Block], rank: int) -> Tensor:
     return down_RD
 
 
-def _read(block: Block, down_RD: Tensor) -> Tensor:
+def read_off(block: Block, down_RD: Tensor) -> Tensor:
     """The best map from the latent to a block, whatever the metric: a regression."""
     gram_RR = down_RD @ block.gram_DD @ down_RD.T
     gram_RR = gram_RR + RIDGE * gram_RR.diagonal().mean() * torch.eye(len(gram_RR), dtype=torch.float64)

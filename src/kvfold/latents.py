@@ -198,8 +198,13 @@ def spreads(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
     Inputs that one query attends to have the covariance of all, less that of their averages.
     """
     seen_DD, attended_DD = _covariances(moments)
-    o_HDE, v_HED = _outputs(cut.attention, roles), cut.v_GED.repeat_interleave(cut.attention.query_group, 0)
-    within_HEE = v_HED @ (seen_DD - attended_DD) @ v_HED.mT
+    v_HED = cut.v_GED.repeat_interleave(cut.attention.query_group, 0)
+    return apart(_outputs(cut.attention, roles), v_HED, seen_DD - attended_DD)
+
+
+def apart(o_HDE: Tensor, v_HED: Tensor, within_DD: Tensor) -> Tensor:
+    """The spread behind `o` of values made of inputs with this covariance, by head, `spread_H`."""
+    within_HEE = v_HED @ within_DD @ v_HED.mT
     apart_H = ((o_HDE @ within_HEE) * o_HDE).sum((1, 2))
     return apart_H.clamp_min(LEAST * apart_H.mean().clamp_min(torch.finfo(torch.float64).tiny))
 

@@ -385,7 +385,7 @@ class _Use:
         return found
 
     def _about_sharing(self, student: Shape) -> list[str]:
-        reading = sum(site.source is not None for site in student.sites.values())
+        reading = sum(site.source is not None and site.kept is None for site in student.sites.values())
         if not reading:
             return []
         return [

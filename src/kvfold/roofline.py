@@ -9,6 +9,7 @@ dense (without sparsity); `local` is this machine as measured once by torch.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -102,12 +103,17 @@ def decode_step(
     """Bytes and operations of one decode step after `context` cached tokens, on each of `tensor_parallel` devices.
 
     `tied` says that the embedding is the output matrix too; otherwise a step reads no more of it than its own rows.
-    An encoder has read its `encoder_context` tokens before: its weights are not read again, k and v of the
-    cross-attention neither. A cache that layers share saves room and not reads: every layer reads it.
+    An encoder has read its `encoder_context` tokens before: its weights are not read again, and neither is what makes
+    the cache of a cross-attention of them. A cache that layers share saves room and not reads: every layer reads it.
     """
     itemsize = DTYPE_BYTES[dtype]
     crossed = [site for key, site in shape.sites.items() if key.kind == "cross"]
-    once = sum(2 * site.hidden_size * site.num_key_value_heads * site.head_dim for site in crossed)
+    once = sum(
+        math.prod(form)
+        for site in crossed
+        for role, form in site.roles().items()
+        if role in (("k", "v") if site.kept is None else ("kv_down",))
+    )
     read = shape.parameters - shape.encoder_parameters - once - (0 if tied else shape.vocab_size * shape.hidden_size)
     unshared = CacheSpec(tuple(replace(slot, storage=str(number)) for number, slot in enumerate(cache.slots)))
     attention = sum(
@@ -115,7 +121,9 @@ def decode_step(
         for key, site in shape.sites.items()
         if key.kind == "self"
     )
-    attention += sum(4 * site.num_attention_heads * site.head_dim * encoder_context for site in crossed)
+    attention += sum(
+        2 * site.num_attention_heads * (site.read or 2 * site.head_dim) * encoder_context for site in crossed
+    )
     return Step(
         weight_bytes=read * itemsize / tensor_parallel,
         cache_bytes=unshared.bytes(context, batch=batch, itemsize=itemsize, encoder_tokens=encoder_context)
@@ -129,7 +137,7 @@ def cache_share(shape: Shape, tensor_parallel: int) -> float:
 
     What is not of heads, as a latent that all of them read, is replicated.
     """
-    sites = [site for kind, site in shape.sites.items() if kind.kind != "encoder"]
+    sites = [site for kind, site in shape.sites.items() if kind.kind != "encoder" and site.source is None]
     held = sum(
         sum(site.cached.values()) * (max(1 / tensor_parallel, 1 / site.num_key_value_heads) if site.kept is None else 1)
         for site in sites

@@ -130,7 +130,7 @@ class Shape:
         return {
             attention.source: 2 * attention.num_key_value_heads * attention.head_dim
             for attention in self.sites.values()
-            if attention.source is not None
+            if attention.source is not None and attention.kept is None
         }
 
     def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
@@ -214,6 +214,23 @@ def with_latent(attention: Attention, planes: int, width: int) -> Attention:
         read=rotated + 2 * width,
         rope=attention.rope and replace(attention.rope, dims=rotated),
     )
+
+
+def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attention:
+    """The same cross-attention over one latent of the encoder's output, which the first layer caches for all.
+
+    Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these; `kv_down` (R, D), in
+    the first layer alone, makes it. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias beyond those
+    that there were.
+    """
+    rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.hidden_size
+    extra: dict[str, tuple[int, ...]] = {"k": (rows, width), "v": (rows, width)}
+    biased = attention.biases & {"k", "v"} | ({"v"} if narrow else set())
+    extra |= {f"{role}_bias": (rows,) for role in sorted(biased)}
+    if narrow and layer == 0:
+        extra["kv_down"] = (width, attention.hidden_size)
+    kept = {"latent": width}
+    return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
 
 
 def grouped_cache(shape: Shape) -> CacheSpec:

@@ -34,13 +34,13 @@ def written_out(
     return torch.cat([rotated_BGSP, free_BGSN], dim=-1), v_BGSE
 
 
-def absorbs(tokens: int, keys: int, groups: int, heads: int, head_dim: int, rotated: int, width: int) -> bool:
-    """Whether `tokens` queries of `keys` cached tokens take fewer operations absorbed than with keys written out.
+def absorbs(tokens: int, fresh: bool, groups: int, heads: int, head_dim: int, rotated: int, width: int) -> bool:
+    """Whether `tokens` queries take fewer operations absorbed than with the cached keys written out.
 
     Writing out takes `2 R G (2 E - P)` operations a key, and absorbing `2 H (2 R + P - 2 E)` more for each query and
-    key. Without a past every key is new and would be written out but once: then it never pays, but for one token.
+    key. Where all keys are `fresh`, cached by this very call, they are written out but for one query.
     """
-    if tokens == 1 or tokens == keys:
+    if tokens == 1 or fresh:
         return tokens == 1
     return tokens * heads * (2 * width + rotated - 2 * head_dim) < width * groups * (2 * head_dim - rotated)
 
@@ -55,12 +55,13 @@ def absorbed_attention(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Latent attention that reads the cache as it lies, `o_BHTE`; heads of q begin with their rotated coordinates.
 
     `mask` broadcasts to (B, H, T, S): bool (True: look at it) or float (added to the logits); without one the last
-    query sees every key, and those before it all but the newest. `scale` is 1 / sqrt(E) unless given. A query that may
-    look at nothing gets `v_bias`.
+    query sees every key, and those before it all but the newest, or all of them where attention is not `causal`.
+    `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets `v_bias`.
     """
     batch, heads, tokens, width = q_BHTE.shape
     groups, free = k_up_GNR.shape[:2]
@@ -68,12 +69,13 @@ def absorbed_attention(
     scale = 1 / math.sqrt(width) if scale is None else scale
     q_BGXE = (q_BHTE * scale).reshape(batch, groups, -1, width)  # X: the heads of a group, and their tokens
     logits_BXS = _through(q_BGXE[..., planes:], k_up_GNR).flatten(1, 2) @ latent_BSR.mT
-    # a head meets the planes of its own group: one product for all heads, with zeros for those of other groups, takes
-    # less time than a product for each group (docs/log.md)
-    apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
-    apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
-    logits_BXS = torch.baddbmm(logits_BXS, apart_BGXGP.flatten(3).flatten(1, 2), rotated_BSM.mT)
-    if mask is None and tokens > 1:
+    if planes:
+        # a head meets the planes of its own group: one product for all heads, with zeros for those of other groups,
+        # takes less time than a product for each group (docs/log.md)
+        apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
+        apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
+        logits_BXS = torch.baddbmm(logits_BXS, apart_BGXGP.flatten(3).flatten(1, 2), rotated_BSM.mT)
+    if mask is None and causal and tokens > 1:
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - tokens)
     weights_BXS = _softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
     context_BGXR = (weights_BXS @ latent_BSR).view(batch, groups, -1, latent_BSR.shape[-1])

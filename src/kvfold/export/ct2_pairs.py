@@ -22,6 +22,26 @@ from kvfold.shape import Site
 ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
 
 
+def check(source: Checkpoint) -> None:
+    """Raise UnsupportedModel for what CTranslate2 has no place for."""
+    if source.shape.family != "t5":
+        raise UnsupportedModel(
+            "cannot be exported to CTranslate2: its architecture is not known here",
+            where=source.path,
+            got=source.shape.model_type,
+            allowed="t5, mt5",
+        )
+    activation(source)
+    kept = next((each.cached for each in source.shape.sites.values() if each.kept is not None), None)
+    if kept is not None:
+        raise UnsupportedModel(
+            "cannot be exported to CTranslate2: the engine keeps keys and values of heads",
+            where=source.path,
+            got=" and ".join(kept),
+            allowed="a student of gqa, or transformers with kvfold",
+        )
+
+
 def activation(source: Checkpoint) -> str:
     """What CTranslate2 calls the activation of a T5. Raises UnsupportedModel for one that it does not have."""
     said = str(source.config.get("feed_forward_proj", "relu"))

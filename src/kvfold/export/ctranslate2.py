@@ -41,7 +41,7 @@ def version() -> str:
 def check(source: Checkpoint) -> None:
     """Raise UnsupportedModel for what CTranslate2 has no place for."""
     if source.family.encoder_decoder:
-        ct2_pairs.activation(source)
+        ct2_pairs.check(source)
     else:
         common_attention(source, NAME)
 

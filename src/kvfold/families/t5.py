@@ -6,27 +6,19 @@ output (`cross`, cached per encoder token). The encoder reads its input once and
 their distance, a number for each head: its table lies in the first layer of each stack and serves all layers, so heads
 of a self-attention must keep their places; those of a cross-attention need not.
 
-transformers builds every T5 with as many key/value heads as query heads and ignores `num_key_value_heads` without a
-word. A student with fewer is `kvfold_t5`: `num_key_value_heads` for self-attention and `cross_num_key_value_heads` for
-cross-attention, each one number or a list with one for each decoder layer.
+A student with fewer key/value heads, or with a latent of the encoder's output, is a `kvfold_t5` (`_encoder_decoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from kvfold.errors import UnsupportedModel
 from kvfold.families import Family, Json, own_type, stock_type
 from kvfold.families._decoder import number
-from kvfold.shape import Attention, Kind, Shape, Site
+from kvfold.families._encoder_decoder import HEADS, fields, kv_heads, latent
+from kvfold.shape import Attention, Shape, Site, with_encoder_latent
 
-CLASSES = {"t5": "T5", "mt5": "MT5"}
-"""Stock model types of this layout, and what transformers' classes for them begin with."""
-
-HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_key_value_heads"}
-"""What a student's config.json calls the key/value heads of each kind."""
+MODEL_TYPES = ("t5", "mt5")  # stock ones of this layout
 
 POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
 BIAS = "relative_attention_bias"  # (buckets, H): the role that only the first self-attention of a stack has
@@ -40,11 +32,13 @@ def _shape(config: Json) -> Shape:
     alone = Attention(hidden, heads, heads, width, scale=1.0, permutable=False)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
     sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
-    counts = {kind: _kv_heads(config, HEADS[kind], heads, decoders) for kind in HEADS}
+    counts = {kind: kv_heads(config, kind, heads, decoders) for kind in HEADS}
+    narrow = latent(config, hidden)
     for layer in range(decoders):
         own, crossed = (counts[kind][layer] for kind in HEADS)
         sites[Site(layer)] = replace(alone, num_key_value_heads=own, extra={} if layer else table)
-        sites[Site(layer, "cross")] = replace(alone, num_key_value_heads=crossed, permutable=True)
+        cross = replace(alone, num_key_value_heads=crossed, permutable=True)
+        sites[Site(layer, "cross")] = cross if narrow is None else with_encoder_latent(cross, narrow, layer)
     gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
     forward = (3 if gated else 2) * hidden * inner
     encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
@@ -65,53 +59,18 @@ def _shape(config: Json) -> Shape:
     )
 
 
-def _kv_heads(config: Json, name: str, heads: int, layers: int) -> list[int]:
-    """Key/value heads of each decoder layer. Raises UnsupportedModel where the architecture has no such number."""
-    said = config.get(name)
-    if said is None:
-        return [heads] * layers
-    if config["model_type"] in CLASSES:
-        raise UnsupportedModel(
-            f"config.json: {name}, and transformers ignores it in {config['model_type']}",
-            next=f"is its model_type {own_type(config['model_type'])}?",
-        )
-    found = said if isinstance(said, list) else [said] * layers
-    if len(found) != layers:
-        raise UnsupportedModel(f"config.json: {name} has {len(found)} numbers for {layers} decoder layers")
-    for kv_heads in found:
-        if number({name: kv_heads}, name) > heads or heads % kv_heads:
-            raise UnsupportedModel(f"config.json: {kv_heads} key/value heads do not divide {heads} query heads")
-    return list(found)
-
-
-def _fields(shape: Shape) -> dict[str, Any]:
-    """What config.json says of a student: the stock architecture when no head is shared, else ours with its heads."""
-    counts: dict[str, list[int]] = {
-        name: [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
-        for kind, name in HEADS.items()
-    }
-    name = f"{CLASSES[shape.model_type]}ForConditionalGeneration"
-    if all(attention.query_group == 1 for attention in shape.sites.values()):
-        return {"model_type": shape.model_type, "architectures": [name]}
-    return {
-        "model_type": own_type(shape.model_type),
-        "architectures": [f"Kvfold{name}"],
-        **{name: found[0] if len(set(found)) == 1 else found for name, found in counts.items()},
-    }
-
-
 FAMILY = Family(
     name="t5",
-    model_types=(*CLASSES, *map(own_type, CLASSES)),
+    model_types=(*MODEL_TYPES, *map(own_type, MODEL_TYPES)),
     about="T5, T5.1.1, Flan-T5, mT5: decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "encoder.block.{layer}.layer.0.SelfAttention",
         "self": "decoder.block.{layer}.layer.0.SelfAttention",
         "cross": "decoder.block.{layer}.layer.1.EncDecAttention",
     },
-    tensors={role: f"{role}.weight" for role in "qkvo"},
+    tensors={**{role: f"{role}.weight" for role in "qkvo"}, "v_bias": "v.bias"},
     shape=_shape,
-    fields=_fields,
+    fields=fields,
     tiny=lambda: {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",

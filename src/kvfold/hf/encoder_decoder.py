@@ -1,52 +1,148 @@
-"""Encoder-decoders with fewer key/value heads than query heads: `kvfold_t5` and its like.
+"""Encoder-decoders with fewer key/value heads than query heads, or one latent for all cross-attentions: `kvfold_t5`.
 
-transformers' T5 has one number of heads, and ignores any other that a config names. The classes here are the stock
-ones, in which the k and v of the decoder's attentions are as narrow as the config says: one number for self-attention
-and one for cross-attention, for all layers or for each. The stock forwards take the heads as they come, and so do the
-caches: modules, tensor names and forwards are theirs. Importing this module registers the classes with transformers.
+transformers' T5 and BART have one number of heads, and ignore any other that a config names. The classes here are the
+stock ones, in which the k and v of the decoder's attentions are as narrow as the config says: one number for
+self-attention and one for cross-attention, for all layers or for each. The stock forwards take the heads as they come,
+and so do the caches: modules, tensor names and forwards are theirs.
+
+Where the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`: the first layer's makes
+the latent of the encoder's output and caches it, the others are shown it. It lies in the cross-attention cache as the
+keys of layer 0, a single head with values of no width, so that growing and static caches, beams and assisted generation
+take it as it is. Importing this module registers the classes with transformers.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-from kvfold.families import own_type
-from kvfold.families.t5 import CLASSES, HEADS
+from kvfold.attention.latent import absorbed_attention, absorbs
+from kvfold.errors import UnsupportedModel
+from kvfold.families import family_of, own_type
+from kvfold.families._encoder_decoder import CLASSES
 from kvfold.hf.deriving import derive
+from kvfold.hf.sharing import STATES, hand_out
+from kvfold.shape import Attention
 
 
-class _FewerHeads:
-    """In front of a stock model class: narrows k and v of the decoder's attentions."""
+class LatentCrossAttention:
+    """In front of a stock attention: a cross-attention that reads keys and values off what the first layer makes.
+
+    A step that decodes is absorbed, whatever the attention implementation: no keys and values are written out. `eager`
+    alone, which shows its weights, and training with dropout always write them out, as a whole target does.
+    """
+
+    def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
+        """Take the place of a stock cross-attention; `names` says which of its modules plays which role."""
+        vars(self).update(vars(stock))  # which is not used again
+        self.shape, self.names = shape, names
+        for role in ("k", "v"):
+            rows, width = shape.roles()[role]
+            setattr(self, names[role], nn.Linear(width, rows, bias=f"{role}_bias" in shape.roles()))
+        if "kv_down" in shape.roles():
+            self.kv_down = nn.Linear(shape.hidden_size, width, bias=False)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """The stock attention's signature and answer: `hidden_states` (B, T, D) -> `o_BTD`, and what goes with it."""
+        shared = kwargs.pop(STATES)
+        if self.layer_idx == 0:
+            shared[0] = self._latent(key_value_states, past_key_values)
+        latent_BSR, fresh = shared[0]
+        if self._writes_out(hidden_states.shape[1], fresh):
+            answer: tuple[Tensor | None, ...] = super().forward(  # type: ignore[misc]
+                hidden_states, key_value_states=latent_BSR, **kwargs
+            )
+            return answer
+        width = self.shape.head_dim
+        q, k, v, o = (getattr(self, self.names[role]) for role in "qkvo")
+        k_up_GER, v_up_GER = (each.weight.unflatten(0, (-1, width)) for each in (k, v))
+        v_bias_GE = v_up_GER.new_zeros(1, width) if v.bias is None else v.bias.view(-1, width)
+        q_BHTE = q(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
+        o_BHTE = absorbed_attention(  # a bias of k is the same for all tokens, and softmax does not see it
+            q_BHTE,
+            latent_BSR[..., :0],  # nothing is rotated
+            latent_BSR,
+            k_up_GER,
+            v_up_GER,
+            v_bias_GE,
+            mask=kwargs.get("mask", kwargs.get("attention_mask")),
+            scale=self.scaling,
+            causal=False,
+        )
+        o_BTD = o(o_BHTE.transpose(1, 2).flatten(2))
+        return (o_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (o_BTD, None)
+
+    def _latent(self: Any, encoded_BSD: Tensor, past: Any) -> tuple[Tensor, bool]:
+        """The latent `(B, S, R)`, and whether it is new: made of what the encoder put out, or out of the cache."""
+        if past is not None and past.is_updated.get(0):
+            return past.cross_attention_cache.layers[0].keys[:, 0], False
+        latent_BSR = self.kv_down(encoded_BSD) if hasattr(self, "kv_down") else encoded_BSD
+        if past is not None:
+            one_B1SR = latent_BSR[:, None]
+            latent_BSR = past.cross_attention_cache.update(one_B1SR, one_B1SR[..., :0], 0)[0][:, 0]
+            past.is_updated[0] = True
+        return latent_BSR, True
+
+    def _writes_out(self: Any, tokens: int, fresh: bool) -> bool:
+        """Whether the stock attention is to make keys and values of the latent, for all of its tokens."""
+        if self.config._attn_implementation == "eager" or (self.training and self.dropout > 0):
+            return True
+        shape, latent = self.shape, self.shape.kept["latent"]
+        heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+        return not absorbs(tokens, fresh, groups, heads, shape.head_dim, 0, latent)
+
+
+class _Fewer:
+    """In front of a stock model class: narrows k and v of the decoder's attentions, and lets them read a latent."""
+
+    latent_attention: type
 
     def __init__(self, config: Any) -> None:
-        """Build the stock model, then what is narrower. Raises ValueError for heads that do not divide the queries'."""
+        """Build the stock model, then what is narrower. Raises ValueError for numbers that cannot be."""
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
-        for kind, name in HEADS.items():
-            said = getattr(config, name, None)
-            common = config.num_heads if said is None else said
-            found = common if isinstance(common, list) else [common] * config.num_decoder_layers
-            for block, heads in zip(model.decoder.block, found, strict=True):
-                narrow(block.layer[0].SelfAttention if kind == "self" else block.layer[1].EncDecAttention, heads)
+        family, decoder = family_of(config.to_dict()), model.get_decoder()
+        try:
+            shape = family.shape(config.to_dict())
+        except UnsupportedModel as error:  # as transformers' own configs and models say it
+            raise ValueError(str(error)) from error
+        for site, attention in shape.sites.items():
+            if site.kind == "encoder":
+                continue
+            path, _, name = family.module(site).partition("decoder.")[2].rpartition(".")
+            holder = decoder.get_submodule(path)
+            module = getattr(holder, name)
+            module.num_key_value_groups = attention.query_group  # by this, transformers' own attention knows of groups
+            names = {role: family.tensors[role].removesuffix(".weight") for role in "qkvo"}
+            for role in ("k", "v"):
+                narrow(module, names[role], attention)
+            if attention.kept is not None:
+                setattr(holder, name, self.latent_attention(module, attention, names))
+        if any(attention.kept is not None for attention in shape.sites.values()):
+            decoder.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # draws the weights of what is new
 
 
-def narrow(attention: Any, heads: int) -> None:
-    """Give an attention of T5 so many key/value heads, their weights anew; ValueError for a number that cannot be."""
-    if heads < 1 or attention.n_heads % heads:
-        raise ValueError(f"{heads} key/value heads do not divide {attention.n_heads} query heads")
-    attention.num_key_value_groups = attention.n_heads // heads  # by this, transformers' own attention knows of groups
-    if heads < attention.n_heads:
-        for name in ("k", "v"):
-            setattr(attention, name, nn.Linear(attention.d_model, heads * attention.key_value_proj_dim, bias=False))
+def narrow(module: nn.Module, name: str, attention: Attention) -> None:
+    """Put a linear module with as many rows as the key/value heads have, its weights anew, where there are more."""
+    linear, rows = getattr(module, name), attention.num_key_value_heads * attention.head_dim
+    if rows < linear.out_features:
+        setattr(module, name, nn.Linear(linear.in_features, rows, bias=linear.bias is not None))
 
 
-_derived = partial(derive, __name__, "with fewer key/value heads in the decoder")
+_derived = partial(derive, __name__, "with fewer key/value heads in the decoder, or a latent")
 
 
 def _register(model_type: str, name: str) -> None:
@@ -54,9 +150,11 @@ def _register(model_type: str, name: str) -> None:
     ours = own_type(model_type)
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
+    module = sys.modules[getattr(transformers, f"{name}Model").__module__]
+    attention = _derived(getattr(module, f"{name}Attention"), f"KvfoldLatent{name}Attention", LatentCrossAttention)
     for end, auto in (("Model", AutoModel), ("ForConditionalGeneration", AutoModelForSeq2SeqLM)):
-        model = _derived(getattr(transformers, f"{name}{end}"), f"Kvfold{name}{end}", _FewerHeads, config_class=config)
-        auto.register(config, model)
+        stock, fields = getattr(transformers, f"{name}{end}"), {"config_class": config, "latent_attention": attention}
+        auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))
 
 
 for _model_type, _name in CLASSES.items():

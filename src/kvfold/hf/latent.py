@@ -102,7 +102,7 @@ class LatentAttention(nn.Module):
         if (
             name != "eager"
             and not drops
-            and absorbs(tokens, keys, self.groups, heads, self.head_dim, self.rotated, width)
+            and absorbs(tokens, tokens == keys, self.groups, heads, self.head_dim, self.rotated, width)
         ):
             o_BHTE = absorbed_attention(q_BHTE, rotated_BSM, latent_BSR, *ups, mask=mask, scale=self.scaling)
             return o_BHTE.transpose(1, 2), None

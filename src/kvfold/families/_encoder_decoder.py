@@ -1,0 +1,77 @@
+"""What the encoder-decoders share: how config.json says the key/value heads of self- and of cross-attention.
+
+transformers builds each of these architectures with as many key/value heads as query heads and ignores
+`num_key_value_heads` without a word. A student with fewer is of a model type of ours (`kvfold_t5`, `kvfold_bart`):
+`num_key_value_heads` for self-attention and `cross_num_key_value_heads` for cross-attention, each one number or a list
+with one for each decoder layer. So is one whose decoder layers share a latent of the encoder's output:
+`cross_latent_dim`, its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvfold.errors import UnsupportedModel
+from kvfold.families import Json, own_type
+from kvfold.families._decoder import number
+from kvfold.shape import Kind, Shape, Site
+
+HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_key_value_heads"}
+"""What a student's config.json calls the key/value heads of each kind."""
+
+LATENT = "cross_latent_dim"
+"""What it calls the width of the latent that all cross-attentions read; none: each has keys and values of its own."""
+
+CLASSES = {"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart"}
+"""Stock model types whose attention takes any number of key/value heads, and what transformers' classes begin with."""
+
+
+def kv_heads(config: Json, kind: Kind, heads: int, layers: int) -> list[int]:
+    """Key/value heads of each decoder layer. Raises UnsupportedModel where the architecture has no such number."""
+    said = _said(config, HEADS[kind])
+    found = said if isinstance(said, list) else [heads if said is None else said] * layers
+    if len(found) != layers:
+        raise UnsupportedModel(f"config.json: {HEADS[kind]} has {len(found)} numbers for {layers} decoder layers")
+    for count in found:
+        if number({HEADS[kind]: count}, HEADS[kind]) > heads or heads % count:
+            raise UnsupportedModel(f"config.json: {count} key/value heads do not divide {heads} query heads")
+    return list(found)
+
+
+def latent(config: Json, hidden: int) -> int | None:
+    """The width of the latent that all cross-attentions read, if they do. Raises UnsupportedModel for a wider one."""
+    if _said(config, LATENT) is None:
+        return None
+    if number(config, LATENT) > hidden:
+        raise UnsupportedModel(f"config.json: {LATENT} is wider than the model", got=config[LATENT], allowed=hidden)
+    return number(config, LATENT)
+
+
+def _said(config: Json, name: str) -> Any:
+    """What only a model type of ours can say, None where it does not. Raises UnsupportedModel for a stock one."""
+    said = config.get(name)
+    if said is not None and config["model_type"] in CLASSES:
+        raise UnsupportedModel(
+            f"config.json: {name}, and transformers ignores it in {config['model_type']}",
+            next=f"is its model_type {own_type(config['model_type'])}?",
+        )
+    return said
+
+
+def fields(shape: Shape) -> dict[str, Any]:
+    """What config.json says of a student: the stock architecture where nothing is shared, else ours with what is."""
+    name = f"{CLASSES[shape.model_type]}ForConditionalGeneration"
+    kept = shape.sites[Site(0, "cross")].kept
+    if kept is None and all(attention.query_group == 1 for attention in shape.sites.values()):
+        return {"model_type": shape.model_type, "architectures": [name]}
+    counts: dict[str, list[int]] = {
+        name: [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
+        for kind, name in HEADS.items()
+    }
+    return {
+        "model_type": own_type(shape.model_type),
+        "architectures": [f"Kvfold{name}"],
+        **{name: found[0] if len(set(found)) == 1 else found for name, found in counts.items()},
+        **({} if kept is None else {LATENT: kept["latent"]}),
+    }

@@ -1,0 +1,100 @@
+"""bart: encoder-decoders with learned positions and biases: BART and mBART.
+
+Every decoder layer attends twice, as a T5's does, and with the same caches; q, k, v and o have biases. Positions are
+added to the embeddings and are no matter of the attention: nothing comes between a key and its query, and heads may
+change places in both attentions. mBART norms before its layers and once more at the end of each stack. Encoder and
+decoder may have different numbers of heads. A student with fewer key/value heads is a `kvfold_bart`
+(`_encoder_decoder`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvfold.errors import UnsupportedModel
+from kvfold.families import Family, Json, own_type, stock_type
+from kvfold.families._decoder import number
+from kvfold.families._encoder_decoder import HEADS, fields, kv_heads, latent
+from kvfold.shape import Attention, Shape, Site, with_encoder_latent
+
+MODEL_TYPES = ("bart", "mbart")  # stock ones of this layout
+OFFSET = 2  # rows of the tables of positions that stand for none
+
+
+def _shape(config: Json) -> Shape:
+    if config.get("tie_word_embeddings") is False:
+        raise UnsupportedModel("config.json: tie_word_embeddings false, and every BART published has one embedding")
+    hidden, vocab, positions = (number(config, name) for name in ("d_model", "vocab_size", "max_position_embeddings"))
+    layers, heads, inner = (
+        {part: number(config, f"{part}_{name}") for part in ("encoder", "decoder")}
+        for name in ("layers", "attention_heads", "ffn_dim")
+    )
+    alone = {part: _attention(hidden, heads[part]) for part in heads}
+    sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
+    counts = {kind: kv_heads(config, kind, heads["decoder"], layers["decoder"]) for kind in HEADS}
+    narrow = latent(config, hidden)
+    for layer in range(layers["decoder"]):
+        own, crossed = (replace(alone["decoder"], num_key_value_heads=counts[kind][layer]) for kind in HEADS)
+        sites[Site(layer)] = own
+        sites[Site(layer, "cross")] = crossed if narrow is None else with_encoder_latent(crossed, narrow, layer)
+    final = 2 * hidden if stock_type(config) == "mbart" else 0
+    outside = (positions + OFFSET) * hidden + 2 * hidden + final  # positions, their norm, and mBART's last
+    forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
+    encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
+    encoder += layers["encoder"] * (forward["encoder"] + 4 * hidden) + outside
+    decoder = sum(each.parameters for site, each in sites.items() if site.kind != "encoder")
+    decoder += layers["decoder"] * (forward["decoder"] + 6 * hidden) + outside
+    return Shape(
+        family="bart",
+        model_type=stock_type(config),
+        sites=sites,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        num_layers=layers["decoder"],
+        parameters=vocab * hidden + encoder + decoder,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        max_positions=positions,
+        encoder_parameters=encoder,
+    )
+
+
+def _attention(hidden: int, heads: int) -> Attention:
+    return Attention(hidden, heads, heads, hidden // heads, biases=frozenset("qkvo"))
+
+
+FAMILY = Family(
+    name="bart",
+    model_types=(*MODEL_TYPES, *map(own_type, MODEL_TYPES)),
+    about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
+    attention={
+        "encoder": "model.encoder.layers.{layer}.self_attn",
+        "self": "model.decoder.layers.{layer}.self_attn",
+        "cross": "model.decoder.layers.{layer}.encoder_attn",
+    },
+    tensors={
+        f"{role}{end}": f"{'out' if role == 'o' else role}_proj.{name}"
+        for role in "qkvo"
+        for end, name in (("", "weight"), ("_bias", "bias"))
+    },
+    shape=_shape,
+    fields=fields,
+    tiny=lambda: {
+        "architectures": ["BartForConditionalGeneration"],
+        "model_type": "bart",
+        "vocab_size": 96,
+        "d_model": 32,
+        **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+        "dtype": "float32",
+    },
+    encoder_decoder=True,
+)
