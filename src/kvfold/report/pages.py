@@ -35,7 +35,7 @@ def quality_figure(records: Sequence[Record]) -> str:
 
     Raises DataError when no student has both numbers.
     """
-    points = [point for study in studies(records)[:1] for point in quality_points(study, records)]
+    points = [point for study in studies(records)[:1] for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
         raise DataError("no student with both bytes and loss is here", next="record its plan too")
     drawn = figures.scatter(

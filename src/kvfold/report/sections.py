@@ -67,16 +67,20 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     return [main, Section(f"quality{suffix}", f"Quality{again}", "", blocks)]
 
 
-def quality_points(study: Study, records: Sequence[Record]) -> list[Point]:
-    """Cache bytes per token against loss above the teacher's, for everyone whose both are known."""
+def quality_points(study: Study, *, schooled: bool = True) -> list[Point]:
+    """Cache bytes per token against loss above the teacher's, for everyone whose both are known.
+
+    Labels say how a student was trained where that is `schooled`.
+    """
     points = []
     for row in study.everyone:
         loss = row.metric("loss")
         if row.cache_bytes is None or loss is None or row.loss_lost is None:
             continue
         shift = row.loss_lost - loss.mean
-        points.append(Point(row.label, row.cache_bytes, row.loss_lost, loss.low + shift, loss.high + shift))
-    return points + _fp8_points(study, records)
+        label = row.label if schooled else row.name
+        points.append(Point(label, row.cache_bytes, row.loss_lost, loss.low + shift, loss.high + shift))
+    return points
 
 
 def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
@@ -96,7 +100,7 @@ def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
 
 
 def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
-    points = quality_points(study, run.records)
+    points = quality_points(study) + _fp8_points(study, run.records)
     if len([point for point in points if point.y is not None]) < 2:
         return
     title = "Quality against bytes"
