@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.attention import linear
-from kvfold.attention.linear import Form, Sinks, Sums, Weights, absorbed, decode, linear_attention, slopes
+from kvfold.attention.linear import Form, Past, Sinks, Sums, Weights, absorbed, decode, linear_attention, slopes
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 FORMS: tuple[Form, ...] = ("chunked", "parallel", "recurrent")
@@ -45,7 +45,9 @@ CASES = {
 }
 
 
-def drawn(case: Case, tokens: int, dtype: torch.dtype, seed: int = 0, padding: tuple[int, ...] = (0, 0)) -> dict[str, Any]:
+def drawn(
+    case: Case, tokens: int, dtype: torch.dtype, seed: int = 0, padding: tuple[int, ...] = (0, 0)
+) -> dict[str, Any]:
     """Random inputs, and which tokens are padding, which are sinks."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -122,8 +124,7 @@ def computed(case: Case, given: dict[str, Any], form: Form) -> Tensor:
         given["v"],
         *phi,
         weights_of(case, given),
-        sinks=sinks_of(case, given),
-        free_BS=given["free"],
+        Past(None, sinks_of(case, given), given["free"]),
         form=form,
     )
 
@@ -193,12 +194,12 @@ def test_a_text_in_parts_is_the_text(name: str) -> None:
         if count == 1:
             if phi_k is not None:
                 sums = absorbed(sums, phi_k, at("v", start, window), weights)
-            here = {"sums": sums, "sinks": sinks_of(case, given, window), "free_BS": given["free"][:, window:end]}
-            parts.append(decode(at("q", done, end), at("k", window, end), at("v", window, end), phi_q, weights, **here))
+            past = Past(sums, sinks_of(case, given, window), given["free"][:, window:end])
+            parts.append(decode(at("q", done, end), at("k", window, end), at("v", window, end), phi_q, weights, past))
         else:
-            here = {"sums": sums, "sinks": sinks_of(case, given, start), "free_BS": given["free"][:, start:end]}
+            past = Past(sums, sinks_of(case, given, start), given["free"][:, start:end])
             keys = at("k", start, end), at("v", start, end)
-            parts.append(linear_attention(at("q", done, end), *keys, phi_q, phi_k, weights, **here))
+            parts.append(linear_attention(at("q", done, end), *keys, phi_q, phi_k, weights, past))
             if phi_k is not None:
                 sums = absorbed(sums, phi_k, at("v", start, window), weights)
         kept, done = window, end

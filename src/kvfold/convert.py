@@ -47,7 +47,18 @@ from kvfold.output import (
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode
-from kvfold.shape import REPAIRABLE, WHOLE, Answers, ConvertedKL, FoldedKL, Question, Reckoned, Site, SiteTensors
+from kvfold.shape import (
+    REPAIRABLE,
+    WHOLE,
+    Answers,
+    ConvertedKL,
+    FoldedKL,
+    Question,
+    RecallDrop,
+    Reckoned,
+    Site,
+    SiteTensors,
+)
 from kvfold.shards import digest
 
 if TYPE_CHECKING:
@@ -268,10 +279,16 @@ class _Calibration:
         from kvfold.sensitivity import measure
 
         folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL | Reckoned)]
+        recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
+        later = FoldedKL | ConvertedKL | Reckoned | RecallDrop
+        requests = [each for each in self.questions if not isinstance(each, later)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if folds:
             answers = {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
+        if recalls:
+            from kvfold.recall import measure_recall
+
+            answers = {**answers, **measure_recall(source, recalls, self.text(), progress=progress)}
         return {**answers, **self._reckoned(source, method, config, answers, progress)}
 
     def _reckoned(

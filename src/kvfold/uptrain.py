@@ -191,7 +191,9 @@ def uptrain(
 
 def _told(stage: Stage) -> dict[str, Any]:
     """A stage in the identity of a run, where what is not used is not said: outputs of before stay what they are."""
-    return {name: value for name, value in dataclasses.asdict(stage).items() if value or name != "converted"}
+    return {
+        name: value for name, value in dataclasses.asdict(stage).items() if value or name not in ("converted", "taught")
+    }
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
@@ -290,7 +292,7 @@ def _works(
             Work(
                 stage.name,
                 end - done,
-                objective(model, teacher, stage.losses, paths, settings),
+                objective(model, teacher, stage.losses, paths, settings, taught=stage.taught),
                 groups=lambda stage=stage: parameter_groups(  # type: ignore[misc]
                     parameters_of(source, model, stage), settings.weight_decay, rates_of(source, stage)
                 ),
@@ -310,10 +312,15 @@ def objective(
     losses: Mapping[str, float],
     paths: Sequence[str],
     settings: UptrainSettings,
+    *,
+    taught: bool = False,
 ) -> Objective:
-    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts."""
+    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts.
+
+    `taught` as in a Stage: the settings say it for stages that were asked for.
+    """
     asks, matching = bool(OF_A_TEACHER & set(losses)), "attention" in losses
-    forced = matching and len(losses) == 1 and settings.attention_inputs == "teacher"
+    forced = matching and len(losses) == 1 and (taught or settings.attention_inputs == "teacher")
 
     def evaluate(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         read, target_BT, counts_BT = distill.parted(batch)

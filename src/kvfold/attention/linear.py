@@ -7,14 +7,14 @@ features phi, weighed by a decay gamma per key head (arXiv 2405.06640, eq. 3-5; 
     a_tj = exp(scale q_t.k_j - max),  j in the window or a sink        b_tj = gamma^(t-j) phi(q_t).phi(k_j), all others
     o_t  = (g sum a_tj v_j + sum b_tj v_j) / (g sum a_tj + sum b_tj)
 
-g is a number for each head. Not `normalised`, o_t is the second sum alone, and some other norm follows. Without features
-it is the window alone. What lies behind the window enters as two sums that do not grow,
+g is a number for each head. Not `normalised`, o_t is the second sum alone, and some other norm follows. Without
+features it is the window alone. What lies behind the window enters as two sums that do not grow,
 
     S_c = sum_{j<=c} gamma^(c-j) phi(k_j) v_j^T  (G F E numbers),      z_c = sum_{j<=c} gamma^(c-j) phi(k_j)  (G F)
 
 the same for all query heads of a group, so they are held once for each key head. Keys thus reach the sums w tokens late
-(and faded by that), and the rest is plain linear attention: `parallel` writes all weights out, `chunked` takes matrix products within chunks
-and carries the sums between them, `recurrent` goes token by token.
+(and faded by that), and the rest is plain linear attention: `parallel` writes all weights out, `chunked` takes matrix
+products within chunks and carries the sums between them, `recurrent` goes token by token.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Sinks:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a query has behind it besides keys and values: `free_BS` is False for keys that are padding or sinks."""
+
+    sums: Sums | None = None
+    sinks: Sinks | None = None
+    free_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Weights:
     """What decides how much the parts count."""
 
@@ -71,17 +80,15 @@ def linear_attention(
     phi_q_BHTF: Tensor | None,
     phi_k_BGCF: Tensor | None,
     weights: Weights,
+    past: Past = Past(),
     *,
-    sums: Sums | None = None,
-    sinks: Sinks | None = None,
-    free_BS: Tensor | None = None,
     form: Form = "chunked",
 ) -> Tensor:
-    """Attention of the last T of S tokens, `o_BHTE`; tokens before those S are in `sums`.
+    """Attention of the last T of S tokens, `o_BHTE`; tokens before those S are in the sums of the `past`.
 
     `phi_k_BGCF` are features of the first C = S - window keys, those that the last query has behind its window; without
-    features there is no such part. `free_BS` is False for what is no key (padding) or a sink. A query that may look at
-    nothing gets a number that means nothing. Sums are carried in float32 at least.
+    features there is no such part. A query that may look at nothing gets a number that means nothing. Sums are carried
+    in float32 at least.
     """
     dtype = working_dtype(q_BHTE)
     q_BHTE, k_BGSE, v_BGSE = q_BHTE.to(dtype), k_BGSE.to(dtype), v_BGSE.to(dtype)
@@ -89,19 +96,19 @@ def linear_attention(
     if phi_q_BHTF is not None and phi_k_BGCF is not None:
         phi_q_BHTF, phi_k_BGCF = phi_q_BHTF.to(dtype), phi_k_BGCF.to(dtype)
         keys = phi_k_BGCF.shape[2]
-        if free_BS is not None:
-            phi_k_BGCF = phi_k_BGCF * free_BS[:, None, :keys, None]
+        if past.free_BS is not None:
+            phi_k_BGCF = phi_k_BGCF * past.free_BS[:, None, :keys, None]
         if weights.log_decay_G is not None and weights.window:
             phi_k_BGCF = phi_k_BGCF * _powers(weights.log_decay_G, torch.tensor([weights.window])).to(dtype)[:, :, None]
         late = pad(phi_k_BGCF, (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
         values = pad(v_BGSE[:, :, :keys], (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
-        told = _SUMMED[form](phi_q_BHTF, late, values, weights, sums)
+        told = _SUMMED[form](phi_q_BHTF, late, values, weights, past.sums)
     if not weights.window:
         assert told is not None
         heads_BHTE, mass_BHT = told
         return heads_BHTE / mass_BHT.clamp_min(LEAST)[..., None] if weights.normalised else heads_BHTE
     looks = _banded if form == "chunked" else _whole
-    near_BHTE, share_BHT = looks(q_BHTE * weights.scale, k_BGSE, v_BGSE, weights.window, sinks, free_BS)
+    near_BHTE, share_BHT = looks(q_BHTE * weights.scale, k_BGSE, v_BGSE, weights.window, past)
     return near_BHTE if told is None else _mixed(near_BHTE, share_BHT, *told, weights.gate_H)
 
 
@@ -111,20 +118,17 @@ def decode(
     v_BGSE: Tensor,
     phi_q_BH1F: Tensor | None,
     weights: Weights,
-    *,
-    sums: Sums | None = None,
-    sinks: Sinks | None = None,
-    free_BS: Tensor | None = None,
+    past: Past = Past(),
 ) -> Tensor:
-    """The same for one token whose window is the S tokens given and all before it in `sums`: time without a T."""
+    """The same for one token whose window is the S tokens given and all before it in the sums: time without a T."""
     told = None
-    if phi_q_BH1F is not None and sums is not None:
-        told = _read(phi_q_BH1F, sums, weights.log_decay_G, weights.window)
+    if phi_q_BH1F is not None and past.sums is not None:
+        told = _read(phi_q_BH1F, past.sums, weights.log_decay_G, weights.window)
     if not weights.window:
         assert told is not None
         heads_BH1E, mass_BH1 = told
         return heads_BH1E / mass_BH1.clamp_min(LEAST)[..., None] if weights.normalised else heads_BH1E
-    near_BH1E, share_BH1 = _whole(q_BH1E * weights.scale, k_BGSE, v_BGSE, weights.window, sinks, free_BS)
+    near_BH1E, share_BH1 = _whole(q_BH1E * weights.scale, k_BGSE, v_BGSE, weights.window, past)
     return near_BH1E if told is None else _mixed(near_BH1E, share_BH1, *told, weights.gate_H)
 
 
@@ -163,7 +167,7 @@ def slopes(kind: Literal["slopes", "retnet"], groups: int) -> list[float]:
     return [math.log1p(-(2.0 ** (-5 - head))) for head in range(groups)]
 
 
-# --- what lies behind the window ---------------------------------------------------------------------------------------
+# --- what lies behind the window -------------------------------------------------------------------------------------
 
 
 def _powers(log_decay_G: Tensor, steps: Tensor) -> Tensor:
@@ -172,9 +176,7 @@ def _powers(log_decay_G: Tensor, steps: Tensor) -> Tensor:
     return (log_decay_G.view(-1, *[1] * steps.dim()) * steps).exp()
 
 
-def _read(
-    phi_q_BHTF: Tensor, sums: Sums, log_decay_G: Tensor | None, ago: int
-) -> tuple[Tensor, Tensor]:
+def _read(phi_q_BHTF: Tensor, sums: Sums, log_decay_G: Tensor | None, ago: int) -> tuple[Tensor, Tensor]:
     """What queries `ago` tokens behind the last of the sums make of them: values, and the sum of weights."""
     batch, heads, tokens, width = phi_q_BHTF.shape
     groups = sums.state_BGFE.shape[1]
@@ -221,36 +223,48 @@ def _chunked(
     phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
 ) -> tuple[Tensor, Tensor]:
     """Matrix products within chunks of N, and the sums carried from one to the next."""
-    batch, heads, tokens, width = phi_q_BHTF.shape
+    heads, tokens = phi_q_BHTF.shape[1:3]
     groups, keys = late_BGSF.shape[1:3]
     chunk = min(CHUNK, keys)
     count = -(-keys // chunk)
     tail = count * chunk - keys
     phi_q_BHTF = pad(phi_q_BHTF, (0, 0, keys - tokens, tail))
     phi_BGNXF = _by_chunk(phi_q_BHTF, groups, chunk)  # X: the heads of a group, and a chunk's tokens
-    late_BGNCF, v_BGNCE = (pad(each, (0, 0, 0, tail)).unflatten(2, (count, chunk)) for each in (late_BGSF, v_BGSE))
+    late_BGNCF, v_BGNCE = (_chunks(each, chunk) for each in (late_BGSF, v_BGSE))
     place_C = torch.arange(chunk)
     faded_GCC = _faded(weights, place_C[:, None] - place_C, late_BGSF)
     b_BGNXC = phi_BGNXF @ late_BGNCF.mT
-    b_BGNXC = (b_BGNXC.unflatten(3, (-1, chunk)) * faded_GCC[:, None, None]).flatten(3, 4)
+    b_BGNXC = _by_token(b_BGNXC, faded_GCC[:, None, None])
     heads_BGNXE, mass_BGNX = b_BGNXC @ v_BGNCE, b_BGNXC.sum(-1)
     if count > 1 or sums is not None:
         decay = weights.log_decay_G
         if decay is not None:
             late_BGNCF = late_BGNCF * _powers(decay, chunk - 1 - place_C).to(late_BGNCF)[:, None, :, None]
             own_GC = _powers(decay, place_C + 1).to(phi_BGNXF)
-            phi_BGNXF = (phi_BGNXF.unflatten(3, (-1, chunk)) * own_GC[:, None, None, :, None]).flatten(3, 4)
+            phi_BGNXF = _by_token(phi_BGNXF, own_GC[:, None, None, :, None])
         fade_G = None if decay is None else _powers(decay, torch.tensor(chunk))
-        first = sums and sums.state_BGFE
-        state_BGNFE = _carried(late_BGNCF.mT @ v_BGNCE, fade_G, first)
+        state_BGNFE = _carried(late_BGNCF.mT @ v_BGNCE, fade_G, None if sums is None else sums.state_BGFE)
         heads_BGNXE = heads_BGNXE + phi_BGNXF @ state_BGNFE
         if weights.normalised:
-            mass_BGNF = _carried(late_BGNCF.sum(3), fade_G, sums and sums.mass_BGF)
+            mass_BGNF = _carried(late_BGNCF.sum(3), fade_G, None if sums is None else sums.mass_BGF)
             mass_BGNX = mass_BGNX + (phi_BGNXF @ mass_BGNF[..., None])[..., 0]
     return (
         _by_head(heads_BGNXE, heads, chunk)[:, :, keys - tokens : keys],
         _by_head(mass_BGNX[..., None], heads, chunk)[:, :, keys - tokens : keys, 0],
     )
+
+
+def _chunks(rows_BGSE: Tensor, chunk: int) -> Tensor:
+    """Rows in chunks, `(B, G, N, C, E)`; the last is filled up with 0."""
+    batch, groups, keys, width = rows_BGSE.shape
+    count = -(-keys // chunk)
+    return pad(rows_BGSE, (0, 0, 0, count * chunk - keys)).view(batch, groups, count, chunk, width)
+
+
+def _by_token(rows_BGNXF: Tensor, factor: Tensor) -> Tensor:
+    """Rows of chunks times a factor that heads of a group share: `(G, 1, 1, C, F)` or what broadcasts to it."""
+    shape = rows_BGNXF.shape
+    return (rows_BGNXF.view(*shape[:3], -1, factor.shape[-2], shape[-1]) * factor).view(shape)
 
 
 def _by_chunk(rows_BHTF: Tensor, groups: int, chunk: int) -> Tensor:
@@ -299,7 +313,7 @@ def _recurrent(
 _SUMMED = {"chunked": _chunked, "parallel": _parallel, "recurrent": _recurrent}
 
 
-# --- the window and the sinks ------------------------------------------------------------------------------------------
+# --- the window and the sinks ----------------------------------------------------------------------------------------
 
 
 def _mixed(near_BHTE: Tensor, share_BHT: Tensor, far_BHTE: Tensor, mass_BHT: Tensor, gate_H: Tensor | None) -> Tensor:
@@ -325,23 +339,22 @@ def _hidden(seen: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _banded(
-    q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, sinks: Sinks | None, free_BS: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _banded(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> tuple[Tensor, Tensor]:
     """The window's part by chunks no shorter than it: a chunk looks at itself, at the one before, and at the sinks."""
-    (batch, heads, tokens, _), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
+    sinks, free_BS = past.sinks, past.free_BS
+    (heads, tokens), (groups, keys) = q_BHTE.shape[1:3], k_BGSE.shape[1:3]
     chunk = max(window, min(CHUNK, keys))
     count = -(-keys // chunk)
     tail = count * chunk - keys
     q_BGNXE = _by_chunk(pad(q_BHTE, (0, 0, keys - tokens, tail)), groups, chunk)
     rows = heads // groups
-    k_BGNKE, v_BGNKE = (_with_before(pad(each, (0, 0, 0, tail)), chunk) for each in (k_BGSE, v_BGSE))
+    k_BGNKE, v_BGNKE = (_with_before(each, chunk) for each in (k_BGSE, v_BGSE))
     place_C, other_K = torch.arange(chunk), torch.arange(-chunk, chunk)
     step_CK = place_C[:, None] - other_K
     start_N = torch.arange(count)[:, None, None] * chunk
     seen = ((step_CK >= 0) & (step_CK < window) & (start_N + other_K >= 0))[None].to(q_BHTE.device)
     if free_BS is not None:
-        seen = seen & _with_before(pad(free_BS, (0, tail))[:, None, :, None], chunk)[:, 0, :, None, :, 0]
+        seen = seen & _with_before(free_BS[:, None, :, None], chunk)[:, 0, :, None, :, 0]
     z_BGNXK = q_BGNXE @ k_BGNKE.mT
     if sinks is not None:
         z_BGNXK = torch.cat([q_BGNXE @ sinks.k_BGNE[:, :, None].to(q_BGNXE.dtype).mT, z_BGNXK], dim=-1)
@@ -365,15 +378,14 @@ def _banded(
 
 def _with_before(rows_BGSE: Tensor, chunk: int) -> Tensor:
     """Chunks with the one before each in front, `(B, G, N, 2 C, E)`."""
-    own_BGNCE = rows_BGSE.unflatten(2, (-1, chunk))
+    own_BGNCE = _chunks(rows_BGSE, chunk)
     before_BGNCE = torch.cat([torch.zeros_like(own_BGNCE[:, :, :1]), own_BGNCE[:, :, :-1]], dim=2)
     return torch.cat([before_BGNCE, own_BGNCE], dim=3)
 
 
-def _whole(
-    q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, sinks: Sinks | None, free_BS: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _whole(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> tuple[Tensor, Tensor]:
     """The window's part with all logits written out."""
+    sinks, free_BS = past.sinks, past.free_BS
     (batch, heads, tokens, width), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
     q_BGXE = q_BHTE.reshape(batch, groups, -1, width)
     z_BGXS = q_BGXE @ k_BGSE.mT

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvfold.hf import encoder_decoder as encoder_decoder  # these register their classes
 from kvfold.hf import latent as latent
+from kvfold.hf import linear as linear
 from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
