@@ -127,6 +127,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep_layers": "0,1,2,3"}, "keep_layers"),
         ({"keep_layers": "auto:4"}, "keep_layers"),
         ({"preset": "hybrid", "decay": "fast"}, "decay"),
+        ({"preset": "hybrid", "gate": -1.5}, "gate"),
         ({"recall_tokens": 0}, "recall_tokens"),
     ],
     "elitekv": [

@@ -243,7 +243,7 @@ def with_linear(attention: Attention, linear: Linear) -> Attention:
 
     Roles: of `relu` one map for each key head, `phi` (G F, E) with `phi_bias`, which keys and their queries share; of
     `hedgehog` one for each query head and one for each key head, `phi_q` (H F / 2, E) and `phi_k` (G F / 2, E); and
-    `window_gate` (H,), the logit of what the window counts, where both parts stand under one denominator.
+    `window_gate` (H,), the logarithm of what the window counts, where both parts stand under one denominator.
     """
     width, heads, groups = attention.head_dim, attention.num_attention_heads, attention.num_key_value_heads
     extra: dict[str, tuple[int, ...]] = {}

@@ -45,8 +45,6 @@ from kvfold.hf.deriving import derive
 SEEN = "kvfold_seen"
 """The name under which the mask of a batch with padding goes through a forward: `(B, S)`, False for padding."""
 
-GATE = 0.1  # what a window counts before training (arXiv 2410.10254, section 3.2)
-
 
 class LinearLayer(CacheLayerMixin):  # type: ignore[misc]
     """What one layer of linear attention keeps of a text, in tensors that are replaced and never written into."""
@@ -201,7 +199,7 @@ class LinearAttention(nn.Module):
             self.phi_k = Maps(self.groups, width, made // 2, bias=False)
         self.window_gate = None
         if self.kind != "none" and self.window:
-            self.window_gate = nn.Parameter(torch.full((self.heads,), GATE).logit())
+            self.window_gate = nn.Parameter(torch.zeros(self.heads))  # the logarithm
         decays = said["decay"]
         self.log_decay = None if decays == "none" else slopes(decays, self.groups)
 
@@ -253,7 +251,7 @@ class LinearAttention(nn.Module):
         decay_G = None
         if self.log_decay is not None:
             decay_G = torch.tensor(self.log_decay, dtype=wide, device=like.device)
-        gate_H = None if self.window_gate is None else self.window_gate.sigmoid()
+        gate_H = None if self.window_gate is None else self.window_gate.exp()
         return Weights(self.window, self.normalised, self.scaling, decay_G, gate_H)
 
     def _prepare(self, layer: LinearLayer, new: _New) -> None:

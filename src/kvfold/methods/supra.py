@@ -11,7 +11,8 @@ product of features of the query and of the key, and with that all keys and valu
                     (Hedgehog, arXiv 2402.04347) of rotated x for all others, one denominator, a learned gate between
 
 Every part is a setting of its own; `features none` leaves the window and the sinks alone, which is what both must beat
-(arXiv 2309.17453). W begins as the identity, so that a student's only new numbers are those that training finds.
+(arXiv 2309.17453). W begins as the identity. Weights of features sum to far more than those of a softmax: with the
+window's `gate` as LoLCATs starts it an untrained student is worse than its window alone, with ours it is not.
 
 Cached per sequence and layer, whatever its length: of each key head `feature_dim x head_dim` numbers in float32 (and
 `feature_dim` for the denominator), and the keys and values of window and sinks. Query heads of a group share keys,
@@ -24,6 +25,7 @@ they are: a list, or `auto:N`, the N whose copies of what was read long ago suff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
 
 PRESET: Literal["preset"] = "preset"
 AUTO = "auto:"
-GATE = 0.1  # what the window counts before training, beside sums of features (LoLCATs' code)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "supra": {
@@ -98,6 +99,9 @@ class Config:
     )
     window: int | None = field(default=None, metadata={"help": "Last tokens that are seen by softmax; 64 for hybrid."})
     sinks: int | None = field(default=None, metadata={"help": "First tokens that are too; 4 for hybrid."})
+    gate: float = field(
+        default=50.0, metadata={"help": "What the window counts before training, beside features; LoLCATs: 0.1."}
+    )
     keep_layers: str | int | None = field(
         default=None, metadata={"help": "Layers that stay softmax: 0,5 or auto:2 (those that copying needs most)."}
     )
@@ -119,6 +123,8 @@ class Config:
             raise SettingError(
                 f"recall_tokens {self.recall_tokens} measure nothing", where="supra", allowed="1 or more"
             )
+        if not 0 < self.gate < math.inf:
+            raise SettingError(f"gate {self.gate:g} cannot be", where="supra", allowed="a positive number")
         if not groups(self, shape):
             raise SettingError(
                 f"keep_layers {self.keep_layers} leaves no layer to convert", where="supra", next="leave one out"
@@ -308,7 +314,7 @@ def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config)
         roles = dict(tensors.roles)
         for role, shape in with_linear(attention, _linear(config, attention.head_dim)).extra.items():
             if role == "window_gate":
-                roles[role] = torch.full(shape, GATE, dtype=torch.float64).logit()
+                roles[role] = torch.full(shape, config.gate, dtype=torch.float64).log()
             elif role == "phi_bias":
                 roles[role] = torch.zeros(shape, dtype=torch.float64)
             else:
