@@ -231,3 +231,16 @@ def test_bfloat16_under_autocast_stays_near() -> None:
         found = computed(case, given, "chunked")
     assert found.dtype == torch.bfloat16
     assert float((found.float() - expected).abs().max()) < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-linear-attention's kernels run on a GPU alone")
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_the_chunked_form(name: str) -> None:
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    case = CASES[name]
+    given = {
+        key: each.cuda() if isinstance(each, Tensor) else each for key, each in drawn(case, 200, torch.float32).items()
+    }
+    assert linear.kernels(given["q"].device) is not None
+    found = computed(case, given, "chunked")
+    torch.testing.assert_close(found, computed(case, given, "parallel"), rtol=1e-2, atol=1e-2)

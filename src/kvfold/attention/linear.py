@@ -14,14 +14,18 @@ features it is the window alone. What lies behind the window enters as two sums 
 
 the same for all query heads of a group, so they are held once for each key head. Keys thus reach the sums w tokens late
 (and faded by that), and the rest is plain linear attention: `parallel` writes all weights out, `chunked` takes matrix
-products within chunks and carries the sums between them, `recurrent` goes token by token.
+products within chunks and carries the sums between them (on a GPU by flash-linear-attention where that is installed),
+`recurrent` goes token by token.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +106,8 @@ def linear_attention(
             phi_k_BGCF = phi_k_BGCF * _powers(weights.log_decay_G, torch.tensor([weights.window])).to(dtype)[:, :, None]
         late = pad(phi_k_BGCF, (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
         values = pad(v_BGSE[:, :, :keys], (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
-        told = _SUMMED[form](phi_q_BHTF, late, values, weights, past.sums)
+        summed = _by_kernels if form == "chunked" and kernels(q_BHTE.device) is not None else _SUMMED[form]
+        told = summed(phi_q_BHTF, late, values, weights, past.sums)
     if not weights.window:
         assert told is not None
         heads_BHTE, mass_BHT = told
@@ -308,6 +313,42 @@ def _recurrent(
             query = token - (keys - tokens)
             told.append(_read(phi_q_BHTF[:, :, query : query + 1], sums, weights.log_decay_G, 0))
     return torch.cat([each[0] for each in told], dim=2), torch.cat([each[1] for each in told], dim=2)
+
+
+@cache
+def kernels(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The chunked form of flash-linear-attention, where it is installed and the tensors are on a GPU; else None."""
+    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
+        return None
+    return cast(Callable[..., tuple[Tensor, Tensor]], importlib.import_module("fla.ops.simple_gla").chunk_simple_gla)
+
+
+def _by_kernels(
+    phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
+) -> tuple[Tensor, Tensor]:
+    """The same by those kernels, which want as many key heads as query heads; the sum of weights is a value of 1."""
+    chunk = kernels(phi_q_BHTF.device)
+    assert chunk is not None
+    (heads, tokens), (groups, keys) = phi_q_BHTF.shape[1:3], late_BGSF.shape[1:3]
+    values = pad(v_BGSE, (0, 1), value=1.0)
+
+    def of_heads(rows_BG: Tensor) -> Tensor:
+        return rows_BG.repeat_interleave(heads // groups, dim=1)
+
+    state = None
+    if sums is not None:
+        mass_BGF = sums.state_BGFE[..., 0] * 0 if sums.mass_BGF is None else sums.mass_BGF
+        state = of_heads(torch.cat([sums.state_BGFE, mass_BGF[..., None]], dim=-1)).float()
+    decay_G = weights.log_decay_G
+    both_BSHE, _ = chunk(
+        pad(phi_q_BHTF, (0, 0, keys - tokens, 0)).transpose(1, 2).contiguous(),
+        *(of_heads(each).transpose(1, 2).contiguous() for each in (late_BGSF, values)),
+        g_gamma=None if decay_G is None else decay_G.float().repeat_interleave(heads // groups),
+        scale=1.0,
+        initial_state=state,
+    )
+    both_BHTE = both_BSHE[:, keys - tokens :].transpose(1, 2)
+    return both_BHTE[..., :-1], both_BHTE[..., -1]
 
 
 _SUMMED = {"chunked": _chunked, "parallel": _parallel, "recurrent": _recurrent}
