@@ -81,8 +81,10 @@ FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "elitekv": _one_plane,
     "elitekv fit": _one_plane,
     "crosslatent fit": lambda shape: {"cross_latent_dim": 12},
+    "supra": lambda shape: {},
+    "supra hybrid": lambda shape: {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1},
 }
-CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "crosslatent fit"]
+CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "crosslatent fit", "supra hybrid"]
 
 
 def _takes(case: str, source: str) -> bool:
@@ -154,6 +156,23 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"cross_latent_dim": 8, "metric": "cosine"}, "metric"),
     ],
     "identity": [({"kv_heads": 2}, "kv_heads")],
+    "supra": [
+        ({"window": 8}, "window"),
+        ({"preset": "hybrid", "window": -1}, "window"),
+        ({"preset": "hybrid", "window": 0}, "sinks"),
+        ({"preset": "hybrid", "rope": "after"}, "rope"),
+        ({"preset": "hybrid", "feature_dim": 5}, "feature_dim"),
+        ({"feature_dim": 12}, "feature_dim"),
+        ({"features": "none"}, "features"),
+        ({"features": "none", "window": 8, "feature_dim": 8}, "feature_dim"),
+        ({"features": "elu"}, "features"),
+        ({"keep_layers": "0,7"}, "keep_layers"),
+        ({"keep_layers": "0,1,2,3"}, "keep_layers"),
+        ({"keep_layers": "auto:4"}, "keep_layers"),
+        ({"preset": "hybrid", "decay": "fast"}, "decay"),
+        ({"preset": "hybrid", "gate": -1.5}, "gate"),
+        ({"recall_tokens": 0}, "recall_tokens"),
+    ],
     "elitekv": [
         ({"rope_chunks": 2}, "latent_dim"),
         ({"latent_dim": 8}, "rope_chunks"),

@@ -35,7 +35,7 @@ LAYERS = [
         "data",
         "shards",
     }
-    | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool"},
+    | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
     {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
     {"report", "run", "screen", "flags", "cli", "__main__"},

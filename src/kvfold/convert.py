@@ -55,6 +55,7 @@ from kvfold.shape import (
     ConvertedKL,
     FoldedKL,
     Question,
+    RecallDrop,
     Reckoned,
     Site,
     SiteTensors,
@@ -279,10 +280,16 @@ class _Calibration:
         from kvfold.sensitivity import measure
 
         folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
-        requests = [each for each in self.questions if not isinstance(each, FoldedKL | ConvertedKL | Reckoned)]
+        recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
+        later = FoldedKL | ConvertedKL | Reckoned | RecallDrop
+        requests = [each for each in self.questions if not isinstance(each, later)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if folds:
             answers = {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
+        if recalls:
+            from kvfold.recall import measure_recall
+
+            answers = {**answers, **measure_recall(source, recalls, self.text(), progress=progress)}
         return {**answers, **self._reckoned(source, method, config, answers, progress)}
 
     def _reckoned(

@@ -117,7 +117,7 @@ def decode_step(
     read = shape.parameters - shape.encoder_parameters - once - (0 if tied else shape.vocab_size * shape.hidden_size)
     unshared = CacheSpec(tuple(replace(slot, storage=str(number)) for number, slot in enumerate(cache.slots)))
     attention = sum(
-        2 * site.num_attention_heads * (site.read or 2 * site.head_dim) * min(context, site.window or context)
+        2 * site.num_attention_heads * site.multiplied(context)
         for key, site in shape.sites.items()
         if key.kind == "self"
     )
@@ -138,11 +138,12 @@ def cache_share(shape: Shape, tensor_parallel: int) -> float:
     What is not of heads, as a latent that all of them read, is replicated.
     """
     sites = [site for kind, site in shape.sites.items() if kind.kind != "encoder" and site.source is None]
-    held = sum(
-        sum(site.cached.values()) * (max(1 / tensor_parallel, 1 / site.num_key_value_heads) if site.kept is None else 1)
+    whole = [max(1, sum(site.cached.values())) for site in sites]  # sums, which no token adds to, are of heads too
+    parts = [
+        1 if site.kept is not None and site.linear is None else max(1 / tensor_parallel, 1 / site.num_key_value_heads)
         for site in sites
-    )
-    return held / sum(sum(site.cached.values()) for site in sites)
+    ]
+    return sum(size * part for size, part in zip(whole, parts, strict=True)) / sum(whole)
 
 
 # --- this machine ---------------------------------------------------------------------------------------------------

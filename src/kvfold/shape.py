@@ -55,6 +55,19 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Linear attention of a site: `attention.linear` has the formula that these are the settings of."""
+
+    features: Literal["relu", "hedgehog", "none"]
+    feature_dim: int  # numbers of a feature vector; 0 without features
+    rope: Literal["before", "after"]  # rotated before or after its features
+    norm: Literal["groupnorm", "denominator"]
+    decay: Literal["none", "slopes", "retnet"]
+    window: int  # last tokens, itself included, that a query sees by softmax
+    sinks: int  # first tokens that all see so
+
+
+@dataclass(frozen=True)
 class Attention:
     """The shape of one site: head counts, widths, and the facts that bound what a method may do."""
 
@@ -73,6 +86,7 @@ class Attention:
     without: frozenset[str] = frozenset()  # roles that another runtime does not have
     kept: Mapping[str, int] | None = None  # elements of a token in its cache, by name; None: keys and values of heads
     read: int | None = None  # of these, what one query head multiplies with; None: `2 head_dim`
+    linear: Linear | None = None  # what it does with tokens behind a window; None: softmax over all
 
     @property
     def query_group(self) -> int:
@@ -100,6 +114,13 @@ class Attention:
     def parameters(self) -> int:
         """Parameters of the site."""
         return sum(math.prod(shape) for role, shape in self.roles().items() if role not in WHOLE)
+
+    def multiplied(self, context: int) -> int:
+        """Cached numbers that one query head multiplies with for a token after `context` others."""
+        if self.linear is None:
+            return (self.read or 2 * self.head_dim) * min(context, self.window or context)
+        near = min(context, self.linear.window + self.linear.sinks)
+        return 2 * self.head_dim * near + self.linear.feature_dim * self.head_dim
 
     @property
     def cached(self) -> Mapping[str, int]:
@@ -158,6 +179,12 @@ class Slot:
     constant: int = 0
     per_encoder_token: int = 0
     window: int | None = None  # the cache never holds more tokens than this
+    wide: bool = False  # at least 4 bytes an element, whatever the format of the cache
+
+    def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
+        """Elements that one sequence of `tokens` keeps alive here."""
+        held = tokens if self.window is None else min(tokens, self.window)
+        return self.constant + self.per_token * held + self.per_encoder_token * encoder_tokens
 
 
 @dataclass(frozen=True)
@@ -171,16 +198,14 @@ class CacheSpec:
 
     def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
         """Elements that one sequence of `tokens` keeps alive."""
-        return sum(
-            slot.constant
-            + slot.per_token * (tokens if slot.window is None else min(tokens, slot.window))
-            + slot.per_encoder_token * encoder_tokens
-            for slot in self._unique()
-        )
+        return sum(slot.elements(tokens, encoder_tokens) for slot in self._unique())
 
     def bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2, encoder_tokens: int = 0) -> int:
         """Bytes of the cache of `batch` sequences of `tokens` at `itemsize` bytes an element."""
-        return batch * itemsize * self.elements(tokens, encoder_tokens)
+        return batch * sum(
+            slot.elements(tokens, encoder_tokens) * (max(itemsize, 4) if slot.wide else itemsize)
+            for slot in self._unique()
+        )
 
     def bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes that one more decoder token adds, before any window is full."""
@@ -233,14 +258,50 @@ def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attenti
     return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
 
 
+def with_linear(attention: Attention, linear: Linear) -> Attention:
+    """The same site with linear attention behind a window.
+
+    Roles: of `relu` one map for each key head, `phi` (G F, E) with `phi_bias`, which keys and their queries share; of
+    `hedgehog` one for each query head and one for each key head, `phi_q` (H F / 2, E) and `phi_k` (G F / 2, E); and
+    `window_gate` (H,), the logarithm of what the window counts, where both parts stand under one denominator.
+    """
+    width, heads, groups = attention.head_dim, attention.num_attention_heads, attention.num_key_value_heads
+    extra: dict[str, tuple[int, ...]] = {}
+    if linear.features == "relu":
+        extra = {"phi": (groups * linear.feature_dim, width), "phi_bias": (groups * linear.feature_dim,)}
+    if linear.features == "hedgehog":
+        half = linear.feature_dim // 2
+        extra = {"phi_q": (heads * half, width), "phi_k": (groups * half, width)}
+    if extra and linear.window:
+        extra["window_gate"] = (heads,)
+    kept = {"sums": 0, "window": 2 * groups * width * bool(linear.window + linear.sinks)}
+    return replace(attention, extra=extra, kept=kept, linear=linear)
+
+
+def _linear_slots(name: str, attention: Attention, linear: Linear) -> list[Slot]:
+    """What linear attention keeps: the last tokens, the first, and the sums of all others."""
+    both = 2 * attention.num_key_value_heads * attention.head_dim
+    slots = [
+        Slot(f"{name}.{part}", per_token=both, window=count)
+        for part, count in (("window", linear.window), ("sinks", linear.sinks))
+        if count
+    ]
+    columns = attention.head_dim + (linear.norm == "denominator")
+    sums = attention.num_key_value_heads * linear.feature_dim * columns
+    return [*slots, Slot(f"{name}.sums", constant=sums, wide=True)] if sums else slots
+
+
 def grouped_cache(shape: Shape) -> CacheSpec:
     """The cache of a model whose shape tells it: per site keys and values of its heads, or what else it keeps.
 
     Sites that read another layer's share its storage.
     """
-    slots = []
+    slots: list[Slot] = []
     for site, attention in shape.sites.items():
         if site.kind == "encoder":
+            continue
+        if attention.linear is not None:
+            slots += _linear_slots(f"{site.kind}.{site.layer}", attention, attention.linear)
             continue
         for part, width in attention.cached.items():
             name = f"{site.kind}.{site.layer if attention.source is None else attention.source}.{part}"
@@ -402,7 +463,24 @@ class Reckoned:
         return 8 * attention.hidden_size * attention.head_dim
 
 
-Question = Request | FoldedKL | ConvertedKL | Reckoned
+@dataclass(frozen=True)
+class RecallDrop:
+    """How much worse copies are when this site sees `window` tokens and the first `sinks` alone: `drop`, nats a token.
+
+    Measured on rows whose end repeats their beginning, `tokens` in all, once the requests are answered.
+    """
+
+    site: Site
+    window: int
+    sinks: int
+    tokens: int
+
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8
+
+
+Question = Request | FoldedKL | ConvertedKL | Reckoned | RecallDrop
 Answers = Mapping[Question, Mapping[str, "Tensor"]]
 
 
@@ -416,7 +494,8 @@ class Stage:
     `share` is its part of all tokens (the shares of a method add up to 1); `losses` weighs `ce`, `kl` and
     `attention` (matching of attention outputs); `trainable` names roles, or is empty for every parameter; `converted`
     leaves out sites that the conversion did not touch, and all that is no attention; `rates` multiplies the learning
-    rate by role; `finish` names the `end` of the method to call when it is over.
+    rate by role; `finish` names the `end` of the method to call when it is over. `taught` lets attentions read what the
+    teacher's did, where only their outputs are matched.
     """
 
     name: str
@@ -426,3 +505,4 @@ class Stage:
     converted: bool = False
     rates: Mapping[str, float] = field(default_factory=dict)
     finish: str | None = None
+    taught: bool = False

@@ -30,7 +30,12 @@ LOG = "train.jsonl"
 STATE = "state.json"  # in the work folder: which of the two slots holds the state to go on from
 
 _NO_MATTER = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")
-_UNSAID = {"optimizer": "adamw", "dropout": None, "tokenizer_data": ()}  # outputs are older than these settings
+_UNSAID = {
+    "optimizer": "adamw",
+    "dropout": None,
+    "tokenizer_data": (),
+    "lora": None,
+}  # outputs are older than these settings
 
 Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 """A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""

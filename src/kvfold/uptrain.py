@@ -30,6 +30,7 @@ from kvfold.shape import Stage
 from kvfold.stages import (
     OF_A_TEACHER,
     check_shares,
+    converted_sites,
     finish_of,
     method_stages,
     needs_teacher,
@@ -68,6 +69,10 @@ class UptrainSettings(TrainSettings):
     trainable: tuple[str, ...] = field(
         default=(), metadata={"help": "Roles to train (q,k,v,o,...); the rest stays as it is. Default: everything."}
     )
+    lora: int | None = field(
+        default=None,
+        metadata={"help": "Train factors of this rank beside q, k, v and o, merged when saved (needs kvfold[lora])."},
+    )
     converted_only: bool = field(
         default=False, metadata={"help": "Train attentions that the conversion changed, and nothing else."}
     )
@@ -88,6 +93,13 @@ class UptrainSettings(TrainSettings):
             raise SettingError("temperature must be positive", where="uptrain", got=self.temperature)
         if self.loss is not None and self.stages is not None:
             raise SettingError("loss and stages say the same thing", where="uptrain", next="give one of them")
+        if self.lora is not None and (self.lora < 1 or self.trainable):
+            raise SettingError(
+                "lora trains factors beside q, k, v and o, of rank 1 or more",
+                where="uptrain",
+                got=f"rank {self.lora}" + (f", and trainable {','.join(self.trainable)}" if self.trainable else ""),
+                next="leave out one of them",
+            )
         asked = self.asked()
         if self.attention_inputs == "teacher" and not any(set(stage.losses) == {"attention"} for stage in asked):
             raise SettingError(
@@ -166,6 +178,8 @@ def uptrain(
         device = best_device()
         model = place(hf.load(source.path, device=device), settings)
         other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+        if settings.lora:
+            hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
         works = _works(source, model, other, stages, settings, amount)
         with disk_errors(output.work):
             position = train(model, works, tokens, settings, output.work, progress)
@@ -183,6 +197,8 @@ def uptrain(
                 seed=settings.seed,
                 wall_seconds=position.seconds,
             )
+            if settings.lora:
+                hf.merge_lora(model)
             _save(output.work, source, model, lineage)
     State(output.work).remove()
     output.commit()
@@ -191,7 +207,9 @@ def uptrain(
 
 def _told(stage: Stage) -> dict[str, Any]:
     """A stage in the identity of a run, where what is not used is not said: outputs of before stay what they are."""
-    return {name: value for name, value in dataclasses.asdict(stage).items() if value or name != "converted"}
+    return {
+        name: value for name, value in dataclasses.asdict(stage).items() if value or name not in ("converted", "taught")
+    }
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
@@ -270,6 +288,21 @@ def _stages(settings: UptrainSettings, source: Checkpoint, guide: Checkpoint | N
     return stages
 
 
+def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
+    """The maps that factors stand beside: q, k, v and o, of converted sites alone where that was asked."""
+    sites = converted_sites(source) if settings.converted_only else source.shape.sites
+    tensors = (source.family.tensor(site, role) for site in sites for role in source.shape.sites[site].roles())
+    known = {source.family.tensor(site, role) for site in sites for role in "qkvo"}
+    return [name.removesuffix(".weight") for name in tensors if name in known]
+
+
+def _trained(source: Checkpoint, model: nn.Module, stage: Stage, settings: UptrainSettings) -> dict[str, nn.Parameter]:
+    """The parameters that a stage trains; factors in place of everything."""
+    if settings.lora and not stage.trainable:
+        return hf.lora_parameters(model)
+    return parameters_of(source, model, stage)
+
+
 def _works(
     source: Checkpoint,
     model: nn.Module,
@@ -285,14 +318,14 @@ def _works(
     for stage in stages:
         share += stage.share
         end = round(share * steps)
-        parameters_of(source, model, stage)  # refuses an unknown role before the first step
+        _trained(source, model, stage, settings)  # refuses an unknown role before the first step
         works.append(
             Work(
                 stage.name,
                 end - done,
-                objective(model, teacher, stage.losses, paths, settings),
+                objective(model, teacher, stage.losses, paths, settings, taught=stage.taught),
                 groups=lambda stage=stage: parameter_groups(  # type: ignore[misc]
-                    parameters_of(source, model, stage), settings.weight_decay, rates_of(source, stage)
+                    _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, stage)
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
             )
@@ -310,10 +343,15 @@ def objective(
     losses: Mapping[str, float],
     paths: Sequence[str],
     settings: UptrainSettings,
+    *,
+    taught: bool = False,
 ) -> Objective:
-    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts."""
+    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts.
+
+    `taught` as in a Stage: the settings say it for stages that were asked for.
+    """
     asks, matching = bool(OF_A_TEACHER & set(losses)), "attention" in losses
-    forced = matching and len(losses) == 1 and settings.attention_inputs == "teacher"
+    forced = matching and len(losses) == 1 and (taught or settings.attention_inputs == "teacher")
 
     def evaluate(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         read, target_BT, counts_BT = distill.parted(batch)

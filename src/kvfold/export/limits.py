@@ -33,8 +33,9 @@ def common_attention(source: Checkpoint, engine: str) -> Attention:
             f"{len(source.shape.owners)} owners",
             "keys and values of its own for each layer",
         )
-    if first.kept is not None:
-        kept = " and ".join(first.cached)
+    other = next((each for each in source.shape.sites.values() if each.kept is not None), None)
+    if other is not None:
+        kept = " and ".join(other.cached)
         raise refuse("the engine keeps keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise refuse("the engine gates its MLP with silu", activation, "silu")

@@ -52,7 +52,8 @@ def own_type(model_type: str) -> str:
 
 def stock_type(config: Json) -> str:
     """The stock architecture of a config.json of any kind."""
-    return str(config["model_type"]).removeprefix(own_type("")).removeprefix("latent_")
+    name = str(config["model_type"]).removeprefix(own_type(""))
+    return name.removeprefix("latent_").removeprefix("linear_")
 
 
 @cache

@@ -3,18 +3,20 @@
 A model whose layers all have as many key/value heads, and each its own, is of its source's own `model_type`. One whose
 layers differ or share says so with transformers' own fields, `per_layer_config` and `kv_source_layers`, under a
 `model_type` of ours (`kvfold_llama`): the stock classes build every layer alike, and `kvfold.hf` has those that do not.
-One with latent keys and values is a `kvfold_latent_llama`. `Shape.model_type` is the stock architecture for all.
+One with latent keys and values is a `kvfold_latent_llama`, one with linear attention a `kvfold_linear_llama`.
+`Shape.model_type` is the stock architecture for all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json, own_type, stock_type
-from kvfold.shape import Attention, Rope, Shape, Site, with_latent
+from kvfold.shape import Attention, Linear, Rope, Shape, Site, with_latent, with_linear
 
 TENSORS = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},
@@ -23,6 +25,8 @@ TENSORS = {
     "k_rope_bias": "k_rope.bias",  # of latent attention; its other roles are named after themselves
     "v_up_bias": "v_up.bias",
     "planes": "planes",
+    "phi_bias": "phi.bias",  # of linear attention
+    "window_gate": "window_gate",
 }
 
 MLP = {
@@ -36,9 +40,16 @@ CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Q
 LATENT = frozenset({"llama", "mistral", "qwen2"})
 """Those of them that can have latent keys and values: no norm stands between a key and its latent."""
 
+LINEAR = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Those of them that can have linear attention."""
+
+LINEAR_LAYER = "kvfold_linear"
+"""What `layer_types` of config.json calls a layer of linear attention, and transformers' caches its cache layer."""
+
 _HEADS = "num_key_value_heads"
 _SOURCES = "kv_source_layers"
-OURS = ("per_layer_config", _SOURCES)
+_TYPES, _SETTINGS = "layer_types", "linear_attention"
+OURS = ("per_layer_config", _SOURCES, _TYPES, _SETTINGS)
 """What config.json says of a model type of ours beyond what it says of a stock one."""
 
 _PLANES, _WIDTHS = "rope_chunks", "latent_dims"
@@ -49,10 +60,16 @@ def latent_type(model_type: str) -> str:
     return own_type(f"latent_{model_type}")
 
 
+def linear_type(model_type: str) -> str:
+    """The model type of ours for a stock architecture with linear attention."""
+    return own_type(f"linear_{model_type}")
+
+
 def with_ours(*model_types: str) -> tuple[str, ...]:
     """Stock model types, and those of ours that go with them."""
     latent = [latent_type(model_type) for model_type in model_types if model_type in LATENT]
-    return (*model_types, *map(own_type, model_types), *latent)
+    linear = [linear_type(model_type) for model_type in model_types if model_type in LINEAR]
+    return (*model_types, *map(own_type, model_types), *latent, *linear)
 
 
 def number(config: Json, name: str) -> int:
@@ -93,6 +110,12 @@ def decoder_shape(
         splits = zip(_per_layer(config, _PLANES, layers), _per_layer(config, _WIDTHS, layers), strict=True)
         sites = {
             site: with_latent(attention, *split) for (site, attention), split in zip(sites.items(), splits, strict=True)
+        }
+    if config["model_type"] in map(linear_type, LINEAR):
+        linear, kinds = _linear(config), config.get(_TYPES) or [LINEAR_LAYER] * layers
+        sites = {
+            site: with_linear(attention, linear) if kinds[site.layer] == LINEAR_LAYER else attention
+            for site, attention in sites.items()
         }
     vocab, mlp = number(config, "vocab_size"), number(config, "intermediate_size")
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
@@ -142,6 +165,17 @@ def _per_layer(config: Json, name: str, layers: int) -> list[int]:
     return [number({name: value}, name) for value in values]
 
 
+def _linear(config: Json) -> Linear:
+    """The settings of linear attention in config.json. Raises UnsupportedModel when they are not all there."""
+    said = config.get(_SETTINGS)
+    names = {each.name for each in fields(Linear)}
+    if not isinstance(said, dict) or set(said) != names:
+        raise UnsupportedModel(
+            f"config.json: {_SETTINGS} must say {', '.join(sorted(names))} and nothing else", got=repr(said)
+        )
+    return Linear(**said)
+
+
 def _sources(config: Json, heads: Sequence[int], windows: Sequence[int | None]) -> list[int | None]:
     """The layer whose keys and values each layer reads, None for its own.
 
@@ -170,8 +204,17 @@ def heads_fields(shape: Shape) -> dict[str, Any]:
 
     Key/value heads are one number, or one for each layer: where layers differ, the commonest number is everyone's (the
     larger of two), and `per_layer_config` has the rest. Where layers share, `kv_source_layers` names the owners. Of
-    latent attention it says what each layer keeps.
+    latent attention it says what each layer keeps, of linear attention which layers have it, and its settings.
     """
+    linear = next((attention.linear for attention in shape.sites.values() if attention.linear is not None), None)
+    if linear is not None:
+        return {
+            "model_type": linear_type(shape.model_type),
+            "architectures": [f"KvfoldLinear{CLASSES[shape.model_type]}ForCausalLM"],
+            _HEADS: next(iter(shape.sites.values())).num_key_value_heads,
+            _TYPES: ["full_attention" if each.linear is None else LINEAR_LAYER for each in shape.sites.values()],
+            _SETTINGS: asdict(linear),
+        }
     kept = [attention.kept for attention in shape.sites.values() if attention.kept is not None]
     if kept:
         groups = next(iter(shape.sites.values())).num_key_value_heads

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from kvfold.hf import encoder_decoder as encoder_decoder  # these register their classes
 from kvfold.hf import latent as latent
+from kvfold.hf import linear as linear
 from kvfold.hf import per_layer as per_layer
+from kvfold.hf.adapters import add_lora, lora_parameters, merge_lora
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
 from kvfold.hf.attention import attention_outputs, with_attention
@@ -25,6 +27,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Through",
+    "add_lora",
     "attend",
     "attention_outputs",
     "build",
@@ -34,6 +37,8 @@ __all__ = [
     "live_cache_bytes",
     "load",
     "load_tokenizer",
+    "lora_parameters",
+    "merge_lora",
     "new_cache",
     "probabilities",
     "read",
