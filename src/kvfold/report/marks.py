@@ -84,8 +84,9 @@ def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
         if lines:
             columns = ["of the teacher's cache", "student", "training", "loss", "KL", "gap closed", "behind the best"]
             yield markdown((columns, lines), words=3, bold=bold)
-            teacher = tables.cell(study.teacher.metric("loss") if study.teacher else None)
-            yield f"{_about(study)}, the teacher's {teacher}{_gap(study)}. {_device(study)}"
+            loss = study.teacher.metric("loss") if study.teacher else None
+            teacher = f", the teacher's {loss.mean:.4f}" if loss else ""
+            yield f"{_about(study)}{teacher}{_gap(study)}. {_device(study)}"
 
 
 def _alike(study: Study) -> list[list[Row]]:
