@@ -562,6 +562,7 @@ def test_ratios_of_a_benchmark_stand_by_shape_and_dtype() -> None:
     metrics = {
         "float32, 64": {"over_multi_head": {"absorbed": 0.5, "grouped": 0.25}},
         "bfloat16, 64": {"over_multi_head": {"absorbed": 0.625}},
+        "target": {"over_multi_head": 1.0},
         "load_average": 0.1,
     }
     made = record.make("benchmark", "toy", {"note": "a quiet machine"}, metrics)

@@ -140,7 +140,8 @@ def _ratio(value: float | None) -> str:
 
 
 def _over(found: Any) -> Mapping[str, float] | None:
-    return found.get("over_multi_head") if isinstance(found, Mapping) else None
+    ratios = found.get("over_multi_head") if isinstance(found, Mapping) else None
+    return ratios if isinstance(ratios, Mapping) else None  # a target is a number under the same name
 
 
 def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
