@@ -26,7 +26,6 @@ on a CPU; measured 2.5x and 5x.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import tempfile
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kernels import matmul
 from kvfold import hf, record
 from kvfold.attention.grouped import grouped_attention
 from kvfold.bench import BenchSettings, bench, interleave
@@ -75,11 +75,6 @@ class Lines(Silent):
 
 
 # --- one attention step ----------------------------------------------------------------------------------------------
-
-
-def matmul(q_BH1E: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    logits_BH1S = (q_BH1E / math.sqrt(q_BH1E.shape[-1])) @ k_BHSE.mT
-    return logits_BH1S.softmax(-1) @ v_BHSE
 
 
 def repeat_kv(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor) -> Tensor:

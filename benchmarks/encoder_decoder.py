@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+from kernels import matmul
 from kvfold import hf, record
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
@@ -205,10 +206,6 @@ class Layer:
             encoder_context=self.sizes["input"],
         )
         return step.seconds(hardware("local"), self.dtype)
-
-
-def matmul(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    return ((q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.mT).softmax(-1) @ v_BHSE
 
 
 def agree(layer: Layer) -> None:

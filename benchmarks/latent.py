@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kernels import matmul
 from kvfold import record
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention, written_out
@@ -48,10 +49,6 @@ ROTATED = (1 / 16, 1 / 4, 1 / 2)  # of the bytes
 EXPANDED = 1 / 4  # the split that is also written out
 AGREE = {"float32": 1e-4, "bfloat16": 4e-2}
 TARGET = {"part": 0.125, "over_multi_head": 1.0}
-
-
-def matmul(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    return ((q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.mT).softmax(-1) @ v_BHSE
 
 
 @dataclass(frozen=True)

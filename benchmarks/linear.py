@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kernels import matmul
 from kvfold import record
 from kvfold.attention.blocked import blocked_attention
 from kvfold.attention.grouped import grouped_attention
@@ -54,10 +55,6 @@ from kvfold.bench import interleave
 STEP = {"heads": 32, "width": 64, "contexts": (256, 1024, 4096, 16_384, 65_536), "groups": (32, 8)}
 TRAINING = {"heads": 8, "width": 64, "tokens": 2048, "groups": (8, 2), "dtypes": ("float32", "bfloat16")}
 TARGET = {"training_over_softmax": 0.5, "growth_of_a_step": 1.5}
-
-
-def matmul(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    return ((q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.mT).softmax(-1) @ v_BHSE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,26 @@ def pytest_collection_finish() -> None:
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's own cache out of the tests."""
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread and an empty cache: a training says the same twice, and nothing that another test kept."""
+    import torch
+
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of 120 lines to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n} quick brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,7 @@ from kvfold.uptrain import UptrainSettings, uptrain
 HYBRID: dict[str, Any] = {"preset": "hybrid", "window": 4, "sinks": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{n} quick brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
-    return path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def shape_of(family: str, **changes: Any) -> Shape:

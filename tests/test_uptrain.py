@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,20 +40,7 @@ STEPS = 6
 SMALL: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "tokens": STEPS * 64, "log_every": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{n} quick brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
-    return path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ from kvfold.shape import (
     Question,
     RecallDrop,
     Reckoned,
+    Request,
     Site,
     SiteTensors,
 )
@@ -281,8 +282,7 @@ class _Calibration:
 
         folds = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
         recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
-        later = FoldedKL | ConvertedKL | Reckoned | RecallDrop
-        requests = [each for each in self.questions if not isinstance(each, later)]
+        requests = [each for each in self.questions if isinstance(each, Request)]
         answers = calibrate(source, requests, self.tokens, progress=progress)
         if folds:
             answers = {**answers, **measure(source, method, config, folds, answers, self.text(), progress=progress)}
@@ -453,8 +453,9 @@ class _Job:
 
     def queries(self) -> dict[Site, list[int]]:
         """The source's query heads in their new order, at sites where the method says that it is another."""
-        told = {site: self.found().get(str(site), {}) for site in self.source.shape.sites}
-        return {site: found[QUERIES] for site, found in told.items() if QUERIES in found}
+        found = self.found()
+        told = {site: found.get(str(site), {}) for site in self.source.shape.sites}
+        return {site: each[QUERIES] for site, each in told.items() if QUERIES in each}
 
     def _copy(self, name: str, tensor: Tensor, writer: Writer) -> int:
         """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""

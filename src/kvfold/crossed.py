@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from kvfold.factor import Block, joint, read_off
-from kvfold.latents import AVERAGED, apart
+from kvfold.latents import AVERAGED, apart, outputs
 from kvfold.linalg import psd_roots
-from kvfold.merge import Moments
+from kvfold.merge import Moments, about
 from kvfold.shape import Attention, Roles
 
 
@@ -49,12 +49,10 @@ class Reader:
         if self.moments is None:
             return _square(k_GED.flatten(0, 1)), _square(v_GED.flatten(0, 1))
         attention, moments = self.attention, self.moments
-        o_HDE = self.roles["o"].double().view(attention.hidden_size, -1, attention.head_dim).transpose(0, 1)
+        o_HDE = outputs(attention, self.roles)
         v_HED = v_GED.repeat_interleave(attention.query_group, 0)
-        seen_DD = _about(moments.gram_DD, moments.mean_D)
-        within_DD = seen_DD - _about(moments.attended_DD, moments.attended_mean_D)
-        scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
-        cost_H = AVERAGED * scale**2 * apart(o_HDE, v_HED, within_DD)
+        seen_DD, attended_DD = moments.covariances()
+        cost_H = AVERAGED * attention.logit_scale**2 * apart(o_HDE, v_HED, seen_DD - attended_DD)
         keys_DD, values_DD = torch.zeros_like(seen_DD), torch.zeros_like(seen_DD)
         for head, cost in enumerate(cost_H):  # one after the other: heads side by side would be H times the memory
             k_ED = k_GED[head // attention.query_group]
@@ -82,14 +80,14 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
     one_DD, mean_D = torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
     seen_DD = one_DD
     if seen is not None:
-        seen_DD, mean_D = _about(*seen), seen[1]
+        seen_DD, mean_D = about(*seen), seen[1]
     costs = [reader.costs() for reader in readers]
     keys_DD, values_DD = (sum(parts[1:], parts[0]) for parts in zip(*costs, strict=True))
     means, attended = [mean_D] * len(readers), [seen_DD] * len(readers)
     weighed = [reader.moments for reader in readers if reader.moments is not None]
     if weighed:
         means = [each.attended_mean_D for each in weighed]
-        attended = [_about(each.attended_DD, each.attended_mean_D) for each in weighed]
+        attended = [each.covariances()[1] for each in weighed]
         borne = [_power(cost[1], gram_DD) for cost, gram_DD in zip(costs, attended, strict=True)]
         attended_DD = sum(
             (part / sum(borne) * gram_DD for part, gram_DD in zip(borne, attended, strict=True)), 0 * seen_DD
@@ -121,10 +119,6 @@ def _read(rows_GED: Tensor, down_RD: Tensor, gram_DD: Tensor) -> tuple[Tensor, T
     one_DD = torch.eye(len(gram_DD), dtype=torch.float64)
     guess_DR = read_off(Block(one_DD, one_DD, gram_DD), down_RD)  # of the input: the best for all of its images
     return rows_GED.flatten(0, 1) @ guess_DR, one_DD - guess_DR @ down_RD
-
-
-def _about(gram_DD: Tensor, mean_D: Tensor) -> Tensor:
-    return gram_DD - torch.outer(mean_D, mean_D)
 
 
 def _square(rows_ND: Tensor) -> Tensor:

@@ -153,18 +153,12 @@ def blocks(cut: Cut, roles: Roles, metric: Metric, moments: Moments | None, gram
         balance = (values.power() / len(v_MD) / power) ** 0.5 if power > 0 else 1.0
         return [Block(free_ND, balance * one_N, gram_DD), values]
     assert moments is not None
-    seen_DD, attended_DD = _covariances(moments)
+    seen_DD, attended_DD = moments.covariances()
     keys_GNN, values_GEE = _key_metric(cut, roles, moments), _value_metric(cut, roles)
     return [
         Block(free_ND, _by_heads(psd_roots(keys_GNN)[0]), seen_DD),
         Block(v_MD, _by_heads(psd_roots(values_GEE)[0]), attended_DD),
     ]
-
-
-def _covariances(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Of the inputs, and of their averages by attention."""
-    seen_DD = moments.gram_DD - torch.outer(moments.mean_D, moments.mean_D)
-    return seen_DD, moments.attended_DD - torch.outer(moments.attended_mean_D, moments.attended_mean_D)
 
 
 def _by_heads(metric_GNN: Tensor) -> Tensor:
@@ -175,14 +169,14 @@ def _by_heads(metric_GNN: Tensor) -> Tensor:
     return whole_GNGN.view(groups * width, groups * width)
 
 
-def _outputs(attention: Attention, roles: Roles) -> Tensor:
-    """The columns of `o` by head, `o_HDE`."""
+def outputs(attention: Attention, roles: Roles) -> Tensor:
+    """The columns of `o` by head in float64, `o_HDE`."""
     return roles["o"].double().view(attention.hidden_size, -1, attention.head_dim).transpose(0, 1)
 
 
 def _value_metric(cut: Cut, roles: Roles) -> Tensor:
     """What an error of a value costs behind `o`, summed over the heads that read it, `(G, E, E)`."""
-    o_HDE = _outputs(cut.attention, roles)
+    o_HDE = outputs(cut.attention, roles)
     return _over_groups(o_HDE.mT @ o_HDE, cut.attention)
 
 
@@ -197,9 +191,9 @@ def spreads(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
 
     Inputs that one query attends to have the covariance of all, less that of their averages.
     """
-    seen_DD, attended_DD = _covariances(moments)
+    seen_DD, attended_DD = moments.covariances()
     v_HED = cut.v_GED.repeat_interleave(cut.attention.query_group, 0)
-    return apart(_outputs(cut.attention, roles), v_HED, seen_DD - attended_DD)
+    return apart(outputs(cut.attention, roles), v_HED, seen_DD - attended_DD)
 
 
 def apart(o_HDE: Tensor, v_HED: Tensor, within_DD: Tensor) -> Tensor:
@@ -214,7 +208,7 @@ def _key_metric(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
     attention, rotated = cut.attention, cut.rotated_GPX.shape[1]
     order_HE = cut.order_GE.repeat_interleave(attention.query_group, 0)[:, rotated:]
     gram_HNN = moments.query_HEE.take_along_dim(order_HE[:, :, None], 1).take_along_dim(order_HE[:, None], 2)
-    scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
+    scale = attention.logit_scale
     return _over_groups(AVERAGED * scale**2 * spreads(cut, roles, moments)[:, None, None] * gram_HNN, attention)
 
 

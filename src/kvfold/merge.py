@@ -124,6 +124,15 @@ class Moments:
     attended_DD: Tensor
     attended_mean_D: Tensor
 
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs, and of their averages by attention: both `(D, D)`, about their means."""
+        return about(self.gram_DD, self.mean_D), about(self.attended_DD, self.attended_mean_D)
+
+
+def about(gram_DD: Tensor, mean_D: Tensor) -> Tensor:
+    """Second moments about the mean."""
+    return gram_DD - torch.outer(mean_D, mean_D)
+
 
 def moments_of(site: Site, answers: Answers) -> Moments:
     """The moments that calibration found of a site."""

@@ -45,7 +45,7 @@ def pairs_of(attention: Attention, rope: Rope, sample: Mapping[str, Tensor]) -> 
     step = max(1, -(-len(query) * attention.query_group // MOST))
     query, key = query[::step], key[::step]
     theta_C, factor = frequencies(rope)
-    scale = factor**2 * (attention.head_dim**-0.5 if attention.scale is None else attention.scale)
+    scale = factor**2 * attention.logit_scale
     angle_XC = (position_N[query] - position_N[key])[:, None] * theta_C
     turn_XC = 1 - torch.polar(torch.ones_like(angle_XC), angle_XC)
     real, imaginary = pairs(rope)

@@ -115,6 +115,11 @@ class Attention:
         """Parameters of the site."""
         return sum(math.prod(shape) for role, shape in self.roles().items() if role not in WHOLE)
 
+    @property
+    def logit_scale(self) -> float:
+        """What inner products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
     def multiplied(self, context: int) -> int:
         """Cached numbers that one query head multiplies with for a token after `context` others."""
         if self.linear is None:

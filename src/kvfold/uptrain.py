@@ -291,9 +291,8 @@ def _stages(settings: UptrainSettings, source: Checkpoint, guide: Checkpoint | N
 def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
     """The maps that factors stand beside: q, k, v and o, of converted sites alone where that was asked."""
     sites = converted_sites(source) if settings.converted_only else source.shape.sites
-    tensors = (source.family.tensor(site, role) for site in sites for role in source.shape.sites[site].roles())
-    known = {source.family.tensor(site, role) for site in sites for role in "qkvo"}
-    return [name.removesuffix(".weight") for name in tensors if name in known]
+    roles = ((site, role) for site in sites for role in "qkvo" if role in source.shape.sites[site].roles())
+    return [source.family.tensor(*each).removesuffix(".weight") for each in roles]
 
 
 def _trained(source: Checkpoint, model: nn.Module, stage: Stage, settings: UptrainSettings) -> dict[str, nn.Parameter]:

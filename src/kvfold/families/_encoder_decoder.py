@@ -10,12 +10,13 @@ with one for each decoder layer. So is one whose decoder layers share a latent o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json, own_type
 from kvfold.families._decoder import number
-from kvfold.shape import Kind, Shape, Site
+from kvfold.shape import Attention, Kind, Shape, Site, with_encoder_latent
 
 HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_key_value_heads"}
 """What a student's config.json calls the key/value heads of each kind."""
@@ -37,6 +38,24 @@ def kv_heads(config: Json, kind: Kind, heads: int, layers: int) -> list[int]:
         if number({HEADS[kind]: count}, HEADS[kind]) > heads or heads % count:
             raise UnsupportedModel(f"config.json: {count} key/value heads do not divide {heads} query heads")
     return list(found)
+
+
+def decoder_sites(config: Json, own: Attention, cross: Attention, layers: int) -> dict[Site, Attention]:
+    """The attentions of the decoder with what config.json says of their caches, from what they are without."""
+    heads, narrow = own.num_attention_heads, latent(config, own.hidden_size)
+    counts = {kind: kv_heads(config, kind, heads, layers) for kind in HEADS}
+    found = {}
+    for layer in range(layers):
+        found[Site(layer)] = replace(own, num_key_value_heads=counts["self"][layer])
+        crossed = replace(cross, num_key_value_heads=counts["cross"][layer])
+        found[Site(layer, "cross")] = crossed if narrow is None else with_encoder_latent(crossed, narrow, layer)
+    return found
+
+
+def parameters(sites: Mapping[Site, Attention]) -> tuple[int, int]:
+    """Parameters of the encoder's attentions, and of the decoder's."""
+    encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
+    return encoder, sum(each.parameters for each in sites.values()) - encoder
 
 
 def latent(config: Json, hidden: int) -> int | None:

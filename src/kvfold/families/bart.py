@@ -9,13 +9,11 @@ decoder may have different numbers of heads. A student with fewer key/value head
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Family, Json, own_type, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import HEADS, fields, kv_heads, latent
-from kvfold.shape import Attention, Shape, Site, with_encoder_latent
+from kvfold.families._encoder_decoder import decoder_sites, fields, parameters
+from kvfold.shape import Attention, Shape, Site
 
 MODEL_TYPES = ("bart", "mbart")  # stock ones of this layout
 OFFSET = 2  # rows of the tables of positions that stand for none
@@ -31,18 +29,12 @@ def _shape(config: Json) -> Shape:
     )
     alone = {part: _attention(hidden, heads[part]) for part in heads}
     sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
-    counts = {kind: kv_heads(config, kind, heads["decoder"], layers["decoder"]) for kind in HEADS}
-    narrow = latent(config, hidden)
-    for layer in range(layers["decoder"]):
-        own, crossed = (replace(alone["decoder"], num_key_value_heads=counts[kind][layer]) for kind in HEADS)
-        sites[Site(layer)] = own
-        sites[Site(layer, "cross")] = crossed if narrow is None else with_encoder_latent(crossed, narrow, layer)
+    sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
     final = 2 * hidden if stock_type(config) == "mbart" else 0
     outside = (positions + OFFSET) * hidden + 2 * hidden + final  # positions, their norm, and mBART's last
     forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
-    encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
+    encoder, decoder = parameters(sites)
     encoder += layers["encoder"] * (forward["encoder"] + 4 * hidden) + outside
-    decoder = sum(each.parameters for site, each in sites.items() if site.kind != "encoder")
     decoder += layers["decoder"] * (forward["decoder"] + 6 * hidden) + outside
     return Shape(
         family="bart",

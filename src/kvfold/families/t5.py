@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from kvfold.families import Family, Json, own_type, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import HEADS, fields, kv_heads, latent
-from kvfold.shape import Attention, Shape, Site, with_encoder_latent
+from kvfold.families._encoder_decoder import decoder_sites, fields, parameters
+from kvfold.shape import Attention, Shape, Site
 
 MODEL_TYPES = ("t5", "mt5")  # stock ones of this layout
 
@@ -32,18 +32,12 @@ def _shape(config: Json) -> Shape:
     alone = Attention(hidden, heads, heads, width, scale=1.0, permutable=False)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
     sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
-    counts = {kind: kv_heads(config, kind, heads, decoders) for kind in HEADS}
-    narrow = latent(config, hidden)
-    for layer in range(decoders):
-        own, crossed = (counts[kind][layer] for kind in HEADS)
-        sites[Site(layer)] = replace(alone, num_key_value_heads=own, extra={} if layer else table)
-        cross = replace(alone, num_key_value_heads=crossed, permutable=True)
-        sites[Site(layer, "cross")] = cross if narrow is None else with_encoder_latent(cross, narrow, layer)
+    sites |= decoder_sites(config, alone, replace(alone, permutable=True), decoders)
+    sites[Site(0)] = replace(sites[Site(0)], extra=table)
     gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
     forward = (3 if gated else 2) * hidden * inner
-    encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
+    encoder, decoder = parameters(sites)
     encoder += layers * (forward + 2 * hidden) + hidden
-    decoder = sum(each.parameters for site, each in sites.items() if site.kind != "encoder")
     decoder += decoders * (forward + 3 * hidden) + hidden
     return Shape(
         family="t5",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
 def derive(module: str, about: str, stock: type, name: str, *before: type, **fields: Any) -> type:
@@ -12,3 +16,37 @@ def derive(module: str, about: str, stock: type, name: str, *before: type, **fie
     made = type(name, (*before, stock), {**said, **fields})
     setattr(sys.modules[module], name, made)
     return made
+
+
+def register_decoder(
+    module: str,
+    about: str,
+    model_type: str,
+    names: tuple[str, str],
+    front: type,
+    *,
+    config: tuple[type, ...] = (),
+    fields: Mapping[str, Any],
+    **given: Any,
+) -> None:
+    """Derive the config and model classes of a stock decoder, and tell transformers' Auto classes of them.
+
+    `names` are what the stock classes' names and ours begin with (`Llama`, `KvfoldLlama`). `front` stands in front of
+    the model classes, which are `given` class attributes; `config` in front of the config class, which has `fields`.
+    """
+    stock, ours = names
+    settings = derive(
+        module,
+        about,
+        getattr(transformers, f"{stock}Config"),
+        f"{ours}Config",
+        *config,
+        model_type=model_type,
+        **fields,
+    )
+    AutoConfig.register(model_type, settings)
+    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
+        made = derive(
+            module, about, getattr(transformers, f"{stock}{end}"), f"{ours}{end}", front, config_class=settings, **given
+        )
+        auto.register(settings, made)

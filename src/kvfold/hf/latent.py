@@ -9,20 +9,18 @@ are. Importing this module registers the classes with transformers' Auto classes
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.families._decoder import CLASSES, LATENT, latent_type
 from kvfold.hf.attention import NAME, NAME_FP8, through_fp8
-from kvfold.hf.deriving import derive
+from kvfold.hf.deriving import derive, register_decoder
 
 
 class LatentAttention(nn.Module):
@@ -133,21 +131,18 @@ class _Latent:
         model.post_init()  # draws the weights of what is new
 
 
-_derived = partial(derive, __name__, "with latent keys and values")
+_ABOUT = "with latent keys and values"
 
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = latent_type(model_type)
-    config = _derived(getattr(transformers, f"{name}Config"), f"KvfoldLatent{name}Config", model_type=ours)
-    AutoConfig.register(ours, config)
     stock: Any = getattr(transformers, f"{name}Model")
     # a kind of the stock attention: by its class a model finds what it is asked to show
-    attention = _derived(stock._can_record_outputs["attentions"], f"KvfoldLatent{name}Attention", LatentAttention)
-    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        stock = getattr(transformers, f"{name}{end}")
-        fields = {"config_class": config, "latent_attention": attention}
-        auto.register(config, _derived(stock, f"KvfoldLatent{name}{end}", _Latent, **fields))
+    attention = derive(
+        __name__, _ABOUT, stock._can_record_outputs["attentions"], f"KvfoldLatent{name}Attention", LatentAttention
+    )
+    names = (name, f"KvfoldLatent{name}")
+    register_decoder(__name__, _ABOUT, latent_type(model_type), names, _Latent, fields={}, latent_attention=attention)
 
 
 for _model_type in sorted(LATENT):

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,7 +38,8 @@ from kvfold.attention.linear import (
 from kvfold.errors import SettingError
 from kvfold.families._decoder import CLASSES, LINEAR, LINEAR_LAYER, linear_type
 from kvfold.hf.attention import NAME_FP8, through_fp8
-from kvfold.hf.deriving import derive
+from kvfold.hf.deriving import derive, register_decoder
+from kvfold.hf.sharing import normed_heads
 
 SEEN = "kvfold_seen"
 """The name under which the mask of a batch with padding goes through a forward: `(B, S)`, False for padding."""
@@ -214,8 +213,8 @@ class LinearAttention(nn.Module):
         """The stock attention's signature: `hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
         mine: Any = self
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = _normed(self, "q_norm", mine.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = _normed(self, "k_norm", mine.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        query = normed_heads(self, "q_norm", mine.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = normed_heads(self, "k_norm", mine.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = mine.v_proj(hidden_states).view(heads).transpose(1, 2)
         turn = self.architecture.apply_rotary_pos_emb
         phi_q = phi_k = None
@@ -382,11 +381,6 @@ class _New:
     seen: Tensor | None  # (B, S) over the whole text, False for padding
 
 
-def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
-    norm: Any = getattr(attention, name, None)
-    return heads if norm is None else cast(Tensor, norm(heads))
-
-
 def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a forward of a model without its head: tell its layers of padding.
 
@@ -452,32 +446,36 @@ class _Linear:
         model.post_init()  # draws the weights of what is new
 
 
-_derived = partial(derive, __name__, "with linear attention behind a window")
+_ABOUT = "with linear attention behind a window"
+_FIELDS = {
+    "layer_types": None,
+    "linear_attention": None,
+    "__annotations__": {"layer_types": list[str] | None, "linear_attention": dict[str, Any] | None},
+}
 
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = linear_type(model_type)
-    config = _derived(
-        getattr(transformers, f"{name}Config"),
-        f"KvfoldLinear{name}Config",
-        _Settings,
-        model_type=ours,
-        layer_types=None,
-        linear_attention=None,
-        __annotations__={"layer_types": list[str] | None, "linear_attention": dict[str, Any] | None},
-    )
-    AutoConfig.register(ours, config)
     stock: Any = getattr(transformers, f"{name}Model")
-    module = sys.modules[stock.__module__]
     # a kind of the stock attention: by its class a model finds what it is asked to show
-    attention = _derived(
-        stock._can_record_outputs["attentions"], f"KvfoldLinear{name}Attention", LinearAttention, architecture=module
+    attention = derive(
+        __name__,
+        _ABOUT,
+        stock._can_record_outputs["attentions"],
+        f"KvfoldLinear{name}Attention",
+        LinearAttention,
+        architecture=sys.modules[stock.__module__],
     )
-    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        stock = getattr(transformers, f"{name}{end}")
-        fields = {"config_class": config, "linear_attention": attention}
-        auto.register(config, _derived(stock, f"KvfoldLinear{name}{end}", _Linear, **fields))
+    register_decoder(
+        __name__,
+        _ABOUT,
+        linear_type(model_type),
+        (name, f"KvfoldLinear{name}"),
+        _Linear,
+        config=(_Settings,),
+        fields=_FIELDS,
+        linear_attention=attention,
+    )
 
 
 for _model_type in sorted(LINEAR):

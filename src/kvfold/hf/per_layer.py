@@ -11,15 +11,13 @@ classes.
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvfold.families import own_type
 from kvfold.families._decoder import CLASSES
-from kvfold.hf.deriving import derive
+from kvfold.hf.deriving import derive, register_decoder
 from kvfold.hf.sharing import SharedAttention, hand_out, refuse_reentrant, sharing_modes
 
 _HEADS = "num_key_value_heads"
@@ -87,26 +85,17 @@ class _OwnLayers:
         super().activation_checkpointing_enable(asked, *args, **kwargs)  # type: ignore[misc]
 
 
-_derived = partial(derive, __name__, "with key/value heads of each layer's own, or another layer's")
+_ABOUT = "with key/value heads of each layer's own, or another layer's"
+_FIELDS = {"kv_source_layers": None, "__annotations__": {"kv_source_layers": list[int] | None}}
 
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = own_type(model_type)
-    config = _derived(
-        getattr(transformers, f"{name}Config"),
-        f"Kvfold{name}Config",
-        _Sources,
-        model_type=ours,
-        kv_source_layers=None,
-        __annotations__={"kv_source_layers": list[int] | None},
-    )
-    AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    _derived(getattr(module, f"{name}Attention"), f"Kvfold{name}Attention", SharedAttention, architecture=module)
-    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        model = _derived(getattr(transformers, f"{name}{end}"), f"Kvfold{name}{end}", _OwnLayers, config_class=config)
-        auto.register(config, model)
+    stock = getattr(module, f"{name}Attention")
+    derive(__name__, _ABOUT, stock, f"Kvfold{name}Attention", SharedAttention, architecture=module)
+    names = (name, f"Kvfold{name}")
+    register_decoder(__name__, _ABOUT, own_type(model_type), names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
 
 
 for _model_type, _name in CLASSES.items():

@@ -50,10 +50,10 @@ class SharedAttention:
         """`hidden_states` (B, T, D) -> `(output_BTD, weights)`; a static cache's S is longer than what was read."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         owns = self.kv_source_layer == self.layer_idx
-        query = _normed(self, "q_norm", self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        query = normed_heads(self, "q_norm", self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         key = query[:, :0]  # rotated beside the queries: no head of a consumer's
         if owns:
-            key = _normed(self, "k_norm", self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+            key = normed_heads(self, "k_norm", self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         query, key = self.architecture.apply_rotary_pos_emb(query, key, *position_embeddings)
         if owns:
             value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -79,8 +79,9 @@ class SharedAttention:
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
-    norm = getattr(attention, name, None)
+def normed_heads(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
+    """Heads behind the norm of this name, or as they are where the attention has none."""
+    norm: Any = getattr(attention, name, None)
     return heads if norm is None else norm(heads)
 
 
