@@ -18,11 +18,13 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.convert import ConvertSettings, convert
 from kvfold.data import token_file
 from kvfold.errors import SettingError
+from kvfold.evaluate import EvaluateSettings, evaluate
 from kvfold.families import all_families
 from kvfold.hf.linear import LinearLayer
 from kvfold.methods import supra
 from kvfold.plan import plan
 from kvfold.recall import SPAN, copies, measure_recall
+from kvfold.report import report
 from kvfold.shape import RecallDrop, Shape, Site
 from kvfold.uptrain import UptrainSettings, uptrain
 
@@ -111,6 +113,50 @@ def test_without_features_it_is_the_teacher_behind_a_mask(
     expected = whole(ids(1, 21), attention_mask=given).logits
     torch.testing.assert_close(student(ids(1, 21)).logits, expected, rtol=1e-4, atol=1e-5)
     assert not any("phi" in name or "window_gate" in name for name in student.state_dict())
+
+
+@torch.inference_mode()
+def test_without_its_sums_it_is_the_student_that_never_had_them(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint("llama", tokenizer=False)
+    load: Any = hf.load
+    hybrid, window, published = (
+        load(convert(teacher, tmp_path / name, "supra", settings))
+        for name, settings in (
+            ("hybrid", {**HYBRID, "gate": 0.1}),
+            ("window", {**HYBRID, "features": "none"}),
+            ("supra", {}),
+        )
+    )
+    assert [hf.removable(each) for each in (hybrid, window, published)] == [["sums"], [], []]
+    before = hybrid(ids(2, 21)).logits
+    with hf.without(hybrid, "sums"):
+        found, written = hybrid(ids(2, 21)).logits, hf.generate(hybrid, ids(2, 9), max_new_tokens=6)
+    torch.testing.assert_close(found, window(ids(2, 21)).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(written, hf.generate(window, ids(2, 9), max_new_tokens=6))
+    assert float((found - before).abs().max()) > 1e-3
+    assert torch.equal(hybrid(ids(2, 21)).logits, before)
+
+
+def test_an_evaluation_says_what_the_sums_bring(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    settings = EvaluateSettings(
+        data=str(text), tokens=200, sequence_length=40, copy_distances=(8,), copy_trials=4, samples=0, fp8=False
+    )
+    made = {}
+    for name, said in (("hybrid", {**HYBRID, "gate": 0.1}), ("window", {**HYBRID, "features": "none"})):
+        student = convert(teacher, tmp_path / name, "supra", said)
+        made[name] = evaluate(student, settings, teacher=teacher, records=tmp_path).metrics
+    left = made["hybrid"]["without"]["sums"]
+    assert left["loss"] == pytest.approx(made["window"]["loss"], rel=1e-6)
+    assert left["copy_loss"]["8"] == pytest.approx(made["window"]["copy_loss"]["8"], rel=1e-6)
+    assert left["loss"] != pytest.approx(made["hybrid"]["loss"], rel=1e-6)
+    assert "without" not in made["window"]
+    page = report(tmp_path).read_text(encoding="utf-8")
+    assert "without its sums" in page
 
 
 @torch.inference_mode()

@@ -348,6 +348,7 @@ def _measure(
             own[who]["loss_fp8_cache"] = loss
         for who, model in models.items():
             own[who] |= asked.recall(model, batch_size=settings.batch_size, what=f"{who}: recall", progress=progress)
+        without = _without(models["student"], asked, ids_N, settings, progress)
     for who, model in models.items():
         if harness is not None:
             progress.say(f"{who}: lm-eval, {', '.join(harness.tasks)}")
@@ -363,12 +364,28 @@ def _measure(
         "windows": len(sums["tokens"]),
         "text_bytes": text_bytes,
         **own["student"],
+        **({"without": without} if without else {}),
     }
     if teacher is not None:
         metrics |= {"teacher_loss": own["teacher"]["loss"], **scores.distance(sums), "teacher": own["teacher"]}
     if settings.samples:
         metrics["samples"] = probes.side_by_side(models, tokenizer, asked.prompts, settings.sample_tokens)
     return metrics
+
+
+def _without(
+    student: Any, asked: probes.Asked, ids_N: Tensor, settings: EvaluateSettings, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Loss and recall of the student without each part of its attention that it can do without: what is owed to it."""
+    found = {}
+    for part in hf.removable(student):
+        with hf.without(student, part):
+            loss = scores.summary(_score({"student": student}, ids_N, settings, progress), "student", 1)["loss"]
+            recall = asked.recall(
+                student, batch_size=settings.batch_size, what=f"without {part}: recall", progress=progress
+            )
+        found[part] = {"loss": loss, **recall}
+    return found
 
 
 def _models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:

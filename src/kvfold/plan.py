@@ -88,7 +88,7 @@ class Side:
     kv_heads: str
     parameters: int
     weight_bytes: int
-    cache_bytes_per_token: int
+    cache_bytes_per_token: int  # the mean over a text of `context`
     cache_bytes_per_encoder_token: int  # 0 where nothing is read by an encoder
     cache_bytes: int
     cache_bytes_per_device: int
@@ -238,7 +238,7 @@ def plan(
         student=student.shape.parameters * _itemsize(shape.dtype),
         uptraining=SLOTS * TRAINING_BYTES * student.shape.parameters if uptraining else 0,
     )
-    root = _root_bytes_per_token(lineage, use.itemsize) or before.cache_bytes_per_token
+    root = _root_bytes_per_token(lineage, use.context, use.itemsize) or before.cache_bytes_per_token
     return Plan(
         source=str(src),
         method=method,
@@ -286,10 +286,10 @@ def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
     return shape if root is None else replace(shape, root_elements=grouped_cache(root).elements(1, 1))
 
 
-def _root_bytes_per_token(lineage: Mapping[str, Any] | None, itemsize: int) -> int | None:
+def _root_bytes_per_token(lineage: Mapping[str, Any] | None, context: int, itemsize: int) -> int | None:
     """Cache bytes per token of the root teacher that a lineage names."""
     root = _root(lineage)
-    return None if root is None else grouped_cache(root).bytes_per_token(itemsize)
+    return None if root is None else grouped_cache(root).mean_bytes_per_token(context, itemsize)
 
 
 def _root(lineage: Mapping[str, Any] | None) -> Shape | None:
@@ -332,7 +332,7 @@ class _Use:
             kv_heads=_heads(shape),
             parameters=shape.parameters,
             weight_bytes=weights,
-            cache_bytes_per_token=cache.bytes_per_token(self.itemsize),
+            cache_bytes_per_token=cache.mean_bytes_per_token(self.context, self.itemsize),
             cache_bytes_per_encoder_token=cache.bytes_per_encoder_token(self.itemsize),
             cache_bytes=batch * whole,
             cache_bytes_per_device=round(batch * per_sequence),

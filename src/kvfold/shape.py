@@ -216,6 +216,10 @@ class CacheSpec:
         """Bytes that one more decoder token adds, before any window is full."""
         return itemsize * sum(slot.per_token for slot in self._unique())
 
+    def mean_bytes_per_token(self, tokens: int, itemsize: int = 2) -> int:
+        """The decoder's cache of a text, by its token: full windows and what is constant are spread over all `tokens`."""
+        return round(self.bytes(tokens, itemsize=itemsize) / tokens)
+
     def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
         """Bytes that one more token of an encoder's input adds."""
         return itemsize * sum(slot.per_encoder_token for slot in self._unique())

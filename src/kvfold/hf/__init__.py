@@ -12,7 +12,7 @@ from kvfold.hf import per_layer as per_layer
 from kvfold.hf.adapters import add_lora, lora_parameters, merge_lora
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
-from kvfold.hf.attention import attention_outputs, with_attention
+from kvfold.hf.attention import attention_outputs, removable, with_attention, without
 from kvfold.hf.decoding import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers, Through
 from kvfold.hf.loading import build, load, load_tokenizer
@@ -42,5 +42,7 @@ __all__ = [
     "new_cache",
     "probabilities",
     "read",
+    "removable",
     "with_attention",
+    "without",
 ]

@@ -7,8 +7,8 @@ and left-padded rows attend to their padding without a word.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,32 @@ def through_fp8(heads_BGSE: Tensor) -> Tensor:
 for _name, _function in ((NAME, forward), (NAME_FP8, _forward_fp8)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """An attention that can do without a part of itself: what a student owes to it shows when it is left out."""
+
+    def removable(self) -> Sequence[str]:
+        """The names of such parts."""
+
+    def without(self, part: str) -> AbstractContextManager[None]:
+        """Leave one out for a while."""
+
+
+def removable(model: nn.Module) -> list[str]:
+    """Parts that the attention of a model's layers can do without, by name."""
+    return sorted({part for each in model.modules() if isinstance(each, Removable) for part in each.removable()})
+
+
+@contextmanager
+def without(model: nn.Module, part: str) -> Iterator[None]:
+    """The same model with this part left out of every attention that has it."""
+    with ExitStack() as stack:
+        for each in model.modules():
+            if isinstance(each, Removable) and part in each.removable():
+                stack.enter_context(each.without(part))
+        yield
 
 
 @contextmanager

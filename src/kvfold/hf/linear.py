@@ -13,6 +13,8 @@ the classes with transformers' Auto classes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -236,6 +238,19 @@ class LinearAttention(nn.Module):
         else:
             heads_BTHE, weights = self._linear(new, layer, keeps).transpose(1, 2), None
         return mine.o_proj(heads_BTHE.flatten(2).contiguous()), weights
+
+    def removable(self) -> Sequence[str]:
+        """The sums, where a window stands beside them."""
+        return ("sums",) if self.window and self.kind != "none" else ()
+
+    @contextmanager
+    def without(self, part: str) -> Iterator[None]:
+        """The window and the sinks alone, for texts that begin and end meanwhile."""
+        kind, self.kind = self.kind, "none"
+        try:
+            yield
+        finally:
+            self.kind = kind
 
     def _features(self, rows_BHTE: Tensor, role: str) -> Tensor:
         """Features of queries or of keys, `(B, H, T, F)`."""

@@ -113,6 +113,16 @@ class Row:
                 found[key] = value
         return found
 
+    def without(self, part: str) -> Row:
+        """The same row as measured without a part of its attention."""
+        left = [(each, (each.metrics.get("without") or {}).get(part)) for each in self.records]
+        return replace(self, records=tuple(replace(each, metrics=metrics) for each, metrics in left if metrics))
+
+    @property
+    def parts(self) -> list[str]:
+        """Parts of its attention that it was measured without."""
+        return sorted({part for record in self.records for part in record.metrics.get("without") or {}})
+
     @property
     def loss_before(self) -> Spread | None:
         """Loss merely converted."""

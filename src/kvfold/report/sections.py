@@ -137,6 +137,7 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
         )
         yield Block("figure", title, about, table=_keyed(rows, "copy_loss", "{:,} tokens"), content=drawn)
+    yield from _owed(study)
     for name, title, heading in (
         ("passkey", "Passkey retrieval", "{:,} tokens"),
         ("passkey_loss", "Loss on the passkey", "{:,} tokens"),
@@ -148,6 +149,26 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
     if tasks:
         models = [row.label for row in study.everyone if any("lm_eval" in record.metrics for record in row.records)]
         yield Block("table", "lm-eval", table=(["task", *models], tasks))
+
+
+def _owed(study: Study) -> Iterator[Block]:
+    """What is lost when a part of a student's attention is left out."""
+    lines: list[list[str]] = []
+    rows = [row for row in study.rows if row.parts]
+    distances = sorted({int(distance) for row in rows for distance in row.keyed("copy_loss")})
+    for row in rows:
+        for name, each in (
+            (row.label, row),
+            *((f"{row.label}, without its {part}", row.without(part)) for part in row.parts),
+        ):
+            copies = (tables.cell(each.keyed("copy_loss").get(str(distance)), 3) for distance in distances)
+            lines.append([name, tables.cell(each.metric("loss")), *copies])
+    if lines:
+        about = (
+            "The same trained student, measured again with a part of its attention left out: what it owes to that part."
+        )
+        columns = ["model", "loss", *(f"copy loss over {distance:,} tokens" for distance in distances)]
+        yield Block("table", "What a part brings", about, table=(columns, lines))
 
 
 def _keyed(rows: Sequence[Row], name: str, heading: str) -> Table:
