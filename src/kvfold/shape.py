@@ -217,7 +217,7 @@ class CacheSpec:
         return itemsize * sum(slot.per_token for slot in self._unique())
 
     def mean_bytes_per_token(self, tokens: int, itemsize: int = 2) -> int:
-        """The decoder's cache of a text, by its token: full windows and what is constant are spread over all `tokens`."""
+        """The decoder's cache by the token of a text of `tokens`, over which full windows and constants are spread."""
         return round(self.bytes(tokens, itemsize=itemsize) / tokens)
 
     def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
