@@ -8,6 +8,7 @@ A page says what it wants and of which runs, and gets it again each time that it
     students       every student of the runs beside its teacher
     equal-bytes    students that cache as much and were trained on as much, the best first
     largest-batch  what fits into a given memory, and how fast it then is
+    recall         what they remember: copy loss by distance and the loss on a pass key, also without a part
     ratios         a benchmark's variants as parts of what it holds them against
 """
 
@@ -21,6 +22,7 @@ from kvfold.errors import DataError
 from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.pages import compare, of_runs
+from kvfold.report.recall import asked, recall
 from kvfold.report.rows import Row, Study, markdown, studies
 from kvfold.report.speed import largest_batches
 from kvfold.report.students import bare_name
@@ -118,6 +120,14 @@ def _behind(best: Row, row: Row) -> str:
     return f"{higher.mean - lower.mean:.4f}{unclear}"
 
 
+def _recall(records: Sequence[Record]) -> Iterator[str]:
+    """What each model of a study remembers, and how far back."""
+    for study in studies(records):
+        if rows := asked(study, "copy_loss"):
+            yield markdown(recall(rows, "copy_loss", "passkey_loss"))
+            yield f"{_about(study)}. {_device(study)}"
+
+
 def _ratios(records: Sequence[Record]) -> Iterator[str]:
     """Of each benchmark, a table for each shape: a line for each variant, a column for each dtype."""
     for record in (each for each in records if each.kind == "benchmark"):
@@ -156,5 +166,6 @@ KINDS: Mapping[str, Callable[[Sequence[Record]], Iterator[str]]] = {
     "students": _students,
     "equal-bytes": _equal_bytes,
     "largest-batch": _largest_batch,
+    "recall": _recall,
     "ratios": _ratios,
 }

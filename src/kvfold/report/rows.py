@@ -65,6 +65,7 @@ class Row:
     teacher_loss: float | None = None
     speedups: Mapping[tuple[int, int], float] = field(default_factory=dict)  # (context, batch) -> decode, of teacher's
     gap_closed: float | None = None
+    left_out: str = ""  # a part of its attention that it was measured without
 
     @property
     def trained(self) -> bool:
@@ -97,7 +98,8 @@ class Row:
     @property
     def label(self) -> str:
         """Name and training in one line, for legends."""
-        return f"{self.name}; {self.schooling}" if self.trained else self.name
+        words = f"{self.name}; {self.schooling}" if self.trained else self.name
+        return f"{words}; without its {self.left_out}" if self.left_out else words
 
     def metric(self, name: str) -> Spread | None:
         """A plain metric over seeds."""
@@ -113,15 +115,14 @@ class Row:
                 found[key] = value
         return found
 
-    def without(self, part: str) -> Row:
-        """The same row as measured without a part of its attention."""
-        left = [(each, (each.metrics.get("without") or {}).get(part)) for each in self.records]
-        return replace(self, records=tuple(replace(each, metrics=metrics) for each, metrics in left if metrics))
-
     @property
-    def parts(self) -> list[str]:
-        """Parts of its attention that it was measured without."""
-        return sorted({part for record in self.records for part in record.metrics.get("without") or {}})
+    def parted(self) -> list[Row]:
+        """The same students as they were measured without each part of their attention that they can do without."""
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            for part, metrics in (record.metrics.get("without") or {}).items():
+                found.setdefault(part, []).append(replace(record, metrics=metrics))
+        return [replace(self, left_out=part, records=tuple(left)) for part, left in found.items()]
 
     @property
     def loss_before(self) -> Spread | None:

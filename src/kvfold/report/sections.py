@@ -14,7 +14,8 @@ from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.planes import planes_section
-from kvfold.report.rows import NONE, Row, Study, Table, headline
+from kvfold.report.recall import asked, recall
+from kvfold.report.rows import NONE, Study, headline
 from kvfold.report.speed import plans, speed
 from kvfold.shape import DTYPE_BYTES
 
@@ -118,7 +119,7 @@ def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
 
 
 def _recall(study: Study, suffix: str) -> Iterator[Block]:
-    rows = [row for row in study.everyone if row.keyed("copy_loss")]
+    rows = asked(study, "copy_loss")
     if rows:
         title = "Copy loss by distance"
         lines = [
@@ -136,47 +137,14 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
         drawn = figures.lines(
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
         )
-        yield Block("figure", title, about, table=_keyed(rows, "copy_loss", "{:,} tokens"), content=drawn)
-    yield from _owed(study)
-    for name, title, heading in (
-        ("passkey", "Passkey retrieval", "{:,} tokens"),
-        ("passkey_loss", "Loss on the passkey", "{:,} tokens"),
-    ):
-        rows = [row for row in study.everyone if row.keyed(name)]
-        if rows:
-            yield Block("table", title, "By context.", table=_keyed(rows, name, heading))
+        yield Block("figure", title, about, table=recall(rows, "copy_loss"), content=drawn)
+    for name, title in (("passkey", "Passkey retrieval"), ("passkey_loss", "Loss on the passkey")):
+        if rows := asked(study, name):
+            yield Block("table", title, "By context.", table=recall(rows, name))
     tasks = list(_tasks(study))
     if tasks:
         models = [row.label for row in study.everyone if any("lm_eval" in record.metrics for record in row.records)]
         yield Block("table", "lm-eval", table=(["task", *models], tasks))
-
-
-def _owed(study: Study) -> Iterator[Block]:
-    """What is lost when a part of a student's attention is left out."""
-    lines: list[list[str]] = []
-    rows = [row for row in study.rows if row.parts]
-    distances = sorted({int(distance) for row in rows for distance in row.keyed("copy_loss")})
-    for row in rows:
-        for name, each in (
-            (row.label, row),
-            *((f"{row.label}, without its {part}", row.without(part)) for part in row.parts),
-        ):
-            copies = (tables.cell(each.keyed("copy_loss").get(str(distance)), 3) for distance in distances)
-            lines.append([name, tables.cell(each.metric("loss")), *copies])
-    if lines:
-        about = (
-            "The same trained student, measured again with a part of its attention left out: what it owes to that part."
-        )
-        columns = ["model", "loss", *(f"copy loss over {distance:,} tokens" for distance in distances)]
-        yield Block("table", "What a part brings", about, table=(columns, lines))
-
-
-def _keyed(rows: Sequence[Row], name: str, heading: str) -> Table:
-    keys = sorted({int(key) for row in rows for key in row.keyed(name)})
-    cells = [[tables.cell(row.keyed(name).get(str(key)), 3) for key in keys] for row in rows]
-    return ["model", *(heading.format(key) for key in keys)], [
-        [row.label, *line] for row, line in zip(rows, cells, strict=True)
-    ]
 
 
 def _tasks(study: Study) -> Iterator[list[str]]:
