@@ -333,13 +333,17 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
 
 
 def cache_bytes(records: Sequence[Record], row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Cache bytes per token before and after, by the plan; for the teacher itself, by any plan."""
+    """Cache bytes per token before and after, by the plan; for the teacher itself, by any plan.
+
+    The mean over the plan's context; of an encoder-decoder, of a token written and a token read together.
+    """
     plan = plan_of(records, row)
     if plan is None and row.get("role") != "student":
         plan = next((record for record in records if record.kind == "plan" and record.status == "done"), None)
     if plan is None:
         return None, None
-    return plan.metrics["before"]["cache_bytes_per_token"], plan.metrics["after"]["cache_bytes_per_token"]
+    tokens = plan.metrics["batch"] * plan.metrics["context"]
+    return plan.metrics["before"]["cache_bytes"] / tokens, plan.metrics["after"]["cache_bytes"] / tokens
 
 
 # --- the bench -------------------------------------------------------------------------------------------------------
