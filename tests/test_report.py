@@ -573,6 +573,21 @@ def test_ratios_of_a_benchmark_stand_by_shape_and_dtype() -> None:
     assert "a quiet machine" in text
 
 
+def test_rows_of_a_benchmark_are_turned_as_a_page_asks() -> None:
+    rows = [
+        {"variant": name, "context": context, "batch": 8, "ms": ms}
+        for name, context, ms in (("softmax", 256, 1.25), ("softmax", 4096, 20.0), ("sums", 4096, 1234.5))
+    ]
+    made = record.make("benchmark", "toy", {}, {"steps": rows})
+    text = with_tables(f"{START.format('pivot toy: steps variant context,batch ms')}\n{END}", [made])
+    assert "| variant | 256, 8 | 4,096, 8 |" in text
+    assert "| softmax | 1.25 | 20 |" in text
+    assert f"| sums | {tables.NONE} | 1,234 |" in text
+    for asked in ("pivot toy", "pivot toy: steps variant", "ratios toy: steps"):
+        with pytest.raises(DataError, match="a page asks for"):
+            with_tables(f"{START.format(asked)}\n{END}", [made])
+
+
 def test_the_figure_of_the_readme_has_a_point_for_each_row(run_dir: Path) -> None:
     text = quality_figure(record.read_all(run_dir))
     for label in (

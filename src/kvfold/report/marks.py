@@ -10,6 +10,8 @@ A page says what it wants and of which runs, and gets it again each time that it
     largest-batch  what fits into a given memory, and how fast it then is
     recall         what they remember: copy loss by distance and the loss on a pass key, also without a part
     ratios         a benchmark's variants as parts of what it holds them against
+    pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
+                   list's rows; COLUMN may be several between commas
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ def with_tables(text: str, records: Sequence[Record]) -> str:
 
 
 def _written(asked: str, records: Sequence[Record]) -> list[str]:
-    kind, *names = asked.split()
-    if kind not in KINDS or not names:
+    before, _, behind = asked.partition(":")
+    kind, *names = before.split()
+    if kind not in KINDS or not names or len(behind.split()) != (4 if kind == "pivot" else 0):
         raise DataError(f"a page asks for {asked!r}", allowed=f"{', '.join(KINDS)}, and names of runs")
-    made = "\n\n".join(KINDS[kind](of_runs(records, lambda name: name.partition("/")[0] in names)))
+    made = "\n\n".join(KINDS[kind](of_runs(records, lambda name: name.partition("/")[0] in names), *behind.split()))
     return [made] if made else []
 
 
@@ -141,8 +144,7 @@ def _ratios(records: Sequence[Record]) -> Iterator[str]:
             variants = list(dict.fromkeys(name for ratios in by_dtype.values() for name in ratios))
             lines = [[name, *(_ratio(ratios.get(name)) for ratios in by_dtype.values())] for name in variants]
             yield markdown(([f"heads of {shape}", *by_dtype], lines))
-        note = f" ({record.settings['note']})" if record.settings.get("note") else ""
-        yield f"Time as a part of multi-head's best. Measured on {tables.plain(record.device)}{note}."
+        yield f"Time as a part of multi-head's best. {_where(record)}"
 
 
 def _ratio(value: float | None) -> str:
@@ -154,6 +156,30 @@ def _over(found: Any) -> Mapping[str, float] | None:
     return ratios if isinstance(ratios, Mapping) else None  # a target is a number under the same name
 
 
+def _pivot(records: Sequence[Record], part: str, line: str, column: str, cell: str) -> Iterator[str]:
+    """A line for each value of one field, a column for each value of others."""
+    for record in (each for each in records if each.kind == "benchmark"):
+        cells: dict[str, dict[str, str]] = {}
+        for row in record.metrics[part]:
+            place = ", ".join(_words(row[name]) for name in column.split(","))
+            cells.setdefault(_words(row[line]), {})[place] = (
+                f"{row[cell]:,.3g}" if row[cell] < 1000 else f"{row[cell]:,.0f}"
+            )
+        columns = list(dict.fromkeys(place for found in cells.values() for place in found))
+        lines = [[name, *(found.get(place, tables.NONE) for place in columns)] for name, found in cells.items()]
+        yield markdown(([line, *columns], lines))
+        yield _where(record)
+
+
+def _words(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _where(record: Record) -> str:
+    note = f" ({record.settings['note']})" if record.settings.get("note") else ""
+    return f"Measured on {tables.plain(record.device)}{note}."
+
+
 def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
     """What fits into a given memory, by every benchmark that measured it."""
     for bench in tables.benches(records):
@@ -162,10 +188,11 @@ def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
             yield f"Measured on {tables.plain(bench.device)}."
 
 
-KINDS: Mapping[str, Callable[[Sequence[Record]], Iterator[str]]] = {
+KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "students": _students,
     "equal-bytes": _equal_bytes,
     "largest-batch": _largest_batch,
     "recall": _recall,
     "ratios": _ratios,
+    "pivot": _pivot,
 }
