@@ -288,6 +288,17 @@ def test_a_record_made_by_hand_takes_its_row_from_the_lineage() -> None:
     assert study.teacher.metric("loss") == tables.spread([TEACHER_LOSS])
 
 
+@pytest.mark.parametrize("other_first", [True, False])
+def test_what_a_row_does_not_say_is_the_default(other_first: bool) -> None:
+    plain, other = (
+        record.make("plan", "supra", {}, {"method": "supra", "settings": {"preset": "hybrid", "features": features}})
+        for features in ("preset", "none")
+    )
+    plans = [other, plain] if other_first else [plain, other]
+    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid"}) is plain
+    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid", "features": "none"}) is other
+
+
 def test_speed_is_looked_up_by_content_before_it_is_by_name() -> None:
     bench = dataclasses.replace(benched({"teacher": 8, "out": 2}), hashes={"out": "content"})
     same = evaluated("anything", student_row(2), 2.0, hashed="content")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvfold.methods import all_methods
@@ -317,8 +317,13 @@ def _is_published(row: Row) -> bool:
 
 
 def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
-    """The plan whose method and settings are those of a row: of those that do not contradict it, the one most alike."""
-    best: tuple[int, Record] | None = None
+    """The plan whose method and settings are those of a row: of those that do not contradict it, the one most alike.
+
+    What a row does not say is rather the method's default than anything else.
+    """
+    best: tuple[tuple[int, int], Record] | None = None
+    method = all_methods().get(str(row.get("method")))
+    usual = {each.name: each.default for each in fields(method.Config)} if method else {}
     for record in records:
         if record.kind != "plan" or record.status != "done":
             continue
@@ -327,8 +332,9 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
         same = all(known.get(key) == row.get(key) for key in ("method", "after"))
         if not same or any(str(known[key]) != str(row[key]) for key in shared):
             continue
-        if best is None or len(shared) > best[0]:
-            best = (len(shared), record)
+        alike = (len(shared), sum(known[key] == value for key, value in usual.items() if key in known))
+        if best is None or alike > best[0]:
+            best = (alike, record)
     return best[1] if best else None
 
 
