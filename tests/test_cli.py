@@ -191,6 +191,11 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
     "wrong grid": (["run", "recipe.yaml"], _recipe_with(matrix={"convert.kv_heads": [2, 3]}), "does not divide"),
     "wrong grid of a stage": (["run", "recipe.yaml"], _recipe_with(matrix={**TWO, "uptrain.loss": ["x"]}), "'x'"),
     "wrong change": (["run", "recipe.yaml", "--set", "uptrain.tokens=many"], _nothing, "tokens cannot be 'many'"),
+    "recipes in one folder": (
+        ["run", "recipe.yaml", "recipe.yaml", "--out", "runs"],
+        _nothing,
+        "cannot share a folder",
+    ),
 }
 
 
@@ -404,10 +409,12 @@ def test_a_run_from_end_to_end_and_again(here: Path, kvfold: Run, monkeypatch: p
     results = {name for name in made if name.endswith((".safetensors", ".jsonl")) or "records/e" in name}
     assert len(results) == 4 + 2 + 5  # weights, logs, evaluations
 
-    code, _, err = kvfold("run", "recipe.yaml")
+    (here / "again.yaml").write_text("extends: recipe.yaml\nname: tiny")
+    code, out, err = kvfold("run", "recipe.yaml", "again.yaml")
     assert code == 0, err
-    assert err.count("is complete") == 4  # two conversions, two trainings
-    assert err.count("measured already") == 6
+    assert out.count("runs/tiny/report.html") == 2
+    assert err.count("is complete") == 2 * 4  # two conversions, two trainings
+    assert err.count("measured already") == 2 * 6
     again = _tree(folder)
     assert set(again) == set(made)
     assert {name for name in results if again[name] != made[name]} == set()

@@ -110,6 +110,37 @@ def test_a_row_says_what_the_matrix_sets_in_its_training(tmp_path: Path) -> None
     ] + [{"alpha": 0.01, "tokens": "1M", "loss_name": "ce", "varied": "learning rate 0.003"}]
 
 
+def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "{name: base, source: a, data: t, heldout: h, uptrain: {tokens: 1k, loss: kl}, seeds: [0, 1]}"
+    )
+    (tmp_path / "middle.yaml").write_text("{extends: base.yaml, name: middle, uptrain: {loss: ce}}")
+    (tmp_path / "last.yaml").write_text("{extends: middle.yaml, name: last, seeds: [3], control: true}")
+    found = read_recipe(tmp_path / "last.yaml", ["uptrain.tokens=2k"])
+    assert (found.name, found.source, found.seeds, found.control) == ("last", "a", (3,), True)
+    assert found.uptrain == {"tokens": "2k", "loss": "ce"}
+    (tmp_path / "none.yaml").write_text("{extends: base.yaml, name: none, uptrain: null}")
+    assert read_recipe(tmp_path / "none.yaml").uptrain is None
+    assert read_recipe(tmp_path / "base.yaml").uptrain == {"tokens": "1k", "loss": "kl"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{extends: me.yaml}", "me.yaml: extends itself"),
+        ("{extends: other.yaml}", "other.yaml: cannot be read"),
+        ("{extends: [a, b]}", "extends cannot be"),
+        ("{extends: bad.yaml}", "unknown setting 'sedes'"),
+    ],
+)
+def test_a_recipe_that_extends_what_it_cannot_costs_one_line(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "me.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text("{name: bad, source: a, data: t, heldout: h, sedes: [1]}")
+    with pytest.raises(SettingError, match=says) as caught:
+        read_recipe(tmp_path / "me.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_set_changes_a_key_and_makes_missing_sections(tmp_path: Path) -> None:
     changed = read_recipe(_recipe(tmp_path, RECIPE), ["uptrain.tokens=2M", "bench.context=[64]", "seeds=[7]"])
     assert changed.uptrain == {"tokens": "2M"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from kvfold import record
 from kvfold.checkpoint import Checkpoint
@@ -97,23 +96,21 @@ def test_a_typing_error_costs_no_pretraining(recipe: Recipe, changes: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("t5-table1", 9), ("t5-small", 3), ("t5-ablations", 11), ("t5-latent", 16)]
+    ("name", "count"), [("t5-table1", 9), ("t5-small", 3), ("t5-ablations", 8), ("crosslatent", 16)]
 )
 def test_the_recipes_of_the_paper_say_what_can_be(name: str, count: int) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
-    source = yaml.safe_load(
-        (ROOT / "recipes" / f"{'t5-small' if name == 't5-small' else 't5-table1'}.yaml").read_text()
-    )
-    config = source["pretrain"]["config"]
+    pretrain = recipe.pretrain or read_recipe(ROOT / "recipes" / "t5-table1.yaml").pretrain
+    assert pretrain is not None
+    config = pretrain["config"]
     rows = cells(recipe)
     assert len(rows) == count
     for settings, where in ((recipe.uptrain, "uptrain"), (recipe.finetune, "finetune")):
         if settings is not None:
             decode(UptrainSettings, {"data": "x", **settings}, where)
-    if recipe.pretrain is not None:
-        decode(PretrainSettings, {key: value for key, value in recipe.pretrain.items() if key != "config"}, "pretrain")
+    decode(PretrainSettings, {key: value for key, value in pretrain.items() if key != "config"}, "pretrain")
     shape = family_of(config).shape(config)
-    assert 1e6 < shape.parameters < 6e6
+    assert 0.5e6 < shape.parameters < 6e6
 
 
 def test_a_plan_counts_both_caches(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from kvfold import __version__
-from kvfold.errors import Interrupted, KvfoldError
+from kvfold.errors import Interrupted, KvfoldError, SettingError
 from kvfold.families import all_families
 from kvfold.flags import Command
 from kvfold.methods import all_methods
@@ -298,7 +298,9 @@ def report(
 @command()
 def run(
     *,
-    recipe: Annotated[Path, typer.Argument(help="A recipe: one strict YAML file.", metavar="RECIPE")],
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipes, strict YAML files, in this order.", metavar="RECIPE...")
+    ],
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
     ] = None,
@@ -309,8 +311,13 @@ def run(
     """Do all of it from one recipe, over its grid and seeds; safe to repeat."""
     from kvfold.run import run as work
 
-    made = work(recipe, out=out, changes=changes or (), overwrite=overwrite, progress=_progress())
-    _summary(made.parent, made, as_json)
+    if out is not None and len(recipes) > 1:
+        raise SettingError(
+            "several recipes cannot share a folder", where="--out", got=out, next="leave it out: each has runs/NAME"
+        )
+    for recipe in recipes:
+        made = work(recipe, out=out, changes=changes or (), overwrite=overwrite, progress=_progress())
+        _summary(made.parent, made, as_json)
 
 
 @command()

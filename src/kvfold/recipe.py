@@ -176,14 +176,38 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; `changes` are `key=value` or `stage.key=value` from the command line.
 
-    Raises SettingError when the file is not there, is not YAML, or holds an unknown key.
+    `extends` names another recipe beside it, of which it says what differs.
+
+    Raises SettingError when a file is not there, is not YAML, or holds an unknown key.
     """
-    content = read_yaml(path)
+    content = _extended(Path(path), ())
     for change in changes:
         _change(content, change)
     if isinstance(content.get("matrix"), Mapping):
         content["matrix"] = [content["matrix"]]
     return decode(Recipe, content, str(path))
+
+
+def _extended(path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a recipe over those of the one that it extends."""
+    if path.resolve() in through:
+        raise SettingError("extends itself", where=path)
+    content = read_yaml(path)
+    other = content.pop("extends", None)
+    if other is None:
+        return content
+    if not isinstance(other, str):
+        raise SettingError(f"extends cannot be {other!r}", where=path, allowed="the name of a recipe beside this one")
+    return _over(_extended(path.parent / other, (*through, path.resolve())), content)
+
+
+def _over(base: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping over another: of what both hold as mappings, each key."""
+    made = dict(base)
+    for key, value in content.items():
+        inner = made.get(key)
+        made[key] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return made
 
 
 def _change(content: dict[str, Any], change: str) -> None:
