@@ -53,6 +53,14 @@ def test_masks_are_the_textbooks(shape: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_capped_logits_are_the_textbooks(shape: str) -> None:
+    given = drawn(shape, 3, 9)
+    capped = absorbed_attention(*given, softcap=0.8)
+    torch.testing.assert_close(capped, reference(*given, softcap=0.8))
+    assert (capped - absorbed_attention(*given)).norm() > 0.01 * capped.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_not_causal_sees_every_key(shape: str) -> None:
     given, everything = drawn(shape, 3, 9), torch.ones(3, 9, dtype=torch.bool)
     torch.testing.assert_close(absorbed_attention(*given, causal=False), reference(*given, mask=everything))
