@@ -174,7 +174,7 @@ def test_capped_logits_are_the_textbooks(tokens: int, keys: int, groups: int, se
     inputs, options = _inputs((2, 8, groups, tokens, keys, 16), dtype), {"softcap": 0.7, "scale": 0.5}
     mask = torch.rand(2, 1, tokens, keys, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[..., -1] = True
-    chosen: dict[str, Any] = {"causal": {"causal": True}, "bool": {"mask": mask}, "float": {"mask": 3.0 * mask}}
+    chosen: dict[str, Any] = {"causal": {"causal": True}, "bool": {"mask": mask}, "float": {"mask": 3 * mask.to(dtype)}}
     options |= chosen.get(seen, {})
     _agree(inputs, **options)
     if keys > 1:

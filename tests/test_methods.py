@@ -185,7 +185,7 @@ def test_what_is_planned_is_what_a_student_caches(
     teacher = tiny_checkpoint(family, tokenizer=False)
     planned = plan(teacher, name, SETTINGS[name], options=PlanSettings(context=9, batch=2))
     student = convert(teacher, tmp_path / "student", name, SETTINGS[name])
-    model: Any = hf.load(student, attention="sdpa")
+    model: Any = hf.load(student)
     with torch.inference_mode():
         kept = model(**inputs(model, torch.arange(2 * 9).view(2, 9)), use_cache=True).past_key_values
     assert hf.live_cache_bytes(kept) == planned.after.cache_bytes

@@ -41,7 +41,7 @@ class Reader:
 
     def heads(self, role: str) -> Tensor:
         """Rows of `k` or `v` by head in float64, `(G, E, D)`."""
-        return self.roles[role].double().view(-1, self.attention.head_dim, self.attention.hidden_size)
+        return self.roles[role].double().view(-1, self.attention.head_dim, self.attention.input_width)
 
     def costs(self) -> tuple[Tensor, Tensor]:
         """What an error of the input costs through the keys and through the values, both `(D, D)`."""
@@ -76,7 +76,7 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
     `seen` is the second moment and the mean of the encoder's output; without them it is the SVD of the weights. Readers
     with moments are weighed by what errors do; without, keys and values count alike.
     """
-    hidden = readers[0].attention.hidden_size
+    hidden = readers[0].attention.input_width
     one_DD, mean_D = torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
     seen_DD = one_DD
     if seen is not None:

@@ -230,7 +230,7 @@ def plan(
     chosen, made, student = _student(shape, method, settings or {})
     fields = family.fields(student.shape)  # says so now when no architecture can express the student
     device = hardware(options.hardware)
-    use = _Use(options, before_all, device, tied=bool(config.get("tie_word_embeddings", False)))
+    use = _Use(options, before_all, device, tied=family.tied(config))
     before = use.side(before_all, grouped_cache(before_all), config["model_type"])
     folded = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
     uptraining = _uptraining(options, device, before_all, student.shape)
