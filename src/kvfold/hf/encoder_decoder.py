@@ -72,7 +72,12 @@ class LatentCrossAttention:
         k_up_GER, v_up_GER = (each.weight.unflatten(0, (-1, width)) for each in (k, v))
         v_bias_GE = v_up_GER.new_zeros(1, width) if v.bias is None else v.bias.view(-1, width)
         q_BHTE = q(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
-        o_BHTE = absorbed_attention(  # a bias of k is the same for all tokens, and softmax does not see it
+        softcap, k_bias_GE = self.shape.softcap, None
+        if (
+            softcap is not None and k.bias is not None
+        ):  # else it is the same for all tokens, and softmax does not see it
+            k_bias_GE = k.bias.view(-1, width)
+        o_BHTE = absorbed_attention(
             q_BHTE,
             latent_BSR[..., :0],  # nothing is rotated
             latent_BSR,
@@ -82,7 +87,8 @@ class LatentCrossAttention:
             mask=kwargs.get("mask", kwargs.get("attention_mask")),
             scale=self.scaling,
             causal=False,
-            softcap=self.shape.softcap,
+            softcap=softcap,
+            k_bias_GN=k_bias_GE,
         )
         o_BTD = o(o_BHTE.transpose(1, 2).flatten(2))
         return (o_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (o_BTD, None)
