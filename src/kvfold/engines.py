@@ -74,10 +74,10 @@ _PLAIN_T5 = (
 
 _ONE_NUMBER = (  # of key/value heads in the whole decoder, which the architecture has a place for
     _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5GEMMA, _T5GEMMA, "loaded in the tests"),
-    _Known("vLLM", "has no T5Gemma", frozenset(), frozenset(), ""),
-    _Known("llama.cpp", "has no T5Gemma", frozenset(), frozenset(), ""),
-    _Known("CTranslate2", "its own converter", _T5GEMMA, frozenset(), ""),
-    _Known("SGLang", "has no T5Gemma", frozenset(), frozenset(), ""),
+    _Known("vLLM", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "its T5Gemma has no soft caps, and one window for all layers", frozenset(), frozenset(), ""),
+    _Known("SGLang", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
 )
 
 
