@@ -63,6 +63,7 @@ def test_a_student_of_one_number_is_a_t5gemma_like_any_other(tiny_checkpoint: Ma
     assert type(stock) is T5GemmaForConditionalGeneration
     assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     planned = plan(teacher, "gqa", {"kv_heads": 2})
+    assert "a sliding window of 6 tokens bounds the cache of 2 of 4 layers already" in planned.warnings[0]
     assert [each.name for each in planned.engines if each.loads] == ["transformers"]
     assert planned.engines[0].how == "AutoModelForSeq2SeqLM, without kvfold"
     mixed = convert(teacher, tmp_path / "mixed", "gqa", {"kv_heads": "self=4/2/2/4,cross=1"})

@@ -250,7 +250,7 @@ class _Contender:
     @property
     def cache(self) -> hf.CacheKind:
         """A static cache spares each step the copy of all that is cached; with a window it rolls, and copies too."""
-        windowed = any(site.window for site in self.checkpoint.shape.sites.values())
+        windowed = any(each.window for site, each in self.checkpoint.shape.sites.items() if site.kind == "self")
         return "fp8" if self.fp8 else "growing" if windowed else "static"
 
     @property

@@ -397,11 +397,10 @@ class _Use:
         found = []
         if self.context > source.max_positions:
             found.append(f"a context of {self.context:,} is beyond the {source.max_positions:,} positions of the model")
-        windows = [site.window for site in source.sites.values() if site.window is not None]
+        written = [attention for site, attention in source.sites.items() if site.kind == "self"]
+        windows = [attention.window for attention in written if attention.window is not None]
         if windows and min(windows) < self.context:
-            layers = (
-                "every layer" if len(windows) == len(source.sites) else f"{len(windows)} of {len(source.sites)} layers"
-            )
+            layers = "every layer" if len(windows) == len(written) else f"{len(windows)} of {len(written)} layers"
             found.append(
                 f"a sliding window of {min(windows):,} tokens bounds the cache of {layers} already: "
                 "a longer context adds nothing there"
