@@ -377,6 +377,14 @@ def test_a_t5gemma_is_one_of_ours_only_where_its_attentions_differ() -> None:
             "config.json: layer_types must name 4 layers (got ['chunked_attention', ",
         ),
         ({"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"]}}, "config.json: layer_types must name 4"),
+        (
+            {
+                **OUR_GEMMA,
+                "cross_num_key_value_heads": [2, 4, 2, 2],
+                "decoder": {**GEMMA["decoder"], "num_key_value_heads": 2},
+            },
+            "config.json: cross_num_key_value_heads cannot be more than the decoder's (got 4); allowed: 2",
+        ),
         ({"model_type": "t5gemma2"}, "architecture 't5gemma2' is not supported; allowed: "),
     ],
     ids=str,

@@ -38,8 +38,14 @@ def kv_heads(config: Json, kind: Kind, alone: Attention, layers: int) -> list[in
     if len(found) != layers:
         raise UnsupportedModel(f"config.json: {HEADS[kind]} has {len(found)} numbers for {layers} decoder layers")
     for count in found:
-        if number({HEADS[kind]: count}, HEADS[kind]) > heads or heads % count:
+        if heads % number({HEADS[kind]: count}, HEADS[kind]):
             raise UnsupportedModel(f"config.json: {count} key/value heads do not divide {heads} query heads")
+        if count > alone.num_key_value_heads:
+            raise UnsupportedModel(
+                f"config.json: {HEADS[kind]} cannot be more than the decoder's",
+                got=count,
+                allowed=alone.num_key_value_heads,
+            )
     return list(found)
 
 

@@ -72,11 +72,8 @@ class LatentCrossAttention:
         k_up_GER, v_up_GER = (each.weight.unflatten(0, (-1, width)) for each in (k, v))
         v_bias_GE = v_up_GER.new_zeros(1, width) if v.bias is None else v.bias.view(-1, width)
         q_BHTE = q(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
-        softcap, k_bias_GE = self.shape.softcap, None
-        if (
-            softcap is not None and k.bias is not None
-        ):  # else it is the same for all tokens, and softmax does not see it
-            k_bias_GE = k.bias.view(-1, width)
+        softcap = self.shape.softcap
+        felt = softcap is not None and k.bias is not None  # softmax does not see what is the same for all tokens
         o_BHTE = absorbed_attention(
             q_BHTE,
             latent_BSR[..., :0],  # nothing is rotated
@@ -88,7 +85,7 @@ class LatentCrossAttention:
             scale=self.scaling,
             causal=False,
             softcap=softcap,
-            k_bias_GN=k_bias_GE,
+            k_bias_GN=k.bias.view(-1, width) if felt else None,
         )
         o_BTD = o(o_BHTE.transpose(1, 2).flatten(2))
         return (o_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (o_BTD, None)
@@ -114,7 +111,7 @@ class LatentCrossAttention:
         return not absorbs(tokens, fresh, groups, heads, shape.head_dim, 0, latent)
 
 
-class CappedLatentCrossAttention(LatentCrossAttention):
+class LatentT5GemmaCrossAttention(LatentCrossAttention):
     """The same in front of a T5Gemma's."""
 
     looked_at = "encoder_hidden_states"
@@ -167,10 +164,10 @@ def _register(model_type: str, name: str) -> None:
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    stock_attention, front = getattr(module, f"{name}Attention", None), LatentCrossAttention
-    if stock_attention is None:
-        stock_attention, front = getattr(module, f"{name}CrossAttention"), CappedLatentCrossAttention
-    attention = _derived(stock_attention, f"KvfoldLatent{name}Attention", front)
+    crossed, front = getattr(module, f"{name}Attention", None), LatentCrossAttention
+    if crossed is None:  # self- and cross-attention are classes of their own
+        crossed, front = getattr(module, f"{name}CrossAttention"), LatentT5GemmaCrossAttention
+    attention = _derived(crossed, f"KvfoldLatent{name}Attention", front)
     for end, auto in (("Model", AutoModel), ("ForConditionalGeneration", AutoModelForSeq2SeqLM)):
         stock, fields = getattr(transformers, f"{name}{end}"), {"config_class": config, "latent_attention": attention}
         auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))
