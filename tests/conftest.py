@@ -96,6 +96,15 @@ def _save_tokenizer(folder: Path, sentinels: list[str]) -> Path:
     return folder
 
 
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with other settings, also in the parts (`encoder`, `decoder`) that have settings of that name."""
+    made = {**config, **changes}
+    for part, said in made.items():
+        if isinstance(said, dict) and "vocab_size" in said:
+            made[part] = {**said, **{key: value for key, value in changes.items() if key in said}}
+    return made
+
+
 def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> None:
     """Save a random model of `family.tiny()` with these fields changed; biases and norms are random too."""
     import torch
@@ -104,7 +113,7 @@ def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> Non
     from kvfold import hf
     from kvfold.families import all_families
 
-    config = {**all_families()[family].tiny(), **changes}
+    config = changed(all_families()[family].tiny(), changes)
     kept = transformers.AutoConfig.for_model(**config)
     kept.architectures = config["architectures"]
     ours = str(config["architectures"][0]).startswith("Kvfold")

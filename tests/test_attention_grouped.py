@@ -165,6 +165,32 @@ def test_dropout_reaches_the_kernel() -> None:
     assert not torch.equal(grouped_attention(q, k, v, dropout=0.5), grouped_attention(q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 9), (7, 7), (5, 12)])
+@pytest.mark.parametrize("seen", ["causal", "bool", "float", "all"])
+def test_capped_logits_are_the_textbooks(tokens: int, keys: int, groups: int, seen: str, dtype: torch.dtype) -> None:
+    """With a cap so low that it moves what comes out."""
+    inputs, options = _inputs((2, 8, groups, tokens, keys, 16), dtype), {"softcap": 0.7, "scale": 0.5}
+    mask = torch.rand(2, 1, tokens, keys, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask[..., -1] = True
+    chosen: dict[str, Any] = {"causal": {"causal": True}, "bool": {"mask": mask}, "float": {"mask": 3 * mask.to(dtype)}}
+    options |= chosen.get(seen, {})
+    _agree(inputs, **options)
+    if keys > 1:
+        capped, plain = (grouped_attention(*inputs, **{**options, "softcap": cap}) for cap in (0.7, None))
+        assert _error(capped, plain) > 0.01
+
+
+def test_a_capped_query_that_sees_nothing_gets_nothing() -> None:
+    q, k, v = _inputs((1, 4, 2, 3, 3, 8))
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    mask[:, :, 1] = False
+    made = grouped_attention(q, k, v, mask=mask, softcap=2.0)
+    assert not made[:, :, 1].any()
+    torch.testing.assert_close(made[:, :, ::2], reference(q, k, v, softcap=2.0)[:, :, ::2])
+
+
 def test_decoding_can_be_compiled_whole() -> None:
     q, k, v = _inputs((1, 4, 2, 1, 64, 8))
     compiled = torch.compile(grouped_attention, backend="eager", fullgraph=True)

@@ -53,6 +53,20 @@ def test_masks_are_the_textbooks(shape: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_capped_logits_are_the_textbooks(shape: str) -> None:
+    given = drawn(shape, 3, 9)
+    capped = absorbed_attention(*given, softcap=0.8)
+    torch.testing.assert_close(capped, reference(*given, softcap=0.8))
+    assert (capped - absorbed_attention(*given)).norm() > 0.01 * capped.norm()
+    bias = torch.randn(given[3].shape[:2], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    biased = absorbed_attention(*given, softcap=0.8, k_bias_GN=bias)
+    torch.testing.assert_close(biased, reference(*given, softcap=0.8, k_bias_GN=bias))
+    if bias.numel():  # all tokens alike, and felt
+        assert (biased - capped).norm() > 0.01 * capped.norm()
+        torch.testing.assert_close(absorbed_attention(*given, k_bias_GN=bias), absorbed_attention(*given))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_not_causal_sees_every_key(shape: str) -> None:
     given, everything = drawn(shape, 3, 9), torch.ones(3, 9, dtype=torch.bool)
     torch.testing.assert_close(absorbed_attention(*given, causal=False), reference(*given, mask=everything))

@@ -39,11 +39,19 @@ METHODS = methods.all_methods()
 ENDLESS = {"eos_token_id": None}  # every generation is as long as it was asked to be
 WIDTH = 32  # of the tiny models
 WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 GROUPED_T5 = {
     "model_type": "kvfold_t5",
     "architectures": ["KvfoldT5ForConditionalGeneration"],
     "num_key_value_heads": 2,
     "cross_num_key_value_heads": [2, 4, 4, 2],
+}
+WIDE_GEMMA = {  # an encoder of another width and depth, and a decoder that shares heads
+    part: {**all_families()["t5gemma"].tiny()[part], **changes}
+    for part, changes in (
+        ("encoder", {"hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 1}),
+        ("decoder", {"num_key_value_heads": 2, "attention_bias": True, "layer_types": LAYERS}),
+    )
 }
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in all_families()},
@@ -55,6 +63,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-wide": ("t5", {"feed_forward_proj": "relu", "d_kv": 16, "num_layers": 5, "num_decoder_layers": 3}),
     "bart-uneven": ("bart", {"encoder_layers": 5, "decoder_layers": 3, "encoder_attention_heads": 2}),
     "mbart": ("bart", {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}),
+    "t5gemma-wide": ("t5gemma", WIDE_GEMMA),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
 }
 

@@ -46,6 +46,11 @@ GROUPED_BART = {
     "architectures": ["KvfoldBartForConditionalGeneration"],
     "cross_num_key_value_heads": 2,
 }
+GEMMA = all_families()["t5gemma"].tiny()
+WIDE_GEMMA = {  # the decoder's heads are those that all of its attentions have
+    "encoder": {**GEMMA["encoder"], "hidden_size": 40, "num_hidden_layers": 3},
+    "decoder": {**GEMMA["decoder"], "attention_bias": True},
+}
 MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"], "decoder_layers": 3}
 CROSS = "decoder.block.{}.layer.1.EncDecAttention."
 
@@ -78,11 +83,16 @@ def written_out(student: Path) -> Any:
     known = {key: value for key, value in config.items() if key not in ours}
     made = transformers.AutoConfig.for_model(config["model_type"].removeprefix("kvfold_"), **known)
     model = getattr(transformers, config["architectures"][0].removeprefix("Kvfold"))(made)
-    down_RD = tensors.pop(family.tensor(Site(0, "cross"), "kv_down"), torch.eye(shape.hidden_size))
+    down_RD = tensors.pop(
+        family.tensor(Site(0, "cross"), "kv_down"), torch.eye(shape.sites[Site(0, "cross")].input_width)
+    )
     for site, attention in shape.sites.items():
         module = model.get_submodule(family.module(site))
-        if site.kind == "cross" and "v_bias" in attention.roles() and hasattr(module, "v"):
-            module.v = nn.Linear(shape.hidden_size, attention.num_attention_heads * attention.head_dim)
+        for role in ("k", "v"):
+            name = family.tensors[role].removesuffix(".weight")
+            linear = getattr(module, name)
+            if f"{role}_bias" in attention.roles() and linear.bias is None:
+                setattr(module, name, nn.Linear(linear.in_features, linear.out_features))
         for role in ("k", "v", "k_bias", "v_bias"):
             name = family.tensor(site, role)
             if name in tensors:
@@ -101,8 +111,11 @@ def written_out(student: Path) -> Any:
 @pytest.mark.parametrize("width", [7, None], ids=["narrow", "whole"])
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("t5", {}), ("t5", SHARED), ("t5", WIDE), ("bart", {}), ("bart", GROUPED_BART), ("bart", MBART)],
-    ids=["t5", "t5-shared", "t5-wide", "bart", "bart-shared", "mbart"],
+    [
+        *(("t5", {}), ("t5", SHARED), ("t5", WIDE), ("bart", {}), ("bart", GROUPED_BART), ("bart", MBART)),
+        *(("t5gemma", {}), ("t5gemma", WIDE_GEMMA)),
+    ],
+    ids=["t5", "t5-shared", "t5-wide", "bart", "bart-shared", "mbart", "t5gemma", "t5gemma-wide"],
 )
 def test_generation_is_that_of_keys_and_values_written_out(
     family: str,
@@ -297,6 +310,18 @@ def test_values_keep_their_mean() -> None:
         assert reader.moments is not None
         mean_D = reader.moments.attended_mean_D
         close(made["v"] @ (found.down_RD @ mean_D) + made["v_bias"], reader.roles["v"] @ mean_D)
+
+
+def test_keys_keep_theirs_where_a_cap_would_feel_it() -> None:
+    plain = drawn(2)
+    capped = [replace(each, attention=replace(each.attention, softcap=2.0)) for each in plain]
+    for reader, made, other in zip(capped, (found := fitted(capped, 4)).roles, fitted(plain, 4).roles, strict=True):
+        assert reader.moments is not None
+        mean_D = reader.moments.mean_D
+        close(made["k"] @ (found.down_RD @ mean_D) + made["k_bias"], reader.roles["k"] @ mean_D)
+        assert made["k_bias"].norm() > 0.01
+        close(made["k"], other["k"])
+        assert "k_bias" not in other
 
 
 def test_without_moments_it_is_the_svd_of_the_weights() -> None:

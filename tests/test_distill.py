@@ -55,6 +55,28 @@ def test_token_losses_equal_torch_on_whole_logits(
     assert total.item() == pytest.approx(sum(weights[name] * parts[name].item() for name in parts))
 
 
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize(("ours", "theirs"), [(1.5, 2.0), (1.5, None), (None, 2.0)])
+def test_capped_logits_are_those_of_the_losses(ours: float | None, theirs: float | None, chunk: int) -> None:
+    """Each head with its own cap, student and teacher."""
+    h, w, b, target, t_h, t_w = _inputs(torch.float64)
+    learned = [each.requires_grad_() for each in (h, w, b) if each is not None]
+
+    def capped(z: Tensor, cap: float | None) -> Tensor:
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    total, _ = token_losses(
+        h, Head(w, b, ours), target, {"ce": 0.3, "kl": 2.0}, teacher=(t_h, Head(t_w, softcap=theirs)), chunk=chunk
+    )
+    z_NV = capped(functional.linear(h, w, b).flatten(0, 1), ours)
+    t_NV = capped(functional.linear(t_h, t_w).flatten(0, 1), theirs)
+    kl = functional.kl_div(z_NV.log_softmax(-1), t_NV.log_softmax(-1), log_target=True, reduction="batchmean")
+    whole = 0.3 * functional.cross_entropy(z_NV, target.flatten()) + 2.0 * kl
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    for mine, right in zip(torch.autograd.grad(total, learned), torch.autograd.grad(whole, learned), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
 def test_under_autocast_it_is_as_near_as_bf16_allows() -> None:
     h, w, b, target, t_h, t_w = _inputs(torch.float32)
     h, w = h.requires_grad_(), w.requires_grad_()

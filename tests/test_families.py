@@ -10,12 +10,15 @@ import transformers
 
 from kvfold import hf
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, all_families, family_of
+from kvfold.families import Family, all_families, family_of, with_fields
 from kvfold.shape import Attention, Site, grouped_cache
 
 FAMILIES = all_families()
 OUR_T5 = {"model_type": "kvfold_t5"}
 OUR_BART = {"model_type": "kvfold_bart"}
+OUR_GEMMA = {"model_type": "kvfold_t5gemma"}
+GEMMA = FAMILIES["t5gemma"].tiny()
+WIDE = {"encoder": {**GEMMA["encoder"], "hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2}}
 MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
 DECODERS = [name for name, family in FAMILIES.items() if not family.encoder_decoder]
@@ -84,6 +87,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
     "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
     "t5, the encoder's output": ("t5", {**OUR_T5, "cross_latent_dim": 32}),
+    "t5gemma, grouped": ("t5gemma", {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 2}}),
+    "t5gemma, mixed": ("t5gemma", {**OUR_GEMMA, "num_key_value_heads": 2, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "t5gemma, wide encoder": ("t5gemma", {**WIDE, "tie_word_embeddings": False}),
+    "t5gemma, wide heads": ("t5gemma", {"decoder": {**GEMMA["decoder"], "head_dim": 16, "attention_bias": True}}),
+    "t5gemma, no caps": ("t5gemma", {"decoder": {**GEMMA["decoder"], "attn_logit_softcapping": None}}),
+    "t5gemma, layer types": (
+        "t5gemma",
+        {"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}},
+    ),
+    "t5gemma, latent": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 12, "num_key_value_heads": 2}),
+    "t5gemma, the encoder's output": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 48}),
     "mt5, latent": ("t5", {"model_type": "kvfold_mt5", "cross_latent_dim": 5, "num_decoder_layers": 2}),
     "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
 }
@@ -104,7 +118,8 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
-    assert shape.max_positions == getattr(model.config, "max_position_embeddings", 1 << 15)  # T5 has no end
+    decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    assert shape.max_positions == getattr(decoder, "max_position_embeddings", 1 << 15)  # T5 has no end
     saved = model.state_dict().keys()
     stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
     tensors = {name: tuple(tensor.shape) for name, tensor in stored}
@@ -119,12 +134,14 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
         name
         for name, module in model.named_modules()
         if re.fullmatch(
-            r"[A-Z]\w*\dAttention|[A-Z]+[a-z]+Attention|KvfoldLatent\w+Attention|LatentAttention", type(module).__name__
+            r"[A-Z]\w*\dAttention|[A-Z]+[a-z]+Attention|T5Gemma(Self|Cross)Attention|KvfoldLatent\w+Attention|LatentAttention",
+            type(module).__name__,
         )
     }
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:
-        read = (each for name, each in model.get_encoder().named_parameters() if not name.startswith("embed_tokens"))
+        written = set(model.get_decoder().parameters())  # an embedding that both have is the decoder's
+        read = (each for each in model.get_encoder().parameters() if each not in written)
         assert shape.encoder_parameters == sum(parameter.numel() for parameter in read)
 
 
@@ -132,21 +149,24 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
 def test_windows_are_those_of_the_model(variant: str) -> None:
     config = config_of(variant)
     made = transformers.AutoConfig.for_model(**config)
-    kinds = getattr(made, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(made, "sliding_window", None) else "full_attention"]
     shape = family_of(config).shape(config)
-    kinds = kinds * len(shape.sites) if len(kinds) == 1 else kinds
-    expected = [made.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-    assert [attention.window for attention in shape.sites.values()] == expected
+    for site, attention in shape.sites.items():
+        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made)
+        kinds = getattr(part, "layer_types", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if getattr(part, "sliding_window", None) else "full_attention"] * (
+                site.layer + 1
+            )
+        windowed = kinds[site.layer] == "sliding_attention" and site.kind != "cross"
+        assert attention.window == (part.sliding_window if windowed else None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     config = config_of(variant)
     predicted = grouped_cache(family_of(config).shape(config))
-    model = hf.build(config, seed=0, attention="sdpa").eval()
-    ids_BT = torch.arange(2 * 24).view(2, 24) % 90
+    model = hf.build(config, seed=0).eval()
+    ids_BT = 1 + torch.arange(2 * 24).view(2, 24) % 90
     read: dict[str, Any] = {}
     name = "input_ids"
     if family_of(config).encoder_decoder:
@@ -311,6 +331,87 @@ def test_barts_that_cannot_be_taken() -> None:
     ):
         with pytest.raises(UnsupportedModel, match=line):
             family_of(config | changes).shape(config | changes)
+
+
+def test_a_t5gemma_is_one_of_ours_only_where_its_attentions_differ() -> None:
+    family, config = FAMILIES["t5gemma"], FAMILIES["t5gemma"].tiny()
+    shape = family.shape(config)
+    fewer = {site: replace(each, num_key_value_heads=2) for site, each in shape.sites.items() if site.kind != "encoder"}
+    student = shape.with_sites(fewer)
+    stock = {"model_type": "t5gemma", "architectures": ["T5GemmaForConditionalGeneration"]}
+    assert family.fields(student) == {**stock, "decoder.num_key_value_heads": 2}
+    crossed = shape.with_sites({site: each for site, each in fewer.items() if site.kind == "cross"})
+    assert family.fields(crossed) == {
+        "model_type": "kvfold_t5gemma",
+        "architectures": ["KvfoldT5GemmaForConditionalGeneration"],
+        "num_key_value_heads": 4,
+        "cross_num_key_value_heads": 2,
+        "decoder.num_key_value_heads": 4,
+    }
+    mixed = student.with_sites({Site(1): replace(fewer[Site(1)], num_key_value_heads=1)})
+    assert family.fields(mixed)["num_key_value_heads"] == [2, 1, 2, 2]
+    for made in (student, crossed, mixed):
+        assert family.shape(with_fields(config, family.fields(made))) == made
+    assert config == family.tiny()  # a part is not changed in its place
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"decoder": None}, "config.json: decoder must be a part with settings of its own (got None)"),
+        ({"is_encoder_decoder": False}, "config.json: is_encoder_decoder false, and an encoder alone caches nothing"),
+        (
+            {"num_key_value_heads": 2},
+            "config.json: num_key_value_heads, and transformers ignores it in t5gemma; is its",
+        ),
+        (
+            {"encoder": {**GEMMA["encoder"], "vocab_size": 97}},
+            "config.json: encoder and decoder have different vocabularies (got 97 and 96)",
+        ),
+        (
+            {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 3}},
+            "config.json: 3 key/value heads do not divide 4 query heads",
+        ),
+        (
+            {"decoder": {**GEMMA["decoder"], "layer_types": ["chunked_attention"] * 4}},
+            "config.json: layer_types must name 4 layers (got ['chunked_attention', ",
+        ),
+        ({"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"]}}, "config.json: layer_types must name 4"),
+        (
+            {
+                **OUR_GEMMA,
+                "cross_num_key_value_heads": [2, 4, 2, 2],
+                "decoder": {**GEMMA["decoder"], "num_key_value_heads": 2},
+            },
+            "config.json: cross_num_key_value_heads cannot be more than the decoder's (got 4); allowed: 2",
+        ),
+        ({"model_type": "t5gemma2"}, "architecture 't5gemma2' is not supported; allowed: "),
+    ],
+    ids=str,
+)
+def test_t5gemmas_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = GEMMA | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+def test_what_a_t5gemma_leaves_unsaid_is_what_transformers_takes() -> None:
+    said = ("head_dim", "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "rope_parameters")
+    parts = {
+        part: {key: value for key, value in GEMMA[part].items() if key not in said} for part in ("encoder", "decoder")
+    }
+    config = {key: value for key, value in GEMMA.items() if key != "tie_word_embeddings"} | parts
+    family, made = family_of(config), transformers.AutoConfig.for_model(**config)
+    shape, decoder = family.shape(config), made.decoder
+    assert family.tied(config) is made.tie_word_embeddings
+    for layer, kind in enumerate(decoder.layer_types):
+        own = shape.sites[Site(layer)]
+        assert own.window == (decoder.sliding_window if kind == "sliding_attention" else None)
+        assert own.scale == decoder.query_pre_attn_scalar**-0.5
+        assert (own.head_dim, own.softcap) == (decoder.head_dim, decoder.attn_logit_softcapping)
+        assert own.rope is not None
+        assert own.rope.theta == decoder.rope_parameters["rope_theta"]
 
 
 def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:

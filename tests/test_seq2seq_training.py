@@ -58,9 +58,20 @@ def log(folder: Path) -> list[dict[str, Any]]:
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"model_type": "mt5"}], ids=str)
-def test_hidden_states_and_head_are_the_models_logits(changes: dict[str, Any]) -> None:
-    model: Any = hf.build({**all_families()["t5"].tiny(), **changes}, seed=0, attention=hf.ATTENTION).eval()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("t5", {}),
+        ("t5", {"tie_word_embeddings": False}),
+        ("t5", {"model_type": "mt5"}),
+        ("bart", {}),
+        ("t5gemma", {}),
+        ("t5gemma", {"tie_word_embeddings": False, "initializer_range": 2.0}),
+    ],
+    ids=str,
+)
+def test_hidden_states_and_head_are_the_models_logits(family: str, changes: dict[str, Any]) -> None:
+    model: Any = hf.build({**all_families()[family].tiny(), **changes}, seed=0, attention=hf.ATTENTION).eval()
     ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
     target = ids.flip(1)[:, :6].clone()
     target[1, 4:] = UNSEEN
@@ -70,7 +81,8 @@ def test_hidden_states_and_head_are_the_models_logits(changes: dict[str, Any]) -
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=seen, labels=target)
         h_BTD = distill.hidden_states(model, batch)
-    torch.testing.assert_close(distill.Head.of(model).logits(h_BTD), expected.logits)
+    counts = target != UNSEEN  # behind the end a model reads what it likes
+    torch.testing.assert_close(distill.Head.of(model).logits(h_BTD)[counts], expected.logits[counts])
     evaluate = objective(model, None, {"ce": 1.0}, (), UptrainSettings(data="x", tokens=1))
     torch.testing.assert_close(evaluate(batch)[0], expected.loss)
     guided = objective(model, model, {"kl": 1.0}, (), UptrainSettings(data="x", tokens=1))

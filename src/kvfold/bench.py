@@ -250,13 +250,20 @@ class _Contender:
     @property
     def cache(self) -> hf.CacheKind:
         """A static cache spares each step the copy of all that is cached; with a window it rolls, and copies too."""
-        windowed = any(site.window for site in self.checkpoint.shape.sites.values())
+        windowed = any(each.window for site, each in self.checkpoint.shape.sites.items() if site.kind == "self")
         return "fp8" if self.fp8 else "growing" if windowed else "static"
 
     @property
     def paired(self) -> bool:
         """Does an encoder read the prompts? The decoder then begins with one token of its own."""
         return self.checkpoint.family.encoder_decoder
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Those that compute what it is: no sdpa has a soft cap, and T5's own eager attention cannot share heads."""
+        if any(site.softcap is not None for site in self.checkpoint.shape.sites.values()):
+            return hf.ATTENTION, "eager"
+        return KERNELS[:-1] if self.paired else KERNELS
 
     def predicted_bytes(self, context: int, new_tokens: int, batch: int, dtype: str) -> int:
         """What the plan promises; an fp8 cache adds a float32 scale for the keys and one for the values of a layer."""
@@ -267,7 +274,7 @@ class _Contender:
 
     def roofline(self, context: int, batch: int, dtype: str, new_tokens: int) -> float:
         """Seconds that one decode step takes at least on this machine."""
-        tied = bool(self.checkpoint.config.get("tie_word_embeddings", False))
+        tied = self.checkpoint.family.tied(self.checkpoint.config)
         shape = self.checkpoint.shape
         own, read = (new_tokens, context) if self.paired else (context, 0)
         step = decode_step(shape, self.spec, context=own, batch=batch, dtype=dtype, tied=tied, encoder_context=read)
@@ -465,9 +472,8 @@ def _fastest_kernel(contender: _Contender, ids_BN: Tensor) -> str:
         contender.kernel = kernel
         return contender.decode(ids_BN[:, :1])
 
-    kernels = KERNELS[:-1] if contender.paired else KERNELS  # T5's own eager attention cannot share heads
-    seconds = interleave({kernel: partial(ready, kernel) for kernel in kernels}, TRIALS)
-    return min(kernels, key=lambda kernel: min(seconds[kernel]))
+    seconds = interleave({kernel: partial(ready, kernel) for kernel in contender.kernels}, TRIALS)
+    return min(contender.kernels, key=lambda kernel: min(seconds[kernel]))
 
 
 def _ratios(contenders: Sequence[_Contender], rows: Rows, settings: BenchSettings) -> Rows:

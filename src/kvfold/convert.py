@@ -31,7 +31,7 @@ from kvfold.checkpoint import (
     natural,
 )
 from kvfold.errors import Interrupted, OutputError, SettingError, choices
-from kvfold.families import MLP
+from kvfold.families import MLP, with_fields
 from kvfold.lineage import descend, remember
 from kvfold.output import (
     MANIFEST,
@@ -251,9 +251,12 @@ def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[st
     if student.model_type:
         changed["model_type"] = student.model_type
     if dtype != "source":
-        changed |= {key: dtype for key in ("dtype", "torch_dtype") if key in source.config} or {"dtype": dtype}
+        names = ("dtype", "torch_dtype")
+        changed |= {key: dtype for key in names if key in source.config} or {"dtype": dtype}
+        parts = {part: said for part, said in source.config.items() if isinstance(said, Mapping)}
+        changed |= {f"{part}.{key}": dtype for part, said in parts.items() for key in names if key in said}
     kept = {key: value for key, value in source.config.items() if key in after or key not in before}
-    return {**kept, **changed}
+    return with_fields(kept, changed)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ what is left depends on the layers through two matrices alone,
 
 so A is found as for one layer (`factor`), whatever the number of layers. For that, and that alone, the y_l have their
 mean moments, each weighed by the values that it bears. Logits feel no part of a key that is the same for all tokens,
-so moments are taken about their means, and values keep theirs as a bias.
+so moments are taken about their means, and values keep theirs as a bias; so do keys whose logits are capped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Reader:
 
     def heads(self, role: str) -> Tensor:
         """Rows of `k` or `v` by head in float64, `(G, E, D)`."""
-        return self.roles[role].double().view(-1, self.attention.head_dim, self.attention.hidden_size)
+        return self.roles[role].double().view(-1, self.attention.head_dim, self.attention.input_width)
 
     def costs(self) -> tuple[Tensor, Tensor]:
         """What an error of the input costs through the keys and through the values, both `(D, D)`."""
@@ -76,7 +76,7 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
     `seen` is the second moment and the mean of the encoder's output; without them it is the SVD of the weights. Readers
     with moments are weighed by what errors do; without, keys and values count alike.
     """
-    hidden = readers[0].attention.hidden_size
+    hidden = readers[0].attention.input_width
     one_DD, mean_D = torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
     seen_DD = one_DD
     if seen is not None:
@@ -106,9 +106,12 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
         new: Roles = dict(reader.roles)
         new["k"], off_k = _read(reader.heads("k"), down_RD, seen_DD)
         new["v"], off_v = _read(reader.heads("v"), down_RD, gram_DD)
-        new["v_bias"] = reader.heads("v").flatten(0, 1) @ (off_v @ average_D)
-        if "v_bias" in reader.roles:
-            new["v_bias"] = new["v_bias"] + reader.roles["v_bias"].double()
+        lost_means = {"v": off_v @ average_D}
+        if reader.attention.softcap is not None:
+            lost_means["k"] = off_k @ mean_D
+        for role, lost_D in lost_means.items():
+            old = reader.roles.get(f"{role}_bias")
+            new[f"{role}_bias"] = reader.heads(role).flatten(0, 1) @ lost_D + (0 if old is None else old.double())
         roles.append(new)
         lost.append((_part(cost[0], off_k, seen_DD), _part(cost[1], off_v, gram_DD)))
     return Shared(down_RD, roles, lost)

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvfold.seq2seq import UNSEEN, Pairs
+from kvfold.seq2seq import UNSEEN, Pairs, start_id
 
+LOOKED_AT = ("key_value_states", "encoder_hidden_states")  # what cross-attentions call the encoder's output
 CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
 
 
@@ -33,22 +34,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states: `z_NV = h_ND w_VD^T (+ b_V)`."""
+    """What makes logits of hidden states: `z_NV = h_ND w_VD^T (+ b_V)`, then `c tanh(z / c)` where there is a cap."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def of(cls, model: Any) -> Head:
         """The output head of a transformers model."""
-        layer = model.get_output_embeddings()  # type: ignore[operator]
-        return cls(layer.weight, layer.bias)
+        layer, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
+        return cls(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Logits in fp32 at least, multiplied in the dtype of the hidden states."""
         bias = None if self.bias is None else self.bias.to(h_ND.dtype)
         z_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
-        return z_NV.to(_wide(z_NV.dtype))
+        z_NV = z_NV.to(_wide(z_NV.dtype))
+        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same, to multiply in this dtype; a bias is added in the hidden states' own."""
+        return replace(self, weight=self.weight.to(dtype))
 
 
 def parted(batch: Tensor | Pairs) -> tuple[Tensor | Pairs, Tensor, Tensor | None]:
@@ -70,7 +77,7 @@ def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
         config = model.config
         read_BSD = model.get_encoder()(input_ids=batch.input_BS, attention_mask=batch.seen_BS).last_hidden_state
         h_BTD = model.get_decoder()(
-            input_ids=batch.shifted(getattr(config, "decoder_start_token_id", None) or 0),
+            input_ids=batch.shifted(start_id(config)),
             encoder_hidden_states=read_BSD,
             encoder_attention_mask=batch.seen_BS,
             use_cache=False,
@@ -107,6 +114,7 @@ def token_losses(
         temperature=temperature,
         chunk=chunk or max(1, CHUNK_BYTES // (4 * vocabulary)),
         teacher=None if teacher is None else (teacher[0].detach().flatten(0, -2).to(dtype), teacher[1]),
+        softcap=head.softcap,
     )
     total, ce, kl = _TokenLosses.apply(  # type: ignore[no-untyped-call]
         h_ND, head.weight, head.bias, target_BT.flatten(), settings
@@ -122,6 +130,7 @@ class _Settings:
     temperature: float
     chunk: int
     teacher: tuple[Tensor, Head] | None
+    softcap: float | None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -132,10 +141,10 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
-        head = Head(weight_VD.to(h_ND.dtype), None if bias_V is None else bias_V.to(h_ND.dtype))
+        head = Head(weight_VD, bias_V, settings.softcap).to(h_ND.dtype)
         teacher = settings.teacher
         if teacher is not None:
-            teacher = (teacher[0], Head(teacher[1].weight.to(h_ND.dtype), teacher[1].bias))
+            teacher = (teacher[0], teacher[1].to(h_ND.dtype))
         ce = kl = h_ND.new_zeros((), dtype=_wide(h_ND.dtype))
         grad_h = torch.empty_like(h_ND) if wants_h else None
         grad_w = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if wants_w else None
@@ -146,6 +155,8 @@ class _TokenLosses(torch.autograd.Function):
             z_NV = head.logits(h_ND[rows])
             t_NV = None if teacher is None or not settings.kl else teacher[1].logits(teacher[0][rows])
             chunk_ce, chunk_kl, grad_NV = _chunk(z_NV, t_NV, target_N[rows], settings)
+            if settings.softcap is not None:
+                grad_NV.mul_(1 - (z_NV / settings.softcap).square())  # the slope of the cap: z is capped
             ce, kl = ce + chunk_ce, kl + chunk_kl
             grad_NV = grad_NV.div_(tokens).to(h_ND.dtype)
             if grad_h is not None:
@@ -222,7 +233,7 @@ def same_inputs(student: nn.Module, teacher: nn.Module, paths: Sequence[str]) ->
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             read[path] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            looked[path] = {key: kwargs[key] for key in ("key_value_states",) if key in kwargs}
+            looked[path] = {key: kwargs[key] for key in LOOKED_AT if key in kwargs}
 
         return hook
 

@@ -54,7 +54,8 @@ _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
 
 
 _T5 = frozenset({"t5", "mt5"})
-_PAIRED = _T5 | {"bart", "mbart"}
+_T5GEMMA = frozenset({"t5gemma"})
+_PAIRED = _T5 | {"bart", "mbart"} | _T5GEMMA
 
 _GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold's own
     _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
@@ -71,11 +72,22 @@ _PLAIN_T5 = (
     *_GROUPED_T5[3:],
 )
 
+_ONE_NUMBER = (  # of key/value heads in the whole decoder, which the architecture has a place for
+    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5GEMMA, _T5GEMMA, "loaded in the tests"),
+    _Known("vLLM", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "its T5Gemma has no soft caps, and one window for all layers", frozenset(), frozenset(), ""),
+    _Known("SGLang", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+)
+
 
 def _table(student: Student) -> tuple[_Known, ...]:
     """What is known of students of this kind."""
     sites = student.shape.sites
     if any(site.kind == "cross" for site in sites):
+        counts = {attention.num_key_value_heads for site, attention in sites.items() if site.kind != "encoder"}
+        if student.shape.model_type in _T5GEMMA and len(counts) == 1:
+            return _ONE_NUMBER
         return _GROUPED_T5 if any(attention.query_group > 1 for attention in sites.values()) else _PLAIN_T5
     return _MIXED if len({attention.num_key_value_heads for attention in sites.values()}) > 1 else _KNOWN
 

@@ -258,7 +258,7 @@ class Maps:
     @classmethod
     def of(cls, roles: Roles, role: str, attention: Attention) -> Maps:
         """The heads of `q`, `k` or `v`, in memory of their own."""
-        rows_HED = roles[role].view(-1, attention.head_dim, attention.hidden_size)
+        rows_HED = roles[role].view(-1, attention.head_dim, roles[role].shape[-1])
         bias = roles.get(f"{role}_bias")
         if bias is not None:
             rows_HED = torch.cat([rows_HED, bias.view(*rows_HED.shape[:2], 1)], dim=-1)

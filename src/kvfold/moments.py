@@ -90,8 +90,8 @@ class _InputSum:
     """Sums of `x x^T` and `x`."""
 
     def __init__(self, site: Attention, device: str) -> None:
-        self.gram_DD = _zeros(site.hidden_size, site.hidden_size, device=device)
-        self.sum_D = _zeros(site.hidden_size, device=device)
+        self.gram_DD = _zeros(site.input_width, site.input_width, device=device)
+        self.sum_D = _zeros(site.input_width, device=device)
 
     def add(self, x_BTD: Tensor) -> None:
         x_ND = x_BTD.flatten(0, 1).double()
@@ -106,7 +106,7 @@ class _CrossSum:
     """Sum of `x_first x_second^T`."""
 
     def __init__(self, first: Attention, second: Attention, device: str) -> None:
-        self.gram_DD = _zeros(first.hidden_size, second.hidden_size, device=device)
+        self.gram_DD = _zeros(first.input_width, second.input_width, device=device)
 
     def add(self, first_BTD: Tensor, second_BTD: Tensor) -> None:
         self.gram_DD.addmm_(first_BTD.flatten(0, 1).double().T, second_BTD.flatten(0, 1).double())

@@ -230,7 +230,7 @@ def plan(
     chosen, made, student = _student(shape, method, settings or {})
     fields = family.fields(student.shape)  # says so now when no architecture can express the student
     device = hardware(options.hardware)
-    use = _Use(options, before_all, device, tied=bool(config.get("tie_word_embeddings", False)))
+    use = _Use(options, before_all, device, tied=family.tied(config))
     before = use.side(before_all, grouped_cache(before_all), config["model_type"])
     folded = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
     uptraining = _uptraining(options, device, before_all, student.shape)
@@ -397,11 +397,10 @@ class _Use:
         found = []
         if self.context > source.max_positions:
             found.append(f"a context of {self.context:,} is beyond the {source.max_positions:,} positions of the model")
-        windows = [site.window for site in source.sites.values() if site.window is not None]
+        written = [attention for site, attention in source.sites.items() if site.kind == "self"]
+        windows = [attention.window for attention in written if attention.window is not None]
         if windows and min(windows) < self.context:
-            layers = (
-                "every layer" if len(windows) == len(source.sites) else f"{len(windows)} of {len(source.sites)} layers"
-            )
+            layers = "every layer" if len(windows) == len(written) else f"{len(windows)} of {len(written)} layers"
             found.append(
                 f"a sliding window of {min(windows):,} tokens bounds the cache of {layers} already: "
                 "a longer context adds nothing there"

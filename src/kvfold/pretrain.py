@@ -79,6 +79,13 @@ def pretrain(
     family = family_of(config)
     shape, paired = family.shape(config), family.encoder_decoder
     special = PAIRED if paired else (END,)
+    if any(isinstance(said, Mapping) and "vocab_size" in said for said in config.values()):
+        raise SettingError(
+            "an encoder and a decoder that each name their own ids are not pre-trained: the tokenizer names its own",
+            where="pretrain",
+            got=shape.model_type,
+            next="start from a checkpoint, or from a config of t5",
+        )
     if settings.tokens is None:
         raise SettingError("say how long to train", where="pretrain", next="give --tokens")
     if shape.vocab_size < len(special) + 256:

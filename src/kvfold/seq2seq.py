@@ -66,6 +66,12 @@ class Pairs:
         return shifted_BT.masked_fill(shifted_BT == UNSEEN, start)
 
 
+def start_id(config: Any) -> int:
+    """What the decoder of a transformers config begins with, as transformers' own generation has it."""
+    said = getattr(config, "decoder_start_token_id", None)
+    return int((getattr(config, "bos_token_id", None) if said is None else said) or 0)
+
+
 def batched(rows: Sequence[tuple[Ids, Ids]]) -> Pairs:
     """Rows of input and target as one batch, padded on the right."""
     lengths = [max(len(row[part]) for row in rows) for part in (0, 1)]

@@ -17,7 +17,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.moments import Sampling, finite, looks, start
 from kvfold.progress import SILENT, Progress
-from kvfold.seq2seq import Ids, Pairs, batched
+from kvfold.seq2seq import Ids, Pairs, batched, start_id
 from kvfold.shape import Answers, AttentionGram, Question, Request, SampledPairs, Site
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class _Pass:
 
     def add(self, batch: Pairs) -> int:
         """Read a batch; the tokens that it had."""
-        start_id = int(self.source.config.get("decoder_start_token_id") or 0)
-        self.model(input_ids=batch.input_BS, decoder_input_ids=batch.shifted(start_id), use_cache=False)
+        begun_BT = batch.shifted(start_id(self.model.config))
+        self.model(input_ids=batch.input_BS, decoder_input_ids=begun_BT, use_cache=False)
         for request, total in self.sums.items():
             if not isinstance(request, AttentionGram):
                 total.add(*(self.seen[look] for look in looks(request)))

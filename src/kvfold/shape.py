@@ -80,6 +80,7 @@ class Attention:
     rope: Rope | None = None
     window: int | None = None  # tokens that a query may look back on, itself included
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # logits z are `c tanh(z / c)`; None: as they are
     permutable: bool = True  # may heads change places? (T5's decoder self-attention: no)
     source: int | None = None  # layer whose keys and values it reads, with that layer's heads; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
@@ -87,6 +88,12 @@ class Attention:
     kept: Mapping[str, int] | None = None  # elements of a token in its cache, by name; None: keys and values of heads
     read: int | None = None  # of these, what one query head multiplies with; None: `2 head_dim`
     linear: Linear | None = None  # what it does with tokens behind a window; None: softmax over all
+    encoder_size: int | None = None  # of cross-attention: width of the encoder's output; None: `hidden_size`
+
+    @property
+    def input_width(self) -> int:
+        """Width of what keys and values are made of."""
+        return self.hidden_size if self.encoder_size is None else self.encoder_size
 
     @property
     def query_group(self) -> int:
@@ -100,9 +107,8 @@ class Attention:
         """
         wide, narrow = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         rows = {"q": wide, "k": narrow, "v": narrow, "o": self.hidden_size}
-        shapes: dict[str, tuple[int, ...]] = {
-            role: (out, wide if role == "o" else self.hidden_size) for role, out in rows.items()
-        }
+        columns = {"q": self.hidden_size, "k": self.input_width, "v": self.input_width, "o": wide}
+        shapes: dict[str, tuple[int, ...]] = {role: (out, columns[role]) for role, out in rows.items()}
         shapes |= {f"{role}_bias": (rows[role],) for role in rows if role in self.biases}
         if self.norms != "none":
             shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
@@ -253,16 +259,18 @@ def with_latent(attention: Attention, planes: int, width: int) -> Attention:
 def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attention:
     """The same cross-attention over one latent of the encoder's output, which the first layer caches for all.
 
-    Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these; `kv_down` (R, D), in
+    Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these, `k_bias` to those
+    whose logits are capped, which would else not feel it; `kv_down` (R, D), in
     the first layer alone, makes it. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias beyond those
     that there were.
     """
-    rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.hidden_size
+    rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.input_width
     extra: dict[str, tuple[int, ...]] = {"k": (rows, width), "v": (rows, width)}
     biased = attention.biases & {"k", "v"} | ({"v"} if narrow else set())
+    biased |= {"k"} if narrow and attention.softcap is not None else set()
     extra |= {f"{role}_bias": (rows,) for role in sorted(biased)}
     if narrow and layer == 0:
-        extra["kv_down"] = (width, attention.hidden_size)
+        extra["kv_down"] = (width, attention.input_width)
     kept = {"latent": width}
     return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
 
@@ -365,13 +373,14 @@ def divisors(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class InputGram:
-    """Second moments `E[x x^T]` of the input of the site's q, k and v: `gram_DD`, with `mean_D`."""
+    """Second moments `E[x x^T]` of the input of the site's k and v, q's too but in cross-attention: `gram_DD`, with
+    `mean_D`."""
 
     site: Site
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of the float64 answer."""
-        return 8 * (shape.sites[self.site].hidden_size + 1) * shape.sites[self.site].hidden_size
+        return 8 * (shape.sites[self.site].input_width + 1) * shape.sites[self.site].input_width
 
 
 @dataclass(frozen=True)
@@ -397,7 +406,7 @@ class AttentionGram:
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of the float64 answer."""
-        return 8 * (shape.sites[self.site].hidden_size + 1) * shape.sites[self.site].hidden_size
+        return 8 * (shape.sites[self.site].input_width + 1) * shape.sites[self.site].input_width
 
 
 @dataclass(frozen=True)
@@ -409,7 +418,7 @@ class CrossGram:
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of the float64 answer."""
-        return 8 * shape.sites[self.first].hidden_size * shape.sites[self.second].hidden_size
+        return 8 * shape.sites[self.first].input_width * shape.sites[self.second].input_width
 
 
 @dataclass(frozen=True)

@@ -170,12 +170,14 @@ def place(model: nn.Module, settings: TrainSettings) -> nn.Module:
     model.to(best_device()).train()
     if settings.dropout is not None:
         for module in model.modules():
-            name = "p" if isinstance(module, nn.Dropout) else "dropout"  # the latter of attention probabilities
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, settings.dropout)
+            # the latter two of attention probabilities
+            for name in ("p",) if isinstance(module, nn.Dropout) else ("dropout", "attention_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, settings.dropout)
     if settings.compile:
-        paired: Any = model
-        for part in (paired.encoder, paired.decoder) if hasattr(model, "encoder") else (paired.base_model,):
+        whole: Any = model
+        paired = whole.config.is_encoder_decoder
+        for part in (whole.get_encoder(), whole.get_decoder()) if paired else (whole.base_model,):
             part.compile()
     return model
 

@@ -4,6 +4,8 @@
 
 Query heads of a group read the same keys, so when one token is decoded they become the rows of one small matrix:
 `q (B, H, 1, E) -> (B, G, H/G, E)`. Keys and values are then read once for the whole group, and never repeated.
+
+Gemma's models cap their logits z softly, before the mask: `c tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2).
 """
 
 from __future__ import annotations
@@ -26,14 +28,20 @@ def grouped_attention(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention of grouped heads, `o_BHTE`; on a CPU the keys and values of a group are never repeated in memory.
 
     `mask` broadcasts to (B, H, T, S): bool (True: look at it) or float (added to the logits). `causal` lets the last
     query see every key, also when S > T. `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets 0.
+    With a `softcap` the logits stand in memory in full: no fused kernel has one.
     """
     heads, tokens, width = q_BHTE.shape[1:]
     groups, keys = k_BGSE.shape[1:3]
+    if softcap is not None:
+        if causal:
+            mask = _with_causal(mask, tokens, keys, q_BHTE.device)
+        return _capped(q_BHTE, k_BGSE, v_BGSE, mask, 1 / math.sqrt(width) if scale is None else scale, softcap, dropout)
     if tokens == 1 and not dropout:
         return _decode(q_BHTE, k_BGSE, v_BGSE, mask, 1 / math.sqrt(width) if scale is None else scale)
     if causal and (mask is not None or keys != tokens):
@@ -103,6 +111,34 @@ def _by_matmul(q_BGRE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | No
     return logits_BGRS.softmax(-1).masked_fill(~mask, 0.0) @ v_BGSE
 
 
+def _capped(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """Attention with capped logits, its softmax in float32 at least; heads of a group are rows of one matrix."""
+    batch, heads, tokens, width = q_BHTE.shape
+    q_BGXE = q_BHTE.reshape(batch, k_BGSE.shape[1], -1, width)  # X: the heads of a group, and their tokens
+    logits_BHTS = (q_BGXE @ k_BGSE.mT).view(batch, heads, tokens, -1) * scale
+    logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
+    hidden = None
+    if mask is not None and mask.dtype == torch.bool:
+        hidden, mask = ~mask, None
+        logits_BHTS = logits_BHTS.masked_fill(hidden, torch.finfo(logits_BHTS.dtype).min)
+    if mask is not None:
+        logits_BHTS = logits_BHTS + mask
+    p_BHTS = logits_BHTS.softmax(-1, dtype=torch.promote_types(logits_BHTS.dtype, torch.float32)).to(v_BGSE.dtype)
+    if hidden is not None:
+        p_BHTS = p_BHTS.masked_fill(hidden, 0.0)
+    if dropout:
+        p_BHTS = torch.dropout(p_BHTS, dropout, train=True)
+    return (p_BHTS.reshape(*q_BGXE.shape[:3], -1) @ v_BGSE).reshape(batch, heads, tokens, v_BGSE.shape[-1])
+
+
 def reference(
     q_BHTE: Tensor,
     k_BGSE: Tensor,
@@ -111,6 +147,7 @@ def reference(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The textbook: one head after the other, logits in full. Same arguments and answer as `grouped_attention`."""
     heads, tokens, keys = q_BHTE.shape[1], q_BHTE.shape[2], k_BGSE.shape[2]
@@ -122,6 +159,8 @@ def reference(
     outputs = []
     for head in range(heads):
         logits_BTS = scale * torch.einsum("bte,bse->bts", q_BHTE[:, head], k_BGSE[:, head // group])
+        if softcap is not None:
+            logits_BTS = softcap * torch.tanh(logits_BTS / softcap)
         logits_BTS = logits_BTS.masked_fill(~visible_TS, -math.inf)
         if mask is not None:
             mask_BTS = mask.expand(q_BHTE.shape[0], heads, tokens, keys)[:, head]

@@ -56,12 +56,15 @@ def absorbed_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
+    softcap: float | None = None,
+    k_bias_GN: Tensor | None = None,
 ) -> Tensor:
     """Latent attention that reads the cache as it lies, `o_BHTE`; heads of q begin with their rotated coordinates.
 
     `mask` broadcasts to (B, H, T, S): bool (True: look at it) or float (added to the logits); without one the last
     query sees every key, and those before it all but the newest, or all of them where attention is not `causal`.
-    `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets `v_bias`.
+    `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets `v_bias`. `softcap` caps the logits, and
+    then `k_bias` is felt, a bias of unrotated keys: without a cap it would move all logits of a query alike.
     """
     batch, heads, tokens, width = q_BHTE.shape
     groups, free = k_up_GNR.shape[:2]
@@ -75,6 +78,10 @@ def absorbed_attention(
         apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
         apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
         logits_BXS = torch.baddbmm(logits_BXS, apart_BGXGP.flatten(3).flatten(1, 2), rotated_BSM.mT)
+    if k_bias_GN is not None:
+        logits_BXS = logits_BXS + (q_BGXE[..., planes:] @ k_bias_GN[..., None]).flatten(1, 2)
+    if softcap is not None:
+        logits_BXS = softcap * torch.tanh(logits_BXS / softcap)
     if mask is None and causal and tokens > 1:
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTE.device).tril(keys - tokens)
     weights_BXS = _softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
@@ -132,6 +139,8 @@ def reference(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    k_bias_GN: Tensor | None = None,
 ) -> Tensor:
     """The textbook: one head after the other, keys and values written out. Arguments and answer as above."""
     heads, tokens, width = q_BHTE.shape[1:]
@@ -146,12 +155,15 @@ def reference(
         k_BSE = torch.cat(
             [
                 rotated_BSM[..., group * planes : (group + 1) * planes],
-                torch.einsum("nr,bsr->bsn", k_up_GNR[group], latent_BSR),
+                torch.einsum("nr,bsr->bsn", k_up_GNR[group], latent_BSR)
+                + (0 if k_bias_GN is None else k_bias_GN[group]),
             ],
             dim=-1,
         )
         v_BSE = torch.einsum("er,bsr->bse", v_up_GER[group], latent_BSR) + v_bias_GE[group]
         logits_BTS = scale * torch.einsum("bte,bse->bts", q_BHTE[:, head], k_BSE)
+        if softcap is not None:
+            logits_BTS = softcap * torch.tanh(logits_BTS / softcap)
         seen_BTS = visible.expand(q_BHTE.shape[0], heads, tokens, keys)[:, head]
         if visible.dtype == torch.bool:
             logits_BTS = logits_BTS.masked_fill(~seen_BTS, -math.inf)

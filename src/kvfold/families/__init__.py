@@ -31,10 +31,14 @@ class Family:
     attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
     tensors: Mapping[str, str]  # role -> tensor name below that module
     shape: Callable[[Json], Shape]  # config.json -> Shape; raises UnsupportedModel
-    fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> the config.json fields that say it
+    fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> what says it in config.json: see `with_fields`
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
     mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
     encoder_decoder: bool = False  # does it read one text and write another? Its inputs are then two rows of ids
+
+    def tied(self, config: Json) -> bool:
+        """Is the decoder's embedding the output matrix too? Where config.json is silent: as transformers takes it."""
+        return bool(config.get("tie_word_embeddings", self.encoder_decoder))
 
     def module(self, site: Site) -> str:
         """Path of the site's attention module, as `named_modules` of transformers spells it."""
@@ -43,6 +47,15 @@ class Family:
     def tensor(self, site: Site, role: str) -> str:
         """Name of the tensor that plays this role; a role that no source has is named after itself."""
         return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight')}"
+
+
+def with_fields(config: Json, fields: Json) -> dict[str, Any]:
+    """A config.json with these fields; `decoder.num_key_value_heads` is one of its part `decoder`."""
+    made = dict(config)
+    for name, value in fields.items():
+        part, _, own = name.rpartition(".")
+        made |= {part: {**made[part], own: value}} if part else {own: value}
+    return made
 
 
 def own_type(model_type: str) -> str:

@@ -94,10 +94,7 @@ def decoder_shape(
         number(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
     head_dim = config.get("head_dim") or hidden // heads
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    rotated = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
-    rope = Rope(rotated, theta, scaling=dict(parameters) or None)
+    rope = rope_of(config, head_dim)
     counts = _kv_heads(config, heads, layers)
     sources = _sources(config, counts, windows)
     sites = {
@@ -132,6 +129,14 @@ def decoder_shape(
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         max_positions=int(config.get("max_position_embeddings") or 2048),
     )
+
+
+def rope_of(config: Json, head_dim: int) -> Rope:
+    """The rotation that config.json states, in the words of new and of old versions of transformers."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rotated = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
+    return Rope(rotated, theta, scaling=dict(parameters) or None)
 
 
 def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:

@@ -1,10 +1,10 @@
 """What the encoder-decoders share: how config.json says the key/value heads of self- and of cross-attention.
 
-transformers builds each of these architectures with as many key/value heads as query heads and ignores
-`num_key_value_heads` without a word. A student with fewer is of a model type of ours (`kvfold_t5`, `kvfold_bart`):
-`num_key_value_heads` for self-attention and `cross_num_key_value_heads` for cross-attention, each one number or a list
-with one for each decoder layer. So is one whose decoder layers share a latent of the encoder's output:
-`cross_latent_dim`, its width.
+transformers builds most of these architectures with as many key/value heads as query heads and ignores
+`num_key_value_heads` without a word. A student with fewer is of a model type of ours (`kvfold_t5`, `kvfold_bart`), and
+so is a T5Gemma whose attentions do not all have the one number that its own config can say: `num_key_value_heads` for
+self-attention and `cross_num_key_value_heads` for cross-attention, each one number or a list with one for each decoder
+layer. So is one whose decoder layers share a latent of the encoder's output: `cross_latent_dim`, its width.
 """
 
 from __future__ import annotations
@@ -24,26 +24,35 @@ HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_
 LATENT = "cross_latent_dim"
 """What it calls the width of the latent that all cross-attentions read; none: each has keys and values of its own."""
 
-CLASSES = {"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart"}
+CLASSES = {"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"}
 """Stock model types whose attention takes any number of key/value heads, and what transformers' classes begin with."""
 
 
-def kv_heads(config: Json, kind: Kind, heads: int, layers: int) -> list[int]:
-    """Key/value heads of each decoder layer. Raises UnsupportedModel where the architecture has no such number."""
-    said = _said(config, HEADS[kind])
-    found = said if isinstance(said, list) else [heads if said is None else said] * layers
+def kv_heads(config: Json, kind: Kind, alone: Attention, layers: int) -> list[int]:
+    """Key/value heads of each decoder layer, those of `alone` where config.json names none.
+
+    Raises UnsupportedModel where the architecture has no such number.
+    """
+    said, heads = _said(config, HEADS[kind]), alone.num_attention_heads
+    found = said if isinstance(said, list) else [alone.num_key_value_heads if said is None else said] * layers
     if len(found) != layers:
         raise UnsupportedModel(f"config.json: {HEADS[kind]} has {len(found)} numbers for {layers} decoder layers")
     for count in found:
-        if number({HEADS[kind]: count}, HEADS[kind]) > heads or heads % count:
+        if heads % number({HEADS[kind]: count}, HEADS[kind]):
             raise UnsupportedModel(f"config.json: {count} key/value heads do not divide {heads} query heads")
+        if count > alone.num_key_value_heads:
+            raise UnsupportedModel(
+                f"config.json: {HEADS[kind]} cannot be more than the decoder's",
+                got=count,
+                allowed=alone.num_key_value_heads,
+            )
     return list(found)
 
 
 def decoder_sites(config: Json, own: Attention, cross: Attention, layers: int) -> dict[Site, Attention]:
     """The attentions of the decoder with what config.json says of their caches, from what they are without."""
-    heads, narrow = own.num_attention_heads, latent(config, own.hidden_size)
-    counts = {kind: kv_heads(config, kind, heads, layers) for kind in HEADS}
+    narrow = latent(config, cross.input_width)
+    counts = {kind: kv_heads(config, kind, own, layers) for kind in HEADS}
     found = {}
     for layer in range(layers):
         found[Site(layer)] = replace(own, num_key_value_heads=counts["self"][layer])
@@ -80,17 +89,27 @@ def _said(config: Json, name: str) -> Any:
 
 def fields(shape: Shape) -> dict[str, Any]:
     """What config.json says of a student: the stock architecture where nothing is shared, else ours with what is."""
+    if shape.sites[Site(0, "cross")].kept is None and all(each.query_group == 1 for each in shape.sites.values()):
+        return stock_fields(shape)
+    return own_fields(shape)
+
+
+def stock_fields(shape: Shape) -> dict[str, Any]:
+    """The stock architecture."""
     name = f"{CLASSES[shape.model_type]}ForConditionalGeneration"
+    return {"model_type": shape.model_type, "architectures": [name]}
+
+
+def own_fields(shape: Shape) -> dict[str, Any]:
+    """Ours, with the key/value heads of each attention and the width of a latent."""
     kept = shape.sites[Site(0, "cross")].kept
-    if kept is None and all(attention.query_group == 1 for attention in shape.sites.values()):
-        return {"model_type": shape.model_type, "architectures": [name]}
     counts: dict[str, list[int]] = {
         name: [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
         for kind, name in HEADS.items()
     }
     return {
         "model_type": own_type(shape.model_type),
-        "architectures": [f"Kvfold{name}"],
+        "architectures": [f"Kvfold{CLASSES[shape.model_type]}ForConditionalGeneration"],
         **{name: found[0] if len(set(found)) == 1 else found for name, found in counts.items()},
         **({} if kept is None else {LATENT: kept["latent"]}),
     }

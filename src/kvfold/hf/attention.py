@@ -24,7 +24,7 @@ NAME = "kvfold"
 NAME_FP8 = "kvfold_fp8"
 """The same attention over a cache of fp8, as engines keep one when they are told to: for measuring what that costs."""
 
-_REFUSED = ("softcap", "s_aux")
+_REFUSED = ("s_aux",)
 
 
 def forward(
@@ -37,12 +37,13 @@ def forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention signature -> `(o_BTHE, None)`: attention weights are never made.
 
-    A window is in the mask already. `position_bias` (1, H, T, S) is added to the logits. Raises SettingError for what
-    this attention cannot honour.
+    A window is in the mask already. `position_bias` (1, H, T, S) is added to the logits, `softcap` caps them. Raises
+    SettingError for what this attention cannot honour.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -56,7 +57,14 @@ def forward(
     if position_bias is not None:
         attention_mask, causal = biased(position_bias, attention_mask, causal), False
     o_BHTE = grouped_attention(
-        query_BHTE, key_BGSE, value_BGSE, mask=attention_mask, causal=causal, scale=scaling, dropout=dropout
+        query_BHTE,
+        key_BGSE,
+        value_BGSE,
+        mask=attention_mask,
+        causal=causal,
+        scale=scaling,
+        dropout=dropout,
+        softcap=softcap,
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
 

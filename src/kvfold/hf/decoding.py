@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from kvfold.errors import SettingError
 
@@ -34,17 +35,17 @@ def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
     """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
 
     That of an encoder-decoder has two parts, of which the second keeps what the encoder's output is looked at by; it
-    grows once, and is never static. Raises SettingError when transformers has no fp8 cache for this model (a sliding
-    window, an encoder-decoder).
+    grows once, is never static, and knows of no windows: those are the decoder's own. Raises SettingError when
+    transformers has no fp8 cache for this model (a sliding window, an encoder-decoder).
     """
     pair = bool(model.config.is_encoder_decoder)
     config = model.get_decoder().config if pair else model.config  # the encoder may have another number of layers
     if kind == "growing":
         own = DynamicCache(config=config)
-        return EncoderDecoderCache(own, DynamicCache(config=config)) if pair else own
+        return EncoderDecoderCache(own, DynamicCache()) if pair else own
     if kind == "static":
         fixed = StaticCache(config=config, max_cache_len=length)
-        return EncoderDecoderCache(fixed, DynamicCache(config=config)) if pair else fixed
+        return EncoderDecoderCache(fixed, DynamicCache()) if pair else fixed
     if pair:
         raise SettingError("transformers has no fp8 cache for encoder-decoders")
     try:
@@ -61,7 +62,7 @@ def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = 
     """
     more: dict[str, Any] = {"input_ids": ids_BT, "logits_to_keep": 1}
     if encoded_BSD is not None:
-        more = {"decoder_input_ids": ids_BT, "encoder_outputs": (encoded_BSD,)}
+        more = {"decoder_input_ids": ids_BT, "encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD)}
     with torch.inference_mode():
         logits_B1V = model(**more, past_key_values=cache, use_cache=True).logits
     assert isinstance(logits_B1V, Tensor)

@@ -1,6 +1,7 @@
 """Encoder-decoders with fewer key/value heads than query heads, or one latent for all cross-attentions: `kvfold_t5`.
 
-transformers' T5 and BART have one number of heads, and ignore any other that a config names. The classes here are the
+transformers' T5 and BART have one number of heads, and ignore any other that a config names; its T5Gemma has one number
+of key/value heads for all attentions of the decoder. The classes here are the
 stock ones, in which the k and v of the decoder's attentions are as narrow as the config says: one number for
 self-attention and one for cross-attention, for all layers or for each. The stock forwards take the heads as they come,
 and so do the caches: modules, tensor names and forwards are theirs.
@@ -38,6 +39,8 @@ class LatentCrossAttention:
     alone, which shows its weights, and training with dropout always write them out, as a whole target does.
     """
 
+    looked_at = "key_value_states"  # what the stock attention calls the encoder's output
+
     def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
         """Take the place of a stock cross-attention; `names` says which of its modules plays which role."""
         vars(self).update(vars(stock))  # which is not used again
@@ -46,23 +49,22 @@ class LatentCrossAttention:
             rows, width = shape.roles()[role]
             setattr(self, names[role], nn.Linear(width, rows, bias=f"{role}_bias" in shape.roles()))
         if "kv_down" in shape.roles():
-            self.kv_down = nn.Linear(shape.hidden_size, width, bias=False)
+            self.kv_down = nn.Linear(shape.input_width, width, bias=False)
 
     def forward(
         self: Any,
         hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, ...]:
         """The stock attention's signature and answer: `hidden_states` (B, T, D) -> `o_BTD`, and what goes with it."""
-        shared = kwargs.pop(STATES)
+        shared, encoded_BSD = kwargs.pop(STATES), kwargs.pop(self.looked_at)
         if self.layer_idx == 0:
-            shared[0] = self._latent(key_value_states, past_key_values)
+            shared[0] = self._latent(encoded_BSD, past_key_values)
         latent_BSR, fresh = shared[0]
         if self._writes_out(hidden_states.shape[1], fresh):
             answer: tuple[Tensor | None, ...] = super().forward(  # type: ignore[misc]
-                hidden_states, key_value_states=latent_BSR, **kwargs
+                hidden_states, **{self.looked_at: latent_BSR}, **kwargs
             )
             return answer
         width = self.shape.head_dim
@@ -70,7 +72,9 @@ class LatentCrossAttention:
         k_up_GER, v_up_GER = (each.weight.unflatten(0, (-1, width)) for each in (k, v))
         v_bias_GE = v_up_GER.new_zeros(1, width) if v.bias is None else v.bias.view(-1, width)
         q_BHTE = q(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
-        o_BHTE = absorbed_attention(  # a bias of k is the same for all tokens, and softmax does not see it
+        softcap = self.shape.softcap
+        felt = softcap is not None and k.bias is not None  # softmax does not see what is the same for all tokens
+        o_BHTE = absorbed_attention(
             q_BHTE,
             latent_BSR[..., :0],  # nothing is rotated
             latent_BSR,
@@ -80,6 +84,8 @@ class LatentCrossAttention:
             mask=kwargs.get("mask", kwargs.get("attention_mask")),
             scale=self.scaling,
             causal=False,
+            softcap=softcap,
+            k_bias_GN=k.bias.view(-1, width) if felt else None,
         )
         o_BTD = o(o_BHTE.transpose(1, 2).flatten(2))
         return (o_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (o_BTD, None)
@@ -97,11 +103,18 @@ class LatentCrossAttention:
 
     def _writes_out(self: Any, tokens: int, fresh: bool) -> bool:
         """Whether the stock attention is to make keys and values of the latent, for all of its tokens."""
-        if self.config._attn_implementation == "eager" or (self.training and self.dropout > 0):
+        dropout = self.attention_dropout if hasattr(self, "attention_dropout") else self.dropout
+        if self.config._attn_implementation == "eager" or (self.training and dropout > 0):
             return True
         shape, latent = self.shape, self.shape.kept["latent"]
         heads, groups = shape.num_attention_heads, shape.num_key_value_heads
         return not absorbs(tokens, fresh, groups, heads, shape.head_dim, 0, latent)
+
+
+class LatentT5GemmaCrossAttention(LatentCrossAttention):
+    """The same in front of a T5Gemma's."""
+
+    looked_at = "encoder_hidden_states"
 
 
 class _Fewer:
@@ -151,7 +164,10 @@ def _register(model_type: str, name: str) -> None:
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    attention = _derived(getattr(module, f"{name}Attention"), f"KvfoldLatent{name}Attention", LatentCrossAttention)
+    crossed, front = getattr(module, f"{name}Attention", None), LatentCrossAttention
+    if crossed is None:  # self- and cross-attention are classes of their own
+        crossed, front = getattr(module, f"{name}CrossAttention"), LatentT5GemmaCrossAttention
+    attention = _derived(crossed, f"KvfoldLatent{name}Attention", front)
     for end, auto in (("Model", AutoModel), ("ForConditionalGeneration", AutoModelForSeq2SeqLM)):
         stock, fields = getattr(transformers, f"{name}{end}"), {"config_class": config, "latent_attention": attention}
         auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))

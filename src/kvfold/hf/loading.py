@@ -85,10 +85,11 @@ def _stock_config(folder: Path) -> PreTrainedConfig | None:
     return AutoConfig.for_model(stock_type(config), **same)
 
 
-def build(config: Mapping[str, Any], *, seed: int, attention: str = "sdpa", dtype: str = "float32") -> nn.Module:
+def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None, dtype: str = "float32") -> nn.Module:
     """A fresh model of a `config.json`, in training mode; its weights depend on `seed` alone.
 
-    Raises SettingError when transformers cannot read the config.
+    `attention` is as for `load`; None is what transformers takes: `sdpa`, or `eager` where logits are capped. Raises
+    SettingError when transformers cannot read the config.
     """
     kind = _dtype(dtype)
     try:

@@ -104,10 +104,14 @@ def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Itera
         _LOOKS.reset(token)
 
 
-def _probabilities(query_BHTE: Tensor, key_BGSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _probabilities(
+    query_BHTE: Tensor, key_BGSE: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+) -> Tensor:
     """The softmax over keys, in float32 at least."""
     key_BHSE = key_BGSE.repeat_interleave(query_BHTE.shape[1] // key_BGSE.shape[1], dim=1)
     logits_BHTS = scale * (query_BHTE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
+    if softcap is not None:
+        logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
     if mask is not None:
         logits_BHTS = logits_BHTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits_BHTS + mask
     if causal:
@@ -136,7 +140,8 @@ def _watched(
         causal = bool(getattr(module, "is_causal", True)) and mask is None and query_BHTE.shape[2] > 1
         if bias is not None:
             mask, causal = biased(bias, mask, causal), False
-        taker(_probabilities(query_BHTE, key_BGSE, mask, causal, float(kwargs["scaling"])))
+        scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
+        taker(_probabilities(query_BHTE, key_BGSE, mask, causal, scale, softcap))
     return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, **kwargs)
 
 

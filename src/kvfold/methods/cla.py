@@ -90,6 +90,10 @@ class Config:
             raise SettingError("layers of the source share already", where="cla", next="convert what it was made from")
         if any(site.kind != "self" for site in shape.sites):
             raise SettingError("layers share in decoders alone", where="cla", got=f"family {shape.family}")
+        if any(attention.softcap is not None for attention in shape.sites.values()):
+            raise SettingError(
+                "logits are capped softly, and attention that shares has no cap", where="cla", next="choose gqa"
+            )
         if self.share is not None and not 1 <= self.share <= shape.num_layers:
             raise SettingError("share cannot be met", where="cla", got=self.share, allowed=f"1 to {shape.num_layers}")
         if self.layout != AUTO and self.budget is not None:

@@ -83,13 +83,13 @@ class Config:
             attention = shape.sites[site]
             if attention.rope or attention.norms != "none":
                 raise SettingError(f"keys of {site} are no linear images of a latent", where="crosslatent")
-        most = min(shape.hidden_size, sum(map(kept, map(shape.sites.__getitem__, sites))) - 1)
+        most = min(read_width(shape), sum(map(kept, map(shape.sites.__getitem__, sites))) - 1)
         if not 1 <= width_of(self, shape) <= most:
             raise SettingError(
                 "cross_latent_dim cannot be",
                 where="crosslatent",
                 got=width_of(self, shape),
-                allowed=f"1 to {most:,}: not wider than the model, nor than what all layers cache of a token now",
+                allowed=f"1 to {most:,}: not wider than its source, nor than what all layers cache of a token now",
             )
 
 
@@ -103,9 +103,14 @@ def kept(attention: Attention) -> int:
     return sum(attention.cached.values())
 
 
+def read_width(shape: Shape) -> int:
+    """The width of the encoder's output."""
+    return shape.sites[crossed(shape)[0]].input_width
+
+
 def width_of(config: Config, shape: Shape) -> int:
-    """The width of the latent: what was said, or the model's."""
-    return shape.hidden_size if config.cross_latent_dim is None else config.cross_latent_dim
+    """The width of the latent: what was said, or that of the encoder's output."""
+    return read_width(shape) if config.cross_latent_dim is None else config.cross_latent_dim
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def width_of(config: Config, shape: Shape) -> int:
 
 def needs(config: Config, shape: Shape) -> Sequence[Question]:
     """Ask for moments of the encoder's output, and of how each layer reads it, where something is to be lost."""
-    if width_of(config, shape) == shape.hidden_size or config.metric == "weights":
+    if width_of(config, shape) == read_width(shape) or config.metric == "weights":
         return ()
     sites = crossed(shape)
     if config.metric == "inputs":
@@ -123,9 +128,9 @@ def needs(config: Config, shape: Shape) -> Sequence[Question]:
 
 
 def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the width out; at the model's own nothing is fitted, in no metric."""
+    """Write the width out; at that of the encoder's output nothing is fitted, in no metric."""
     width = width_of(config, shape)
-    return Config(width, "weights" if width == shape.hidden_size else config.metric)
+    return Config(width, "weights" if width == read_width(shape) else config.metric)
 
 
 def notes(config: Config, shape: Shape) -> Sequence[str]:
@@ -167,8 +172,9 @@ def fold(
 ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
     """Convert, and say of each layer what parts of its keys and values, as they are weighed, the latent loses."""
     sites = sorted(group)
-    width = config.cross_latent_dim or group[sites[0]].attention.hidden_size
-    if width == group[sites[0]].attention.hidden_size:
+    read = group[sites[0]].attention.input_width
+    width = config.cross_latent_dim or read
+    if width == read:
         return {site: tensors.roles for site, tensors in group.items()}, {}
     from kvfold.crossed import Reader, share  # loads torch: a plan is made without
     from kvfold.merge import moments_of

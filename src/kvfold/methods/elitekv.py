@@ -121,12 +121,16 @@ class Config:
 
 def _check_site(site: Site, attention: Attention) -> None:
     problem = None
-    if site.kind != "self" or attention.rope is None:
+    if site.kind != "self":
+        problem = "latents of heads are for decoders alone"
+    elif attention.rope is None:
         problem = "keys are not rotated, so there are no planes to choose"
     elif attention.source is not None:
         problem = f"keys and values are those of layer {attention.source}"
     elif attention.norms != "none":
         problem = "keys are normed head by head, and no normed key is a linear image of a latent"
+    elif attention.softcap is not None:
+        problem = "logits are capped softly, and its attention has no cap"
     elif not attention.rope.half_split:
         problem = "planes are of neighbouring coordinates"
     if problem:

@@ -139,6 +139,8 @@ def _check_site(site: Site, attention: Attention) -> None:
         problem = "only the causal self-attention of a decoder with RoPE can be"
     elif attention.source is not None:
         problem = f"keys and values are those of layer {attention.source}"
+    elif attention.softcap is not None:
+        problem = "logits are capped softly, and its attention has no cap"
     elif attention.window is not None:
         problem = f"a sliding window of {attention.window} tokens bounds its cache already"
     if problem:

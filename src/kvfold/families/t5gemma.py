@@ -1,0 +1,166 @@
+"""t5gemma: encoder-decoders made of Gemma 2 (Zhang et al. 2025, arXiv 2504.06225).
+
+Two Gemmas, each with numbers of its own in the config's parts `encoder` and `decoder`; the one may be wider and deeper
+than the other. A decoder layer attends twice, as a T5's does. Self-attention is rotated, and every other layer of it
+sees a window; cross-attention is not rotated and always sees the whole input, so its cache has no window either. Logits
+`z` are scaled by `query_pre_attn_scalar^-1/2` and capped softly, `c tanh(z / c)`. What `o` puts out is normed before it
+is added to the residual stream.
+
+`decoder.num_key_value_heads` is one number for self- and cross-attention of all layers: a student that has one is a
+T5Gemma like any other, and one whose attentions differ a `kvfold_t5gemma` (`_encoder_decoder`). T5Gemma 2, which
+attends to both texts at once, is another architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kvfold.errors import UnsupportedModel
+from kvfold.families import Family, Json, own_type, stock_type
+from kvfold.families._decoder import number, rope_of
+from kvfold.families._encoder_decoder import decoder_sites, own_fields, parameters, stock_fields
+from kvfold.shape import Attention, Shape, Site
+
+STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
+"""What a part that does not say means."""
+
+KINDS = ("sliding_attention", "full_attention")
+
+
+def _shape(config: Json) -> Shape:
+    if config.get("is_encoder_decoder") is False:
+        raise UnsupportedModel("config.json: is_encoder_decoder false, and an encoder alone caches nothing")
+    encoder, decoder = (_part(config, name) for name in ("encoder", "decoder"))
+    hidden, vocab, read = number(decoder, "hidden_size"), number(decoder, "vocab_size"), number(encoder, "hidden_size")
+    if number(encoder, "vocab_size") != vocab:
+        raise UnsupportedModel(
+            "config.json: encoder and decoder have different vocabularies", got=f"{encoder['vocab_size']} and {vocab}"
+        )
+    sites = {
+        Site(layer, "encoder"): replace(_attention(encoder), window=window)
+        for layer, window in enumerate(_windows(encoder))
+    }
+    own, windows = _attention(decoder), _windows(decoder)
+    cross = replace(own, rope=None, encoder_size=None if read == hidden else read)
+    sites |= decoder_sites(config, own, cross, len(windows))
+    sites |= {Site(layer): replace(sites[Site(layer)], window=window) for layer, window in enumerate(windows)}
+    reading, writing = parameters(sites)
+    reading += _outside(encoder, norms=4)
+    writing += _outside(decoder, norms=6) + (vocab * hidden if config.get("tie_word_embeddings") is False else 0)
+    return Shape(
+        family="t5gemma",
+        model_type=stock_type(config),
+        sites=sites,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        num_layers=len(windows),
+        parameters=reading + writing,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        max_positions=min(int(part.get("max_position_embeddings") or 8192) for part in (encoder, decoder)),
+        encoder_parameters=reading,
+    )
+
+
+def _part(config: Json, name: str) -> dict[str, Any]:
+    """One of the two parts, with what it leaves unsaid. Raises UnsupportedModel where there is none."""
+    said = config.get(name)
+    if not isinstance(said, dict):
+        raise UnsupportedModel(f"config.json: {name} must be a part with settings of its own", got=repr(said))
+    return {**STATED, **said}
+
+
+def _attention(part: Json) -> Attention:
+    """A self-attention of a part, without its window."""
+    heads, groups, width = (number(part, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if heads % groups:
+        raise UnsupportedModel(f"config.json: {groups} key/value heads do not divide {heads} query heads")
+    return Attention(
+        number(part, "hidden_size"),
+        heads,
+        groups,
+        width,
+        biases=frozenset("qkvo") if part.get("attention_bias") else frozenset(),
+        rope=replace(rope_of(part, width), dims=width),  # no part of a head is left as it is
+        scale=number(part, "query_pre_attn_scalar") ** -0.5,
+        softcap=part["attn_logit_softcapping"],
+    )
+
+
+def _windows(part: Json) -> list[int | None]:
+    """The window of each layer: every other one has one where the layers are not named."""
+    layers = number(part, "num_hidden_layers")
+    kinds = part.get("layer_types") or [KINDS[layer % 2] for layer in range(layers)]
+    if len(kinds) != layers or set(kinds) - set(KINDS):
+        raise UnsupportedModel(
+            f"config.json: layer_types must name {layers} layers", got=repr(kinds), allowed=", ".join(KINDS)
+        )
+    return [part["sliding_window"] if kind == KINDS[0] else None for kind in kinds]
+
+
+def _outside(part: Json, norms: int) -> int:
+    """Parameters of a part besides its attentions: embedding, gated MLPs, norms of each layer and the last."""
+    hidden, inner, layers, vocab = (
+        number(part, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    return vocab * hidden + layers * (3 * hidden * inner + norms * hidden) + hidden
+
+
+def _fields(shape: Shape) -> dict[str, Any]:
+    """One number of key/value heads for all attentions of the decoder, or an architecture of ours that has several."""
+    decoder = [attention for site, attention in shape.sites.items() if site.kind != "encoder"]
+    counts = {attention.num_key_value_heads for attention in decoder}
+    alike = len(counts) == 1 and all(attention.kept is None for attention in decoder)
+    return {**(stock_fields if alike else own_fields)(shape), "decoder.num_key_value_heads": max(counts)}
+
+
+def _tiny_part() -> dict[str, Any]:
+    return {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+FAMILY = Family(
+    name="t5gemma",
+    model_types=("t5gemma", own_type("t5gemma")),
+    about="T5Gemma (soft caps, windows): decoder self- and cross-attention, the encoder as it is",
+    attention={
+        "encoder": "model.encoder.layers.{layer}.self_attn",
+        "self": "model.decoder.layers.{layer}.self_attn",
+        "cross": "model.decoder.layers.{layer}.cross_attn",
+    },
+    tensors={
+        f"{role}{end}": f"{role}_proj.{name}" for role in "qkvo" for end, name in (("", "weight"), ("_bias", "bias"))
+    },
+    shape=_shape,
+    fields=_fields,
+    tiny=lambda: {
+        "architectures": ["T5GemmaForConditionalGeneration"],
+        "model_type": "t5gemma",
+        "is_encoder_decoder": True,
+        "encoder": _tiny_part(),
+        "decoder": _tiny_part(),
+        "vocab_size": 96,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    },
+    encoder_decoder=True,
+)
