@@ -19,7 +19,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.convert import convert
 from kvfold.errors import SettingError
 from kvfold.families import all_families
-from kvfold.plan import plan
+from kvfold.plan import PlanSettings, plan
 from kvfold.shape import grouped_cache
 
 HEADS = (4, 2, 1, 2)
@@ -152,7 +152,7 @@ def test_identity_keeps_the_config_as_it_is(saved: Path, tmp_path: Path) -> None
 
 @torch.inference_mode()
 def test_a_mixed_model_folds_back_into_a_stock_one(saved: Path, tmp_path: Path) -> None:
-    planned = plan(saved, "gqa", {"kv_heads": 1})
+    planned = plan(saved, "gqa", {"kv_heads": 1}, options=PlanSettings(context=4))  # before any window is full
     student = convert(saved, tmp_path / "student", "gqa", {"kv_heads": 1})
     config = json.loads((student / "config.json").read_text())
     stock = Checkpoint.open(saved).shape.model_type

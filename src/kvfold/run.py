@@ -176,7 +176,7 @@ def _plans(work: _Run, rows: Sequence[Cell]) -> None:
         made, told = _plan(work, cell).as_dict(), _told(cell.convert)
         identity = {"method": name, **settings, **told, "plan": dict(work.recipe.plan or {})}
         made["settings"] = {**made["settings"], **told}
-        record.write(record.make("plan", name, identity, made), work.records)
+        record.write(record.make("plan", f"{work.recipe.name}/{name}", identity, made), work.records)
 
 
 def _pretraining(work: _Run, said: Mapping[str, Any]) -> PretrainSettings:
