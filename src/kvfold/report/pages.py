@@ -23,7 +23,7 @@ INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
 def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Record]:
-    """The records of the runs whose names are kept, with the plans of their teachers where a plan bears no run's name."""
+    """The records of the runs whose names are kept, and plans of their teachers that bear no run's name."""
     kept = [each for each in records if keep(each.name)]
     teachers = {each.settings["teacher"] for each in kept if each.settings.get("teacher")}
     plans = [each for each in records if each.kind == "plan" and "/" not in each.name]
