@@ -289,7 +289,7 @@ def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
 def _root_bytes_per_token(lineage: Mapping[str, Any] | None, context: int, itemsize: int) -> int | None:
     """Cache bytes per token of the root teacher that a lineage names."""
     root = _root(lineage)
-    return None if root is None else grouped_cache(root).mean_bytes_per_token(context, itemsize)
+    return None if root is None else grouped_cache(root).bytes_per_token(itemsize, context)
 
 
 def _root(lineage: Mapping[str, Any] | None) -> Shape | None:
@@ -332,7 +332,7 @@ class _Use:
             kv_heads=_heads(shape),
             parameters=shape.parameters,
             weight_bytes=weights,
-            cache_bytes_per_token=cache.mean_bytes_per_token(self.context, self.itemsize),
+            cache_bytes_per_token=cache.bytes_per_token(self.itemsize, self.context),
             cache_bytes_per_encoder_token=cache.bytes_per_encoder_token(self.itemsize),
             cache_bytes=batch * whole,
             cache_bytes_per_device=round(batch * per_sequence),

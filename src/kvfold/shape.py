@@ -218,12 +218,8 @@ class CacheSpec:
             for slot in self._unique()
         )
 
-    def bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes that one more decoder token adds, before any window is full."""
-        return itemsize * sum(slot.per_token for slot in self._unique())
-
-    def mean_bytes_per_token(self, tokens: int, itemsize: int = 2) -> int:
-        """The decoder's cache by the token of a text of `tokens`, over which full windows and constants are spread."""
+    def bytes_per_token(self, itemsize: int = 2, tokens: int = 1) -> int:
+        """Bytes of the decoder's cache by the token of a text of `tokens`, over which windows and constants are spread."""
         return round(self.bytes(tokens, itemsize=itemsize) / tokens)
 
     def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
