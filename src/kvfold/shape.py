@@ -219,7 +219,7 @@ class CacheSpec:
         )
 
     def bytes_per_token(self, itemsize: int = 2, tokens: int = 1) -> int:
-        """Bytes of the decoder's cache by the token of a text of `tokens`, over which windows and constants are spread."""
+        """The decoder's cache by the token of a text of `tokens`, over which windows and constants are spread."""
         return round(self.bytes(tokens, itemsize=itemsize) / tokens)
 
     def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
