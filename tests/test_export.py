@@ -252,6 +252,18 @@ def test_ctranslate2_decodes_the_tokens_of_an_encoder_decoder(
 
 
 @needs_ct2
+def test_ctranslate2_takes_a_tokenizer_without_an_unknown_word(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    """As `kvfold pretrain` trains one: every byte is a word."""
+    student = convert(tiny_checkpoint("t5"), tmp_path / "student", "gqa", {"kv_heads": 2})
+    said = json.loads((student / "tokenizer_config.json").read_text())
+    for name in ("unk_token", "bos_token"):
+        said.pop(name)
+    (student / "tokenizer_config.json").write_text(json.dumps(said))
+    out = export(student, tmp_path / "out", "ctranslate2", QUICK)
+    assert found(out)["same_tokens"] == found(out)["tokens"]
+
+
+@needs_ct2
 def test_an_activation_that_ctranslate2_lacks_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:
     teacher = tiny_checkpoint("t5", feed_forward_proj="gated-tanh")
     with pytest.raises(UnsupportedModel, match=r"no such activation \(got tanh\); allowed: relu, gelu, gelu_new, silu"):

@@ -69,6 +69,7 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
             loader.set_linear(spec.decoder.projection, model.lm_head)
             spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
         loader.set_config(spec.config, model, tokenizer)
+        spec.config.unk_token = spec.config.unk_token or ""  # which a tokenizer of bytes has none of
         spec.validate()
         spec.optimize(quantization=weights)
         spec.save(str(folder))
