@@ -61,7 +61,8 @@ def pages() -> dict[Path, str]:
     made = {ROOT / "docs" / "commands.md": commands()}
     headline = of_runs(records, lambda name: name.startswith("headline/"))
     if headline:
-        made[ROOT / "docs" / "quality-against-bytes.svg"] = quality_figure(headline)
+        linear = of_runs(records, lambda name: name.startswith("supra-headline/"))
+        made[ROOT / "docs" / "quality-against-bytes.svg"] = quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
     miniature = [each for each in records if each.name.startswith("miniature")]

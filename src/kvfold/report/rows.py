@@ -209,7 +209,10 @@ def question(record: Record) -> str:
 def _study(found: Sequence[tuple[dict[str, Any], Record]], records: Sequence[Record]) -> Study:
     groups: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row, record in found:
-        groups.setdefault(fingerprint([row.get("role"), _method(row), _training(row)]), []).append((row, record))
+        group = groups.setdefault(fingerprint([row.get("role"), _method(row), _training(row)]), [])
+        hashed = record.hashes.get("student")
+        if hashed is None or all(other.hashes.get("student") != hashed for _, other in group):  # runs share a teacher
+            group.append((row, record))
     made = [_row([record for _, record in group], group[0][0], found, records) for group in groups.values()]
     has_trained = {fingerprint(_method_key(row)) for row in made if row.trained and row.role == "student"}
     rows = [

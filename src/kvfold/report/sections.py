@@ -71,15 +71,15 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
 def quality_points(study: Study, *, schooled: bool = True) -> list[Point]:
     """Cache bytes per token against loss above the teacher's, for everyone whose both are known.
 
-    Labels say how a student was trained where that is `schooled`.
+    Labels say how each was trained where that is `schooled`, and else where names alone do not tell rows apart.
     """
-    points = []
+    names, points = [row.name for row in study.everyone], []
     for row in study.everyone:
         loss = row.metric("loss")
         if row.cache_bytes is None or loss is None or row.loss_lost is None:
             continue
         shift = row.loss_lost - loss.mean
-        label = row.label if schooled else row.name
+        label = row.label if schooled or names.count(row.name) > 1 else row.name
         points.append(Point(label, row.cache_bytes, row.loss_lost, loss.low + shift, loss.high + shift))
     return points
 
