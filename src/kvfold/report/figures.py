@@ -82,7 +82,7 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
     """A scatter over a doubling x axis as inline SVG, each point with its own sign, colour and line of the legend."""
     with _figure(len(points)) as (figure, axes):
         for number, point in enumerate(points):
-            colour, marker = _STAND_INS[number % 8], _MARKERS[number % 8]
+            colour, marker = _STAND_INS[number % 8], _MARKERS[(number + number // 8) % 8]  # no pair twice
             if point.y is None:
                 axes.axvline(point.x, color=colour, linewidth=1.3, linestyle=(0, (4, 3)), label=point.label)
                 continue
