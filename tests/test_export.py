@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvfold.checkpoint import Checkpoint
 from kvfold.convert import convert
 from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
 from kvfold.export import ENGINES, NOT_LOADED, ExportSettings, agreement, export, limits
@@ -261,6 +262,48 @@ def test_ctranslate2_takes_a_tokenizer_without_an_unknown_word(tiny_checkpoint: 
     (student / "tokenizer_config.json").write_text(json.dumps(said))
     out = export(student, tmp_path / "out", "ctranslate2", QUICK)
     assert found(out)["same_tokens"] == found(out)["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "method", "settings"),
+    [
+        ("t5", "gqa", {"kv_heads": "self=2,cross=1"}),
+        ("t5gemma", "crosslatent", {}),
+        ("bart", "gqa", {"kv_heads": "self=4/2/1/2,cross=2"}),
+        ("qwen3", "supra", {"preset": "hybrid", "window": 4, "sinks": 2}),
+        ("llama", "elitekv", {"rope_chunks": 1, "latent_dim": 16, "search": "uniform", "metric": "weights"}),
+        ("qwen2", "cla", {"share": 2}),
+    ],
+    ids=["t5", "latent", "bart", "sums", "elitekv", "cla"],
+)
+def test_a_student_takes_its_code_along(
+    family: str, method: str, settings: dict[str, Any], tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    """The export itself compares with a process that cannot import kvfold."""
+    import torch
+
+    from kvfold import hf
+
+    student = convert(tiny_checkpoint(family), tmp_path / "student", method, settings)
+    out = export(student, tmp_path / "out", "transformers", QUICK)
+    assert found(out)["same_tokens"] == found(out)["tokens"] > 0
+    assert found(out)["max_difference"] < 1e-3
+    assert not any("from kvfold." in path.read_text() for path in out.glob("*.py"))
+    ours, theirs = (hf.load(each).state_dict() for each in (student, out))  # kvfold reads it as it reads the student
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert Checkpoint.open(out).hash() != Checkpoint.open(student).hash()  # of another config.json
+
+
+def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 2})
+    with pytest.raises(UnsupportedModel, match="which transformers knows by itself; it needs no code: copy it"):
+        export(student, tmp_path / "out", "transformers", QUICK)
+    mixed = convert(tiny_checkpoint("llama", name="other"), tmp_path / "mixed", "gqa", {"kv_heads": "4/2/1/2"})
+    with pytest.raises(SettingError, match="the weights stay float32"):
+        export(mixed, tmp_path / "out", "transformers", replace(QUICK, dtype="float16"))
+    assert not (tmp_path / "out").exists()
 
 
 @needs_ct2

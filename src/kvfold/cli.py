@@ -371,7 +371,14 @@ def export(
     *,
     src: Source,
     dst: Annotated[Path, typer.Argument(help="Where the export goes.", metavar="DST")],
-    to: Annotated[str, typer.Option("--to", help="The engine: ctranslate2 or gguf.", metavar="ENGINE")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="The engine: ctranslate2, gguf, or transformers (with the code that a student needs).",
+            metavar="ENGINE",
+        ),
+    ],
     given: list[dict[str, Any]],
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -14,18 +14,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from kvfold.checkpoint import Checkpoint, carry_over
+from kvfold.checkpoint import Checkpoint, carry_over, content_hash
 from kvfold.errors import Interrupted, KvfoldError, OutputError, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export import ctranslate2 as _ctranslate2
 from kvfold.export import gguf as _gguf
+from kvfold.export import self_contained as _self_contained
 from kvfold.lineage import descend
-from kvfold.output import MANIFEST, disk_errors, open_output, write_json
+from kvfold.output import MANIFEST, disk_errors, open_output, read_json, write_json
 from kvfold.progress import SILENT, Progress
 
 __all__ = ["ENGINES", "ExportSettings", "export"]
 
-ENGINES: dict[str, ModuleType] = {"ctranslate2": _ctranslate2, "gguf": _gguf}
+ENGINES: dict[str, ModuleType] = {"ctranslate2": _ctranslate2, "gguf": _gguf, "transformers": _self_contained}
 NOT_LOADED = "not loaded: llama-cpp-python is not installed"
 SAMPLE = "def fold(heads):\n    return [x ** 2 for x in heads]  # it's 3 of 8, or 1024?\n\nThe café — naïve."
 
@@ -56,12 +57,13 @@ def export(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
-    """Write `src` in the format of an engine (`ctranslate2` or `gguf`) to the directory `dst`, and return its path.
+    """Write `src` in the format of an engine to the directory `dst`, and return its path.
 
-    The model is loaded in float32 for the comparison. A GGUF is loaded by llama.cpp where llama-cpp-python is
-    installed, and otherwise read back with gguf-py and said to be so. Raises SettingError for an unknown engine or a
-    missing extra, UnsupportedModel when the engine cannot say what the model is or computes something else, and
-    OutputError when `dst` holds something else.
+    `transformers` is for a student of an architecture of ours: the checkpoint with the code that it needs. The model is
+    loaded in float32 for the comparison. A GGUF is loaded by llama.cpp where llama-cpp-python is installed, and
+    otherwise read back with gguf-py and said to be so. Raises SettingError for an unknown engine or a missing extra,
+    UnsupportedModel when the engine cannot say what the model is or computes something else, and OutputError when
+    `dst` holds something else.
     """
     if to not in ENGINES:
         raise SettingError(f"no engine is called {to!r}", allowed=choices(ENGINES), next=did_you_mean(to, ENGINES))
@@ -93,7 +95,7 @@ def export(
             source, inputs=output.inputs, stage="export", settings=asked, wall_seconds=time.monotonic() - started
         )
         lineage["steps"][-1]["check"] = found
-        write_json(output.work / MANIFEST, {**lineage, "hash": _hash(output.work)})
+        write_json(output.work / MANIFEST, {**lineage, "hash": _hash(source, output.work)})
         output.commit()
     for line in _said(found, engine.NAME):
         progress.say(line)
@@ -104,16 +106,18 @@ def _make(
     source: Checkpoint, engine: ModuleType, folder: Path, weights: str, settings: ExportSettings, progress: Progress
 ) -> dict[str, Any]:
     """Write the engine's files and compare; returns what was found. Raises UnsupportedModel when they disagree."""
-    from kvfold.hf import load  # imports transformers
+    from kvfold.hf import ATTENTION, load  # imports transformers
 
     room = min(source.shape.max_positions, limits.window(source) or source.shape.max_positions)
     new_tokens = max(1, min(settings.new_tokens, room // 2))
     prompt_tokens = max(1, min(settings.prompt_tokens, room - new_tokens))
     loaded = engine is not _gguf or _gguf.loadable()
-    found: dict[str, Any] = {"engine": engine.version(), "weights": weights, "exact_up_to": limits.window(source)}
+    told = engine is _self_contained  # of windows, as the student is
+    found: dict[str, Any] = {"engine": engine.version(), "weights": weights}
+    found["exact_up_to"] = None if told else limits.window(source)
     progress.start(f"exporting to {engine.NAME}", 3, "steps")
     try:
-        model = load(source.path, attention="sdpa") if loaded else None
+        model = load(source.path, attention=ATTENTION if told else "sdpa") if loaded else None
         known = None
         if loaded:
             known = agreement.reference(
@@ -164,8 +168,11 @@ def _said(found: dict[str, Any], name: str) -> list[str]:
     return lines
 
 
-def _hash(folder: Path) -> str:
-    """SHA-256 of the engine's weights."""
-    weights = next(path for path in (folder / "model.bin", folder / _gguf.FILE) if path.exists())
+def _hash(source: Checkpoint, folder: Path) -> str:
+    """SHA-256 of the engine's weights; of a checkpoint, its content hash."""
+    weights = next((path for path in (folder / "model.bin", folder / _gguf.FILE) if path.exists()), None)
+    if weights is None:
+        specs = {name: source.spec(name) for name in source.names()}
+        return content_hash(read_json(folder / "config.json"), specs, source.digests)
     with weights.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.errors import UnsupportedModel
+from kvfold.seq2seq import start_id
 
 Logits = NDArray[np.float32]
 
@@ -53,8 +54,8 @@ def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: in
     with torch.no_grad():
         given: dict[str, Any] = {}
         if paired:
-            given = {"encoder_outputs": model.encoder(ids_BT)}
-            new_BT = torch.full((prompts, 1), getattr(model.config, "decoder_start_token_id", None) or 0)
+            given = {"encoder_outputs": model.get_encoder()(ids_BT)}
+            new_BT = torch.full((prompts, 1), start_id(model.config))
         for _ in range(new_tokens):
             read = {"decoder_input_ids" if paired else "input_ids": new_BT}
             found = model(**given, **read, past_key_values=cache, use_cache=True)
