@@ -6,7 +6,6 @@ An export is a directory: the engine's files, the tokenizer and `kvfold.json`, w
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -14,14 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from kvfold.checkpoint import Checkpoint, carry_over, content_hash
+from kvfold.checkpoint import Checkpoint, carry_over
 from kvfold.errors import Interrupted, KvfoldError, OutputError, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export import ctranslate2 as _ctranslate2
 from kvfold.export import gguf as _gguf
 from kvfold.export import self_contained as _self_contained
 from kvfold.lineage import descend
-from kvfold.output import MANIFEST, disk_errors, open_output, read_json, write_json
+from kvfold.output import MANIFEST, disk_errors, open_output, write_json
 from kvfold.progress import SILENT, Progress
 
 __all__ = ["ENGINES", "ExportSettings", "export"]
@@ -95,7 +94,7 @@ def export(
             source, inputs=output.inputs, stage="export", settings=asked, wall_seconds=time.monotonic() - started
         )
         lineage["steps"][-1]["check"] = found
-        write_json(output.work / MANIFEST, {**lineage, "hash": _hash(source, output.work)})
+        write_json(output.work / MANIFEST, {**lineage, "hash": engine.content(source, output.work)})
         output.commit()
     for line in _said(found, engine.NAME):
         progress.say(line)
@@ -106,18 +105,17 @@ def _make(
     source: Checkpoint, engine: ModuleType, folder: Path, weights: str, settings: ExportSettings, progress: Progress
 ) -> dict[str, Any]:
     """Write the engine's files and compare; returns what was found. Raises UnsupportedModel when they disagree."""
-    from kvfold.hf import ATTENTION, load  # imports transformers
+    from kvfold.hf import load  # imports transformers
 
     room = min(source.shape.max_positions, limits.window(source) or source.shape.max_positions)
     new_tokens = max(1, min(settings.new_tokens, room // 2))
     prompt_tokens = max(1, min(settings.prompt_tokens, room - new_tokens))
     loaded = engine is not _gguf or _gguf.loadable()
-    told = engine is _self_contained  # of windows, as the student is
-    found: dict[str, Any] = {"engine": engine.version(), "weights": weights}
-    found["exact_up_to"] = None if told else limits.window(source)
+    window = None if engine.TOLD_OF_WINDOWS else limits.window(source)
+    found: dict[str, Any] = {"engine": engine.version(), "weights": weights, "exact_up_to": window}
     progress.start(f"exporting to {engine.NAME}", 3, "steps")
     try:
-        model = load(source.path, attention=ATTENTION if told else "sdpa") if loaded else None
+        model = load(source.path, attention=engine.ATTENTION) if loaded else None
         known = None
         if loaded:
             known = agreement.reference(
@@ -166,13 +164,3 @@ def _said(found: dict[str, Any], name: str) -> list[str]:
     if found.get("same_text_ids") is False:
         lines.append("vocabulary: llama.cpp splits a sample text otherwise than the tokenizer; give it token ids")
     return lines
-
-
-def _hash(source: Checkpoint, folder: Path) -> str:
-    """SHA-256 of the engine's weights; of a checkpoint, its content hash."""
-    weights = next((path for path in (folder / "model.bin", folder / _gguf.FILE) if path.exists()), None)
-    if weights is None:
-        specs = {name: source.spec(name) for name in source.names()}
-        return content_hash(read_json(folder / "config.json"), specs, source.digests)
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,12 @@ class Reference:
             (prompt + answer)[: len(rows)]
             for prompt, answer, rows in zip(self.prompts, self.answers, self.logits, strict=True)
         ]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: int, prompts: int = 3) -> Reference:

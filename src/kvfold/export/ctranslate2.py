@@ -16,11 +16,14 @@ import numpy as np
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export import ct2_pairs
-from kvfold.export.agreement import Logits, Reference
+from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.output import read_json
 
 NAME = "CTranslate2"
+FILE = "model.bin"
+ATTENTION = "sdpa"  # that transformers is asked with
+TOLD_OF_WINDOWS = False
 
 
 def available() -> None:
@@ -29,6 +32,11 @@ def available() -> None:
         import ctranslate2  # noqa: F401
     except ImportError as error:
         raise SettingError("ctranslate2 is not installed", next="pip install 'kvfold[ct2]'") from error
+
+
+def content(source: Checkpoint, folder: Path) -> str:
+    """SHA-256 of the weights that were written."""
+    return file_hash(folder / FILE)
 
 
 def version() -> str:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from kvfold.checkpoint import TIED, Checkpoint
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
-from kvfold.export.agreement import Logits, Reference
+from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
 from kvfold.output import read_json
 
 NAME = "llama.cpp"
+ATTENTION = "sdpa"  # that transformers is asked with
+TOLD_OF_WINDOWS = False
 FILE = "model.gguf"
 _PAIRED = ("llama", "deci")  # architectures that rotate neighbouring pairs
 
@@ -66,6 +68,11 @@ def _architecture(source: Checkpoint) -> str:
         next_step = "export to ctranslate2" if mixed else None
         raise UnsupportedModel(f"cannot be exported to {NAME}: {problem}", where=source.path, next=next_step)
     return "deci" if mixed else model_type if model_type.startswith("qwen") else "llama"
+
+
+def content(source: Checkpoint, folder: Path) -> str:
+    """SHA-256 of the weights that were written."""
+    return file_hash(folder / FILE)
 
 
 def version() -> str:

@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from kvfold.checkpoint import Checkpoint
+from kvfold.checkpoint import Checkpoint, content_hash
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
 from kvfold.families import stock_type
 from kvfold.output import read_json, write_json
 
 NAME = "transformers without kvfold"
+ATTENTION = "kvfold"  # that transformers is asked with: no other computes every student
+TOLD_OF_WINDOWS = True
 _OURS = re.compile(r"^(\s*from )kvfold\.(\S+)( import )", re.M)
 _FAMILIES = "kvfold.families"
 _HEADER = "# Written by kvfold (Apache-2.0): the code that this checkpoint needs.\n"
@@ -37,6 +39,12 @@ _HEADER = "# Written by kvfold (Apache-2.0): the code that this checkpoint needs
 
 def available() -> None:
     """Do nothing: transformers is there."""
+
+
+def content(source: Checkpoint, folder: Path) -> str:
+    """The checkpoint's content hash: the source's tensors under another config.json."""
+    specs = {name: source.spec(name) for name in source.names()}
+    return content_hash(read_json(folder / "config.json"), specs, source.digests)
 
 
 def version() -> str:
