@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
-    {"errors", "shape", "progress", ""},
+    {"errors", "inputs", "shape", "progress", ""},
     {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
     | {"planes", "factor", "latents", "crossed"},
     {"methods", "families"},

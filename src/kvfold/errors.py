@@ -34,15 +34,15 @@ class KvfoldError(Exception):
         next: str | None = None,  # the word of the house: what, where, got, allowed, next
     ) -> None:
         self.what, self.where, self.got, self.allowed, self.next = what, where, got, allowed, next
-        line = what
+        line = plain(what, 600)
         if where is not None:
-            line = f"{where}: {line}"
+            line = f"{plain(where, 400)}: {line}"
         if got is not None:
-            line += f" (got {got})"
+            line += f" (got {plain(got, 200)})"
         if allowed is not None:
-            line += f"; allowed: {allowed}"
+            line += f"; allowed: {plain(allowed, 1000)}"
         if next is not None:
-            line += f"; {next}"
+            line += f"; {plain(next, 600)}"
         super().__init__(line)
 
 
@@ -80,6 +80,18 @@ class Interrupted(KvfoldError):
     """Stopped by Ctrl-C or a signal; the same command continues."""
 
     exit_code = 130
+
+
+def plain(value: object, limit: int) -> str:
+    """A value as one line of at most about `limit` characters that is safe to print.
+
+    Control characters, those that change the direction of text, and lone surrogates are escaped: a message may quote
+    a file from anywhere, and must not steer the terminal. The middle of a longer text is left out.
+    """
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > limit:
+        text = f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
+    return "".join(each if each.isprintable() else " " if each in "\t\n\r" else ascii(each)[1:-1] for each in text)
 
 
 def choices(options: Iterable[object]) -> str:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kvfold import lock
-from kvfold.errors import OutputError
+from kvfold.errors import KvfoldError, OutputError
+from kvfold.inputs import LARGE, load_json
 
 MANIFEST = "kvfold.json"
 REPAIRED = "repaired"  # in unfinished work: layers that are repaired, a file each
@@ -80,8 +81,8 @@ def flush(folder: Path) -> None:
 def read_json(path: Path) -> Any:
     """The JSON in a file, or None when there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return load_json(path, limit=LARGE)
+    except KvfoldError:
         return None
 
 
