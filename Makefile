@@ -1,6 +1,8 @@
 # Everything runs in .venv, made from pinned versions. `make demo` and `make test` are the two commands.
 PYTHON ?= python3
 BIN := .venv/bin
+# tests run side by side, one thread each: a process for each core, up to 8
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
 
 .PHONY: help demo test check engines clean
@@ -21,13 +23,13 @@ check: .venv/.ready  ## quick: format, lint, strict types, import layers, fast t
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' $(SIDE_BY_SIDE)
 
 test: .venv/.ready  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 engines: .venv/.ready  ## build llama.cpp from source (7 minutes), load a student in it and in CTranslate2, record
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'

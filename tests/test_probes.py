@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import shutil
 import math
 import re
 import sys
@@ -266,8 +268,11 @@ def test_lm_eval_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow  # lm-eval reads the files of all its tasks
-def test_an_unknown_task_is_looked_for_among_lm_evals_own(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
+def test_an_unknown_task_is_looked_for_among_lm_evals_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = importlib.import_module(pytest.importorskip("lm_eval").tasks.TaskManager.__module__)
+    own = Path(manager.__file__).parent  # reading all 10,000 files of it takes ten seconds: one folder stands for them
+    shutil.copytree(own / "arc", tmp_path / "own" / "arc")
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "own" / "manager.py"))
     write_task(tmp_path / "tasks", "made", tmp_path / "made.jsonl")
     with contextlib.suppress(DataError):  # it is known, and not SettingError's; its documents lie on the hub
         probes.find_tasks(("arc_easy",), str(tmp_path / "tasks"), None)
