@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import shutil
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
