@@ -25,13 +25,13 @@ from kvfold.checkpoint import (
     Checkpoint,
     TensorSpec,
     Writer,
-    carried,
     carry_over,
     content_hash,
     natural,
 )
 from kvfold.errors import Interrupted, OutputError, SettingError, choices
-from kvfold.families import MLP, with_fields
+from kvfold.families import MLP
+from kvfold.finite import check_finite
 from kvfold.lineage import descend, remember
 from kvfold.output import (
     MANIFEST,
@@ -62,6 +62,8 @@ from kvfold.shape import (
     SiteTensors,
 )
 from kvfold.shards import digest
+from kvfold.sidecar import carried
+from kvfold.student_config import student_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +136,8 @@ def convert(
         settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
     methods.check(method, config, source.shape)
+    _config(source, chosen.student(config, source.shape), method, options.dtype)  # these two refuse before any work
+    carried(source.path)
     options = replace(options, repair=_repairs(chosen, config, source, options))
     calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
     if calibration:
@@ -146,16 +150,19 @@ def convert(
     try:
         with disk_errors(dst):
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
+            if calibration:
+                source.hash(progress)  # refuses NaN and infinity before the teacher reads a text with them
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
-            with Writer(output.work, job.specs, shard_bytes=options.shard_size, resume=output.resumed) as writer:
+            made = _config(source, job.student, method, options.dtype)
+            size, resumed = options.shard_size, output.resumed
+            with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
                 _check_space(source, output, job.specs, writer)
                 if calibration is None and hasattr(chosen.Config, "without_text"):
                     progress.say("without --calibration TEXT weights alone are read; with it, more is kept")
                 job.run(writer, progress)
                 carry_over(source, output.work)
-                made = _config(source, job.student, options.dtype)
                 if made == source.config:
                     shutil.copyfile(source.path / "config.json", output.work / "config.json")
                 else:
@@ -232,7 +239,7 @@ def _stamp(source: Checkpoint) -> str:
 def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorSpec], writer: Writer) -> None:
     """Refuse to start what the disk cannot hold."""
     needed = sum(spec.nbytes for name, spec in specs.items() if name not in writer.digests)
-    needed += sum(path.stat().st_size for path in carried(source)) + SLACK
+    needed += sum((source.path / name).stat().st_size for name in carried(source.path)) + SLACK
     free = free_bytes(output.work)
     if free < needed:
         raise OutputError(
@@ -244,19 +251,9 @@ def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorS
         )
 
 
-def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[str, Any]:
-    """The student's config.json: the source's own, key for key, but for the fields that the method changes or drops."""
-    before, after = source.family.fields(source.shape), source.family.fields(student.shape) | dict(student.fields)
-    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
-    if student.model_type:
-        changed["model_type"] = student.model_type
-    if dtype != "source":
-        names = ("dtype", "torch_dtype")
-        changed |= {key: dtype for key in names if key in source.config} or {"dtype": dtype}
-        parts = {part: said for part, said in source.config.items() if isinstance(said, Mapping)}
-        changed |= {f"{part}.{key}": dtype for part, said in parts.items() for key in names if key in said}
-    kept = {key: value for key, value in source.config.items() if key in after or key not in before}
-    return with_fields(kept, changed)
+def _config(source: Checkpoint, student: methods.Student, method: str, dtype: str) -> dict[str, Any]:
+    """The student's config.json."""
+    return student_config(source.config, source.family, source.shape, student, method=method, dtype=dtype)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -430,6 +427,10 @@ class _Job:
         """Convert one group of sites; what the method hands back untouched is copied."""
         name = self.source.family.tensor
         given = {site: _tensors(self.source, site) for site in group}
+        for site, tensors in given.items():
+            for role, tensor in tensors.roles.items():
+                if name(site, role) not in self.source.digests:  # else it was checked when it was hashed
+                    check_finite(tensor, "float64", name(site, role), self.source.path)
         if fold := getattr(self.method, "fold", None):
             converted, told = fold(given, self.answers, self.config)
             if told:  # before the tensors: what is written is not converted again by work that goes on
@@ -464,12 +465,13 @@ class _Job:
         """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""
         written = writer.write(name, tensor)
         same = self.specs[name].dtype == self.source.spec(name).dtype
-        self.source.digests[name] = written if same else digest(tensor)
+        self.source.digests[name] = written if same else self.source.digest(name)
         return self.specs[name].nbytes
 
     def _note(self, name: str, tensor: Tensor) -> int:
         """Hash a tensor of the source that the student does not keep."""
-        self.source.digests[name] = digest(tensor)
+        if name not in self.source.digests:
+            self.source.digests[name] = digest(tensor, name, self.source.path)
         return 0
 
 
