@@ -29,6 +29,7 @@ LAYERS = [
         "engines",
         "plan",
         "convert",
+        "crew",
         "repair",
         "logits",
         "gated",

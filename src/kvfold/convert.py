@@ -11,14 +11,11 @@ import dataclasses
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Barrier
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvfold import methods
 from kvfold.checkpoint import (
@@ -29,7 +26,8 @@ from kvfold.checkpoint import (
     content_hash,
     natural,
 )
-from kvfold.errors import Interrupted, OutputError, SettingError, choices
+from kvfold.crew import CREW, Crew
+from kvfold.errors import CheckpointError, DataError, Interrupted, OutputError, SettingError, choices
 from kvfold.families import MLP
 from kvfold.finite import check_finite
 from kvfold.lineage import descend, remember
@@ -72,7 +70,6 @@ if TYPE_CHECKING:
     from kvfold.seq2seq import Corpus
 
 CORES = os.cpu_count() or 1
-CREW = min(4, CORES)  # threads that copy and hash
 FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 
@@ -148,8 +145,9 @@ def convert(
         progress.say(f"{dst} is complete: it was made from this source with these settings")
         return dst
     try:
-        with disk_errors(dst):
+        with disk_errors(dst), ExitStack() as stack:
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
+            stack.enter_context(_dropped_when_refused(output))
             if calibration:
                 source.hash(progress)  # refuses NaN and infinity before the teacher reads a text with them
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
@@ -234,6 +232,18 @@ def _stamp(source: Checkpoint) -> str:
     """What tells a source from another without reading it: by this, unfinished work is known again."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files()]
     return fingerprint([source.config, files])
+
+
+@contextmanager
+def _dropped_when_refused(output: Output) -> Iterator[None]:
+    """Drop the work when the source, the text or a setting is refused: the mended command has other inputs."""
+    try:
+        yield
+    except (CheckpointError, DataError, SettingError):
+        shutil.rmtree(output.work)
+        if output.held is not None:
+            output.held.release()
+        raise
 
 
 def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorSpec], writer: Writer) -> None:
@@ -412,7 +422,7 @@ class _Job:
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, min(before, CORES - CREW)))  # two teams on the same cores wait for each other
         try:
-            with _Crew(progress) as crew:
+            with Crew(progress) as crew:
                 for name in left:
                     if name not in belongs:
                         crew.give(self._copy, name, self.source.read(name), writer)
@@ -423,7 +433,7 @@ class _Job:
             torch.set_num_threads(before)
             progress.stop()
 
-    def _convert(self, group: Sequence[Site], writer: Writer, crew: _Crew, progress: Progress) -> None:
+    def _convert(self, group: Sequence[Site], writer: Writer, crew: Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
         name = self.source.family.tensor
         given = {site: _tensors(self.source, site) for site in group}
@@ -479,39 +489,3 @@ def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
     """What a method is handed of a site."""
     attention = source.shape.sites[site]
     return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
-
-
-class _Crew:
-    """A few threads with a short queue, so that files fill in order; the first failure stops the rest."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._pool = ThreadPoolExecutor(CREW)
-        self._pending: deque[Future[int]] = deque()
-        self._progress = progress
-
-    def give(self, work: Callable[..., int], *given: Any) -> None:
-        """Hand over work, which returns the bytes it wrote; wait when the queue is full. Raises what work raised."""
-        self._pending.append(self._pool.submit(work, *given))
-        if len(self._pending) > 4 * CREW:
-            self._progress.advance(self._pending.popleft().result())
-
-    def __enter__(self) -> Self:
-        """Start every thread now: one whose start is interrupted would not be waited for, and write on by itself."""
-        together = Barrier(CREW)
-        try:
-            for each in [self._pool.submit(together.wait) for _ in range(CREW)]:
-                each.result()
-        except BaseException:
-            together.abort()
-            self._pool.shutdown(cancel_futures=True)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            while kind is None and self._pending:
-                self._progress.advance(self._pending.popleft().result())
-        finally:
-            self._pool.shutdown(cancel_futures=True)

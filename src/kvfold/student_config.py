@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, with_fields
+from kvfold.families import Family, source_family, with_fields
 from kvfold.methods import Student
 from kvfold.shape import Shape
 from kvfold.sidecar import without_code
@@ -58,8 +58,8 @@ def _check_round_trip(made: Mapping[str, Any], family: Family, student: Student,
     if model_type not in family.architectures or any(name != family.architectures[model_type] for name in named):
         raise _inexpressible(family, method, f"{model_type}, {', '.join(map(str, named))}")
     try:
-        found = family.shape(made)
-    except UnsupportedModel as error:
+        found = source_family(made).shape(made)  # as it will be opened
+    except (UnsupportedModel, KeyError, TypeError, ValueError) as error:
         raise _inexpressible(family, method, f"{model_type}: {error}") from error
     if dataclasses.replace(found, dtype=student.shape.dtype) != student.shape:
         raise _inexpressible(family, method, f"{model_type}, which says another model")
