@@ -102,6 +102,7 @@ def test_hub_id_is_downloaded_without_other_engines_files(
     assert (name, given["revision"]) == ("org/model", "v2")
     assert {"*.json", "*.safetensors"} <= set(given["allow_patterns"])
     assert "*.bin" not in given["allow_patterns"]
+    assert not [pattern for pattern in given["allow_patterns"] if pattern.endswith(".py")], "code is never read"
     locate("org/model", weights=False)
     assert "*.safetensors" not in asked[1][1]["allow_patterns"]
 

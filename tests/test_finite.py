@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvfold.export import ExportSettings, export
 from kvfold.export.gguf import FILE
 from kvfold.finite import check_finite
 from kvfold.output import write_json
+from kvfold.uptrain import UptrainSettings, uptrain
 
 Make = Callable[..., Path]
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -109,9 +111,10 @@ def test_no_method_takes_weights_that_are_no_numbers(
 def test_a_teacher_with_nan_reads_no_calibration_text(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     spoil(folder, MLP, float("nan"))
-    options = ConvertSettings(calibration=str(text), calibration_tokens=256)
-    with pytest.raises(CheckpointError, match=f"tensor {MLP} holds NaN or infinity"):
-        convert(folder, tmp_path / "student", "gqa", {"kv_heads": "2", "init": "fit"}, options=options)
+    for source in (str(text), "self"):
+        options = ConvertSettings(calibration=source, calibration_tokens=256)
+        with pytest.raises(CheckpointError, match=f"tensor {MLP} holds NaN or infinity"):
+            convert(folder, tmp_path / "student", "gqa", {"kv_heads": "2", "init": "fit"}, options=options)
     assert not list(tmp_path.glob("student*"))
 
 
@@ -139,11 +142,32 @@ def test_trained_weights_that_are_no_numbers_are_not_saved(tiny_checkpoint: Make
         save_model(tmp_path / "out", config=source.config, state=state, lineage={}, like=source)
 
 
-def test_a_checkpoint_with_nan_has_no_hash(tiny_checkpoint: Make) -> None:
+def test_a_student_or_teacher_with_nan_is_not_trained(
+    alone: None, tiny_checkpoint: Make, text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint()
+    student = convert(teacher, tmp_path / "student", "gqa", {"kv_heads": "2"})
+    settings = UptrainSettings(data=str(text), tokens=64, sequence_length=16, batch_size=2, precision="fp32")
+    other = tiny_checkpoint(name="other", seed=1)
+    spoil(other, MLP, float("inf"))
+    told = f"tensor {MLP} holds NaN or infinity"
+    with pytest.raises(CheckpointError, match=told):
+        uptrain(student, tmp_path / "out", settings, teacher=other)
+    with pytest.raises(CheckpointError, match=told):
+        uptrain(other, tmp_path / "out", replace(settings, loss="ce"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_checkpoint_with_nan_has_a_hash_and_names_its_first_tensor(tiny_checkpoint: Make) -> None:
     folder = tiny_checkpoint()
-    spoil(folder, EMBEDDING, float("nan"))
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {EMBEDDING} holds NaN"):
-        Checkpoint.open(folder).hash()
+    sound = Checkpoint.open(folder).hash()
+    for name in (MLP, ATTENTION):
+        spoil(folder, name, float("nan"))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.hash() != sound
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {ATTENTION} holds NaN"):
+            checkpoint.require_finite()
 
 
 # --- exports --------------------------------------------------------------------------------------------------------

@@ -174,7 +174,12 @@ SPECIAL = {
     "separator": ("tokenizer_config.json", {"sep_token": "<s>"}, "sep_token '<s>' against None"),
     "start put before": ("tokenizer_config.json", {"add_bos_token": True}, "add_bos_token True against None"),
     "older file": ("special_tokens_map.json", {"eos_token": "<unk>"}, "eos_token '<unk>' against '</s>'"),
-    "more tokens": ("tokenizer_config.json", {"extra_special_tokens": ["<|call|>"]}, r"added_tokens \['<|call|>'\]"),
+    "added tokens of an older file": ("added_tokens.json", {"<|call|>": 300}, "added_tokens ['<|call|>'] against None"),
+    "more tokens": (
+        "tokenizer_config.json",
+        {"extra_special_tokens": ["<|call|>"]},
+        "added_tokens ['<|call|>'] against None",
+    ),
 }
 
 
@@ -189,7 +194,7 @@ def test_other_special_tokens_are_another_tokenizer(tiny_checkpoint: Make, case:
     assert student.tokenizer_hash() != teacher.tokenizer_hash()
     difference = vocabulary_difference(student, teacher)
     assert difference is not None
-    assert told.replace("\\", "") in difference
+    assert told in difference
 
 
 @pytest.mark.parametrize(

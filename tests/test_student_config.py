@@ -137,7 +137,7 @@ def test_a_model_with_another_head_is_refused_by_its_architecture(
 ) -> None:
     folder = tiny_checkpoint(family)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "architectures": [head]})
-    told = f"{head} has another head than a language model's, or none; allowed: .*; convert the language model"
+    told = f"architecture {head} is not one with a language model's head; allowed: .*; convert the language model"
     with pytest.raises(UnsupportedModel, match=told):
         Checkpoint.open(folder)
     for method, settings in METHODS.items():

@@ -117,6 +117,7 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(config)
         self._stored = stored_tensors(path)
         self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
+        self._flaws: dict[str, CheckpointError] = {}  # tensors that were hashed and hold NaN or infinity
         self._check_heads()
         self._check_tie()
         if self._tied_twice():
@@ -161,15 +162,14 @@ class Checkpoint:
     def hash(self, progress: Progress = SILENT) -> str:
         """Content hash of config and tensors, independent of shards and container; streamed, read at most once.
 
-        Raises CheckpointError for weights that are NaN or infinite, and when the lineage beside it speaks of another
-        content.
+        Raises CheckpointError when the lineage beside it speaks of another content.
         """
         missing = [name for name in self.names() if name not in self.digests]
         progress = progress if missing else SILENT
         progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
         try:
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for name, found in zip(missing, pool.map(self.digest, missing), strict=True):
+                for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
                     self.digests[name] = found
                     progress.advance(self.spec(name).nbytes)
         finally:
@@ -184,9 +184,19 @@ class Checkpoint:
             )
         return hashed
 
-    def digest(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes. Raises CheckpointError for NaN and infinity."""
-        return digest(self.read(name), name, self._entry(name).file)
+    def require_finite(self, progress: Progress = SILENT) -> None:
+        """Refuse weights that are NaN or infinite, with CheckpointError; they are looked at while they are hashed."""
+        self.hash(progress)
+        if self._flaws:
+            raise self._flaws[min(self._flaws, key=natural)]
+
+    def _digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes; NaN and infinity are noted."""
+        try:
+            return digest(self.read(name), name, self._entry(name).file)
+        except CheckpointError as flaw:
+            self._flaws[name] = flaw
+            return digest(self.read(name))
 
     def root_hash(self) -> str:
         """Content hash of the first teacher of the chain; a checkpoint without lineage is its own."""
@@ -237,7 +247,7 @@ class Checkpoint:
             return False
         if one.spec == other.spec:
             for name in (first, second):
-                self.digests[name] = self.digests.get(name) or self.digest(name)
+                self.digests[name] = self.digests.get(name) or self._digest(name)
             return self.digests[first] == self.digests[second]
         wide = torch.promote_types(one.read().dtype, other.read().dtype)
         pairs = zip(torch.split(one.read(), ROWS), torch.split(other.read(), ROWS), strict=True)

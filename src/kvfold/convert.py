@@ -148,8 +148,6 @@ def convert(
         with disk_errors(dst), ExitStack() as stack:
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
             stack.enter_context(_dropped_when_refused(output))
-            if calibration:
-                source.hash(progress)  # refuses NaN and infinity before the teacher reads a text with them
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
@@ -337,6 +335,7 @@ def _calibration(
     from kvfold.data import token_file
     from kvfold.seq2seq import corpus
 
+    source.require_finite(progress)  # before the teacher reads or writes a text
     paired = source.family.encoder_decoder
     tokens = (corpus if paired else token_file)(
         options.calibration,
@@ -439,8 +438,7 @@ class _Job:
         given = {site: _tensors(self.source, site) for site in group}
         for site, tensors in given.items():
             for role, tensor in tensors.roles.items():
-                if name(site, role) not in self.source.digests:  # else it was checked when it was hashed
-                    check_finite(tensor, "float64", name(site, role), self.source.path)
+                check_finite(tensor, "float64", name(site, role), self.source.path)
         if fold := getattr(self.method, "fold", None):
             converted, told = fold(given, self.answers, self.config)
             if told:  # before the tensors: what is written is not converted again by work that goes on
@@ -475,13 +473,13 @@ class _Job:
         """Write a tensor of the source; its bytes are hashed once for both, unless the dtype changes them."""
         written = writer.write(name, tensor)
         same = self.specs[name].dtype == self.source.spec(name).dtype
-        self.source.digests[name] = written if same else self.source.digest(name)
+        self.source.digests[name] = written if same else digest(tensor)
         return self.specs[name].nbytes
 
     def _note(self, name: str, tensor: Tensor) -> int:
         """Hash a tensor of the source that the student does not keep."""
         if name not in self.source.digests:
-            self.source.digests[name] = digest(tensor, name, self.source.path)
+            self.source.digests[name] = digest(tensor)
         return 0
 
 

@@ -236,10 +236,11 @@ def _pickled(file: Path) -> dict[str, Stored]:
 # --- digests --------------------------------------------------------------------------------------------------------
 
 
-def chunks(tensor: Tensor, dtype: str, name: str, where: object = None) -> Iterator[memoryview]:
+def chunks(tensor: Tensor, dtype: str, name: str | None, where: object = None) -> Iterator[memoryview]:
     """The bytes of a tensor as `dtype`, little-endian and in order, a few MB at a time.
 
-    Raises CheckpointError for NaN and infinity, SettingError for a number that `dtype` cannot hold.
+    Where the tensor has a `name`, raises CheckpointError for NaN and infinity, SettingError for a number that `dtype`
+    cannot hold.
     """
     import torch
 
@@ -248,7 +249,8 @@ def chunks(tensor: Tensor, dtype: str, name: str, where: object = None) -> Itera
     step = CHUNK // _ITEMSIZE[dtype]
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step]
-        check_finite(part, dtype, name, where)
+        if name is not None:
+            check_finite(part, dtype, name, where)
         part = part.to("cpu", target).contiguous()
         yield memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
@@ -257,8 +259,8 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def digest(tensor: Tensor, name: str = "", where: object = None) -> str:
-    """SHA-256 of the bytes of a tensor. Raises CheckpointError, with its `name`, for NaN and infinity."""
+def digest(tensor: Tensor, name: str | None = None, where: object = None) -> str:
+    """SHA-256 of the bytes of a tensor. Raises CheckpointError for NaN and infinity where a `name` is given for it."""
     state = hashlib.sha256()
     for part in chunks(tensor, _dtype(tensor), name, where):
         state.update(part)

@@ -128,12 +128,17 @@ def _words(folder: Path) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The tokenizer's settings, with special_tokens_map.json where transformers still reads it."""
+    """The tokenizer's settings, with special_tokens_map.json and added_tokens.json where transformers reads them."""
     config, older = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     config = config if isinstance(config, dict) else {}
-    if isinstance(older, dict) and "added_tokens_decoder" not in config:
-        return {**config, **older}
-    return config
+    if "added_tokens_decoder" in config:
+        return config
+    added = read_json(folder / "added_tokens.json")
+    return {
+        **config,
+        **(older if isinstance(older, dict) else {}),
+        **({"added_tokens_decoder": dict.fromkeys(added)} if isinstance(added, dict) else {}),
+    }
 
 
 def _text(token: Any) -> Any:
@@ -150,7 +155,7 @@ def _added(settings: Mapping[str, Any], fast: Mapping[str, Any]) -> list[str]:
     if isinstance(added, list):
         known |= {str(_text(each)) for each in added}
     decoder = settings.get("added_tokens_decoder")
-    found = list(decoder.values()) if isinstance(decoder, dict) else []
+    found = [each or key for key, each in decoder.items()] if isinstance(decoder, dict) else []
     for name in _EXTRA:
         extra = settings.get(name)
         found += list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []

@@ -83,6 +83,7 @@ def export(
             progress.say(f"{dst} is complete: it was made from this source with these settings")
             return dst
         try:
+            source.require_finite()
             carry_over(source, output.work)  # first: nothing of the source may replace what is checked
             found = _make(source, engine, output.work, weights, settings, progress)
         except KvfoldError:  # what is there cannot be continued

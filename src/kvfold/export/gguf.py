@@ -200,7 +200,7 @@ def _data(source: Checkpoint, name: str, origin: str, kind: Any) -> NDArray[Any]
             f"{_KINDS[kind.name]} cannot hold {origin}",
             got=f"{largest:.3g}",
             allowed=f"less than {limit:.6g}",
-            next="choose bfloat16 or float32",
+            next="choose float32" if kind.name == "BF16" else "choose bfloat16 or float32",
         )
     stored: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
     return stored

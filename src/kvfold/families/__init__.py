@@ -118,7 +118,7 @@ def source_family(config: Json, where: object = None) -> Family:
     for name in named if isinstance(named, list) else [named]:
         if str(name).lower() not in known:
             raise UnsupportedModel(
-                f"{name} has another head than a language model's, or none",
+                f"architecture {name} is not one with a language model's head",
                 where=where,
                 allowed=allowed,
                 next="convert the language model that it was made from",
