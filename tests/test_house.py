@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "inputs", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
+    {"output", "finite", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
     | {"planes", "factor", "latents", "crossed"},
     {"methods", "families"},
     {
@@ -29,11 +29,14 @@ LAYERS = [
         "engines",
         "plan",
         "convert",
+        "crew",
         "repair",
         "logits",
         "gated",
         "data",
         "shards",
+        "sidecar",
+        "student_config",
     }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
     {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}

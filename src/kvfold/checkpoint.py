@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.errors import CheckpointError
-from kvfold.families import Family, family_of
+from kvfold import sidecar
+from kvfold.errors import CheckpointError, UnsupportedModel
+from kvfold.families import Family, source_family
 from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import WHOLE, Shape
@@ -41,16 +41,14 @@ FORMAT = 1  # of kvfold.json
 DEMO = Path(__file__).parent / "assets" / "demo"
 TIED = "lm_head.weight"  # left out of names and hash when the config ties it and it equals the embedding
 
+OTHER_HEADS = ("score.", "classifier.", "classification_head.", "qa_outputs.", "v_head.")
+"""What names of tensors begin with that belong to classifiers, question answering and value heads."""
+
+ROWS = 4096  # of an embedding that are compared at a time
+
 _BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # say nothing of what is computed
-_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")  # what a hub download needs
+_SMALL = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.txt", "LICEN[CS]E*", "NOTICE*")
 _UNWANTED = ("consolidated*", "original/*", "onnx/*")  # other engines' copies of the same weights
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_OWN = (
-    "config.json",
-    MANIFEST,
-    "train.jsonl",
-    "README.md",
-)  # a model card speaks of the teacher: the student gets its own
 
 
 def locate(source: str | Path, *, weights: bool = True) -> Path:
@@ -115,12 +113,15 @@ class Checkpoint:
 
     def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
         self.path, self.name, self.config = path, name, config
-        self.family: Family = family_of(config)
+        self.family: Family = source_family(config, where=path)
         self.shape: Shape = self.family.shape(config)
         self._stored = stored_tensors(path)
+        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
+        self._flaws: dict[str, CheckpointError] = {}  # tensors that were hashed and hold NaN or infinity
+        self._check_heads()
+        self._check_tie()
         if self._tied_twice():
             del self._stored[TIED]
-        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
         manifest = path / MANIFEST
         self.lineage: dict[str, Any] | None = read_json(manifest)
         if manifest.exists() and not (isinstance(self.lineage, dict) and self.lineage.get("format") == FORMAT):
@@ -168,7 +169,7 @@ class Checkpoint:
         progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
         try:
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for name, found in zip(missing, pool.map(lambda name: digest(self.read(name)), missing), strict=True):
+                for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
                     self.digests[name] = found
                     progress.advance(self.spec(name).nbytes)
         finally:
@@ -183,41 +184,84 @@ class Checkpoint:
             )
         return hashed
 
+    def require_finite(self, progress: Progress = SILENT) -> None:
+        """Refuse weights that are NaN or infinite, with CheckpointError; they are looked at while they are hashed."""
+        self.hash(progress)
+        if self._flaws:
+            raise self._flaws[min(self._flaws, key=natural)]
+
+    def _digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes; NaN and infinity are noted."""
+        try:
+            return digest(self.read(name), name, self._entry(name).file)
+        except CheckpointError as flaw:
+            self._flaws[name] = flaw
+            return digest(self.read(name))
+
     def root_hash(self) -> str:
         """Content hash of the first teacher of the chain; a checkpoint without lineage is its own."""
         return str(self.lineage["root"]["hash"]) if self.lineage else self.hash()
 
     def tokenizer_hash(self) -> str | None:
-        """Hash of the tokenizer, or None when there is none; what truncation and padding are set to does not count."""
-        fast = read_json(self.path / "tokenizer.json")
-        if isinstance(fast, dict):
-            return fingerprint({key: value for key, value in fast.items() if key not in ("truncation", "padding")})
-        slow = [
-            self.path / name
-            for name in (
-                "tokenizer.model",
-                "spiece.model",
-                "sentencepiece.bpe.model",
-                "vocab.json",
-                "merges.txt",
-                "vocab.txt",
-            )
-        ]
-        there = {path.name: path.read_bytes().hex() for path in slow if path.is_file()}
-        return fingerprint(there) if there else None
+        """Hash of what decides the ids of a text, special tokens included; None when there is no tokenizer."""
+        return sidecar.tokenizer_hash(self.path)
 
     def _entry(self, name: str) -> Stored:
         if name not in self._stored:
             raise CheckpointError(f"has no tensor {name}", where=self.path)
         return self._stored[name]
 
+    def _check_heads(self) -> None:
+        """Refuse tensors of another head than a language model's, whatever config.json calls the architecture."""
+        for name in self._stored:
+            if name.startswith(OTHER_HEADS):
+                raise UnsupportedModel(
+                    f"tensor {name} belongs to another head than a language model's",
+                    where=self._stored[name].file,
+                    next="convert the language model that it was trained from",
+                )
+
+    def _check_tie(self) -> None:
+        """Refuse an output projection beside another embedding that it is tied to: some engines drop it, some do not.
+
+        Raises CheckpointError.
+        """
+        embedding = self.family.embedding
+        if TIED not in self._stored or not embedding or not self.family.tied(self.config):
+            return
+        embeddings = [name for name in self._stored if name == embedding or "embed" in name]
+        if not any(self._equal(TIED, name) for name in embeddings):
+            raise CheckpointError(
+                f"config.json ties {TIED} to {embedding}, and no embedding holds the same numbers",
+                where=self.path,
+                got=", ".join(embeddings) or "no embedding",
+                next=f"set tie_word_embeddings to false in config.json to keep both, or delete {TIED}",
+            )
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Do two tensors hold the same numbers? Where their dtypes differ, the wider one decides."""
+        import torch
+
+        one, other = self._stored.get(first), self._stored.get(second)
+        if one is None or other is None or one.spec.shape != other.spec.shape:
+            return False
+        if one.spec == other.spec:
+            for name in (first, second):
+                self.digests[name] = self.digests.get(name) or self._digest(name)
+            return self.digests[first] == self.digests[second]
+        if not one.spec.floating or not other.spec.floating:
+            return False
+        wide = torch.promote_types(one.read().dtype, other.read().dtype)
+        pairs = zip(torch.split(one.read(), ROWS), torch.split(other.read(), ROWS), strict=True)
+        return all(torch.equal(a.to(wide), b.to(wide)) for a, b in pairs)
+
     def _tied_twice(self) -> bool:
-        """Is the output projection stored beside the embedding that it is tied to, equal to it?"""
+        """Is the output projection stored beside an embedding that it is tied to, equal to it?"""
         if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
             return False
-        head = self._stored[TIED]
-        same = [name for name, other in self._stored.items() if "embed" in name and other.spec == head.spec]
-        return any(digest(head.read()) == digest(self._stored[name].read()) for name in same)
+        spec = self._stored[TIED].spec
+        same = [name for name, other in self._stored.items() if "embed" in name and other.spec == spec]
+        return any(self._equal(TIED, name) for name in same)
 
     def _verify(self) -> None:
         """Check names, shapes and dtypes against the family, from headers alone."""
@@ -304,25 +348,8 @@ def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], dig
 
 
 def carry_over(source: Checkpoint, folder: Path) -> None:
-    """Copy what lies beside weights and config: tokenizer, chat template, generation settings, licence."""
-    for path in carried(source):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, folder / path.name)
-
-
-def carried(source: Checkpoint) -> list[Path]:
-    """The files that `carry_over` copies."""
-    return [
-        path
-        for path in sorted(source.path.iterdir())
-        if (path.is_file() or path.name == "additional_chat_templates")
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")
-        and path.suffix not in _WEIGHTS
-        and path.name not in _OWN
-    ]
+    """Copy what goes with a student from beside the weights: tokenizer, chat template, generation settings, licence."""
+    sidecar.carry_over(source.path, folder)
 
 
 def save_model(
@@ -339,8 +366,10 @@ def save_model(
 
     Each tensor has the dtype of its namesake in `like`, whose tokenizer and other files are carried over; without
     one, `dtype`, else the config's. An output projection that is tied to the embedding is not saved.
-    Raises CheckpointError when `like` has a tensor that `state` lacks, OutputError when the disk refuses.
+    Raises CheckpointError when `like` has a tensor that `state` lacks or a weight is NaN or infinite, SettingError for
+    a weight that its dtype cannot hold, OutputError when the disk refuses.
     """
+    config = sidecar.without_code(config)
     names = like.names() if like else sorted(state, key=natural)
     if config.get("tie_word_embeddings") and not like:
         names = [name for name in names if name != TIED]

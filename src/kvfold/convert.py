@@ -11,27 +11,25 @@ import dataclasses
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Barrier
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvfold import methods
 from kvfold.checkpoint import (
     Checkpoint,
     TensorSpec,
     Writer,
-    carried,
     carry_over,
     content_hash,
     natural,
 )
-from kvfold.errors import Interrupted, OutputError, SettingError, choices
-from kvfold.families import MLP, with_fields
+from kvfold.crew import CREW, Crew
+from kvfold.errors import CheckpointError, DataError, Interrupted, OutputError, SettingError, choices
+from kvfold.families import MLP
+from kvfold.finite import check_finite
 from kvfold.lineage import descend, remember
 from kvfold.output import (
     MANIFEST,
@@ -62,6 +60,8 @@ from kvfold.shape import (
     SiteTensors,
 )
 from kvfold.shards import digest
+from kvfold.sidecar import carried
+from kvfold.student_config import student_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from kvfold.seq2seq import Corpus
 
 CORES = os.cpu_count() or 1
-CREW = min(4, CORES)  # threads that copy and hash
 FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 
@@ -134,6 +133,8 @@ def convert(
         settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
     methods.check(method, config, source.shape)
+    _config(source, chosen.student(config, source.shape), method, options.dtype)  # these two refuse before any work
+    carried(source.path)
     options = replace(options, repair=_repairs(chosen, config, source, options))
     calibration = _calibration(source, method, chosen.needs(config, source.shape), options, progress)
     if calibration:
@@ -144,18 +145,20 @@ def convert(
         progress.say(f"{dst} is complete: it was made from this source with these settings")
         return dst
     try:
-        with disk_errors(dst):
+        with disk_errors(dst), ExitStack() as stack:
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
+            stack.enter_context(_dropped_when_refused(output))
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
-            with Writer(output.work, job.specs, shard_bytes=options.shard_size, resume=output.resumed) as writer:
+            made = _config(source, job.student, method, options.dtype)
+            size, resumed = options.shard_size, output.resumed
+            with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
                 _check_space(source, output, job.specs, writer)
                 if calibration is None and hasattr(chosen.Config, "without_text"):
                     progress.say("without --calibration TEXT weights alone are read; with it, more is kept")
                 job.run(writer, progress)
                 carry_over(source, output.work)
-                made = _config(source, job.student, options.dtype)
                 if made == source.config:
                     shutil.copyfile(source.path / "config.json", output.work / "config.json")
                 else:
@@ -229,10 +232,22 @@ def _stamp(source: Checkpoint) -> str:
     return fingerprint([source.config, files])
 
 
+@contextmanager
+def _dropped_when_refused(output: Output) -> Iterator[None]:
+    """Drop the work when the source, the text or a setting is refused: the mended command has other inputs."""
+    try:
+        yield
+    except (CheckpointError, DataError, SettingError):
+        shutil.rmtree(output.work)
+        if output.held is not None:
+            output.held.release()
+        raise
+
+
 def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorSpec], writer: Writer) -> None:
     """Refuse to start what the disk cannot hold."""
     needed = sum(spec.nbytes for name, spec in specs.items() if name not in writer.digests)
-    needed += sum(path.stat().st_size for path in carried(source)) + SLACK
+    needed += sum((source.path / name).stat().st_size for name in carried(source.path)) + SLACK
     free = free_bytes(output.work)
     if free < needed:
         raise OutputError(
@@ -244,19 +259,9 @@ def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorS
         )
 
 
-def _config(source: Checkpoint, student: methods.Student, dtype: str) -> dict[str, Any]:
-    """The student's config.json: the source's own, key for key, but for the fields that the method changes or drops."""
-    before, after = source.family.fields(source.shape), source.family.fields(student.shape) | dict(student.fields)
-    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
-    if student.model_type:
-        changed["model_type"] = student.model_type
-    if dtype != "source":
-        names = ("dtype", "torch_dtype")
-        changed |= {key: dtype for key in names if key in source.config} or {"dtype": dtype}
-        parts = {part: said for part, said in source.config.items() if isinstance(said, Mapping)}
-        changed |= {f"{part}.{key}": dtype for part, said in parts.items() for key in names if key in said}
-    kept = {key: value for key, value in source.config.items() if key in after or key not in before}
-    return with_fields(kept, changed)
+def _config(source: Checkpoint, student: methods.Student, method: str, dtype: str) -> dict[str, Any]:
+    """The student's config.json."""
+    return student_config(source.config, source.family, source.shape, student, method=method, dtype=dtype)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -330,6 +335,7 @@ def _calibration(
     from kvfold.data import token_file
     from kvfold.seq2seq import corpus
 
+    source.require_finite(progress)  # before the teacher reads or writes a text
     paired = source.family.encoder_decoder
     tokens = (corpus if paired else token_file)(
         options.calibration,
@@ -415,7 +421,7 @@ class _Job:
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, min(before, CORES - CREW)))  # two teams on the same cores wait for each other
         try:
-            with _Crew(progress) as crew:
+            with Crew(progress) as crew:
                 for name in left:
                     if name not in belongs:
                         crew.give(self._copy, name, self.source.read(name), writer)
@@ -426,10 +432,13 @@ class _Job:
             torch.set_num_threads(before)
             progress.stop()
 
-    def _convert(self, group: Sequence[Site], writer: Writer, crew: _Crew, progress: Progress) -> None:
+    def _convert(self, group: Sequence[Site], writer: Writer, crew: Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
         name = self.source.family.tensor
         given = {site: _tensors(self.source, site) for site in group}
+        for site, tensors in given.items():
+            for role, tensor in tensors.roles.items():
+                check_finite(tensor, "float64", name(site, role), self.source.path)
         if fold := getattr(self.method, "fold", None):
             converted, told = fold(given, self.answers, self.config)
             if told:  # before the tensors: what is written is not converted again by work that goes on
@@ -469,7 +478,8 @@ class _Job:
 
     def _note(self, name: str, tensor: Tensor) -> int:
         """Hash a tensor of the source that the student does not keep."""
-        self.source.digests[name] = digest(tensor)
+        if name not in self.source.digests:
+            self.source.digests[name] = digest(tensor)
         return 0
 
 
@@ -477,39 +487,3 @@ def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
     """What a method is handed of a site."""
     attention = source.shape.sites[site]
     return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
-
-
-class _Crew:
-    """A few threads with a short queue, so that files fill in order; the first failure stops the rest."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._pool = ThreadPoolExecutor(CREW)
-        self._pending: deque[Future[int]] = deque()
-        self._progress = progress
-
-    def give(self, work: Callable[..., int], *given: Any) -> None:
-        """Hand over work, which returns the bytes it wrote; wait when the queue is full. Raises what work raised."""
-        self._pending.append(self._pool.submit(work, *given))
-        if len(self._pending) > 4 * CREW:
-            self._progress.advance(self._pending.popleft().result())
-
-    def __enter__(self) -> Self:
-        """Start every thread now: one whose start is interrupted would not be waited for, and write on by itself."""
-        together = Barrier(CREW)
-        try:
-            for each in [self._pool.submit(together.wait) for _ in range(CREW)]:
-                each.result()
-        except BaseException:
-            together.abort()
-            self._pool.shutdown(cancel_futures=True)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            while kind is None and self._pending:
-                self._progress.advance(self._pending.popleft().result())
-        finally:
-            self._pool.shutdown(cancel_futures=True)

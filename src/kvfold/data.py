@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kvfold.errors import DataError, SettingError
+from kvfold.inputs import LARGE, read_bytes
 from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 
@@ -316,9 +317,20 @@ def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> T
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """What tells a tokenizer from another: its whole definition, or its vocabulary when it has no such thing."""
+    """Hash of everything that decides the ids of a text: definition, tokens put around texts, and how it splits them.
+
+    The definition of a tokenizer without a backend is its vocabulary and the file that it was read from.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return fingerprint(tokenizer.get_vocab() if backend is None else backend.to_str())
+    file = getattr(tokenizer, "vocab_file", None)
+    if backend is not None:
+        definition = backend.to_str()
+    else:
+        words = read_bytes(Path(file), limit=LARGE, error=DataError) if file and Path(file).is_file() else b""
+        definition = [tokenizer.get_vocab(), hashlib.sha256(words).hexdigest()]
+    special = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "cls")]
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return fingerprint([definition, tokenizer("")["input_ids"], special, split])
 
 
 def _write(path: Path, rows: Iterator[list[int]], tokenizer: Any, identity: str) -> None:

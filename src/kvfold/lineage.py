@@ -13,6 +13,7 @@ from kvfold.errors import CheckpointError
 from kvfold.output import cache_folder, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import versions
+from kvfold.sidecar import tokenizer_identity
 
 
 def descend(
@@ -129,10 +130,16 @@ def _place_of(hashed: str) -> Path:
 def vocabulary_difference(student: Checkpoint, teacher: Checkpoint) -> str | None:
     """How the tokens of a teacher differ from its student's; None when they are the same, as far as that is known.
 
-    With other tokens, the two next-token distributions cannot be compared. A missing tokenizer is no difference.
+    With other tokens, the two next-token distributions cannot be compared; with other special tokens, they read
+    different texts. A missing tokenizer is no difference.
     """
     ours, theirs = student.shape.vocab_size, teacher.shape.vocab_size
     if ours != theirs:
         return f"{theirs:,} tokens against {ours:,}"
-    own, other = student.tokenizer_hash(), teacher.tokenizer_hash()
-    return "another tokenizer" if own and other and own != other else None
+    own, other = tokenizer_identity(student.path), tokenizer_identity(teacher.path)
+    if not own or not other or own == other:
+        return None
+    if own["words"] != other["words"]:
+        return "another tokenizer"
+    names = [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]
+    return ", ".join(f"{name} {other.get(name)!r} against {own.get(name)!r}" for name in names)

@@ -16,11 +16,12 @@ from kvfold import methods
 from kvfold.checkpoint import locate, read_config
 from kvfold.engines import Engine, engines
 from kvfold.errors import SettingError, choices
-from kvfold.families import family_of
+from kvfold.families import family_of, source_family
 from kvfold.output import MANIFEST, read_json
 from kvfold.recipe import decode
 from kvfold.roofline import Hardware, HardwareName, Step, cache_share, decode_step, hardware
 from kvfold.shape import DTYPE_BYTES, CacheSpec, Shape, grouped_cache
+from kvfold.student_config import student_config
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 masters and the two moments of AdamW
 SLOTS = 2  # training states kept at a time: the last good one stays while the next is written
@@ -220,19 +221,21 @@ def plan(
     alone is fetched). Raises SettingError, CheckpointError or UnsupportedModel.
     """
     config, lineage = read_source(src)
-    family = family_of(config)
+    family = source_family(config, where=src)
     shape = rooted(family.shape(config), lineage)
-    before_all = shape
+    before_all, read = shape, config
     for name, first in after:
-        shape = _student(shape, name, first)[2].shape
+        _, _, student = _student(shape, name, first)
+        read = student_config(read, family, shape, student, method=name)
+        shape = student.shape
         root_elements = before_all.root_elements or grouped_cache(before_all).elements(1, 1)
         shape = replace(shape, root_elements=root_elements)
     chosen, made, student = _student(shape, method, settings or {})
-    fields = family.fields(student.shape)  # says so now when no architecture can express the student
+    made_config = student_config(read, family, shape, student, method=method)
     device = hardware(options.hardware)
     use = _Use(options, before_all, device, tied=family.tied(config))
     before = use.side(before_all, grouped_cache(before_all), config["model_type"])
-    folded = use.side(student.shape, chosen.cache_spec(made, shape), student.model_type or fields["model_type"])
+    folded = use.side(student.shape, chosen.cache_spec(made, shape), made_config["model_type"])
     uptraining = _uptraining(options, device, before_all, student.shape)
     disk = Disk(
         student=student.shape.parameters * _itemsize(shape.dtype),

@@ -21,11 +21,12 @@ from kvfold.checkpoint import FORMAT, read_config, save_model
 from kvfold.data import TextFacts, read_texts, text_facts, token_file
 from kvfold.errors import SettingError
 from kvfold.families import family_of
-from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerprint, open_output, read_json, write_json
+from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerprint, open_output, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
 from kvfold.seq2seq import Pairs, corpus
+from kvfold.sidecar import tokenizer_hash
 from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
@@ -159,15 +160,13 @@ def _save(
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
     hashed = save_model(output.work, config=config, state=state, lineage={})
     root = {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters}
-    tokenizer = read_json(output.work / "tokenizer.json")
-    spelled = {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
     lineage = {
         "format": FORMAT,
         "inputs": output.inputs,
         "hash": hashed,
         "root": root,
         "steps": [step],
-        "tokenizer": fingerprint(spelled),
+        "tokenizer": tokenizer_hash(output.work),
     }
     write_json(output.work / MANIFEST, lineage)
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvfold.errors import CheckpointError
+from kvfold.finite import check_finite
 from kvfold.output import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -126,14 +127,18 @@ def _sharded(index: Path, suffix: str, reader: Callable[[Path], dict[str, Stored
     return found
 
 
-def _inside(index: Path, file: str) -> Path:
-    """The path of a shard, which must lie in the folder of its index, or in the hub's cache that it links to."""
-    folder = index.parent.resolve()
-    path = (index.parent / file).resolve()
+def lies_inside(folder: Path, file: str | Path) -> bool:
+    """Does a file of a checkpoint's folder lie there, behind its links, or in the hub's cache that it links to?"""
+    folder, path = folder.resolve(), (folder / file).resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file -> ../../blobs/<hash>
         homes.append(folder.parent.parent / "blobs")
-    if not any(path.is_relative_to(home) for home in homes):
+    return any(path.is_relative_to(home) for home in homes)
+
+
+def _inside(index: Path, file: str) -> Path:
+    """The path of a shard, which must lie in the folder of its index."""
+    if not lies_inside(index.parent, file):
         raise CheckpointError(
             "the index names a file outside the checkpoint's directory",
             where=index,
@@ -231,22 +236,33 @@ def _pickled(file: Path) -> dict[str, Stored]:
 # --- digests --------------------------------------------------------------------------------------------------------
 
 
-def chunks(tensor: Tensor, dtype: str) -> Iterator[memoryview]:
-    """The bytes of a tensor as `dtype`, little-endian and in order, a few MB at a time."""
+def chunks(tensor: Tensor, dtype: str, name: str | None, where: object = None) -> Iterator[memoryview]:
+    """The bytes of a tensor as `dtype`, little-endian and in order, a few MB at a time.
+
+    Where the tensor has a `name`, raises CheckpointError for NaN and infinity, SettingError for a number that `dtype`
+    cannot hold.
+    """
     import torch
 
     target = getattr(torch, dtype)
     flat = tensor.detach().reshape(-1)
     step = CHUNK // _ITEMSIZE[dtype]
     for first in range(0, flat.numel(), step):
-        part = flat[first : first + step].to("cpu", target).contiguous()
+        part = flat[first : first + step]
+        if name is not None:
+            check_finite(part, dtype, name, where)
+        part = part.to("cpu", target).contiguous()
         yield memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor."""
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def digest(tensor: Tensor, name: str | None = None, where: object = None) -> str:
+    """SHA-256 of the bytes of a tensor. Raises CheckpointError for NaN and infinity where a `name` is given for it."""
     state = hashlib.sha256()
-    for part in chunks(tensor, str(tensor.dtype).removeprefix("torch.")):
+    for part in chunks(tensor, _dtype(tensor), name, where):
         state.update(part)
     return state.hexdigest()
 
@@ -306,10 +322,10 @@ def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
     return shards
 
 
-def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str) -> str:
+def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str, name: str, origin: object = None) -> str:
     """Write a tensor at a byte of an open file, and return the SHA-256 of its bytes."""
     state = hashlib.sha256()
-    for part in chunks(tensor, dtype):
+    for part in chunks(tensor, dtype, name, origin):
         state.update(part)
         while part:
             done = os.pwrite(descriptor, part, offset)
@@ -325,8 +341,15 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, specs: Mapping[str, TensorSpec], *, shard_bytes: int = 5 * 10**9, resume: bool = False
+        self,
+        folder: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        shard_bytes: int = 5 * 10**9,
+        resume: bool = False,
+        origin: object = None,  # the checkpoint that the tensors come from, for errors
     ) -> None:
+        self.origin = origin
         self.folder, self.specs = Path(folder), dict(specs)
         self.digests: dict[str, str] = {}
         self._shards = _plan(self.specs, shard_bytes)
@@ -353,7 +376,8 @@ class Writer:
     def write(self, name: str, tensor: Tensor) -> str:
         """Cast a tensor to its declared dtype, put it in its place, and return the SHA-256 of its bytes.
 
-        Raises ValueError when the tensor is not as declared, or is written twice: a mistake of the caller.
+        Raises CheckpointError for NaN and infinity, SettingError for a number that the dtype cannot hold, and
+        ValueError when the tensor is not as declared, or is written twice: a mistake of the caller.
         """
         if name not in self.specs:
             raise ValueError(f"tensor {name} is not declared")
@@ -365,7 +389,7 @@ class Writer:
             if name not in shard.left:
                 raise ValueError(f"tensor {name} is written twice")
             descriptor = self._open(shard)
-        written = _put(descriptor, shard.begins[name], tensor, spec.dtype)
+        written = _put(descriptor, shard.begins[name], tensor, spec.dtype, name, self.origin)
         with self._lock:
             self.digests[name] = written
             shard.left.discard(name)
@@ -403,7 +427,7 @@ class Writer:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not one that was written")
         descriptor = os.open(self.folder / shard.file, os.O_WRONLY)
         try:
-            self.digests[name] = _put(descriptor, shard.begins[name], tensor, spec.dtype)
+            self.digests[name] = _put(descriptor, shard.begins[name], tensor, spec.dtype, name, self.origin)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -150,6 +150,9 @@ def uptrain(
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     stages = _stages(settings, source, guide)
+    for each in (source, guide):
+        if each is not None:
+            each.require_finite(progress)
     tokens = (corpus if source.family.encoder_decoder else token_file)(
         settings.data,
         source.path,

@@ -83,13 +83,14 @@ def export(
             progress.say(f"{dst} is complete: it was made from this source with these settings")
             return dst
         try:
+            source.require_finite()
+            carry_over(source, output.work)  # first: nothing of the source may replace what is checked
             found = _make(source, engine, output.work, weights, settings, progress)
         except KvfoldError:  # what is there cannot be continued
             shutil.rmtree(output.work)
             raise
         except KeyboardInterrupt:
             raise Interrupted("stopped", where=dst, next="the same command starts it again") from None
-        carry_over(source, output.work)
         lineage = descend(
             source, inputs=output.inputs, stage="export", settings=asked, wall_seconds=time.monotonic() - started
         )

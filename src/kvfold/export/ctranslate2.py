@@ -18,6 +18,7 @@ from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export import ct2_pairs
 from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
+from kvfold.finite import check_finite
 from kvfold.output import read_json
 
 NAME = "CTranslate2"
@@ -57,7 +58,8 @@ def check(source: Checkpoint) -> None:
 def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
     """Write `model.bin`, `config.json` and the vocabulary; takes the modules out of `model` on the way.
 
-    Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids.
+    Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids; SettingError for weights that the
+    precision cannot hold.
     """
     import torch
     from ctranslate2.converters import transformers as loaders
@@ -65,6 +67,8 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
     from kvfold.hf import load_tokenizer
 
     paired, tokenizer = source.family.encoder_decoder, load_tokenizer(source.path)
+    for name in source.names():
+        check_finite(source.read(name), "float32" if weights == "int8" else weights, name, source.path)
     with torch.no_grad():
         if paired:
             loader, spec = ct2_pairs.loader(source), ct2_pairs.specification(source, model)

@@ -29,6 +29,14 @@ TOLD_OF_WINDOWS = False
 FILE = "model.gguf"
 _PAIRED = ("llama", "deci")  # architectures that rotate neighbouring pairs
 
+_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "int8"}
+_LIMITS = {  # the smallest number that a kind rounds to infinity; Q8_0 keeps 1/127 of the largest as float16
+    "F32": math.inf,
+    "F16": 65_520.0,
+    "BF16": float.fromhex("0x1.ffp127"),
+    "Q8_0": 127 * 65_520.0,
+}
+
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {  # the pattern of a tokenizer.json -> llama.cpp's name for it
@@ -152,8 +160,7 @@ def _tensors(source: Checkpoint, weights: str) -> Iterator[tuple[str, str, Any, 
 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _architecture(source))
     names = gguf.get_tensor_name_map(architecture, source.shape.num_layers)
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
-    wanted = gguf.GGMLQuantizationType[kinds[weights]]
+    wanted = gguf.GGMLQuantizationType[next(kind for kind, dtype in _KINDS.items() if dtype == weights)]
     attention = common_attention(source, NAME)
     if frequency_factors(attention.rope) is not None:
         yield "rope_freqs.weight", "", gguf.GGMLQuantizationType.F32, (attention.head_dim // 2,)
@@ -187,10 +194,15 @@ def _data(source: Checkpoint, name: str, origin: str, kind: Any) -> NDArray[Any]
             values = interleave(values, attention.num_attention_heads)
         elif ".attn_k." in name:
             values = interleave(values, kv_heads(source)[int(name.split(".")[1])])
-    with np.errstate(over="ignore"):
-        stored: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
-    if kind == gguf.GGMLQuantizationType.F16 and not np.isfinite(stored).all():
-        raise SettingError(f"float16 cannot hold {origin}", got=f"{np.abs(values).max():.3g}", next="choose bfloat16")
+    largest, limit = float(np.abs(values).max(initial=0)), _LIMITS.get(kind.name, math.inf)
+    if not largest < limit:  # also when it is not a number
+        raise SettingError(
+            f"{_KINDS[kind.name]} cannot hold {origin}",
+            got=f"{largest:.3g}",
+            allowed=f"less than {limit:.6g}",
+            next="choose float32" if kind.name == "BF16" else "choose bfloat16 or float32",
+        )
+    stored: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), kind)
     return stored
 
 

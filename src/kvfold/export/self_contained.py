@@ -28,6 +28,7 @@ from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
 from kvfold.families import stock_type
 from kvfold.output import read_json, write_json
+from kvfold.sidecar import AUTO_MAP, without_code
 
 NAME = "transformers without kvfold"
 ATTENTION = "kvfold"  # that transformers is asked with: no other computes every student
@@ -71,9 +72,19 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
     stored = source.spec(source.family.tensor(next(iter(source.shape.sites)), "q")).dtype
     if weights != stored:
         raise SettingError(f"the weights stay {stored}", where="dtype", got=weights, next="leave it out")
-    for path in sorted(source.path.iterdir()):
-        if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for path in source.files():
+        if path.suffix != ".safetensors":
+            raise UnsupportedModel(
+                "the weights are not safetensors",
+                where=path,
+                next="kvfold convert SRC OUT --method identity makes them so",
+            )
+        copied = folder / path.relative_to(source.path)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
+    index = source.path / "model.safetensors.index.json"
+    if index.exists() and not (source.path / "model.safetensors").exists():
+        shutil.copyfile(index, folder / index.name)
     entry = type(model).__module__
     modules = _closure(entry, {f"{_FAMILIES}.{source.family.name}"})
     for module in modules:
@@ -85,7 +96,7 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
     alone = re.sub(r"For[A-Z]\w+$", "Model", whole)
     names = {"AutoConfig": type(model.config).__name__, "AutoModel": alone, _auto(source): whole}
     auto_map = {auto: f"{place}.{name}" for auto, name in names.items()}
-    write_json(folder / "config.json", {**source.config, "auto_map": auto_map})
+    write_json(folder / "config.json", {**without_code(source.config), AUTO_MAP: auto_map})
     return {"modules": len(modules)}
 
 
@@ -134,7 +145,7 @@ def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], 
 
     Raises UnsupportedModel when that process fails.
     """
-    auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name.startswith("AutoModelFor"))
+    auto = next(name for name in read_json(folder / "config.json")[AUTO_MAP] if name.startswith("AutoModelFor"))
     with tempfile.TemporaryDirectory() as place:
         question, answered = Path(place) / "question.json", Path(place) / "answer.npz"
         asked = {"folder": str(folder.resolve()), "auto": auto, "paired": known.paired, "prompts": known.prompts}

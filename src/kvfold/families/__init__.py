@@ -26,7 +26,7 @@ class Family:
     """Where one architecture keeps the tensors of its attention, and what `config.json` says of them."""
 
     name: str
-    model_types: tuple[str, ...]
+    architectures: Mapping[str, str]  # model_type -> the class of that name that transformers or `kvfold.hf` has
     about: str
     attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
     tensors: Mapping[str, str]  # role -> tensor name below that module
@@ -34,7 +34,14 @@ class Family:
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> what says it in config.json: see `with_fields`
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
     mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
+    embedding: str = ""  # what `lm_head.weight` equals where it is tied; none: transformers says so of two matrices too
+    aliases: tuple[str, ...] = ()  # what older config.json call one of the architectures
     encoder_decoder: bool = False  # does it read one text and write another? Its inputs are then two rows of ids
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """What `config.json` calls its architectures."""
+        return tuple(self.architectures)
 
     def tied(self, config: Json) -> bool:
         """Is the decoder's embedding the output matrix too? Where config.json is silent: as transformers takes it."""
@@ -97,3 +104,23 @@ def family_of(config: Json) -> Family:
             next=did_you_mean(model_type, known),
         )
     return known[model_type]
+
+
+def source_family(config: Json, where: object = None) -> Family:
+    """The family of a checkpoint that is to be read as a language model.
+
+    Raises UnsupportedModel as `family_of` does, and for an architecture with another head, or with none.
+    """
+    family = family_of(config)
+    named = config.get("architectures") or []
+    allowed = family.architectures[config["model_type"]]
+    known = {name.lower() for name in (*family.architectures.values(), *family.aliases)}
+    for name in named if isinstance(named, list) else [named]:
+        if str(name).lower() not in known:
+            raise UnsupportedModel(
+                f"architecture {name} is not one with a language model's head",
+                where=where,
+                allowed=allowed,
+                next="convert the language model that it was made from",
+            )
+    return family

@@ -37,6 +37,8 @@ MLP = {
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
 
+EMBEDDING = "model.embed_tokens.weight"
+
 LATENT = frozenset({"llama", "mistral", "qwen2"})
 """Those of them that can have latent keys and values: no norm stands between a key and its latent."""
 
@@ -65,11 +67,15 @@ def linear_type(model_type: str) -> str:
     return own_type(f"linear_{model_type}")
 
 
-def with_ours(*model_types: str) -> tuple[str, ...]:
-    """Stock model types, and those of ours that go with them."""
-    latent = [latent_type(model_type) for model_type in model_types if model_type in LATENT]
-    linear = [linear_type(model_type) for model_type in model_types if model_type in LINEAR]
-    return (*model_types, *map(own_type, model_types), *latent, *linear)
+def architectures(*model_types: str) -> dict[str, str]:
+    """The classes of stock model types, and of those of ours that go with them."""
+    end = "ForCausalLM"
+    return {
+        **{each: f"{CLASSES[each]}{end}" for each in model_types},
+        **{own_type(each): f"Kvfold{CLASSES[each]}{end}" for each in model_types},
+        **{latent_type(each): f"KvfoldLatent{CLASSES[each]}{end}" for each in model_types if each in LATENT},
+        **{linear_type(each): f"KvfoldLinear{CLASSES[each]}{end}" for each in model_types if each in LINEAR},
+    }
 
 
 def number(config: Json, name: str) -> int:

@@ -28,6 +28,15 @@ CLASSES = {"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma"
 """Stock model types whose attention takes any number of key/value heads, and what transformers' classes begin with."""
 
 
+def architectures(*model_types: str) -> dict[str, str]:
+    """The classes of stock model types, and of those of ours that go with them."""
+    end = "ForConditionalGeneration"
+    return {
+        **{each: f"{CLASSES[each]}{end}" for each in model_types},
+        **{own_type(each): f"Kvfold{CLASSES[each]}{end}" for each in model_types},
+    }
+
+
 def kv_heads(config: Json, kind: Kind, alone: Attention, layers: int) -> list[int]:
     """Key/value heads of each decoder layer, those of `alone` where config.json names none.
 

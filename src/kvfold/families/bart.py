@@ -10,12 +10,11 @@ decoder may have different numbers of heads. A student with fewer key/value head
 from __future__ import annotations
 
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, Json, own_type, stock_type
+from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import architectures, decoder_sites, fields, parameters
 from kvfold.shape import Attention, Shape, Site
 
-MODEL_TYPES = ("bart", "mbart")  # stock ones of this layout
 OFFSET = 2  # rows of the tables of positions that stand for none
 
 
@@ -56,7 +55,8 @@ def _attention(hidden: int, heads: int) -> Attention:
 
 FAMILY = Family(
     name="bart",
-    model_types=(*MODEL_TYPES, *map(own_type, MODEL_TYPES)),
+    architectures=architectures("bart", "mbart"),
+    embedding="model.shared.weight",
     about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",

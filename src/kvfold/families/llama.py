@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import (
+    EMBEDDING,
     MLP,
     TENSORS,
+    architectures,
     decoder_shape,
     heads_fields,
     number,
     tiny_decoder,
-    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -32,7 +33,8 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="llama",
-    model_types=with_ours("llama", "mistral"),
+    architectures=architectures("llama", "mistral"),
+    embedding=EMBEDDING,
     about="Llama, Mistral (sliding window) and every decoder of that layout",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

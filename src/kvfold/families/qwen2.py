@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json
 from kvfold.families._decoder import (
+    EMBEDDING,
     MLP,
     TENSORS,
+    architectures,
     decoder_shape,
     heads_fields,
     tiny_decoder,
     upper_windows,
-    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -21,7 +22,8 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="qwen2",
-    model_types=with_ours("qwen2"),
+    architectures=architectures("qwen2"),
+    embedding=EMBEDDING,
     about="Qwen2 and Qwen2.5 (biases on q, k and v)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from kvfold.families import Family, Json
 from kvfold.families._decoder import (
+    EMBEDDING,
     MLP,
     TENSORS,
+    architectures,
     decoder_shape,
     heads_fields,
     tiny_decoder,
     upper_windows,
-    with_ours,
 )
 from kvfold.shape import Shape
 
@@ -34,7 +35,8 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="qwen3",
-    model_types=with_ours("qwen3"),
+    architectures=architectures("qwen3"),
+    embedding=EMBEDDING,
     about="Qwen3 (q and k normed before RoPE)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,

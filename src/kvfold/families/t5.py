@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvfold.families import Family, Json, own_type, stock_type
+from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import architectures, decoder_sites, fields, parameters
 from kvfold.shape import Attention, Shape, Site
-
-MODEL_TYPES = ("t5", "mt5")  # stock ones of this layout
 
 POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
 BIAS = "relative_attention_bias"  # (buckets, H): the role that only the first self-attention of a stack has
@@ -55,7 +53,8 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="t5",
-    model_types=(*MODEL_TYPES, *map(own_type, MODEL_TYPES)),
+    architectures=architectures("t5", "mt5"),
+    aliases=("T5WithLMHeadModel",),
     about="T5, T5.1.1, Flan-T5, mT5: decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "encoder.block.{layer}.layer.0.SelfAttention",

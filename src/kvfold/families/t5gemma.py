@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, Json, own_type, stock_type
+from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number, rope_of
-from kvfold.families._encoder_decoder import decoder_sites, own_fields, parameters, stock_fields
+from kvfold.families._encoder_decoder import architectures, decoder_sites, own_fields, parameters, stock_fields
 from kvfold.shape import Attention, Shape, Site
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
@@ -137,7 +137,7 @@ def _tiny_part() -> dict[str, Any]:
 
 FAMILY = Family(
     name="t5gemma",
-    model_types=("t5gemma", own_type("t5gemma")),
+    architectures=architectures("t5gemma"),
     about="T5Gemma (soft caps, windows): decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",

@@ -1,0 +1,40 @@
+"""Weights are finite numbers: NaN and infinity are refused where tensors stream, and so is what a dtype cannot hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvfold.errors import CheckpointError, SettingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_finite(part: Tensor, dtype: str, name: str, where: object = None) -> None:
+    """Refuse NaN and infinity, and numbers that become infinite as `dtype`; `name` is the tensor's.
+
+    Raises CheckpointError or SettingError.
+    """
+    import torch
+
+    if not part.numel() or not part.is_floating_point() or part.element_size() == 1:  # eight-bit floats have scales
+        return
+    low, high = torch.aminmax(part)  # one pass and no copy; NaN wins
+    target = getattr(torch, dtype)
+    for bound in (low, high):
+        if not bound.isfinite():
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity",
+                where=where,
+                got=float(bound),
+                allowed="finite numbers",
+                next="the weights are damaged, or overflowed where they were made: use another copy",
+            )
+        if not bound.to(target).isfinite():
+            raise SettingError(
+                f"tensor {name} holds a number that {dtype} cannot hold",
+                where=where,
+                got=f"{float(bound):.6g}",
+                allowed=f"-{torch.finfo(target).max:.6g} to {torch.finfo(target).max:.6g}",
+                next="choose the dtype bfloat16 or float32" if dtype == "float16" else "choose the dtype float32",
+            )
