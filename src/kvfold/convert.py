@@ -46,7 +46,7 @@ from kvfold.output import (
 )
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
-from kvfold.recipe import decode
+from kvfold.recipe import SEEDS, check_range, decode
 from kvfold.shape import (
     QUERIES,
     REPAIRABLE,
@@ -100,6 +100,7 @@ class ConvertSettings:
         for name in ("calibration_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1", where="convert", got=getattr(self, name))
+        check_range(self, "convert", 0, SEEDS - 1, "calibration_seed")
         if self.repair == ("none",):
             object.__setattr__(self, "repair", ())
         unknown = [role for role in self.repair or () if role not in REPAIRABLE]

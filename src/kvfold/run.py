@@ -86,7 +86,7 @@ def run(
         settings = decode(BenchSettings, recipe.bench, "bench")
         models: list[str | Path] = [reference, *students.values()]
         bench(models, settings, records=work.records, name=recipe.name, overwrite=overwrite, progress=progress)
-    page = report(work.folder)
+    page = report(work.folder, progress=progress)
     if work.missed:
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
     progress.say(f"teacher loss {teacher.metrics['loss']:.4f}; report: {page}")

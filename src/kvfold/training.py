@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from kvfold.errors import Interrupted, SettingError, TrainingError
 from kvfold.output import disk_errors, read_json, write_json
 from kvfold.progress import Progress
+from kvfold.recipe import MOST, SEEDS, check_range
 
 LOG = "train.jsonl"
 STATE = "state.json"  # in the work folder: which of the two slots holds the state to go on from
@@ -97,9 +99,17 @@ class TrainSettings:
         for name in ("warmup", "decay", "final_rate", "beta1", "beta2", "dropout"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingError(f"{name} is a share", got=getattr(self, name), allowed="0 to 1")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise SettingError(f"{name} must be less than 1", got=getattr(self, name))
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name} must be positive", got=getattr(self, name))
+        check_range(self, None, 0, sys.float_info.max, "weight_decay", "checkpoint_minutes")
+        check_range(
+            self, None, 1, MOST, "sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps"
+        )
+        check_range(self, None, 0, SEEDS - 1, "seed")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise SettingError(
                 "micro_batch must divide batch_size", got=f"{self.micro_batch}, and a batch of {self.batch_size}"
