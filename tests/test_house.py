@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "inputs", "shape", "progress", ""},
-    {"output", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
+    {"output", "lock", "record", "state", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
     | {"planes", "factor", "latents", "crossed"},
     {"methods", "families"},
     {

@@ -37,6 +37,7 @@ from kvfold.output import (
     MANIFEST,
     REPAIRED,
     Output,
+    damaged,
     disk_errors,
     fingerprint,
     free_bytes,
@@ -453,7 +454,12 @@ class _Job:
 
     def found(self) -> dict[str, Any]:
         """What the method told of the sites that are converted, also before the work was stopped."""
-        return read_json(self.notes) or {}
+        if not self.notes.exists():
+            return {}
+        found = read_json(self.notes)
+        if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+            raise damaged(self.notes)
+        return found
 
     def queries(self) -> dict[Site, list[int]]:
         """The source's query heads in their new order, at sites where the method says that it is another."""

@@ -29,7 +29,7 @@ T = TypeVar("T")
 SEEDS = 2**32  # seeds are below this: generators take them, also times a million and a step
 MOST = 2**31 - 1  # tokens, sequences, rounds: an index of this many still fits
 ROWS = 10_000  # rows of a run
-CHAIN = 8  # recipes that extend one another
+CHAIN = 8  # recipes that extend one another, and conversions one after the other
 LABEL = 180  # characters of a row's name, which is the name of a folder
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
