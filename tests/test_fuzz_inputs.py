@@ -6,6 +6,7 @@ Every case is a function of its seed. Stages are replaced by a stop, so that a c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -143,14 +144,14 @@ def _nothing_long() -> Iterator[None]:
         yield
 
 
-def stop_stages(replace: Callable[[str, Any], None]) -> None:
-    """Replace every stage that reads weights by a stop."""
-    for place in ("convert.convert", "uptrain.uptrain", "evaluate.evaluate", "bench.bench", "export.export"):
-        replace(f"kvfold.{place}", _stop)
+def stop_stages(replace: Callable[[object, str, Any], None]) -> None:
+    """Replace every stage that reads weights by a stop, and the measurement of this machine."""
+    for name in ("convert", "uptrain", "evaluate", "bench", "export"):
+        replace(importlib.import_module(f"kvfold.{name}"), name, _stop)
     for name in ("_plans", "pretrain", "uptrain", "evaluate", "bench", "convert"):
-        replace(f"kvfold.run.{name}", _stop)
-    replace("kvfold.pretrain.text_facts", _stop)
-    replace("kvfold.roofline.measure", _stop)
+        replace(importlib.import_module("kvfold.run"), name, _stop)
+    replace(importlib.import_module("kvfold.pretrain"), "text_facts", _stop)
+    replace(importlib.import_module("kvfold.roofline"), "measure", _stop)
 
 
 class Hangs(BaseException):
@@ -378,7 +379,7 @@ def _smallest(kind: str, count: int) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_size, path.name))[:: max(1, len(found) // count)][:count]
 
 
-_RECORDS = [path for kind in ("evaluate", "bench", "plan", "pretrain") for path in _smallest(kind, 3)]
+_RECORDS = [path for kind in ("evaluate", "bench", "plan", "pretrain") for path in _smallest(kind, 2)]
 
 
 def report_case(seed: int, folder: Path) -> list[str]:
@@ -427,12 +428,12 @@ def troubles(kind: str, seeds: range, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "count"), [("recipe", 15), ("set", 12), ("flag", 30), ("report", 4)])
+@pytest.mark.parametrize(("kind", "count"), [("recipe", 12), ("set", 10), ("flag", 30), ("report", 1)])
 def test_a_few_mutations_cost_one_line_each(kind: str, count: int, tmp_path: Path) -> None:
     assert troubles(kind, range(count), tmp_path) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("recipe", 100), ("set", 80), ("flag", 250), ("report", 25)])
+@pytest.mark.parametrize(("kind", "count"), [("recipe", 80), ("set", 60), ("flag", 250), ("report", 10)])
 def test_many_mutations_cost_one_line_each(kind: str, count: int, tmp_path: Path) -> None:
     assert troubles(kind, range(1000, 1000 + count), tmp_path) == {}
