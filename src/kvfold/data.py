@@ -290,7 +290,7 @@ def token_file(
         identity = f"{facts.hash}:{wanted}:{seed}" if spread else facts.hash
     key = fingerprint([FORMAT, identity, tokenizer_hash(tokenizer)])[:32]
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
-    if _facts(path) is None:
+    if read_json(path.with_suffix(".json")) is None:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if sampled:
