@@ -313,7 +313,7 @@ def test_a_name_with_a_nul_is_refused() -> None:
         (UptrainSettings, {"data": "d", "tokens": 9, "temperature": float("inf")}, "temperature must be positive"),
         (UptrainSettings, {"data": "d", "alpha": 0.1, "pretraining_tokens": -5}, "pretraining_tokens must be"),
         (UptrainSettings, {"data": "d", "tokens": 9, "lora": 10**9}, "lora must be at most 65,536"),
-        (UptrainSettings, {"data": "d", "tokens": 9, "loss": f"{'9' * 400}ce"}, "positive and finite"),
+        (UptrainSettings, {"data": "d", "tokens": 9, "loss": f"{'9' * 400}ce"}, "infinite weight"),
         (EvaluateSettings, {"data": "d", "copy_trials": 10**12}, "copy_trials must be at most"),
         (EvaluateSettings, {"data": "d", "seed": -1}, "seed must be at least 0"),
         (EvaluateSettings, {"data": "d", "beams": (0,)}, "beams must be at least 1"),

@@ -36,7 +36,7 @@ def parse_loss(text: str) -> dict[str, float]:
             )
         weights[name] = weights.get(name, 0.0) + float(match[1] or 1)
     if not all(0 < weight < math.inf for weight in weights.values()):
-        raise SettingError("the weight of a loss is positive and finite", where="uptrain", got=repr(text))
+        raise SettingError("a loss of weight 0 or of an infinite weight is no loss", where="uptrain", got=repr(text))
     return weights
 
 
