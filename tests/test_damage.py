@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kvfold import record, roofline
-from kvfold.errors import DataError, OutputError
+from kvfold.errors import DataError, OutputError, SettingError
+from kvfold.evaluate import EvaluateSettings, _control
 from kvfold.lineage import _place_of, remembered
 from kvfold.output import CLAIM, fingerprint, open_output, write_json
 from kvfold.progress import Silent
@@ -134,11 +135,20 @@ def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
     root = {"name": "r", "hash": "h", "parameters": 1}
     (folder / "kvfold.json").write_text(json.dumps({"format": 1, "hash": "x", "root": root, "steps": []}))
     lines = [{"step": n, "tokens": n, "loss": 1 / n, f'"{HTML}': 1.0} for n in range(1, 4)]
-    broken = ["{", "[]", "3", '{"tokens": "x", "loss": 1}', '{"tokens": 9, "loss": NaN}', "[" * 9000, "\udcff"]
+    broken = [
+        "{",
+        "[]",
+        "3",
+        '{"tokens": "x", "loss": 1}',
+        '{"tokens": 9, "loss": NaN}',
+        f'{{"tokens": 1, "loss": {10**400}}}',
+        "[" * 9000,
+        "\udcff",
+    ]
     text = "\n".join([*map(json.dumps, lines), *broken])
     (folder / "train.jsonl").write_text(text, errors="surrogateescape")
     (log,) = collect(folder).logs.values()
-    assert len(log) == 3
+    assert len(log) == 3  # and of those beside it, none
     assert "<script" not in report(folder).read_text()
 
 
@@ -176,6 +186,21 @@ def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
     for content in ("", "[]", '{"kvfold_record": 1}', json.dumps(evaluation(hashes=3))):
         (tmp_path / "x.json").write_text(content)
         assert record.existing(tmp_path / "x.json", {}) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"kvfold_record": 1, "kind": "evaluate"}', json.dumps(evaluation(hashes=None))),
+        *(json.dumps(evaluation(metrics=each)) for each in ({}, {"loss": "low"}, {"loss": []}, {"loss": {}})),
+    ],
+)
+def test_a_control_that_is_damaged_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "control.json").write_text(content)
+    settings = EvaluateSettings("text", gate="loss<=control", control=str(tmp_path / "control.json"))
+    with pytest.raises(SettingError) as caught:
+        _control(settings)
+    assert str(caught.value).isprintable()
 
 
 # --- unfinished work -------------------------------------------------------------------------------------------------

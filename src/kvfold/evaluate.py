@@ -277,10 +277,11 @@ def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
     if settings.control is None:
         return None
     found = read_json(Path(settings.control))
-    if not isinstance(found, dict) or found.get("kvfold_record") != record.FORMAT or found.get("kind") != "evaluate":
+    known, _ = record.parse(found)
+    if not isinstance(found, dict) or known is None or known.kind != "evaluate":
         raise SettingError("is not the record of an evaluation", where="control", got=settings.control)
     for row in gate.parse(settings.gate):
-        if row.reference == "control" and gate.lookup(found["metrics"], row.metric, row.key) is None:
+        if row.reference == "control" and not _holds(known, row):
             raise SettingError(
                 "the control's record does not hold what the gate asks for",
                 where=settings.control,
@@ -288,6 +289,14 @@ def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
                 next="evaluate the control with the same settings",
             )
     return found
+
+
+def _holds(known: Record, row: gate.Threshold) -> bool:
+    """Is the metric of a gate's row a number in this record?"""
+    try:
+        return gate.lookup(known.metrics, row.metric, row.key) is not None
+    except (TypeError, ValueError, AttributeError):  # another value, or no mapping where keys are asked for
+        return False
 
 
 def _same_text(settings: EvaluateSettings, control: Mapping[str, Any] | None, hashes: Mapping[str, Any]) -> None:

@@ -253,6 +253,6 @@ def log_line(line: object) -> Mapping[str, Any] | None:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e100
-    )
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return isinstance(value, float) and math.isfinite(value) and abs(value) < 1e100
