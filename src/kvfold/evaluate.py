@@ -277,7 +277,7 @@ def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
     if settings.control is None:
         return None
     found = read_json(Path(settings.control))
-    known, _ = record.parse(found)
+    known, _ = record.parse(found, settings.control)
     if not isinstance(found, dict) or known is None or known.kind != "evaluate":
         raise SettingError("is not the record of an evaluation", where="control", got=settings.control)
     for row in gate.parse(settings.gate):

@@ -84,7 +84,7 @@ def check_folder(folder: Path) -> None:
         raise OutputError("no permission to write", where=there, next="choose another folder with --records")
 
 
-def parse(content: object) -> tuple[Record | None, list[str]]:
+def parse(content: object, where: object = None) -> tuple[Record | None, list[str]]:
     """A record out of JSON, and the keys that only a newer version knows; None for what is no record at all.
 
     Numbers that are not finite or fit into no 64 bits become None: they were not measured. Raises SettingError when a
@@ -97,7 +97,7 @@ def parse(content: object) -> tuple[Record | None, list[str]]:
         _Fields.model_validate(known)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise SettingError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise SettingError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
     return Record(**known), sorted(content.keys() - _KEYS)
 
 
