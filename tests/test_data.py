@@ -203,3 +203,14 @@ def test_spread_draws_pieces_from_all_of_the_text(tmp_path: Path, byte_tokenizer
     assert (drawn.tokens == again.tokens).all()
     assert drawn.hash == again.hash != other.hash
     assert (drawn.tokens != other.tokens).any()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"tokens": "x"}', '{"tokens": 9, "dtype": "object"}'])
+def test_damaged_facts_of_a_cache_are_told(content: str, tmp_path: Path, byte_tokenizer: Path) -> None:
+    (tmp_path / "t.txt").write_text("some text")
+    made = token_file(tmp_path / "t.txt", byte_tokenizer)
+    made.path.with_suffix(".json").write_text(content)
+    with pytest.raises(DataError, match=r"damaged.*delete it"):
+        token_file(tmp_path / "t.txt", byte_tokenizer)
+    made.path.with_suffix(".json").unlink()
+    assert len(token_file(tmp_path / "t.txt", byte_tokenizer)) == len(made)

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
     {"errors", "inputs", "shape", "progress", ""},
-    {"output", "finite", "lock", "record", "roofline", "rope", "linalg", "merge", "sharing", "budget", "attention"}
+    {"output", "finite", "lock", "record", "state", "roofline", "rope", "linalg", "merge", "sharing", "budget"}
+    | {"attention"}
     | {"planes", "factor", "latents", "crossed"},
     {"methods", "families"},
     {

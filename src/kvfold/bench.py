@@ -32,6 +32,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.errors import KvfoldError, SettingError
 from kvfold.plan import size
 from kvfold.progress import SILENT, Progress
+from kvfold.recipe import MOST, SEEDS, check_range
 from kvfold.record import Record
 from kvfold.roofline import decode_step, hardware, processor_memory
 from kvfold.shape import DTYPE_BYTES, CacheSpec, grouped_cache
@@ -41,6 +42,7 @@ KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
 QUICK = 0.25  # seconds; prompts that take longer are read once
 PIECE = 64  # tokens of each prompt that are read together where as many prompts are read as memory holds
+THREADS = 4096  # at most: each is started, and none of them is refused by PyTorch
 COPIES = 3  # caches' worth of memory that a model needs while it is measured: its own, and what kernels make of it
 
 K = TypeVar("K")
@@ -72,6 +74,9 @@ class BenchSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or any(number is not None and number < 1 for number in numbers):
                 raise SettingError(f"{name} must be at least 1", where="bench", got=value)
+        check_range(self, "bench", 1, MOST, "context", "batch", "new_tokens", "repeats")
+        check_range(self, "bench", 1, THREADS, "threads")
+        check_range(self, "bench", 0, SEEDS - 1, "seed")
 
 
 def bench(

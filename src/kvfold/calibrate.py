@@ -332,6 +332,6 @@ def _recall(path: Path, requests: Sequence[Request]) -> Answers | None:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 number, name = key.split(".")
                 found[requests[int(number)]][name] = file.get_tensor(key)
-    except SafetensorError:
+    except (SafetensorError, ValueError, IndexError):  # the latter two for names that are others than were written
         return None
     return found

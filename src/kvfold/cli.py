@@ -1,6 +1,7 @@
 """The command line: the same functions as the Python API, with flags generated from their settings.
 
-Exit 0 done, 2 a mistake that the user can mend (one line on standard error), 3 a gate missed, 130 interrupted.
+Exit 0 done, 2 a mistake that the user can mend (one line on standard error), 3 a gate missed, 130 interrupted. Anything
+else is a fault of kvfold: 1, with its traceback and a line that says so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import dataclasses
 import inspect
 import json
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,9 +24,12 @@ from kvfold.errors import Interrupted, KvfoldError, SettingError
 from kvfold.families import all_families
 from kvfold.flags import Command
 from kvfold.methods import all_methods
+from kvfold.output import disk_errors
 from kvfold.progress import Progress
 from kvfold.recipe import decode
-from kvfold.screen import ERR, OUT, Bars, Lines, table
+from kvfold.screen import ERR, OUT, Bars, Lines, silence, table
+
+FAULT = 1  # the exit status of what is no mistake of the user: a fault of kvfold
 
 Source = Annotated[str, typer.Argument(help="A checkpoint: a directory, a hub id, or kvfold:demo.", metavar="SRC")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
@@ -36,20 +42,51 @@ Name = Annotated[str | None, typer.Option(help="Name of the record; by default t
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; a user's mistake costs one line on standard error."""
-    signal.signal(signal.SIGTERM, _terminated)
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
+            signal.signal(kind, stop)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _interrupted() if stopped else _fault(error)  # an import in C makes an ImportError of Ctrl-C
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run one command, and say in one line what the user can mend."""
     try:
         asked = next((word for word in arguments if not word.startswith("-")), None)
-        left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
+        with disk_errors("output"):
+            left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
         if left == Interrupted.exit_code:  # typer swallows Ctrl-C, and returns this instead
             raise KeyboardInterrupt
     except KvfoldError as error:
         _line(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _line("interrupted; the same command goes on from what was finished")
-        return Interrupted.exit_code
+    except MemoryError:
+        _line("out of memory; choose a smaller batch, a shorter sequence or a smaller model")
+        return KvfoldError.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except typer.Exit as leaving:
         return leaving.exit_code
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise RuntimeError("a library ended the process") from leaving
+        silence(sys.stdout)  # typer's, when the reader of its help has left
+        return 0
     except Exception as error:  # typer's own usage errors come in classes that moved between its releases
         said = getattr(error, "format_message", None)
         if said is None:
@@ -60,11 +97,23 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _line(message: str) -> None:
-    ERR.print(f"kvfold: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    ERR.show(f"kvfold: {' '.join(message.split())}")
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _interrupted() -> int:
+    _line("interrupted; the same command goes on from what was finished")
+    return Interrupted.exit_code
+
+
+def _fault(error: Exception) -> int:
+    """Say what nobody but us can mend, with everything that we need to know of it."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        ERR.show(line)
+    _line(
+        f"this is a fault of kvfold {__version__}, not of yours: please report the lines above, with the command and "
+        "the versions of torch and transformers"
+    )
+    return FAULT
 
 
 # --- the table of commands -----------------------------------------------------------------------------------------
@@ -125,7 +174,7 @@ def _progress() -> Progress:
 
 
 def _print_json(value: Any) -> None:
-    OUT.print(json.dumps(value, indent=2, default=str), markup=False, soft_wrap=True)
+    OUT.print(json.dumps(value, indent=2, default=str), markup=False, soft_wrap=True)  # ASCII, controls escaped
 
 
 def _finish(value: Mapping[str, Any], as_json: bool, line: str) -> None:
@@ -133,7 +182,7 @@ def _finish(value: Mapping[str, Any], as_json: bool, line: str) -> None:
     if as_json:
         _print_json(value)
     else:
-        OUT.print(line, markup=False, soft_wrap=True)
+        OUT.show(line)
 
 
 # --- the commands, in the order of the house -----------------------------------------------------------------------
@@ -151,7 +200,7 @@ def plan(*, src: Source, given: list[dict[str, Any]], method: MethodName = "gqa"
         return
     table(f"{src}: {method}", ["", "before", "after"], made.rows())
     for warning in made.warnings:
-        OUT.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        OUT.show(f"warning: {warning}")
 
 
 @command("convert:ConvertSettings", methods=True)
@@ -278,7 +327,7 @@ def bench(
             ],
         )
     for note in made.metrics["notes"]:
-        OUT.print(note, markup=False, soft_wrap=True)
+        OUT.show(note)
 
 
 @command()
@@ -291,7 +340,7 @@ def report(
     """Write one self-contained HTML page and the model cards of a run."""
     from kvfold.report import report as write
 
-    made = write(run_dir, out=out)
+    made = write(run_dir, out=out, progress=_progress())
     _finish({"path": str(made)}, as_json, f"report: {made}")
 
 
@@ -336,16 +385,16 @@ def demo(
 
 
 def _summary(folder: Path, page: Path, as_json: bool) -> None:
-    from kvfold import record
     from kvfold.report import summary
+    from kvfold.report.folder import collect
 
-    records = record.read_all(folder)
+    records = collect(folder).records
     if as_json:
         _print_json({"report": str(page), "records": [dataclasses.asdict(each) for each in records]})
         return
     columns, rows = summary(records)
     table("", columns, rows)
-    OUT.print(f"report: {page}", markup=False, soft_wrap=True)
+    OUT.show(f"report: {page}")
 
 
 @command("pretrain:PretrainSettings")
@@ -401,9 +450,9 @@ def methods(*, as_json: AsJson = False) -> None:
         _print_json({name: {"about": about[name], "settings": settings} for name, settings in found.items()})
         return
     for name, settings in found.items():
-        OUT.print(about[name], markup=False, soft_wrap=True)
+        OUT.show(about[name])
         for setting, words in settings.items():
-            OUT.print(f"    --{setting.replace('_', '-')}  {words}", markup=False, soft_wrap=True)
+            OUT.show(f"    --{setting.replace('_', '-')}  {words}")
 
 
 def _described(settings: type) -> dict[str, str]:

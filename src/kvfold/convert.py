@@ -35,6 +35,7 @@ from kvfold.output import (
     MANIFEST,
     REPAIRED,
     Output,
+    damaged,
     disk_errors,
     fingerprint,
     free_bytes,
@@ -44,7 +45,7 @@ from kvfold.output import (
 )
 from kvfold.plan import rooted
 from kvfold.progress import SILENT, Progress
-from kvfold.recipe import decode
+from kvfold.recipe import SEEDS, check_range, decode
 from kvfold.shape import (
     QUERIES,
     REPAIRABLE,
@@ -99,6 +100,7 @@ class ConvertSettings:
         for name in ("calibration_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1", where="convert", got=getattr(self, name))
+        check_range(self, "convert", 0, SEEDS - 1, "calibration_seed")
         if self.repair == ("none",):
             object.__setattr__(self, "repair", ())
         unknown = [role for role in self.repair or () if role not in REPAIRABLE]
@@ -461,7 +463,12 @@ class _Job:
 
     def found(self) -> dict[str, Any]:
         """What the method told of the sites that are converted, also before the work was stopped."""
-        return read_json(self.notes) or {}
+        if not self.notes.exists():
+            return {}
+        found = read_json(self.notes)
+        if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+            raise damaged(self.notes)
+        return found
 
     def queries(self) -> dict[Site, list[int]]:
         """The source's query heads in their new order, at sites where the method says that it is another."""

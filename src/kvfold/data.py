@@ -309,11 +309,22 @@ def token_file(
 
 def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> TokenFile:
     """Map a token file into memory. Raises DataError when it is not what was written."""
-    facts = read_json(path.with_suffix(".json"))
-    if facts is None or not path.exists() or path.stat().st_size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
+    facts = _facts(path)
+    if facts is None:
         raise DataError("a token file of the cache is damaged", where=path, next="delete it; it is made anew")
     tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
     return TokenFile(path, tokens[:max_tokens], int(facts["vocab_size"]), str(facts["hash"]), source)
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What is known of a token file; None when it is not there, or not what was written."""
+    facts = read_json(path.with_suffix(".json"))
+    if not isinstance(facts, dict) or facts.get("dtype") not in ("uint16", "uint32") or not path.is_file():
+        return None
+    counts = facts.get("tokens"), facts.get("vocab_size")
+    if any(type(count) is not int or count < 1 for count in counts) or not isinstance(facts.get("hash"), str):
+        return None
+    return facts if path.stat().st_size == facts["tokens"] * np.dtype(facts["dtype"]).itemsize else None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

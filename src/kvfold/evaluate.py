@@ -24,11 +24,14 @@ from kvfold.errors import CheckpointError, DataError, GateMissed, SettingError, 
 from kvfold.lineage import known_length, root_teacher, steps_since_root, vocabulary_difference
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
+from kvfold.recipe import MOST, SEEDS, check_range
 from kvfold.record import Record
 from kvfold.seq2seq import Corpus, corpus
 from kvfold.training import best_device
 
 DEFAULT_LENGTH = 1024
+BEAMS = 1024  # at most: each has a cache of its own
+TRIALS = 1_000_000  # at most: all of them are drawn before the first is asked
 OF_PAIRS = ("beams", "answers", "answer_tokens")  # settings that say nothing about a decoder alone
 _ASKED = {
     **dict.fromkeys(("copy_loss", "copy_gain"), "copy_distances"),
@@ -88,10 +91,13 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise SettingError(f"{name} must be at least {smallest}", where="evaluate", got=value)
-        if any(number < 1 for number in self.beams):
-            raise SettingError("beams must be at least 1", where="evaluate", got=self.beams)
         if any(distance < 0 for distance in self.copy_distances):
             raise SettingError("copy_distances must not be negative", where="evaluate", got=self.copy_distances)
+        check_range(self, "evaluate", 1, BEAMS, "beams")
+        check_range(self, "evaluate", 1, MOST, "sequence_length", "stride", "batch_size", "passkey_contexts")
+        check_range(self, "evaluate", 0, MOST, "copy_distances", "sample_tokens", "answer_tokens")
+        check_range(self, "evaluate", 0, TRIALS, "copy_trials", "passkey_trials", "samples")
+        check_range(self, "evaluate", 0, SEEDS - 1, "seed")
         if self.lm_eval_tasks_dir is not None and not self.lm_eval:
             raise SettingError("lm_eval_tasks_dir needs tasks", where="evaluate", next="name them with lm_eval")
         measured: dict[str, tuple[object, ...]] = {
@@ -271,10 +277,11 @@ def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
     if settings.control is None:
         return None
     found = read_json(Path(settings.control))
-    if not isinstance(found, dict) or found.get("kvfold_record") != record.FORMAT or found.get("kind") != "evaluate":
+    known, _ = record.parse(found, settings.control)
+    if not isinstance(found, dict) or known is None or known.kind != "evaluate":
         raise SettingError("is not the record of an evaluation", where="control", got=settings.control)
     for row in gate.parse(settings.gate):
-        if row.reference == "control" and gate.lookup(found["metrics"], row.metric, row.key) is None:
+        if row.reference == "control" and not _holds(known, row):
             raise SettingError(
                 "the control's record does not hold what the gate asks for",
                 where=settings.control,
@@ -282,6 +289,14 @@ def _control(settings: EvaluateSettings) -> dict[str, Any] | None:
                 next="evaluate the control with the same settings",
             )
     return found
+
+
+def _holds(known: Record, row: gate.Threshold) -> bool:
+    """Is the metric of a gate's row a number in this record?"""
+    try:
+        return gate.lookup(known.metrics, row.metric, row.key) is not None
+    except (TypeError, ValueError, AttributeError):  # another value, or no mapping where keys are asked for
+        return False
 
 
 def _same_text(settings: EvaluateSettings, control: Mapping[str, Any] | None, hashes: Mapping[str, Any]) -> None:

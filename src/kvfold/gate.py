@@ -9,6 +9,7 @@ before it and an offset behind it. A metric that has several values names one af
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -125,7 +126,7 @@ def _check_key(metric: str, key: str | None, text: str) -> None:
 def _parse_bound(bound: str, metric: str, text: str) -> tuple[float, Reference | None, float]:
     """`1.1*teacher+0.05` -> (1.1, "teacher", 0.05); `0.8` -> (0, None, 0.8)."""
     if re.fullmatch(rf"-?{_NUMBER}", bound):
-        return 0.0, None, float(bound)
+        return 0.0, None, _finite(bound, text)
     found = _NAMED.fullmatch(bound)
     if found is None:
         raise SettingError(f"cannot read the bound {bound!r}", where="gate", got=text, allowed=_SHAPE)
@@ -142,9 +143,17 @@ def _parse_bound(bound: str, metric: str, text: str) -> tuple[float, Reference |
             got=text,
             next=f"compare with a number or with control, as in {metric}{'>=' if metric == 'agreement' else '<='}0.8",
         )
-    offset = float(f"{found['sign']}{found['offset']}") if found["offset"] else 0.0
+    offset = _finite(f"{found['sign']}{found['offset']}", text) if found["offset"] else 0.0
     reference: Reference = "teacher" if who == "teacher" else "control"
-    return float(found["factor"] or 1.0), reference, offset
+    return _finite(found["factor"] or "1", text), reference, offset
+
+
+def _finite(number: str, text: str) -> float:
+    """A number of a gate's row. Raises SettingError for one that no float holds."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise SettingError("a number is too large", where="gate", got=text)
+    return value
 
 
 def missed_line(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Files from outside, read once and with bounds: regular files of bounded size, JSON of bounded depth.
+"""Files from outside, read once and with bounds: regular files of bounded size, JSON and YAML of bounded depth.
 
 A FIFO would block, `/dev/zero` would fill the memory, and nesting without end would exhaust Python's stack. Each of
 these is one clear error here, so that no reader has to think of them again.
@@ -7,16 +7,22 @@ these is one clear error here, so that no reader has to think of them again.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kvfold.errors import CheckpointError, KvfoldError
+import yaml
+
+from kvfold.errors import CheckpointError, KvfoldError, SettingError
 
 SMALL = 64 << 20  # bytes: the largest config, index, manifest, record or recipe that is read
 LARGE = 1 << 30  # bytes: the largest tokenizer file that is read
 DEPTH = 64  # levels of nesting of JSON or YAML; real configs have about six
+LARGEST = 2**63 - 1  # whole numbers beyond it fit into no tensor, no file and no generator
 
 
 def open_regular(path: Path, *, limit: int | None = None, error: type[KvfoldError] = CheckpointError) -> int:
@@ -94,3 +100,106 @@ def check_depth(value: Any, *, where: object, error: type[KvfoldError] = Checkpo
 
 def _deep(where: object, error: type[KvfoldError]) -> KvfoldError:
     return error("is nested too deeply", where=where, allowed=f"at most {DEPTH} levels")
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+RECIPE = 1 << 20  # bytes: the largest YAML file that is read; PyYAML needs seconds for it
+NODES = 100_000  # values of a YAML file after its aliases are expanded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (PyYAML reads `1e-6` as text), and dates as text, as JSON has them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in known if each[0] != "tag:yaml.org,2002:timestamp"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_yaml(path: Path, *, error: type[KvfoldError] = SettingError) -> Any:
+    """The YAML value in a file. Raises `error` as `parse_yaml` does."""
+    return parse_yaml(read_text(path, limit=RECIPE, error=error), where=path, error=error)
+
+
+def parse_yaml(text: str, *, where: object, error: type[KvfoldError] = SettingError) -> Any:
+    """A value of YAML that JSON could hold too: text keys, no key twice, finite numbers that fit into 64 bits.
+
+    Raises `error` for anything else, and for aliases that expand to more than `NODES` values.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _weigh(node, where, error, [], {})
+        value = loader.construct_document(node)
+    except RecursionError:
+        raise _deep(where, error) from None
+    except yaml.YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        said = getattr(failure, "problem", None) or getattr(failure, "reason", None)
+        raise error(f"is not YAML{line}", where=where, next=said) from failure
+    except (ValueError, KeyError, AttributeError, TypeError) as failure:  # a tag such as !!int before another value
+        raise error(f"holds a value that its tag does not allow: {failure}", where=where) from failure
+    check_depth(value, where=where, error=error)
+    _check_value(value, where, error)
+    return value
+
+
+def _weigh(
+    node: yaml.Node, where: object, error: type[KvfoldError], above: list[yaml.Node], known: dict[int, int]
+) -> int:
+    """Values below a node, aliases expanded, without expanding them."""
+    if id(node) in known:
+        return known[id(node)]
+    if any(node is each for each in above):
+        raise error(f"a value contains itself, line {node.start_mark.line + 1}", where=where)
+    if len(above) >= DEPTH:
+        raise _deep(where, error)
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if twice is not None:
+            raise error(f"key {twice[1]!r} stands twice", where=where, got=f"in the section of line {_line(node)}")
+        inner = [each for pair in node.value for each in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    above.append(node)
+    known[id(node)] = total = 1 + sum(_weigh(each, where, error, above, known) for each in inner)
+    above.pop()
+    if total > NODES:
+        raise error("is too large when its aliases are expanded", where=where, allowed=f"at most {NODES:,} values")
+    return total
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _check_value(value: Any, where: object, error: type[KvfoldError]) -> None:
+    """Refuse what JSON has no word for, at any level."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise error(f"key {key!r} is not text", where=where, next="put it in quotes")
+            _check_value(key, where, error)
+            _check_value(inner, where, error)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_value(inner, where, error)
+    elif isinstance(value, str):
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise error("holds text with a character that no file name and no UTF-8 has", where=where, got=repr(value))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise error(f"{value} is not a finite number", where=where)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise error(f"a number of {len(str(abs(value)))} digits is too large", where=where, allowed=f"to {LARGEST:,}")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise error(f"holds a {type(value).__name__}", where=where, allowed="text, numbers, lists and sections of keys")

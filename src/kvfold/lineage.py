@@ -120,7 +120,7 @@ def remember(source: Checkpoint) -> None:
 def remembered(hashed: str) -> Path | None:
     """Where a checkpoint of this hash lay when it was last read; it may have gone or changed since."""
     known = read_json(_place_of(hashed))
-    return Path(known["path"]) if isinstance(known, dict) and "path" in known else None
+    return Path(known["path"]) if isinstance(known, dict) and isinstance(known.get("path"), str) else None
 
 
 def _place_of(hashed: str) -> Path:

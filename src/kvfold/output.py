@@ -89,7 +89,9 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: object) -> None:
     """Write JSON through a sibling, so that a reader sees the old or the new and nothing between."""
     sibling = path.with_name(path.name + ".tmp")
-    sibling.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    # a path of other bytes than UTF-8 holds lone surrogates, which JSON escapes in just this way
+    sibling.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(sibling, path)
 
 
@@ -107,11 +109,11 @@ def open_output(path: str | Path, settings: Mapping[str, Any], *, overwrite: boo
     with disk_errors(path):
         if _complete(path, inputs, overwrite):
             return complete
-        if work.exists() and read_json(work / CLAIM) is None and any(each.name not in _OWN for each in work.iterdir()):
+        if work.exists() and _claim(work) is None and any(each.name not in _OWN for each in work.iterdir()):
             raise OutputError("is there and is not unfinished work of kvfold", where=work, next="move it away")
         work.mkdir(parents=True, exist_ok=True)
         held = lock.Lock.take(work)
-        claim = read_json(work / CLAIM)
+        claim = _claim(work)
         if claim is None and _complete(path, inputs, overwrite):  # another process has finished it just now
             shutil.rmtree(work)
             return complete
@@ -126,6 +128,12 @@ def open_output(path: str | Path, settings: Mapping[str, Any], *, overwrite: boo
             _clear(work)
         write_json(work / CLAIM, {"inputs": inputs, "settings": dict(settings)})
     return Output(path, work, inputs, complete=False, resumed=resumed, held=held)
+
+
+def _claim(work: Path) -> dict[str, Any] | None:
+    """Whose unfinished work this is; None when nobody has claimed it, or the claim cannot be read."""
+    found = read_json(work / CLAIM)
+    return found if isinstance(found, dict) else None
 
 
 def _complete(path: Path, inputs: str, overwrite: bool) -> bool:
@@ -182,6 +190,15 @@ def disk_errors(where: str | Path) -> Iterator[None]:
             raise
         what, remedy = _DISK[error.errno]
         raise OutputError(what, where=error.filename or where, next=remedy) from error
+
+
+def damaged(path: Path) -> OutputError:
+    """The error for a file of unfinished work that is not what was written."""
+    return OutputError(
+        "is damaged: the work cannot go on from it",
+        where=path,
+        next="delete the folder of the unfinished work, or add --overwrite, to start again",
+    )
 
 
 def cache_folder() -> Path:

@@ -6,8 +6,10 @@ error with the right one. Counts may be written `20M` or `64k`, lists `1,2,4`.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import itertools
+import math
 import re
 import types
 import typing
@@ -17,12 +19,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 
 from kvfold.errors import SettingError, did_you_mean
+from kvfold.inputs import LARGEST, check_depth, load_yaml, parse_yaml
 from kvfold.output import fingerprint
 
 T = TypeVar("T")
+
+SEEDS = 2**32  # seeds are below this: generators take them, also times a million and a step
+MOST = 2**31 - 1  # tokens, sequences, rounds: an index of this many still fits
+ROWS = 10_000  # rows of a run
+CHAIN = 8  # recipes that extend one another, and conversions one after the other
+LABEL = 180  # characters of a row's name, which is the name of a folder
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
 _FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -31,17 +39,19 @@ _FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**
 def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """Build a settings dataclass from a mapping.
 
-    Raises SettingError for an unknown key (with the nearest), a missing one, or a value of the wrong type.
+    Raises SettingError for an unknown key (with the nearest), a missing one, a value of the wrong type, or a number
+    that is not finite or does not fit into 64 bits.
     """
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in given:
         if key not in known:
+            near = did_you_mean(str(key), known)
             raise SettingError(
                 f"unknown setting {key!r}",
                 where=where,
-                allowed=None if did_you_mean(key, known) else ", ".join(known) or "none",
-                next=did_you_mean(key, known),
+                allowed=None if near else ", ".join(known) or "none",
+                next=near,
             )
     for name, each in known.items():
         required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
@@ -56,7 +66,33 @@ def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
             values[key] = pydantic.TypeAdapter(hints[key]).validate_python(_plain(value, hints[key]))
         except pydantic.ValidationError as error:
             raise SettingError(f"{key} cannot be {value!r}", where=where, allowed=describe(hints[key])) from error
+        if not _fits(values[key]):
+            raise SettingError(
+                f"{key} cannot be {value!r}", where=where, allowed=f"finite numbers of at most {LARGEST:,}, plain text"
+            )
     return cls(**values)
+
+
+def _fits(value: Any) -> bool:
+    """Is it finite, does it fit into 64 bits, and can a file be named so?"""
+    if isinstance(value, tuple | list):
+        return all(map(_fits, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return abs(value) <= LARGEST
+    return not isinstance(value, str) or "\0" not in value
+
+
+def check_range(settings: Any, where: str | None, least: float, most: float, *names: str) -> None:
+    """Refuse numbers below `least` or above `most` in these fields, where they are set, with SettingError."""
+    for name in names:
+        value = getattr(settings, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not each >= least:
+                raise SettingError(f"{name} must be at least {least:g}", where=where, got=value)
+            if each is not None and not each <= most:
+                raise SettingError(f"{name} must be at most {most:,}", where=where, got=value)
 
 
 def _plain(value: Any, hint: Any) -> Any:
@@ -72,7 +108,8 @@ def _plain(value: Any, hint: Any) -> Any:
         if any(typing.get_origin(kind) is tuple for kind in kinds):
             value = [part.strip() for part in text.split(",") if part.strip()]
         elif int in kinds and str not in kinds and (count := _COUNT.fullmatch(text)):
-            return round(float(count[1]) * _FACTOR[count[2]])
+            number = float(count[1]) * _FACTOR[count[2]]
+            return round(number) if math.isfinite(number) else text
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         items = value if isinstance(value, list | tuple) else [value]
         inner = next(typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple)
@@ -91,8 +128,10 @@ def describe(hint: Any) -> str:
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             parts.append(", ".join(map(str, typing.get_args(kind))))
+        elif typing.get_origin(kind) is collections.abc.Mapping:
+            parts.append("a section of keys")
         elif typing.get_origin(kind) is tuple:
-            parts.append(f"{words.get(typing.get_args(kind)[0], 'a mapping').removeprefix('a ')}s between commas")
+            parts.append(f"{words.get(typing.get_args(kind)[0], 'a section').removeprefix('a ')}s between commas")
         else:
             parts.append(words.get(kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(parts)
@@ -148,26 +187,10 @@ class Cell:
     seed: int
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML reads `1e-6` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file with keys at its top level. Raises SettingError when it is not there or is something else."""
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise SettingError(f"is not YAML{line}", where=path, next=getattr(error, "problem", None)) from error
+    content = load_yaml(path, error=SettingError)
     if not isinstance(content, dict):
         raise SettingError("is not a recipe: no keys at its top level", where=path)
     return content
@@ -183,6 +206,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     content = _extended(Path(path), ())
     for change in changes:
         _change(content, change)
+    check_depth(content, where=path, error=SettingError)
     if isinstance(content.get("matrix"), Mapping):
         content["matrix"] = [content["matrix"]]
     return decode(Recipe, content, str(path))
@@ -192,11 +216,13 @@ def _extended(path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a recipe over those of the one that it extends."""
     if path.resolve() in through:
         raise SettingError("extends itself", where=path)
+    if len(through) > CHAIN:
+        raise SettingError("recipes extend one another too often", where=path, allowed=f"{CHAIN} times")
     content = read_yaml(path)
     other = content.pop("extends", None)
     if other is None:
         return content
-    if not isinstance(other, str):
+    if not isinstance(other, str) or other in ("", ".", "..") or Path(other).name != other:
         raise SettingError(f"extends cannot be {other!r}", where=path, allowed="the name of a recipe beside this one")
     return _over(_extended(path.parent / other, (*through, path.resolve())), content)
 
@@ -212,22 +238,23 @@ def _over(base: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _change(content: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
-    if not equals or not key.strip():
+    *stages, last = (part.strip() for part in key.split("."))
+    if not equals or not all((*stages, last)):
         raise SettingError(f"--set {change!r} is not key=value", next="for example --set uptrain.tokens=1M")
-    *stages, last = key.strip().split(".")
     place = content
     for stage in stages:
         inner = place.get(stage)
         place[stage] = dict(inner) if isinstance(inner, Mapping) else {}
         place = place[stage]
-    place[last] = yaml.safe_load(text) if text.strip() else None
+    place[last] = parse_yaml(text, where=f"--set {key.strip()}")
 
 
 def cells(recipe: Recipe) -> list[Cell]:
     """Every row of the run: each grid of `matrix` is a product, grids add up, each row runs once per seed.
 
-    A value of null takes the key out of its stage.
+    A value of null takes the key out of its stage. Raises SettingError for more than `ROWS` rows, before they are made.
     """
+    _count(recipe)
     found: dict[str, Cell] = {}
     for point in _points(recipe.matrix):
         stages: dict[str, dict[str, Any] | None] = {
@@ -255,10 +282,30 @@ def cells(recipe: Recipe) -> list[Cell]:
             label = "_".join(said) or "student"
             trained = uptrain is not None or recipe.finetune is not None
             label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if trained else "")
+            if len(label) > LABEL:
+                raise SettingError(
+                    "the name of a row is too long", where="matrix", got=label, allowed=f"{LABEL} letters"
+                )
             cell = Cell(label, convert, uptrain, seed)
             same = fingerprint([convert, uptrain, seed if trained else None])
             found.setdefault(same, cell)
     return list(found.values())
+
+
+def _count(recipe: Recipe) -> None:
+    """Refuse a run of no rows, or of too many, before any row is made."""
+    check_range(recipe, recipe.name, 0, SEEDS - 1, "seeds")
+    if not recipe.seeds:
+        raise SettingError("seeds names none", where=recipe.name, next="leave it out for seed 0")
+    empty = next((key for grid in recipe.matrix for key, value in grid.items() if value == []), None)
+    if empty is not None:
+        raise SettingError(f"matrix: {empty!r} has no values", where=recipe.name, next="leave the key out")
+    points = sum(math.prod(len(each) for each in grid.values() if isinstance(each, list)) for grid in recipe.matrix)
+    rows = max(1, points) * len(recipe.seeds)
+    if rows > ROWS:
+        raise SettingError(
+            "the grid has too many rows", where=recipe.name, got=f"{rows:,}", allowed=f"at most {ROWS:,}"
+        )
 
 
 def _word(value: Any) -> str:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
+
 from kvfold import __version__
-from kvfold.errors import OutputError
-from kvfold.output import disk_errors, fingerprint, read_json, write_json
+from kvfold.errors import KvfoldError, OutputError, SettingError, plain
+from kvfold.inputs import LARGEST, load_json
+from kvfold.output import disk_errors, fingerprint, write_json
+from kvfold.progress import SILENT, Progress
 
 FORMAT = 1
+KINDS = ("plan-", "convert-", "uptrain-", "evaluate-", "bench-")  # how the files of records begin
 
 
 @dataclass(frozen=True)
@@ -78,28 +84,97 @@ def check_folder(folder: Path) -> None:
         raise OutputError("no permission to write", where=there, next="choose another folder with --records")
 
 
+def parse(content: object, where: object = None) -> tuple[Record | None, list[str]]:
+    """A record out of JSON, and the keys that only a newer version knows; None for what is no record at all.
+
+    Numbers that are not finite or fit into no 64 bits become None: they were not measured. Raises SettingError when a
+    key holds what it cannot hold.
+    """
+    if not isinstance(content, dict) or type(content.get("kvfold_record")) is not int:
+        return None, []
+    known = {key: _measured(value) for key, value in content.items() if key in _KEYS}
+    try:
+        _Fields.model_validate(known)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise SettingError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
+    return Record(**known), sorted(content.keys() - _KEYS)
+
+
+_KEYS = frozenset(each.name for each in fields(Record))
+
+
+class _Fields(pydantic.BaseModel):
+    """The types of a record's keys."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    hashes: dict[str, str | None] = {}
+    seed: int | None = None
+    status: Literal["done", "failed", "gate_missed"] = "done"
+    error: str | None = None
+    wall_seconds: float | None = None
+    device: str = ""
+    versions: dict[str, str] = {}
+    commit: str | None = None
+    date: str = ""
+
+
+def _measured(value: Any) -> Any:
+    """A value of JSON without the numbers that are none."""
+    if isinstance(value, dict):
+        return {key: _measured(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_measured(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return None if isinstance(value, int) and abs(value) > LARGEST else value
+
+
 def existing(path: Path, hashes: Mapping[str, Any]) -> Record | None:
     """The record at `path`, if it is there and was not a failure. Raises OutputError when its hashes are others."""
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("kvfold_record") != FORMAT or found["status"] == "failed":
+    found = _read(path)[0] if path.is_file() else None
+    if found is None or found.kvfold_record != FORMAT or found.status == "failed":
         return None
-    if found["hashes"] != hashes:
+    if found.hashes != hashes:
         raise OutputError(
             "the record there is of another checkpoint or text",
             where=path,
             next="choose another name, or add --overwrite",
         )
-    return Record(**found)
-
-
-def read_all(folder: str | Path) -> list[Record]:
-    """Every record at or below a folder, by path."""
-    found = []
-    for path in sorted(Path(folder).rglob("*.json")):
-        content = read_json(path)
-        if isinstance(content, dict) and content.get("kvfold_record") == FORMAT:
-            found.append(Record(**content))
     return found
+
+
+def _read(path: Path) -> tuple[Record | None, list[str]]:
+    """The record in a file, or None for what is none or cannot be read, and why that is or what of it is not read."""
+    try:
+        made, newer = parse(load_json(path))
+    except KvfoldError as error:
+        return None, [plain(str(error).removeprefix(f"{path}: "), 300)] if path.name.startswith(KINDS) else []
+    if made is not None and (newer or made.kvfold_record > FORMAT):
+        unread = f", without {plain(', '.join(newer), 200)}" if newer else ""
+        return made, [f"is a record of another version of kvfold; it is read as one of this version{unread}"]
+    return made, []
+
+
+def read_all(folder: str | Path, progress: Progress = SILENT) -> list[Record]:
+    """Every record at or below a folder, by path; of one that cannot be read, or not wholly, one line is said."""
+    found, odd = [], []
+    for path in sorted(Path(folder).rglob("*.json")):
+        made, faults = _read(path)
+        found += [] if made is None else [made]
+        odd += [f"{path}: {fault}" for fault in faults]
+    warn(odd, progress)
+    return found
+
+
+def warn(odd: Sequence[str], progress: Progress) -> None:
+    """Say in one line what was not read."""
+    if odd:
+        progress.say(f"warning: {odd[0]}{f' (and {len(odd) - 1} more like it)' if len(odd) > 1 else ''}")
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from kvfold.gated import InnerFit, slope
 from kvfold.linalg import ridge
 from kvfold.lineage import known_length
 from kvfold.logits import LogitFit
-from kvfold.output import REPAIRED, Output
+from kvfold.output import REPAIRED, Output, damaged
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import REPAIRABLE, Site
 from kvfold.spool import Spool, check_room, spool_bytes
@@ -116,7 +117,10 @@ def repair_in_place(
     writer.index()
     done: list[dict[str, Tensor]] = []
     while (path := folder / f"{len(done):05d}.safetensors").exists():
-        done.append(load_file(path))
+        try:
+            done.append(load_file(path))
+        except SafetensorError as error:
+            raise damaged(path) from error
     student = Checkpoint(output.work, output.path.name, read_config(output.work))
     for number, tensors in enumerate(
         repair(source, student, roles, tokens, queries=queries, done=done, progress=progress)

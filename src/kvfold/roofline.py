@@ -16,7 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
 
 from kvfold.errors import SettingError, choices
 from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
@@ -31,9 +34,9 @@ class Hardware:
 
     name: str
     about: str
-    memory: int
-    bandwidth: float
-    flops: Mapping[str, float]
+    memory: Annotated[int, Field(gt=0)]
+    bandwidth: Annotated[float, Field(gt=0, lt=math.inf)]
+    flops: Mapping[str, Annotated[float, Field(gt=0, lt=math.inf)]]
     measured: str | None = None
 
     def peak(self, dtype: str) -> float:
@@ -152,13 +155,23 @@ def cache_share(shape: Shape, tensor_parallel: int) -> float:
 def local() -> Hardware:
     """This machine as measured: read from kvfold's cache folder, or measured now (seconds) and kept with its date."""
     path = cache_folder() / "hardware" / f"{fingerprint(_identity())[:16]}.json"
-    kept = read_json(path)
-    if kept is None:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = asdict(measure())
-            write_json(path, kept)
-    return Hardware(**kept)
+    kept = _kept(path)
+    if kept is not None:
+        return kept
+    made = measure()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(made))
+    return made
+
+
+def _kept(path: Path) -> Hardware | None:
+    """What was measured before; None when nothing was, or the file is damaged."""
+    try:
+        kept = pydantic.TypeAdapter(Hardware).validate_python(read_json(path))
+    except pydantic.ValidationError:
+        return None
+    return kept if {"bfloat16", "float32"} <= kept.flops.keys() else None
 
 
 def _identity() -> dict[str, Any]:

@@ -13,16 +13,17 @@ from typing import Any
 
 import yaml
 
-from kvfold import record
+from kvfold import methods, record
 from kvfold.bench import BenchSettings, bench
 from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import GateMissed, SettingError
 from kvfold.evaluate import EvaluateSettings, evaluate
+from kvfold.families import family_of
 from kvfold.output import disk_errors, fingerprint
 from kvfold.plan import Plan, PlanSettings, plan
 from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.progress import SILENT, Progress
-from kvfold.recipe import Cell, Recipe, cells, decode, read_recipe
+from kvfold.recipe import CHAIN, LABEL, Cell, Recipe, cells, decode, read_recipe
 from kvfold.record import Record
 from kvfold.report import report
 from kvfold.uptrain import UptrainSettings, uptrain
@@ -86,7 +87,7 @@ def run(
         settings = decode(BenchSettings, recipe.bench, "bench")
         models: list[str | Path] = [reference, *students.values()]
         bench(models, settings, records=work.records, name=recipe.name, overwrite=overwrite, progress=progress)
-    page = report(work.folder)
+    page = report(work.folder, progress=progress)
     if work.missed:
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
     progress.say(f"teacher loss {teacher.metrics['loss']:.4f}; report: {page}")
@@ -103,6 +104,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
 
     Conversions are `planned` too, once their source is there.
     """
+    _plan_settings(work.recipe)
     if work.recipe.pretrain is not None:
         _pretraining(work, work.recipe.pretrain)
     if work.recipe.finetune is not None:
@@ -114,8 +116,15 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
     for cell in rows:
         for settings in _chain(cell.convert):
             decode(ConvertSettings, _of_stage(settings), "convert")
+            name, own = _method(settings)
+            decode(methods.get(name).Config, own, name)
+        if len(_label(cell.convert)) > LABEL:
+            raise SettingError("the name of a row is too long", where="convert", got=_label(cell.convert))
         if planned:
             _plan(work, cell)
+        elif isinstance(made := (work.recipe.pretrain or {})["config"], Mapping):
+            name, own = _method(_chain(cell.convert)[0])
+            methods.check(name, decode(methods.get(name).Config, own, name), family_of(dict(made)).shape(dict(made)))
         if cell.uptrain is not None:
             decode(UptrainSettings, {**cell.uptrain, "data": work.recipe.data, "seed": cell.seed}, "uptrain")
     evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}
@@ -136,7 +145,7 @@ def _of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
 
 
-def _chain(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]]:
     """A `convert` section as conversions one after the other: `after` holds the one that comes first, if any.
 
     What comes first reads the same calibration unless it names its own.
@@ -144,12 +153,14 @@ def _chain(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     first = settings.get(AFTER)
     if first is None:
         return [settings]
-    if not isinstance(first, Mapping):
+    if not isinstance(first, Mapping) or any(not isinstance(key, str) for key in first):
         raise SettingError(
             "after is a conversion that comes first", where="convert", got=repr(first), allowed="keys as in convert"
         )
     read = {key: value for key, value in settings.items() if key.startswith("calibration")}
-    return [*_chain({**read, **first}), settings]
+    if deep >= CHAIN:
+        raise SettingError("too many conversions come before this one", where="convert", allowed=f"at most {CHAIN}")
+    return [*_chain({**read, **first}, deep + 1), settings]
 
 
 def _plan(work: _Run, cell: Cell) -> Plan:
@@ -183,6 +194,12 @@ def _pretraining(work: _Run, said: Mapping[str, Any]) -> PretrainSettings:
     """How the source is trained, on the recipe's text unless another is named."""
     if "config" not in said:
         raise SettingError("pretrain has no config", where=work.recipe.name, next="add the keys of config.json there")
+    if not isinstance(said["config"], str | Mapping):
+        raise SettingError(
+            f"config cannot be {said['config']!r}",
+            where="pretrain",
+            allowed="the keys of config.json, or the name of a file that holds them",
+        )
     rest = {key: value for key, value in said.items() if key != "config"}
     return decode(PretrainSettings, {"data": work.recipe.data, **rest}, "pretrain")
 
@@ -287,6 +304,8 @@ def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     varied = {key.partition(".")[2] for grid in recipe.matrix for key in grid if key.startswith("uptrain.")}
     others = sorted(varied - {"alpha", "tokens", "loss", "stages"} & settings.keys())
     named = {key: settings[key] for key in ("alpha", "tokens") if settings.get(key) is not None}
+    if "alpha" in named:
+        named["alpha"] = float(named["alpha"])  # YAML may quote it
     if others:
         named["varied"] = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in others)
     return named | {"loss_name": settings.get("stages") or settings.get("loss")}

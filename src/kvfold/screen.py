@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-OUT = Console(highlight=False)
+from kvfold.errors import plain
+
+LONGEST = 4000  # characters of a line, and of a cell: what is longer is left out in the middle
+
+
+class Screen(Console):
+    """A console whose lines are safe to print, and whose reader may leave: `kvfold plan SRC | head -1` is no fault."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, emoji=False)
+
+    def show(self, text: str) -> None:
+        """Print one line, as it is but for control characters."""
+        self.print(plain(text, LONGEST), markup=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence."""
+        self.quiet = True
+        silence(self.file)
+
+
+def silence(stream: IO[str]) -> None:
+    """Lead a stream that nobody reads any more to nowhere, so that its end is no error either."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+OUT = Screen()
 if not OUT.is_terminal:
     OUT.width = 160  # a log has no edge: no word of a table is broken
-ERR = Console(stderr=True, highlight=False)
+ERR = Screen(stderr=True)
 
 QUIET_SECONDS = 20  # between two lines where no bar can be drawn
 
@@ -48,23 +78,23 @@ class Bars:
         """Draw a new bar."""
         self.stop()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             _Amount(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=ERR,
         )
-        self._progress.add_task(what, total=total, unit=unit, note="")
+        self._progress.add_task(plain(what, LONGEST), total=total, unit=unit, note="")
         self._progress.start()
 
     def advance(self, amount: float, note: str = "") -> None:
         """Move the bar."""
         if self._progress is not None:
             task = self._progress.tasks[0]
-            self._progress.update(task.id, advance=amount, note=note or task.fields["note"])
+            self._progress.update(task.id, advance=amount, note=plain(note, LONGEST) or task.fields["note"])
 
     def stop(self) -> None:
         """Leave the bar as it stands."""
@@ -74,7 +104,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        (self._progress.console if self._progress is not None else ERR).print(line, markup=False)
+        ERR.print(plain(line, LONGEST), markup=False)  # which knows of the bar below
 
 
 class Lines:
@@ -109,14 +139,14 @@ class Lines:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        ERR.print(line, markup=False, soft_wrap=True)
+        ERR.show(line)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> None:
     """Print a table whose first `words` columns are words and whose others are numbers."""
-    made = Table(title=title or None, title_justify="left", header_style="bold")
+    made = Table(title=Text(plain(title, LONGEST)) if title else None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < words else "right")
+        made.add_column(Text(plain(column, LONGEST)), justify="left" if number < words else "right")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(plain(cell, LONGEST)) for cell in row))
     OUT.print(made)

@@ -67,7 +67,9 @@ def measure(
     ]
     identity = [FORMAT, source.hash(progress), calibration_hash(tokens), asdict(settings), device, same]
     path = cache_folder() / "sensitivity" / f"{fingerprint(identity)[:32]}.json"
-    known: dict[str, float] = read_json(path) or {}
+    kept = read_json(path)
+    sound = isinstance(kept, dict) and all(type(kl) is float and math.isfinite(kl) for kl in kept.values())
+    known: dict[str, float] = kept if sound else {}
     asked: dict[int, list[Alone]] = {}
     for each in sorted(questions, key=_order):
         if _key(each) not in known:

@@ -364,11 +364,18 @@ class Writer:
                 self._finish(shard)
 
     def _recall(self) -> None:
-        journal = read_json(self.folder / JOURNAL) or {}
+        found = read_json(self.folder / JOURNAL)
+        journal = found if isinstance(found, dict) else {}  # without it, shards are written again
         for shard in self._shards:
             path = self.folder / shard.file
             known = journal.get(shard.file)
-            if known and set(known) == shard.left and path.is_file() and path.stat().st_size == shard.size:
+            if (
+                isinstance(known, dict)
+                and all(isinstance(each, str) for each in known.values())
+                and set(known) == shard.left
+                and path.is_file()
+                and path.stat().st_size == shard.size
+            ):
                 self.digests |= known
                 self._whole.append(shard.file)
                 shard.left.clear()

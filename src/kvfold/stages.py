@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,8 +35,8 @@ def parse_loss(text: str) -> dict[str, float]:
                 next=did_you_mean(name, LOSSES),
             )
         weights[name] = weights.get(name, 0.0) + float(match[1] or 1)
-    if not all(weight > 0 for weight in weights.values()):
-        raise SettingError("a loss of weight 0 is no loss", where="uptrain", got=repr(text))
+    if not all(0 < weight < math.inf for weight in weights.values()):
+        raise SettingError("a loss of weight 0 or of an infinite weight is no loss", where="uptrain", got=repr(text))
     return weights
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.errors import Interrupted, SettingError, TrainingError
-from kvfold.output import disk_errors, read_json, write_json
+from kvfold.output import damaged, disk_errors, write_json
 from kvfold.progress import Progress
+from kvfold.recipe import MOST, SEEDS, check_range
+from kvfold.state import SLOTS, STATE, Position, kept_lines, load_slot, read_marker
 
 LOG = "train.jsonl"
-STATE = "state.json"  # in the work folder: which of the two slots holds the state to go on from
 
 _NO_MATTER = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")
 _UNSAID = {
@@ -97,9 +99,17 @@ class TrainSettings:
         for name in ("warmup", "decay", "final_rate", "beta1", "beta2", "dropout"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingError(f"{name} is a share", got=getattr(self, name), allowed="0 to 1")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise SettingError(f"{name} must be less than 1", got=getattr(self, name))
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name} must be positive", got=getattr(self, name))
+        check_range(self, None, 0, sys.float_info.max, "weight_decay", "checkpoint_minutes")
+        check_range(
+            self, None, 1, MOST, "sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps"
+        )
+        check_range(self, None, 0, SEEDS - 1, "seed")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise SettingError(
                 "micro_batch must divide batch_size", got=f"{self.micro_batch}, and a batch of {self.batch_size}"
@@ -197,19 +207,6 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> tor
 # --- state on disk -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Position:
-    """How far a run has come."""
-
-    stage: int = 0
-    stage_step: int = 0  # steps done in this stage
-    step: int = 0  # steps done in all
-    tokens: int = 0
-    seconds: float = 0.0
-    smooth: float | None = None  # the loss, smoothed
-    lowest: float | None = None  # the lowest that it has been
-
-
 class State:
     """What a run needs to go on: two slots, and a marker that names the good one.
 
@@ -220,14 +217,14 @@ class State:
         self.folder = folder
 
     def position(self) -> Position | None:
-        """How far the saved state has come; None when there is none."""
-        marker = read_json(self.folder / STATE)
-        return None if marker is None else Position(**marker["position"])
+        """How far the saved state has come; None when there is none. Raises OutputError when it is damaged."""
+        marker = read_marker(self.folder)
+        return None if marker is None else marker.position
 
     def save(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the state into the slot that is not in use, then turn the marker."""
-        marker = read_json(self.folder / STATE)
-        slot = "state-b.pt" if marker is not None and marker["slot"] == "state-a.pt" else "state-a.pt"
+        marker = read_marker(self.folder)
+        slot = SLOTS[marker is not None and marker.slot == SLOTS[0]]
         with disk_errors(self.folder), (self.folder / slot).open("wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
             file.flush()
@@ -236,14 +233,13 @@ class State:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the good slot into a model and an optimiser of the same make."""
-        marker = read_json(self.folder / STATE)
-        content = torch.load(self.folder / marker["slot"], map_location=best_device(), weights_only=True)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        marker = read_marker(self.folder)
+        assert marker is not None  # its position was asked for before
+        load_slot(self.folder / marker.slot, model, optimizer, best_device())
 
     def remove(self) -> None:
         """Delete the state of a run that is complete."""
-        for name in (STATE, "state-a.pt", "state-b.pt"):
+        for name in (STATE, *SLOTS):
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -255,13 +251,7 @@ class Log:
 
     def __init__(self, folder: Path, step: int):
         path = folder / LOG
-        kept = []
-        if step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # a line may be half-written when the process was killed, and lines past the state are made again
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-        path.write_text("".join(kept), encoding="utf-8")
+        path.write_bytes(kept_lines(path, step) if step and path.exists() else b"")
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step)
 
@@ -327,6 +317,8 @@ def train(
     """
     state = State(folder)
     position = state.position() or Position()
+    if position.stage > len(works):
+        raise damaged(folder / STATE)
     resumed = position.step > 0
     for work in works[: position.stage]:
         if work.finish:

@@ -22,9 +22,11 @@ from kvfold import distill, hf
 from kvfold.checkpoint import Checkpoint, carry_over, save_model
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, OutputError, SettingError
+from kvfold.inputs import LARGEST
 from kvfold.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.output import disk_errors, open_output
 from kvfold.progress import SILENT, Progress
+from kvfold.recipe import check_range
 from kvfold.seq2seq import Pairs, corpus
 from kvfold.shape import Stage
 from kvfold.stages import (
@@ -42,6 +44,7 @@ from kvfold.stages import (
 )
 from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
 
+RANK = 65_536  # of factors, at most: wider than any model
 GUIDED = "kl+0.3ce"  # by default, with a teacher: better than either loss alone (docs/log.md)
 
 
@@ -87,9 +90,11 @@ class UptrainSettings(TrainSettings):
                 got="neither" if self.tokens is None else "tokens and alpha",
                 next="give --tokens, or --alpha",
             )
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise SettingError("alpha must be positive", where="uptrain", got=self.alpha)
-        if not self.temperature > 0:
+        check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
+        check_range(self, "uptrain", 1, RANK, "lora")
+        if not 0 < self.temperature < math.inf:
             raise SettingError("temperature must be positive", where="uptrain", got=self.temperature)
         if self.loss is not None and self.stages is not None:
             raise SettingError("loss and stages say the same thing", where="uptrain", next="give one of them")
@@ -229,7 +234,10 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
             next="add --pretraining-tokens (for example 2T), or say --tokens",
         )
     assert settings.alpha is not None
-    return max(1, round(settings.alpha * pretraining))
+    amount = settings.alpha * pretraining
+    if amount > LARGEST:
+        raise SettingError("alpha is too large", where="uptrain", got=settings.alpha, allowed=f"{LARGEST:,} tokens")
+    return max(1, round(amount))
 
 
 def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:

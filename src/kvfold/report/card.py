@@ -16,11 +16,12 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from kvfold.errors import CheckpointError
+from kvfold.errors import CheckpointError, plain
 from kvfold.output import MANIFEST, read_json
 from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.folder import Folded, Run, commands, findings
+from kvfold.report.reading import lineage_fault
 
 _PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
 OWN = "kvfold_"  # what the model types that only kvfold's classes can load begin with
@@ -66,8 +67,9 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
     `names` are folders by content hash, for the commands. Raises CheckpointError when there is no lineage.
     """
     folder = Path(checkpoint_dir)
-    lineage, config = read_json(folder / MANIFEST), read_json(folder / "config.json") or {}
-    if not isinstance(lineage, dict) or not lineage.get("steps"):
+    lineage, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    config = {"model_type": "unknown", **(config if isinstance(config, dict) else {})}
+    if lineage_fault(lineage) is not None or not lineage["steps"]:
         raise CheckpointError("has no lineage, so nothing can be said of it", where=folder, next="fold it with kvfold")
     found = tables.studies(records, {lineage["hash"]: lineage})
     measured = [
@@ -82,13 +84,16 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
         .render(
             mark=MARK,
             front=_front(lineage, config),
-            name=folder.resolve().name,
-            lineage=lineage,
+            name=tables.plain(folder.resolve().name),
+            lineage={**lineage, "root": {**lineage["root"], "name": _quoted(lineage["root"]["name"])}},
             config=config,
             steps=[(step["stage"], _step(step["settings"]), step.get("tokens")) for step in lineage["steps"]],
             numbers=[tables.markdown(_numbers(study, row), words=1) for study, row in measured],
-            evaluated=[row.records[0].settings for _, row in measured],
-            findings=findings(lineage),
+            evaluated=[
+                {"tokens": known.get("tokens"), "data": _quoted(known.get("data", "the text"))}
+                for known in (row.records[0].settings for _, row in measured)
+            ],
+            findings=[_inert(line) for line in findings(lineage)],
             commands=commands(Folded(folder, folder.resolve().name, lineage), names or {}),
             own_classes=str(config.get("model_type")).startswith(OWN),
         )
@@ -107,9 +112,19 @@ def _front(lineage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _step(settings: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value not in (None, (), [])
+    return _inert(
+        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value not in (None, (), []))
     )
+
+
+def _inert(text: str) -> str:
+    """Text in one line that is no HTML."""
+    return plain(text, 10_000).replace("<", "&lt;")
+
+
+def _quoted(name: object) -> str:
+    """A name that stays between its backticks."""
+    return plain(name, 400).replace("`", "'")
 
 
 def _numbers(study: tables.Study, row: tables.Row) -> tables.Table:

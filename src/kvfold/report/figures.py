@@ -136,6 +136,7 @@ def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
         "legend.frameon": False,
         "legend.fontsize": 9,
         "axes.formatter.useoffset": False,
+        "text.parse_math": False,  # a name may hold a dollar
     }
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.19 * max(0, legend_lines - 1)), layout="constrained")
@@ -163,6 +164,7 @@ def _words(axes: Any, x_label: str, y_label: str) -> None:
 
 def _svg(figure: Any, name: str, title: str) -> str:
     """The figure as an SVG element for an HTML page: named ids, CSS colours, no address of anything."""
+    name = re.sub(r"[^\w-]", "-", name)  # it becomes part of ids
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\A.*?(?=<svg )", "", drawn.getvalue(), count=1, flags=re.S)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.errors import DataError
+from kvfold.errors import DataError, KvfoldError, plain
+from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
 from kvfold.output import MANIFEST, read_json
-from kvfold.record import Record, read_all
+from kvfold.progress import SILENT, Progress
+from kvfold.record import Record, read_all, warn
+from kvfold.report.reading import lineage_fault, log_line, record_fault
 from kvfold.report.rows import Study, studies
 
 LOG = "train.jsonl"
@@ -46,40 +48,70 @@ class Run:
         )
 
 
-def collect(run_dir: str | Path) -> Run:
-    """Everything that a report needs of a run. Raises DataError when there is nothing to report."""
+def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
+    """Everything that a report needs of a run; what cannot be read is left out, and said in one line.
+
+    Raises DataError when there is nothing to report.
+    """
     folder = Path(run_dir)
     if not folder.is_dir():
         raise DataError("no such directory", where=folder, next="give the folder of a run")
-    checkpoints, logs = [], {}
+    checkpoints, logs, odd = [], {}, []
     for path in sorted(folder.rglob(MANIFEST)):
         lineage = read_json(path)
         whole = not any(part.endswith(".partial") for part in path.relative_to(folder).parts)
-        if whole and isinstance(lineage, dict) and "steps" in lineage:
+        fault = lineage_fault(lineage)
+        if whole and fault is not None:
+            odd.append(f"{path} is not shown: {fault}")
+        elif whole:
             name = str(path.parent.relative_to(folder))
             checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage))
             if (path.parent / LOG).exists():
-                logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG))
-    records = tuple(read_all(folder))
+                logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG, odd))
+    records = []
+    for record in read_all(folder, progress):
+        if record.status == "failed":
+            records.append(replace(record, metrics={}))  # its error is shown, and no numbers
+            continue
+        fault = record_fault(record)
+        if fault is None:
+            records.append(record)
+        else:
+            odd.append(f"the record {record.name} is not shown: {fault}")
+    warn(odd, progress)
     if not records and not checkpoints:
         raise DataError(
             "nothing to report: no record and no checkpoint of kvfold is here",
             where=folder,
             next="run a recipe first, or point evaluate and bench here with --records",
         )
-    recipe = folder / RECIPE
-    return Run(
-        folder, records, tuple(checkpoints), logs, recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    )
+    return Run(folder, tuple(records), tuple(checkpoints), logs, _recipe(folder / RECIPE, progress))
 
 
-def _log(path: Path) -> Iterator[Mapping[str, Any]]:
-    for text in path.read_text(encoding="utf-8").splitlines():
+def _recipe(path: Path, progress: Progress) -> str | None:
+    """The text of the run's recipe, where there is one that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return read_text(path)
+    except KvfoldError as error:
+        warn([f"{error}: it is not shown"], progress)
+        return None
+
+
+def _log(path: Path, odd: list[str]) -> Iterator[Mapping[str, Any]]:
+    """The lines of a training's log that say a loss, in order; a log that cannot be read is `odd`."""
+    try:
+        octets = read_bytes(path, limit=LARGE)
+    except KvfoldError as error:
+        odd.append(f"{error}: it is not shown")
+        return
+    for text in octets.splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:  # the last line of a run that was killed while it wrote
+            line = log_line(parse_json(text, where=path))
+        except KvfoldError:  # the last line of a run that was killed while it wrote
             continue
-        if isinstance(line, dict) and "tokens" in line and "loss" in line:
+        if line is not None:
             yield line
 
 
@@ -92,7 +124,7 @@ def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
         following = steps[number + 1]["source"] if number + 1 < len(steps) else checkpoint.lineage["hash"]
         made = by_hash.get(following, f"step-{number + 1}")
         words = ["kvfold", step["stage"], *([source] if source else []), made, *_flags(step["settings"])]
-        lines.append(shlex.join(map(str, words)))
+        lines.append(shlex.join(plain(word, 4000) for word in words))
     return "\n".join(lines)
 
 

@@ -7,27 +7,31 @@ it comes from records, lineages and training logs below the run's folder; what i
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from kvfold.errors import OutputError
 from kvfold.output import disk_errors
+from kvfold.progress import SILENT, Progress
 from kvfold.report import figures
 from kvfold.report.card import templates, write_cards
 from kvfold.report.folder import Run, collect
 from kvfold.report.rows import Row
 from kvfold.report.sections import sections
 
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # but tab and line feed
 TILES = 6  # students that the head of the page shows
 
 
-def report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
+def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Progress = SILENT) -> Path:
     """Write the page of a run, and the cards of its trained checkpoints; return the path of the page.
 
-    The page is `run_dir/report.html` unless `out` names another file. Raises DataError when nothing is there to
+    The page is `run_dir/report.html` unless `out` names another file. What cannot be read is left out, and said in a
+    line. Raises DataError when nothing is there to
     report, OutputError when the disk refuses.
     """
-    run = collect(run_dir)
+    run = collect(run_dir, progress)
     page = Path(out) if out is not None else run.folder / "report.html"
     if page.is_dir():
         raise OutputError("is a directory", where=page, next="name a file, such as report.html")
@@ -46,7 +50,7 @@ def render(run: Run) -> str:
     missed = [record.name for record in run.records if record.status == "gate_missed"]
     gated = any(record.metrics.get("gate") for record in run.records)
     roots = sorted({checkpoint.lineage["root"]["name"] for checkpoint in run.checkpoints})
-    return (
+    text = (
         templates("html")
         .get_template("report.html.j2")
         .render(
@@ -61,6 +65,7 @@ def render(run: Run) -> str:
             figure_style=figures.style(),
         )
     )
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _tile(row: Row) -> dict[str, Any]:

@@ -132,7 +132,9 @@ def largest_batches(bench: Record) -> Table | None:
             f"{row['context']:,}",
             f"{row['batch']:,}",
             f"{row['tokens_per_s']:,.0f}",
-            f"{row['tokens_per_s'] / teacher[row['context']]['tokens_per_s']:.2f}×",
+            f"{row['tokens_per_s'] / teacher[row['context']]['tokens_per_s']:.2f}×"
+            if row["context"] in teacher
+            else NONE,
         ]
         for row in rows
     ]
