@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, strategies
 
 from kvfold import data
-from kvfold.data import TokenFile, read_texts, text_facts, token_file
+from kvfold.data import TokenFile, token_file
 from kvfold.errors import DataError, SettingError
+from kvfold.texts import read_texts, text_facts
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_the_standard_library_and_what_it_leaves_out_share_nothing() -> None:
         ("latin.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text .*byte 3"),
         ("table.csv", b"a,b", "unknown kind of text file"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', r"broken.jsonl:2: is not one JSON object"),
-        ("other.jsonl", b'{"body": "a"}\n', r"other.jsonl:1: is not one JSON object"),
+        ("other.jsonl", b'{"body": "a"}\n', r'other.jsonl:1: has no "text" \(got keys body\)'),
         ("number.jsonl", b'{"text": 3}\n', '"text" is not a string .*int'),
     ],
 )
@@ -81,10 +82,10 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.txt").write_text("x")
 
-    def refuse(*args: object, **kwargs: object) -> str:
+    def refuse(*args: object, **kwargs: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(DataError, match=r"t\.txt: cannot be read: Permission denied"):
         text_facts(tmp_path / "t.txt")
 

@@ -38,6 +38,8 @@ LAYERS = [
         "shards",
         "sidecar",
         "student_config",
+        "texts",
+        "textfile",
     }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
     {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}

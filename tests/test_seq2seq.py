@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +27,11 @@ from kvfold.seq2seq import (
     corrupted,
     noise_counts,
     noise_mask,
+    read_pairs,
     row_tokens,
     sentinels_of,
 )
+from kvfold.texts import LEFT_OUT, MENDED
 
 Make = Callable[..., Path]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 30
@@ -187,15 +191,54 @@ def test_lines_that_are_no_pairs_are_named(tiny_checkpoint: Make, tmp_path: Path
     teacher = tiny_checkpoint("t5")
     for name, text in (("a.tsv", "x\ty\nz\n"), ("b.tsv", "x\ty\tz\n"), ("c.jsonl", '{"input": "x", "target": 1}\n')):
         (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match=rf"{name}:\d: is not a pair; allowed: input, tab, target"):
+        with pytest.raises(DataError, match=rf"{name}:\d: is not a pair \(got .*; allowed: input, tab, target"):
             corpus(tmp_path / name, teacher)
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
     assert not are_pairs(tmp_path / "text.jsonl")
     (tmp_path / "none.tsv").write_text("\n")
     with pytest.raises(DataError, match="there are no pairs"):
         corpus(tmp_path / "none.tsv", teacher)
-    with pytest.raises(DataError, match="cannot be read as pairs"):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
         corpus(tmp_path / "nowhere.tsv", teacher)
+    (tmp_path / "keys.jsonl").write_text('{"input": "x", "target": "y"}\n{"input": "x", "answer": "y"}\n')
+    with pytest.raises(DataError, match=r"keys.jsonl:2: is not a pair \(got keys input, answer\)"):
+        corpus(tmp_path / "keys.jsonl", teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mark.tsv", b"\xef\xbb\xbfab\txyz\nc\tw\n"),
+        ("windows.tsv", b"ab\txyz\r\nc\tw\r\n"),
+        ("wide.TSV", "ab\txyz\nc\tw\n".encode("utf-16")),
+        ("packed.tsv.gz", gzip.compress(b"ab\txyz\nc\tw\n")),
+        ("mark.jsonl", b'\xef\xbb\xbf{"input": "ab", "target": "xyz"}\n{"input": "c", "target": "w"}\n'),
+        ("list.json", b'[{"input": "ab", "target": "xyz"}, null, {"input": "c", "target": "w"}]'),
+        ("null.jsonl", b'{"input": "ab", "target": "xyz"}\n{"input": null, "target": "y"}\n{"input":"c","target":"w"}'),
+    ],
+)
+def test_pairs_as_people_have_them(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert are_pairs(tmp_path / name)
+    told = Counter[str]()
+    assert list(read_pairs(tmp_path / name, told)) == [("ab", "xyz"), ("c", "w")]
+    assert told[LEFT_OUT] == (b"null" in content)
+
+
+def test_a_line_ends_at_its_end_and_half_a_surrogate_is_told(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("a\u2028b\tc\x0cd\n")
+    (tmp_path / "s.jsonl").write_text('{"input": "a\\ud800", "target": "b"}\n')
+    assert list(read_pairs(tmp_path / "p.tsv")) == [("a\u2028b", "c\x0cd")]
+    told = Counter[str]()
+    assert list(read_pairs(tmp_path / "s.jsonl", told)) == [("a\ufffd", "b")]
+    assert told == {MENDED: 1}
+
+
+def test_a_pipe_is_no_pairs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.jsonl")
+    assert not are_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="is not a regular file"):
+        list(read_pairs(tmp_path / "p.jsonl"))
 
 
 def test_batches_move_and_part_as_tensors_do() -> None:

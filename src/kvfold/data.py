@@ -1,4 +1,4 @@
-"""Text in, batches out: sources of text, and packed token files that are memory-mapped.
+"""Text in, batches out: packed token files that are memory-mapped. `texts` says what a text is.
 
 A token file is one long row of token ids, documents separated by the tokenizer's own end token. It is cut into
 windows of fixed length, each seen once per epoch in an order that depends on seed and epoch alone: the batch of step
@@ -7,11 +7,7 @@ windows of fixed length, each seen once per epoch in an order that depends on se
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,177 +21,17 @@ from kvfold.errors import DataError, SettingError
 from kvfold.inputs import LARGE, read_bytes
 from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
+from kvfold.texts import chat_of, limited, read_texts, text_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-READERS = (".txt", ".jsonl", ".parquet")
 PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory is some hundred times that
 WHOLE = 1 << 24  # characters: a text up to here is tokenised whole, whatever part of it is asked for
 SPREAD = 1 << 28  # characters of a text from which pieces are drawn, and held in memory for it
 DRAWN = 1 << 12  # characters of such a piece: some rows of a calibration
 SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of one
-
-# Parts of the standard library that are tests, other programs, or written by the build of this very machine.
-_NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
-_MACHINE = re.compile(r"_sysconfigdata|config-|_sysconfig_vars")
-
-STDLIB_HELDOUT = (
-    "argparse",
-    "asyncio/streams",
-    "calendar",
-    "csv",
-    "fractions",
-    "heapq",
-    "html/parser",
-    "json",
-    "logging/handlers",
-    "queue",
-    "random",
-    "sched",
-    "shlex",
-    "statistics",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "urllib/robotparser",
-    "wave",
-    "xml/dom/pulldom",
-)
-"""Modules and packages of the standard library that `stdlib` leaves out and `stdlib:heldout` holds."""
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def read_texts(source: str | Path) -> Iterator[str]:
-    """Documents of a source, in an order that never changes.
-
-    A `.txt` file is one document, each line of a `.jsonl` (key `text`) and each row of a `.parquet` (column `text`)
-    is one; a folder holds such files; `stdlib` is the source of Python's own library, `stdlib:heldout` the modules
-    that it leaves out; anything else is a hub data set, `owner/name[:config[:split]]`. Raises DataError.
-    """
-    name = str(source)
-    path = Path(source)
-    if name in ("stdlib", "stdlib:heldout"):
-        yield from _stdlib(heldout=name.endswith("heldout"))
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
-        if not files:
-            raise DataError("no text in this folder", where=path, allowed=", ".join(READERS))
-        for file in files:
-            yield from _read_file(file)
-    elif path.exists():
-        yield from _read_file(path)
-    elif path.suffix in READERS or path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", name):
-        raise DataError(
-            "no such text", where=source, allowed="a file, a folder, a hub data set `owner/name`, stdlib or self"
-        )
-    else:
-        yield from _hub(name)
-
-
-def _stdlib(heldout: bool) -> Iterator[str]:
-    """Modules of Python's library, by path; the held-out ones or all others."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        module = path.relative_to(root).with_suffix("")
-        if _NOT_LIBRARY & set(module.parts) or any(_MACHINE.match(part) for part in module.parts):
-            continue
-        names = {"/".join(module.parts[: depth + 1]) for depth in range(len(module.parts))}
-        if bool(names & set(STDLIB_HELDOUT)) == heldout:
-            yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    """Documents of one file."""
-    if path.suffix not in READERS:
-        raise DataError("unknown kind of text file", where=path, got=path.suffix or "no suffix", allowed=READERS)
-    try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
-        else:
-            yield from _column(_datasets().load_dataset("parquet", data_files=str(path), split="train"), path)
-    except UnicodeDecodeError as error:
-        raise DataError("is not UTF-8 text", where=path, got=f"byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=path) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError('is not one JSON object with a "text" a line', where=f"{path}:{number}") from error
-            if not isinstance(text, str):
-                raise DataError('"text" is not a string', where=f"{path}:{number}", got=type(text).__name__)
-            yield text
-
-
-def _datasets() -> Any:
-    """The `datasets` library. Raises SettingError when it is not installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise SettingError(
-            "parquet files and hub data sets need `datasets`", next="pip install 'kvfold[data]'"
-        ) from error
-    return datasets
-
-
-def _hub(name: str) -> Iterator[str]:
-    """Rows of a hub data set, streamed."""
-    repository, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        rows = _datasets().load_dataset(repository, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
-    yield from _column(rows, name)
-
-
-def _column(rows: Iterable[dict[str, Any]], where: object) -> Iterator[str]:
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise DataError('no column "text"', where=where, got=", ".join(row))
-        yield row["text"]
-
-
-@dataclass(frozen=True)
-class TextFacts:
-    """What identifies a text: SHA-256 of its documents, how many they are, and their characters."""
-
-    hash: str
-    documents: int
-    characters: int
-
-
-def text_facts(source: str | Path, limit: int | None = None) -> TextFacts:
-    """Hash the documents of a source, reading at most `limit` characters. Raises DataError when there is no text."""
-    digest, documents, characters = hashlib.sha256(), 0, 0
-    for text in _limited(read_texts(source), limit):
-        digest.update(f"{len(text)}\n".encode() + text.encode("utf-8", "replace"))
-        documents, characters = documents + 1, characters + len(text)
-    if not characters:
-        raise DataError("the text is empty", where=source)
-    return TextFacts(digest.hexdigest(), documents, characters)
-
-
-def _limited(texts: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Whole documents until `limit` characters are passed; empty ones are left out."""
-    seen = 0
-    for text in texts:
-        if limit is not None and seen >= limit:
-            return
-        if text:
-            yield text
-        seen += len(text)
 
 
 # --- token files ---------------------------------------------------------------------------------------------------
@@ -287,7 +123,10 @@ def token_file(
 
         identity = f"self:{Checkpoint.open(teacher).hash()}:{seed}:{wanted}"
     else:
-        facts = text_facts(source, limit)
+        chat = chat_of(tokenizer)
+        facts = text_facts(source, limit, chat=chat)
+        for line in facts.told:
+            progress.say(line)
         identity = f"{facts.hash}:{wanted}:{seed}" if spread else facts.hash
     key = fingerprint([FORMAT, identity, tokenizer_hash(tokenizer)])[:32]
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
@@ -300,9 +139,9 @@ def token_file(
                 rows = _sample(teacher, tokenizer, wanted, seed, progress)
             elif spread:
                 assert wanted is not None
-                rows = _draw(_limited(read_texts(source), limit), tokenizer, wanted, seed, progress)
+                rows = _draw(limited(read_texts(source, chat=chat), limit), tokenizer, wanted, seed, progress)
             else:
-                rows = _tokenise(_limited(read_texts(source), limit), tokenizer, facts.characters, progress)
+                rows = _tokenise(limited(read_texts(source, chat=chat), limit), tokenizer, facts.characters, progress)
             _write(path, rows, tokenizer, identity)
     return open_token_file(path, str(source), max_tokens)
 

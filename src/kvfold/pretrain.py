@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvfold import distill, hf
 from kvfold.checkpoint import FORMAT, read_config, save_model
-from kvfold.data import TextFacts, read_texts, text_facts, token_file
+from kvfold.data import token_file
 from kvfold.errors import SettingError
 from kvfold.families import family_of
 from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerprint, open_output, write_json
@@ -27,6 +27,7 @@ from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
 from kvfold.seq2seq import Pairs, corpus
 from kvfold.sidecar import tokenizer_hash
+from kvfold.texts import TextFacts, read_texts, text_facts
 from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first

@@ -15,9 +15,9 @@ the former. Either way the batch of step `n` is a function of (seed, n).
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.data import TokenFile, order, token_file, tokenizer_hash
-from kvfold.errors import DataError, SettingError
+from kvfold.errors import DataError, KvfoldError, SettingError
 from kvfold.output import fingerprint
 from kvfold.progress import SILENT, Progress
+from kvfold.textfile import ROWS, kind_of, opened, rows
+from kvfold.texts import LEFT_OUT, MENDED, mend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 DENSITY, SPAN = 0.15, 3.0  # T5's: the part of a row that is noise, and the mean length of a span
 UNSEEN = -100  # in a target: no token is asked for there
 PREFIX = "pairs:"
+SIDES = ("input", "target")  # keys of a row that is a pair
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 Ids = NDArray[np.int64]
 
@@ -252,44 +255,58 @@ Corpus = Spans | PairFile
 
 def are_pairs(source: str | Path) -> bool:
     """Does this source hold pairs, and no running text?"""
-    name = str(source)
-    if name.startswith(PREFIX) or name.endswith(".tsv"):
+    name, kind = str(source), kind_of(source)
+    if name.startswith(PREFIX) or kind == ".tsv":
         return True
-    if not name.endswith(".jsonl") or not Path(name).is_file():
+    if kind not in ROWS or not Path(name).is_file():
         return False
-    with Path(name).open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
     try:
-        return {"input", "target"} <= set(json.loads(first))
-    except (ValueError, TypeError):
-        return False  # no JSON: the reader of texts says where
+        _, first = next(rows(Path(name), _columns), ("", None))
+    except KvfoldError:
+        return False  # the reader of texts says what is wrong, and where
+    return isinstance(first, Mapping) and set(SIDES) <= set(first)
 
 
-def read_pairs(source: str | Path) -> Iterator[tuple[str, str]]:
-    """Inputs and targets of a file. Raises DataError for a line that is no pair."""
+def read_pairs(source: str | Path, told: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Inputs and targets of a file; rows in which one is null are left out, and counted in `told`.
+
+    Raises DataError for a line that is no pair.
+    """
     path = Path(str(source).removeprefix(PREFIX))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("cannot be read as pairs", where=path, got=getattr(error, "strerror", None) or error) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                given = json.loads(line)
-                pair: tuple[Any, ...] = (given["input"], given["target"])
-            except (ValueError, KeyError, TypeError):
-                pair = ()
+    told = Counter() if told is None else told
+    for where, sides in _sides(path):
+        if None in sides:
+            told[LEFT_OUT] += 1
+        elif len(sides) == 2 and all(isinstance(each, str) for each in sides):
+            made = [mend(each) for each in sides]
+            told[MENDED] += made != sides
+            yield made[0], made[1]
         else:
-            pair = tuple(line.split("\t"))
-        if len(pair) != 2 or not all(isinstance(each, str) for each in pair):
             raise DataError(
                 "is not a pair",
-                where=f"{path}:{number}",
+                where=where,
+                got=f"{len(sides)} columns" if kind_of(path) not in ROWS else "what is no string",
                 allowed='input, tab, target; in a .jsonl {"input": ..., "target": ...}',
             )
-        yield pair[0], pair[1]
+
+
+def _sides(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """The columns of each line, or input and target of each row, with where they lie."""
+    if kind_of(path) in ROWS:
+        for where, row in rows(path, _columns):
+            if row is not None and not (isinstance(row, Mapping) and set(SIDES) <= set(row)):
+                found = f"keys {', '.join(row) or 'none'}" if isinstance(row, Mapping) else type(row).__name__
+                raise DataError("is not a pair", where=where, got=found, allowed='{"input": ..., "target": ...}')
+            yield where, [None, None] if row is None else [row[side] for side in SIDES]
+        return
+    with opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", list(line.rstrip("\n").split("\t"))
+
+
+def _columns(names: Sequence[str]) -> Sequence[str]:
+    return SIDES if set(SIDES) <= set(names) else ()
 
 
 def corpus(
@@ -318,7 +335,7 @@ def corpus(
     if str(source) == "self":
         raise SettingError("text `self` is sampled from decoders", next="give a text, or pairs")
     if are_pairs(source):
-        return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None)
+        return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None, progress)
     whole = None if enough is None else 2 * enough  # more than rows of that many input tokens have
     tokens = token_file(
         source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
@@ -326,9 +343,15 @@ def corpus(
     return Spans(tokens, sentinels_of(tokenizer), end)
 
 
-def _pair_file(source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None) -> PairFile:
+def _pair_file(
+    source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None, progress: Progress
+) -> PairFile:
     """All pairs, or the first of so many tokens: in the file's order, or in one drawn with `seed`."""
-    texts = list(read_pairs(source))
+    told = Counter[str]()
+    texts = list(read_pairs(source, told))
+    for what, count in told.items():
+        if count:
+            progress.say(f"{source}: {count:,} {what}")
     if not texts:
         raise DataError("there are no pairs", where=source)
     if seed is not None:
