@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kvfold.errors import CheckpointError
 from kvfold.finite import check_finite
+from kvfold.inputs import open_regular
 from kvfold.output import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -214,19 +215,33 @@ def _mapped(file: Path, begin: int, spec: TensorSpec) -> Tensor:
 
 
 def _pickled(file: Path) -> dict[str, Stored]:
-    """The tensors of a `.bin` file, mapped. Nothing but tensors is ever unpickled: no code of the file runs."""
+    """The tensors of a `.bin` file, mapped. Nothing but tensors is ever unpickled: no code of the file runs.
+
+    A file from before the zip format (torch 1.6) cannot be mapped: it is in memory whole.
+    """
     import torch
 
+    with os.fdopen(open_regular(file), "rb") as opened:
+        start = opened.read(8)
+    if start == b"version ":
+        raise CheckpointError("is a git-lfs pointer, not weights", where=file, next="run `git lfs pull`")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
     except Exception as error:  # torch raises half a dozen kinds for a damaged, hostile or old file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"cannot be read as tensors alone: {str(error).strip().splitlines()[0]}",
+            f"cannot be read as tensors alone: {lines[0]}",
             where=file,
             next="download it again, or convert it to safetensors where you trust it",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise CheckpointError("is not a mapping of names to tensors", where=file)
+        inside = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            "is not a mapping of names to tensors",
+            where=file,
+            got=inside,
+            next="save the state_dict of its model alone, as safetensors",
+        )
     return {
         name: Stored(TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")), file, tensor.contiguous)
         for name, tensor in content.items()

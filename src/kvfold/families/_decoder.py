@@ -137,12 +137,45 @@ def decoder_shape(
     )
 
 
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Kinds of RoPE scaling that transformers knows, and what it must find in config.json for each."""
+
+_ROPE_PRETRAINED = "original_max_position_embeddings"
+
+
 def rope_of(config: Json, head_dim: int) -> Rope:
-    """The rotation that config.json states, in the words of new and of old versions of transformers."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The rotation that config.json states, in the words of new and of old versions of transformers.
+
+    What is left out is what transformers takes: the positions of pre-training are the model's own. Raises
+    UnsupportedModel for kinds that transformers does not know, and for those that lack what they need.
+    """
+    # the older name goes first, as in transformers
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     rotated = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
-    return Rope(rotated, theta, scaling=dict(parameters) or None)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        raise UnsupportedModel(
+            f"config.json: RoPE scaling {kind!r} is not known to transformers",
+            allowed=", ".join(_ROPE_NEEDS),
+            next='"su" is the older name of longrope: write "rope_type": "longrope"' if kind == "su" else None,
+        )
+    if missing := [name for name in _ROPE_NEEDS[kind] if name not in parameters]:
+        raise UnsupportedModel(f"config.json: RoPE scaling {kind} has no {', '.join(missing)}")
+    if kind in ("llama3", "yarn", "longrope"):
+        positions = int(config.get("max_position_embeddings") or 2048)
+        outside = config.get(_ROPE_PRETRAINED)
+        parameters[_ROPE_PRETRAINED] = outside or parameters.get(_ROPE_PRETRAINED) or positions
+        if kind == "yarn" and parameters["factor"] is None:
+            parameters["factor"] = positions / parameters[_ROPE_PRETRAINED]
+    return Rope(rotated, theta, scaling=parameters or None)
 
 
 def _kv_heads(config: Json, heads: int, layers: int) -> list[int]:

@@ -26,8 +26,11 @@ from kvfold.errors import CheckpointError, DataError, SettingError, choices
 from kvfold.families import all_families, stock_type
 from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
+from kvfold.inputs import LARGE, read_bytes
 from kvfold.output import read_json
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # SentencePiece's own names
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -42,11 +45,13 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
+    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention}
+    config = without_negative_ids(source.config)
     try:
         with quiet():
-            model, found = _auto(source.config).from_pretrained(
-                source.path, dtype=kind, attn_implementation=attention, output_loading_info=True
-            )
+            if config != source.config:
+                options["config"] = AutoConfig.for_model(**config)
+            model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
     for problem in ("missing", "unexpected", "mismatched"):
@@ -56,8 +61,32 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
                 f"{problem} tensors", where=path, got=", ".join(names[:3]), next="is config.json that of these weights?"
             )
     model.to(device).eval()
+    for name, value in without_negative_ids(vars(model.generation_config)).items():
+        setattr(model.generation_config, name, value)
     assert isinstance(model, nn.Module)
     return model
+
+
+def without_negative_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose token ids below 0 are None, also in its parts: older tools write -1 for "there is none".
+
+    As it is, transformers would take -1 for the last token: it would never train its embedding, and generate -1.
+    """
+
+    def clean(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without_negative_ids(value)
+        if not name.endswith("_token_id"):
+            return value
+        if isinstance(value, list):
+            return [each for each in value if not _negative(each)] or None
+        return None if _negative(value) else value
+
+    return {name: clean(name, value) for name, value in config.items()}
+
+
+def _negative(value: Any) -> bool:
+    return isinstance(value, int) and value < 0
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -66,11 +95,54 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises DataError when it has none, CheckpointError when there is no such place.
     """
     folder = locate(path)
+    _check_sentencepiece(folder)
+    unnamed = _unnamed(folder)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, config=_stock_config(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=_stock_config(folder), **dict.fromkeys(unnamed))
+            for name in unnamed:
+                if SPECIAL.get(name) in tokenizer.get_vocab():
+                    setattr(tokenizer, name, SPECIAL[name])
+            return tokenizer
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
+
+
+def _unnamed(folder: Path) -> list[str]:
+    """Special tokens that are empty strings, as LLaMA-1 has them: transformers would ask itself for their ids forever.
+
+    They are SentencePiece's own where the vocabulary holds those, else there are none.
+    """
+    found: list[str] = []
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = read_json(folder / file)
+        for name, value in said.items() if isinstance(said, dict) else ():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and text == "" and name not in found:
+                found.append(name)
+    return found
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Refuse a tokenizer of SentencePiece alone where transformers cannot read it: it would ask for tiktoken.
+
+    Raises DataError that names the extra.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    for name in SENTENCEPIECE:
+        path = folder / name
+        # a protobuf begins with its first field; tiktoken's files of that name are text
+        if path.is_file() and read_bytes(path, limit=LARGE)[:1] == b"\n":
+            try:
+                import google.protobuf  # noqa: F401
+                import sentencepiece  # noqa: F401
+            except ImportError as error:
+                raise DataError(
+                    f"its tokenizer is {name} alone, which needs the packages sentencepiece and protobuf",
+                    where=folder,
+                    next="pip install 'kvfold[sentencepiece]', or add a tokenizer.json",
+                ) from error
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig | None:
@@ -93,7 +165,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
     """
     kind = _dtype(dtype)
     try:
-        made = AutoConfig.for_model(**config)
+        made = AutoConfig.for_model(**without_negative_ids(config))
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind)
