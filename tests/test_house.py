@@ -40,6 +40,7 @@ LAYERS = [
         "student_config",
         "texts",
         "textfile",
+        "foreign",
     }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
     {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, UnsupportedModel
+from kvfold.families._decoder import rope_of
 from kvfold.rope import frequencies, pairs, put_planes, rotate, to_planes
 from kvfold.shape import Rope
 
@@ -129,3 +131,48 @@ def test_frequencies_are_transformers_own(scaled: str) -> None:
 def test_frequencies_that_depend_on_the_text_are_refused() -> None:
     with pytest.raises(SettingError, match="'longrope' changes with the length of the text; allowed: default"):
         frequencies(Rope(8, 1e4, scaling={"rope_type": "longrope"}))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ],
+    ids=str,
+)
+def test_what_config_json_leaves_out_of_a_rotation_is_what_transformers_takes(said: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "max_position_embeddings": 256}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**sizes, **copy.deepcopy(said)))
+    rope = rope_of({**sizes, **said}, 32)
+    theta_P, factor = frequencies(rope)
+    torch.testing.assert_close(rotary.inv_freq.double(), theta_P, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(rotary.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "what"),
+    [
+        (
+            {"type": "su", "short_factor": [1.0], "long_factor": [1.0]},
+            '\'su\' is not known .*write "rope_type": "longrope',
+        ),
+        ({"type": "cubic", "factor": 2.0}, "'cubic' is not known to transformers; allowed: default, linear"),
+        ({"type": ["yarn"]}, "is not known to transformers"),
+        ({"type": "yarn"}, "yarn has no factor"),
+        ({"type": "llama3", "factor": 2.0}, "llama3 has no low_freq_factor, high_freq_factor"),
+    ],
+)
+def test_rotations_that_transformers_would_not_load(scaling: dict[str, Any], what: str) -> None:
+    with pytest.raises(UnsupportedModel, match=what):
+        rope_of({"rope_scaling": scaling}, 32)

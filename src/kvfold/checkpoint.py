@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from kvfold import sidecar
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import Family, source_family
+from kvfold.foreign import check_folder, check_names
 from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import WHOLE, Shape
-from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, stored_tensors, tensors_hash
+from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, has_weights, stored_tensors, tensors_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a directory. Raises CheckpointError when it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
+        check_folder(folder)
         raise CheckpointError("no config.json", where=folder, next="is this a transformers checkpoint?")
     config = read_json(path)
     if not isinstance(config, dict):
@@ -115,7 +117,10 @@ class Checkpoint:
         self.path, self.name, self.config = path, name, config
         self.family: Family = source_family(config, where=path)
         self.shape: Shape = self.family.shape(config)
+        if not has_weights(path):
+            check_folder(path)
         self._stored = stored_tensors(path)
+        check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
         self._flaws: dict[str, CheckpointError] = {}  # tensors that were hashed and hold NaN or infinity
         self._check_heads()

@@ -79,6 +79,12 @@ class Stored:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+def has_weights(folder: Path) -> bool:
+    """Are there weights, or an index of them, under the names that transformers looks for?"""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / (name + end)).exists() for name in names for end in ("", ".index.json"))
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint's folder by name, safetensors before `.bin`; only headers are read.
 

@@ -84,13 +84,26 @@ def all_families() -> dict[str, Family]:
     return {family.name: family for family in found}
 
 
+_QUANTISED = ("quantization_config", "compression_config", "quant_config", "quantization")
+"""Where config.json says that weights are quantised: transformers, compressed-tensors, AWQ of old, MLX."""
+
+
+def _quantised(config: Json) -> str | None:
+    """How the weights of a config are quantised, also in its parts; None: they are not."""
+    for name in _QUANTISED:
+        if said := config.get(name):
+            kind = said.get("quant_method") or said.get("quant_type") if isinstance(said, Mapping) else said
+            return kind if isinstance(kind, str) else f"by its {name}"
+    parts = (each for each in config.values() if isinstance(each, Mapping))
+    return next((kind for each in parts if (kind := _quantised(each))), None)
+
+
 def family_of(config: Json) -> Family:
     """The family that takes this `config.json`. Raises UnsupportedModel, also for quantised weights."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel("config.json has no model_type", next="is this a transformers checkpoint?")
-    if config.get("quantization_config"):
-        kind = config["quantization_config"].get("quant_method", "unknown")
+    if kind := _quantised(config):
         raise UnsupportedModel(
             f"the weights are quantised ({kind}); folding needs the numbers that quantising threw away",
             next="convert the unquantised checkpoint, and quantise the student",
