@@ -11,8 +11,8 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,7 @@ from kvfold.output import (
     Output,
     damaged,
     disk_errors,
+    dropped_on_error,
     fingerprint,
     free_bytes,
     open_output,
@@ -60,7 +61,7 @@ from kvfold.shape import (
     Site,
     SiteTensors,
 )
-from kvfold.shards import digest
+from kvfold.shards import JOURNAL, digest
 from kvfold.sidecar import carried
 from kvfold.student_config import student_config
 
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 
 CORES = os.cpu_count() or 1
 FOUND = ".found.json"  # in unfinished work: what the method told of the sites that are converted
+FUTILE = (SettingError, DataError, CheckpointError)  # the same command would end in it again
 SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 
 
@@ -147,9 +149,9 @@ def convert(
         progress.say(f"{dst} is complete: it was made from this source with these settings")
         return dst
     try:
-        with disk_errors(dst), ExitStack() as stack:
+        with disk_errors(dst), ExitStack() as until_done:
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
-            stack.enter_context(_dropped_when_refused(output))
+            until_done.enter_context(dropped_on_error(output, JOURNAL, futile=FUTILE))
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = _Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
@@ -232,18 +234,6 @@ def _stamp(source: Checkpoint) -> str:
     """What tells a source from another without reading it: by this, unfinished work is known again."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files()]
     return fingerprint([source.config, files])
-
-
-@contextmanager
-def _dropped_when_refused(output: Output) -> Iterator[None]:
-    """Drop the work when the source, the text or a setting is refused: the mended command has other inputs."""
-    try:
-        yield
-    except (CheckpointError, DataError, SettingError):
-        shutil.rmtree(output.work)
-        if output.held is not None:
-            output.held.release()
-        raise
 
 
 def _check_space(source: Checkpoint, output: Output, specs: Mapping[str, TensorSpec], writer: Writer) -> None:

@@ -7,6 +7,7 @@ windows of fixed length, each seen once per epoch in an order that depends on se
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

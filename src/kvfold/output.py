@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold import lock
-from kvfold.errors import KvfoldError, OutputError
+from kvfold.errors import Interrupted, KvfoldError, OutputError
 from kvfold.inputs import LARGE, load_json
 
 MANIFEST = "kvfold.json"
@@ -66,6 +66,30 @@ class Output:
             self.held.release()
         if replaced.exists():
             shutil.rmtree(replaced)
+
+    def drop(self) -> None:
+        """Delete the unfinished work, and let another command have the place."""
+        if self.complete or self.held is None or not self.held.release.alive:
+            return
+        shutil.rmtree(self.work)
+        self.held.release()
+
+
+@contextmanager
+def dropped_on_error(output: Output, worth: str, futile: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Drop an output when an error ends the work before the file `worth` is there, or an error of a `futile` kind.
+
+    The mended command has other settings, and would find nothing but a claim in its way. What a signal or the disk
+    stopped is kept: the same command goes on.
+    """
+    try:
+        yield
+    except (Interrupted, OutputError, OSError):
+        raise
+    except Exception as error:
+        if isinstance(error, futile) or not (output.work / worth).exists():
+            output.drop()
+        raise
 
 
 def flush(folder: Path) -> None:

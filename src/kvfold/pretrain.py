@@ -21,14 +21,23 @@ from kvfold.checkpoint import FORMAT, read_config, save_model
 from kvfold.data import token_file
 from kvfold.errors import SettingError
 from kvfold.families import family_of
-from kvfold.output import MANIFEST, Output, cache_folder, disk_errors, fingerprint, open_output, write_json
+from kvfold.output import (
+    MANIFEST,
+    Output,
+    cache_folder,
+    disk_errors,
+    dropped_on_error,
+    fingerprint,
+    open_output,
+    write_json,
+)
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
 from kvfold.seq2seq import Pairs, corpus
 from kvfold.sidecar import tokenizer_hash
 from kvfold.texts import TextFacts, read_texts, text_facts
-from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
+from kvfold.training import STATE, State, TrainSettings, Work, parameter_groups, place, train
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
 PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5
@@ -120,18 +129,18 @@ def pretrain(
         return output.path
     work = output.work
     if not output.written():
-        model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
+        with disk_errors(work), dropped_on_error(output, STATE):
+            model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
 
-        def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-            read, target_BT, _ = distill.parted(batch)  # a text: every target counts
-            return distill.token_losses(
-                distill.hidden_states(model, read), distill.Head.of(model), target_BT, {"ce": 1.0}
-            )
+            def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+                read, target_BT, _ = distill.parted(batch)  # a text: every target counts
+                return distill.token_losses(
+                    distill.hidden_states(model, read), distill.Head.of(model), target_BT, {"ce": 1.0}
+                )
 
-        named = dict(model.named_parameters())
-        steps = math.ceil(settings.tokens / settings.step_tokens)
-        stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
-        with disk_errors(work):
+            named = dict(model.named_parameters())
+            steps = math.ceil(settings.tokens / settings.step_tokens)
+            stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
             position = train(model, [stretch], tokens, settings, work, progress)
             shutil.copytree(tokenizer, work, dirs_exist_ok=True)
             write_json(work / "generation_config.json", {**ids, "pad_token_id": 0})

@@ -24,7 +24,7 @@ from kvfold.data import token_file
 from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.lineage import descend, root_teacher, vocabulary_difference
-from kvfold.output import disk_errors, open_output
+from kvfold.output import disk_errors, dropped_on_error, open_output
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import check_range
 from kvfold.seq2seq import Pairs, corpus
@@ -42,7 +42,7 @@ from kvfold.stages import (
     rates_of,
     said,
 )
-from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
+from kvfold.training import STATE, Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
 
 RANK = 65_536  # of factors, at most: wider than any model
 GUIDED = "kl+0.3ce"  # by default, with a teacher: better than either loss alone (docs/log.md)
@@ -183,13 +183,13 @@ def uptrain(
         progress.say(f"{out} is complete: it was trained from this student with these settings")
         return output.path
     if not output.written():
-        device = best_device()
-        model = place(hf.load(source.path, device=device), settings)
-        other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
-        if settings.lora:
-            hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
-        works = _works(source, model, other, stages, settings, amount)
-        with disk_errors(output.work):
+        with disk_errors(output.work), dropped_on_error(output, STATE):
+            device = best_device()
+            model = place(hf.load(source.path, device=device), settings)
+            other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+            if settings.lora:
+                hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
+            works = _works(source, model, other, stages, settings, amount)
             position = train(model, works, tokens, settings, output.work, progress)
             lineage = descend(
                 source,
