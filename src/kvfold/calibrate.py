@@ -22,13 +22,25 @@ from safetensors.torch import save_file
 from kvfold.checkpoint import Checkpoint
 from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError, SettingError
+from kvfold.families import MLP
 from kvfold.lineage import known_length
 from kvfold.moments import Sampling, finite, looks, start
 from kvfold.output import cache_folder, disk_errors, fingerprint
 from kvfold.progress import SILENT, Progress
 from kvfold.roofline import processor_memory
 from kvfold.seq2seq import Corpus
-from kvfold.shape import DTYPE_BYTES, Answers, AttentionGram, Question, Request, SampledPairs, Shape, Site
+from kvfold.shape import (
+    DTYPE_BYTES,
+    Answers,
+    AttentionGram,
+    CrossGram,
+    InputGram,
+    Question,
+    Request,
+    SampledPairs,
+    Shape,
+    Site,
+)
 from kvfold.spool import Spool, check_room, spool_bytes
 
 if TYPE_CHECKING:
@@ -108,6 +120,36 @@ def calibration_hash(tokens: TokenFile | Corpus, settings: CalibrationSettings =
     """What a calibration reads and how, whatever the machine: known before it is done."""
     how = {name: value for name, value in asdict(settings).items() if name not in ("device", "max_bytes")}
     return fingerprint([tokens.hash, len(tokens), how])
+
+
+def check_enough(
+    source: Checkpoint, questions: Iterable[Question], repaired: Iterable[str], tokens: TokenFile | Corpus
+) -> None:
+    """Refuse fewer tokens than the inputs that are read have directions, with SettingError.
+
+    A second moment of N tokens has rank N at most, and one less about its mean: of what was not read, no fit knows
+    anything, and a regression on it is not determined.
+    """
+    widths = [
+        source.shape.sites[site].input_width + 1
+        for each in questions
+        if isinstance(each, InputGram | AttentionGram | CrossGram)
+        for site, _ in looks(each)
+    ]
+    for role in repaired:
+        if role in MLP and role not in source.family.mlp:
+            continue  # the repair refuses it
+        name = f"{source.family.mlp[role]}.weight" if role in MLP else source.family.tensor(Site(0), role)
+        widths.append(source.spec(name.format(layer=0)).shape[1])
+    needed = max(widths, default=0)
+    if tokens.read_tokens < needed:
+        raise SettingError(
+            "so few calibration tokens do not determine what is fitted: inputs have more directions",
+            where="convert",
+            got=f"{tokens.read_tokens:,} tokens",
+            allowed=f"at least {needed:,}",
+            next="raise --calibration-tokens, or give a longer text",
+        )
 
 
 def memory_bytes(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings) -> int:

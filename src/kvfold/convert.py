@@ -323,7 +323,7 @@ def _calibration(
             where="convert",
             next="add --calibration TEXT (a file, a folder, a hub data set, stdlib or self)",
         )
-    from kvfold.calibrate import calibration_hash
+    from kvfold.calibrate import calibration_hash, check_enough
     from kvfold.data import token_file
     from kvfold.seq2seq import corpus
 
@@ -338,6 +338,7 @@ def _calibration(
         teacher=source.path,
         progress=progress,
     )
+    check_enough(source, questions, options.repair or (), tokens)
     return _Calibration(questions, tokens, calibration_hash(tokens))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvfold.factor import Block, joint, read_off
 from kvfold.latents import AVERAGED, apart, outputs
-from kvfold.linalg import psd_roots
+from kvfold.linalg import LEAST, floored, psd_roots
 from kvfold.merge import Moments, about
 from kvfold.shape import Attention, Roles
 
@@ -80,27 +80,26 @@ def share(readers: Sequence[Reader], width: int, seen: tuple[Tensor, Tensor] | N
     one_DD, mean_D = torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
     seen_DD = one_DD
     if seen is not None:
-        seen_DD, mean_D = about(*seen), seen[1]
+        seen_DD, mean_D = floored(about(*seen)), seen[1]
     costs = [reader.costs() for reader in readers]
     keys_DD, values_DD = (sum(parts[1:], parts[0]) for parts in zip(*costs, strict=True))
     means, attended = [mean_D] * len(readers), [seen_DD] * len(readers)
     weighed = [reader.moments for reader in readers if reader.moments is not None]
     if weighed:
         means = [each.attended_mean_D for each in weighed]
-        attended = [each.covariances()[1] for each in weighed]
+        attended = [floored(each.covariances()[1]) for each in weighed]
         borne = [_power(cost[1], gram_DD) for cost, gram_DD in zip(costs, attended, strict=True)]
-        attended_DD = sum(
-            (part / sum(borne) * gram_DD for part, gram_DD in zip(borne, attended, strict=True)), 0 * seen_DD
-        )
-        narrower = float(attended_DD.trace() / seen_DD.trace())  # the search begins from the mean of both spreads
+        shares = [part / sum(borne) if sum(borne) > 0 else 1 / len(borne) for part in borne]
+        attended_DD = sum((part * gram_DD for part, gram_DD in zip(shares, attended, strict=True)), 0 * seen_DD)
+        narrower = _ratio(float(attended_DD.trace()), float(seen_DD.trace()))  # the search begins from the mean of both
         blocks = [
             Block(psd_roots(keys_DD)[0], one_DD, seen_DD),
             Block(psd_roots(narrower * values_DD)[0], one_DD, attended_DD / narrower),
         ]
     else:
-        balance = 1.0 if seen is None else _power(keys_DD, seen_DD) / _power(values_DD, seen_DD)
+        balance = 1.0 if seen is None else _ratio(_power(keys_DD, seen_DD), _power(values_DD, seen_DD))
         blocks = [Block(psd_roots(keys_DD + balance * values_DD)[0], one_DD, seen_DD)]
-    down_RD, _ = joint(blocks, width)
+    down_RD, _ = joint([block for block in blocks if block.power() > LEAST] or blocks[:1], width)
     roles, lost = [], []
     for reader, cost, average_D, gram_DD in zip(readers, costs, means, attended, strict=True):
         new: Roles = dict(reader.roles)
@@ -122,6 +121,11 @@ def _read(rows_GED: Tensor, down_RD: Tensor, gram_DD: Tensor) -> tuple[Tensor, T
     one_DD = torch.eye(len(gram_DD), dtype=torch.float64)
     guess_DR = read_off(Block(one_DD, one_DD, gram_DD), down_RD)  # of the input: the best for all of its images
     return rows_GED.flatten(0, 1) @ guess_DR, one_DD - guess_DR @ down_RD
+
+
+def _ratio(above: float, below: float) -> float:
+    """A quotient of what both are worth, 1 where one of them is worth nothing."""
+    return above / below if above > 0 and below > 0 else 1.0
 
 
 def _square(rows_ND: Tensor) -> Tensor:

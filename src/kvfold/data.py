@@ -51,6 +51,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that a model reads of it."""
+        return len(self.tokens)
+
     def windows(self, length: int) -> int:
         """Windows of `length` tokens that each have a next token to predict."""
         return (len(self.tokens) - 1) // length

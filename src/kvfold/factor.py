@@ -20,6 +20,7 @@ from torch import Tensor
 from kvfold.linalg import psd_roots
 
 ROUNDS = 8  # of turns; each gains less than the one before
+NOTHING = 1e-12  # of all that can be lost: nothing is left to turn for
 RIDGE = 1e-9  # of the mean diagonal: what a narrow latent leaves singular
 
 
@@ -54,6 +55,8 @@ def joint(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
     if all(block.gram_DD is blocks[0].gram_DD for block in blocks):
         return down_RD, ups
     best, found = _loss(blocks, down_RD, ups), (down_RD, ups)
+    if best <= NOTHING * sum(block.power() for block in blocks):
+        return found
     for _ in range(ROUNDS):
         down_RD = _white(_down(blocks, ups), blocks[0].gram_DD)
         ups = [read_off(block, down_RD) for block in blocks]

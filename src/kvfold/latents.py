@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvfold import planes
 from kvfold.factor import Block, joint, separate, spectrum
-from kvfold.linalg import psd_roots
+from kvfold.linalg import floored, psd_roots
 from kvfold.merge import Moments
 from kvfold.rope import frequencies, pairs
 from kvfold.shape import Attention, Roles, Rope
@@ -148,12 +148,13 @@ def blocks(cut: Cut, roles: Roles, metric: Metric, moments: Moments | None, gram
         return [Block(free_ND, one_N, plain_DD), Block(v_MD, one_M, plain_DD)]
     if metric == "inputs":
         assert gram_DD is not None
+        gram_DD = floored(gram_DD)
         keys, values = Block(free_ND, one_N, gram_DD), Block(v_MD, one_M, gram_DD)
         power = keys.power() / max(1, len(free_ND))
         balance = (values.power() / len(v_MD) / power) ** 0.5 if power > 0 else 1.0
         return [Block(free_ND, balance * one_N, gram_DD), values]
     assert moments is not None
-    seen_DD, attended_DD = moments.covariances()
+    seen_DD, attended_DD = map(floored, moments.covariances())
     keys_GNN, values_GEE = _key_metric(cut, roles, moments), _value_metric(cut, roles)
     return [
         Block(free_ND, _by_heads(psd_roots(keys_GNN)[0]), seen_DD),
@@ -271,7 +272,8 @@ def reckoned(
         lost_R = torch.zeros(width + 1, dtype=torch.float64)
         lost_R[:width] = spectrum(weighed).flip(0).cumsum(0).flip(0)
         turned = TURNED * float((spreads(cut, roles, moments) * found.variance_H[kept]).sum())
-        rows.append((lost_R + turned) / weighed[1].power())
+        whole = weighed[1].power()
+        rows.append((lost_R + turned) / whole if whole > 0 else lost_R + turned)  # no values: nothing can be lost
     return torch.stack(rows)
 
 

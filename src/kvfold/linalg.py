@@ -23,6 +23,18 @@ def psd_roots(gram_NN: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor
     return scaled_NN @ vectors_NN.mH, unscaled_NN @ vectors_NN.mH
 
 
+def floored(gram_NN: Tensor, damping: float = DAMPING) -> Tensor:
+    """A positive semidefinite matrix as `psd_roots` takes it: as it is, or raised a little where it is singular.
+
+    Directions that were not read then count by what is made of them, and are not dropped.
+    """
+    values_N = torch.linalg.eigvalsh(gram_NN)
+    if values_N[0] > damping * values_N[-1]:
+        return gram_NN
+    raised_NN: Tensor = gram_NN + damping * values_N[-1] * torch.eye(len(gram_NN), dtype=gram_NN.dtype)
+    return raised_NN
+
+
 def damped_inverse(gram_NN: Tensor, damping: float) -> Tensor:
     """Inverse of a positive semidefinite matrix `(..., N, N)` to which `damping` of its mean diagonal is added."""
     factor_NN = torch.linalg.cholesky(_damped(gram_NN, damping))  # half the work of an inverse of any matrix

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvfold.linalg import psd_roots
+from kvfold.linalg import LEAST, psd_roots
 from kvfold.rope import put_planes, to_planes
 from kvfold.shape import Answers, Attention, AttentionGram, InputGram, QueryGram, Roles, Rope, Site
 
@@ -27,6 +27,8 @@ How = Literal["fit", "align", "align-norm"]
 
 ROUNDS = 100  # of generalised Procrustes, at most
 SETTLED = 1e-7  # relative gain of a round below which it has converged
+UNSEEN = 1e-10  # of the largest moment of a group of heads: a direction below it was not read
+SPAN = 1e-9  # of the largest singular value: a direction below it is none of the heads'
 NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
 
 
@@ -51,6 +53,9 @@ def low_rank(maps_JED: Tensor, metrics_JEE: Tensor, gram_DD: Tensor, rank: int) 
     roots_JEE, inverses_JEE = psd_roots(metrics_JEE)
     weighted_ND = (roots_JEE @ maps_JED).flatten(-3, -2)
     values_N, vectors_NN = torch.linalg.eigh(weighted_ND @ gram_DD.to(weighted_ND) @ weighted_ND.mH)
+    unseen = bool((values_N[..., -rank] <= UNSEEN * values_N[..., -1]).any())
+    if unseen:  # too little was read, or the heads span less: what was not seen is kept by its weight
+        vectors_NN = _within(weighted_ND, gram_DD)
     top_NR = vectors_NN[..., -rank:].flip(-1)
     shared_RD = top_NR.mH @ weighted_ND
     lift_JER = inverses_JEE @ top_NR.reshape(*top_NR.shape[:-2], heads, width, rank)
@@ -59,7 +64,33 @@ def low_rank(maps_JED: Tensor, metrics_JEE: Tensor, gram_DD: Tensor, rank: int) 
     scale = _ratio(power, _power(shared_RD, gram_DD)).sqrt()[..., None, None]
     whole = values_N.clamp_min(0).sum()
     lost = float(values_N[..., :-rank].clamp_min(0).sum() / whole) if whole > 0 else 0.0
+    if unseen:
+        lost = max(lost, _left_out(weighted_ND, top_NR))
     return Merged(shared_RD * scale, lift_JER / scale[..., None], lost)
+
+
+def _within(weighted_ND: Tensor, gram_DD: Tensor) -> Tensor:
+    """Directions of the heads' own span by what they are worth, the least first, before any that lie outside of it.
+
+    With fewer inputs than the heads have directions, any direction that none of them uses would do as well on what was
+    read: heads that are images of one another would be lossless there, and nowhere else.
+    """
+    left_NK, size_K, _ = torch.linalg.svd(weighted_ND, full_matrices=False)
+    own_NK = left_NK * (size_K > SPAN * size_K[..., :1])[..., None, :]
+    mean = gram_DD.diagonal().mean()
+    floored_DD = gram_DD + UNSEEN * mean.clamp_min(LEAST) * torch.eye(len(gram_DD), dtype=gram_DD.dtype)
+    worth_NN = weighted_ND @ floored_DD.to(weighted_ND) @ weighted_ND.mH
+    largest = torch.linalg.matrix_norm(worth_NN)[..., None, None].clamp_min(LEAST)
+    # 1 for every direction of the span: what lies outside comes last
+    vectors_NN: Tensor = torch.linalg.eigh(worth_NN / largest + own_NK @ own_NK.mH)[1]
+    return vectors_NN
+
+
+def _left_out(weighted_ND: Tensor, top_NR: Tensor) -> float:
+    """The part of the heads' weights outside of these directions, whatever the input."""
+    whole = weighted_ND.abs().square().sum()
+    kept = (top_NR.mH @ weighted_ND).abs().square().sum()
+    return max(0.0, 1 - float(kept / whole)) if whole > 0 else 0.0
 
 
 def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:

@@ -158,6 +158,11 @@ class Spans:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that encoder and decoder read of it at least: the decoder's, which are the fewer."""
+        return int(DENSITY * len(self.tokens))
+
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
         """Refuse inputs of so many tokens that cannot be: too little text, too few sentinels or embeddings."""
         if length < 4:
@@ -221,6 +226,11 @@ class PairFile:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that encoder and decoder read of it at least: those of the shorter side."""
+        return min(sum(len(pair[side]) for pair in self.pairs) for side in (0, 1))
 
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
         """Refuse fewer pairs than a batch, and ids that the model has no embedding for, with DataError."""
