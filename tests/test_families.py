@@ -424,8 +424,9 @@ def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:
 def test_rotation_is_read_from_old_and_new_configs() -> None:
     config = FAMILIES["llama"].tiny()
     del config["rope_parameters"]
-    old = config | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
-    new = config | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = config | {"rope_theta": 5e5, "rope_scaling": scaling}
+    new = config | {"rope_parameters": {**scaling, "rope_theta": 5e5}}
     for given in (old, new):
         rope = family_of(given).shape(given).sites[Site(0)].rope
         assert rope is not None

@@ -31,7 +31,7 @@ def floored(gram_NN: Tensor, damping: float = DAMPING) -> Tensor:
     values_N = torch.linalg.eigvalsh(gram_NN)
     if values_N[0] > damping * values_N[-1]:
         return gram_NN
-    raised_NN: Tensor = gram_NN + damping * values_N[-1] * torch.eye(len(gram_NN), dtype=gram_NN.dtype)
+    raised_NN: Tensor = gram_NN + damping * values_N[-1] * torch.eye(len(gram_NN)).to(gram_NN)
     return raised_NN
 
 

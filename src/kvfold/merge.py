@@ -78,7 +78,7 @@ def _within(weighted_ND: Tensor, gram_DD: Tensor) -> Tensor:
     left_NK, size_K, _ = torch.linalg.svd(weighted_ND, full_matrices=False)
     own_NK = left_NK * (size_K > SPAN * size_K[..., :1])[..., None, :]
     mean = gram_DD.diagonal().mean()
-    floored_DD = gram_DD + UNSEEN * mean.clamp_min(LEAST) * torch.eye(len(gram_DD), dtype=gram_DD.dtype)
+    floored_DD = gram_DD + UNSEEN * mean.clamp_min(LEAST) * torch.eye(len(gram_DD)).to(gram_DD)
     worth_NN = weighted_ND @ floored_DD.to(weighted_ND) @ weighted_ND.mH
     largest = torch.linalg.matrix_norm(worth_NN)[..., None, None].clamp_min(LEAST)
     # 1 for every direction of the span: what lies outside comes last
