@@ -36,8 +36,9 @@ from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
 from kvfold.seq2seq import Pairs, corpus
 from kvfold.sidecar import tokenizer_hash
+from kvfold.state import STATE
 from kvfold.texts import TextFacts, read_texts, text_facts
-from kvfold.training import STATE, State, TrainSettings, Work, parameter_groups, place, train
+from kvfold.training import State, TrainSettings, Work, parameter_groups, place, train
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
 PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5

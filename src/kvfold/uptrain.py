@@ -42,7 +42,8 @@ from kvfold.stages import (
     rates_of,
     said,
 )
-from kvfold.training import STATE, Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
+from kvfold.state import STATE
+from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
 
 RANK = 65_536  # of factors, at most: wider than any model
 GUIDED = "kl+0.3ce"  # by default, with a teacher: better than either loss alone (docs/log.md)
