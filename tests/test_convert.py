@@ -595,7 +595,7 @@ def test_complete_other_and_overwritten(tiny_checkpoint: Make, tmp_path: Path) -
 def test_the_teacher_is_never_the_output(tiny_checkpoint: Make, where: str) -> None:
     teacher = tiny_checkpoint()
     for dst in (teacher, teacher.parent):
-        with pytest.raises(OutputError, match="a teacher is never changed"):
+        with pytest.raises(OutputError, match="what is read is never changed"):
             convert(teacher, dst / where, "gqa", {"kv_heads": 2}, overwrite=True)
     assert Checkpoint.open(teacher).shape.sites[Site(0)].num_key_value_heads == 4
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
-    {"errors", "inputs", "shape", "progress", ""},
+    {"errors", "faults", "inputs", "shape", "progress", ""},
     {"output", "finite", "lock", "record", "state", "roofline", "rope", "linalg", "merge", "sharing", "budget"}
     | {"attention"}
     | {"planes", "factor", "latents", "crossed"},

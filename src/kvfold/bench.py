@@ -103,6 +103,7 @@ def bench(
     name = name or "-".join(checkpoints)
     identity = {**asdict(settings), "models": [str(each) for each in models]}
     path = record.path_of(records, "bench", name, identity)
+    record.check_replaceable(path)
     record.check_folder(Path(records))
     made = None if overwrite else record.existing(path, hashes)
     if made is not None:

@@ -8,7 +8,6 @@ teacher, text, settings and requests.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from kvfold.errors import CheckpointError, SettingError
 from kvfold.families import MLP
 from kvfold.lineage import known_length
 from kvfold.moments import Sampling, finite, looks, start
-from kvfold.output import cache_folder, disk_errors, fingerprint
+from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, replacing
 from kvfold.progress import SILENT, Progress
 from kvfold.roofline import processor_memory
 from kvfold.seq2seq import Corpus
@@ -358,10 +357,9 @@ def _check_memory(shape: Shape, requests: Iterable[Request], settings: Calibrati
 def _keep(path: Path, requests: Sequence[Request], answers: Answers) -> None:
     flat = {f"{n}.{name}": t.contiguous() for n, request in enumerate(requests) for name, t in answers[request].items()}
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sibling = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(flat, sibling)
-        os.replace(sibling, path)
+        prepare_cache(path.parent)
+        with replacing(path) as sibling:
+            save_file(flat, sibling)
 
 
 def _recall(path: Path, requests: Sequence[Request]) -> Answers | None:

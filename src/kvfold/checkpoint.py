@@ -18,7 +18,7 @@ from kvfold import sidecar
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import Family, source_family
 from kvfold.foreign import check_folder, check_names
-from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, tidy, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import WHOLE, Shape
 from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, has_weights, stored_tensors, tensors_hash
@@ -61,6 +61,7 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
     if path.is_dir():
         if path.name.endswith(".partial") and (path / CLAIM).exists():
             raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
+        tidy(path)
         return path
     if path.exists():
         raise CheckpointError("is a file, not a checkpoint's directory", where=path)

@@ -22,6 +22,7 @@ import typer
 from kvfold import __version__
 from kvfold.errors import Interrupted, KvfoldError, SettingError
 from kvfold.families import all_families
+from kvfold.faults import fault_of
 from kvfold.flags import Command
 from kvfold.methods import all_methods
 from kvfold.output import disk_errors
@@ -88,6 +89,10 @@ def _run(arguments: Sequence[str]) -> int:
         silence(sys.stdout)  # typer's, when the reader of its help has left
         return 0
     except Exception as error:  # typer's own usage errors come in classes that moved between its releases
+        fault = fault_of(error)
+        if fault is not None:
+            _line(str(fault))
+            return fault.exit_code
         said = getattr(error, "format_message", None)
         if said is None:
             raise

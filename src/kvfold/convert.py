@@ -30,11 +30,12 @@ from kvfold.crew import CREW, Crew
 from kvfold.errors import CheckpointError, DataError, Interrupted, OutputError, SettingError, choices
 from kvfold.families import MLP
 from kvfold.finite import check_finite
-from kvfold.lineage import descend, remember
+from kvfold.lineage import descend, known_root, remember
 from kvfold.output import (
     MANIFEST,
     REPAIRED,
     Output,
+    check_apart,
     damaged,
     disk_errors,
     dropped_on_error,
@@ -42,6 +43,7 @@ from kvfold.output import (
     free_bytes,
     open_output,
     read_json,
+    tidy,
     write_json,
 )
 from kvfold.plan import rooted
@@ -130,8 +132,8 @@ def convert(
     started, dst = time.monotonic(), Path(dst)
     source = Checkpoint.open(src)
     source.shape = rooted(source.shape, source.lineage)
-    if source.path.resolve().is_relative_to(dst.resolve()):
-        raise OutputError("the source lies there", where=dst, next="choose another path: a teacher is never changed")
+    reads = {"source": source.path, "root teacher": known_root(source), "calibration text": options.calibration}
+    check_apart(dst, reads)
     chosen = methods.get(method)
     if options.calibration is None:
         settings = {**getattr(chosen.Config, "without_text", {}), **(settings or {})}
@@ -146,6 +148,7 @@ def convert(
     else:  # nothing is left to choose: `8` and `self=8` ask for the same student
         asked = _settings(method, chosen.resolve(config, source.shape, {}), options)
     if not overwrite and _complete(source, dst, asked, calibration is not None):
+        tidy(dst)
         progress.say(f"{dst} is complete: it was made from this source with these settings")
         return dst
     try:

@@ -8,7 +8,6 @@ windows of fixed length, each seen once per epoch in an order that depends on se
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,7 +19,7 @@ import torch
 
 from kvfold.errors import DataError, SettingError
 from kvfold.inputs import LARGE, read_bytes
-from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, replacing, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.texts import chat_of, limited, read_texts, text_facts
 
@@ -138,7 +137,7 @@ def token_file(
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
     if read_json(path.with_suffix(".json")) is None:
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            prepare_cache(path.parent)
             if sampled:
                 assert teacher is not None
                 assert wanted is not None
@@ -193,16 +192,11 @@ def _write(path: Path, rows: Iterator[list[int]], tokenizer: Any, identity: str)
     """Write rows of ids one after the other, and the facts last: without them the file does not exist."""
     written, largest = 0, 0
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    sibling = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with sibling.open("wb") as file:
-            for row in rows:
-                ids = np.asarray(row, dtype=dtype)
-                file.write(ids.tobytes())
-                written, largest = written + len(ids), max(largest, int(ids.max(initial=0)))
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
+    with replacing(path) as sibling, sibling.open("wb") as file:
+        for row in rows:
+            ids = np.asarray(row, dtype=dtype)
+            file.write(ids.tobytes())
+            written, largest = written + len(ids), max(largest, int(ids.max(initial=0)))
     # tokens that were added to a vocabulary, and that no model has an embedding for, count when the text uses them
     vocabulary = max(int(tokenizer.vocab_size), largest + 1)
     write_json(

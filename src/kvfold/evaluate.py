@@ -171,6 +171,7 @@ def evaluate(
         "row": dict(row or {}),
     }
     path = record.path_of(records, "evaluate", name, identity)
+    record.check_replaceable(path)
     made = None if overwrite else record.existing(path, hashes)
     if made is not None:
         progress.say(f"{path}: measured already")

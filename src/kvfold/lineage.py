@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfold.checkpoint import FORMAT, Checkpoint
 from kvfold.errors import CheckpointError
-from kvfold.output import cache_folder, read_json, write_json
+from kvfold.output import cache_folder, prepare_cache, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.record import versions
 from kvfold.sidecar import tokenizer_identity
@@ -113,7 +113,7 @@ def remember(source: Checkpoint) -> None:
     """
     with contextlib.suppress(OSError):
         path = _place_of(source.hash())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_cache(path.parent)
         write_json(path, {"path": str(source.path.resolve())})
 
 
@@ -121,6 +121,12 @@ def remembered(hashed: str) -> Path | None:
     """Where a checkpoint of this hash lay when it was last read; it may have gone or changed since."""
     known = read_json(_place_of(hashed))
     return Path(known["path"]) if isinstance(known, dict) and isinstance(known.get("path"), str) else None
+
+
+def known_root(source: Checkpoint) -> Path | None:
+    """Where the root teacher of a student lay when it was last read, as far as that is known without reading it."""
+    root = (source.lineage or {}).get("root")
+    return remembered(str(root["hash"])) if isinstance(root, dict) and "hash" in root else None
 
 
 def _place_of(hashed: str) -> Path:

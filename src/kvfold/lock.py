@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import platform
+import stat
 import weakref
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 from kvfold.errors import OutputError
 
 FILE = ".lock"  # in the locked folder; says who has it
+_HOLDER = "process "  # what it begins with
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems that have none
 
@@ -36,7 +38,7 @@ class Lock:
 
         Raises OutputError when another process has it.
         """
-        descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         own = cls._held.get(_identity(descriptor))
         if own is not None and own.release.alive:
             os.close(descriptor)
@@ -53,8 +55,22 @@ class Lock:
             raise _taken(folder, _close(descriptor))
         made = cls(descriptor)
         os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        os.write(descriptor, f"{_HOLDER}{os.getpid()} on {platform.node()}".encode())
         return made
+
+
+def left(folder: Path) -> bool:
+    """Does a lock of kvfold's lie in a folder, held or left by a kill?"""
+    try:
+        descriptor = os.open(folder / FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # none, a link, or one that may not be read
+        return False
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        content = os.pread(descriptor, 200, 0) if regular else None
+    finally:
+        os.close(descriptor)
+    return content is not None and (not content or content.startswith(_HOLDER.encode()))
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:

@@ -257,7 +257,7 @@ def plan(
         uptraining=uptraining,
         disk=disk,
         calibration_bytes=sum(request.bytes(shape) for request in set(chosen.needs(made, shape))),
-        engines=engines(student, shape.model_type),
+        engines=engines(student, config),
         warnings=(
             *use.warnings(before_all, student.shape, before, folded),
             *getattr(chosen, "notes", lambda config, shape: ())(made, shape),

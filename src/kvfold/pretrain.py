@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,12 @@ from kvfold.output import (
     MANIFEST,
     Output,
     cache_folder,
+    check_apart,
     disk_errors,
     dropped_on_error,
     fingerprint,
     open_output,
+    prepare_cache,
     write_json,
 )
 from kvfold.progress import SILENT, Progress
@@ -87,7 +89,11 @@ def pretrain(
     Raises SettingError, DataError or UnsupportedModel before anything is written, TrainingError when the run diverges,
     Interrupted on a signal: the same call then continues.
     """
+    given = None if isinstance(config, Mapping) else config
     config, settings = _read(config, settings)
+    texts = (settings.data, *settings.tokenizer_data)
+    for text in texts:
+        check_apart(out, {"config": given, "data": text})
     family = family_of(config)
     shape, paired = family.shape(config), family.encoder_decoder
     special = PAIRED if paired else (END,)
@@ -120,7 +126,6 @@ def pretrain(
     config = {**config, **ids}
     facts = text_facts(settings.data)
     identity = {**settings.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
-    texts = (settings.data, *settings.tokenizer_data)
     tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
     tokens = (corpus if paired else token_file)(settings.data, tokenizer, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
@@ -241,9 +246,9 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator((text for source in sources for text in read_texts(source)), trainer)
     with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / folder.name
+        prepare_cache(folder.parent)
+        made = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.tmp")
+        try:
             made.mkdir()
             tokenizer.save(str(made / "tokenizer.json"))
             settings = {
@@ -255,5 +260,16 @@ def train_tokenizer(
                 "clean_up_tokenization_spaces": False,
             }
             write_json(made / "tokenizer_config.json", settings)
-            made.rename(folder)
+            _rename(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _rename(made: Path, folder: Path) -> None:
+    """Put a tokenizer in its place; where another process has made the same one meanwhile, that one stays."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / "tokenizer.json").is_file():
+            raise

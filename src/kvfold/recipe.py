@@ -33,6 +33,7 @@ CHAIN = 8  # recipes that extend one another, and conversions one after the othe
 LABEL = 180  # characters of a row's name, which is the name of a folder
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
+LONGEST_NAME = 100  # of a recipe: rows, seeds and kinds of records are added to it in names of files
 _FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -175,6 +176,18 @@ class Recipe:
     control: bool = field(default=False, metadata={"help": "Train the unconverted teacher on the same tokens too."})
     matrix: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is no folder's, or that leads elsewhere, with SettingError."""
+        bad = self.name in ("", ".", "..") or set(self.name) & set("/\\") or self.name != self.name.strip()
+        if bad or not self.name.isprintable() or len(self.name.encode("utf-8", "replace")) > LONGEST_NAME:
+            raise SettingError(
+                "name is the run's folder below runs/",
+                where="recipe",
+                got=repr(self.name),
+                allowed=f"1 to {LONGEST_NAME} characters, without / or \\, control characters or blanks at its ends",
+                next="give another folder with --out",
+            )
 
 
 @dataclass(frozen=True)

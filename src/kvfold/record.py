@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ import pydantic
 
 from kvfold import __version__
 from kvfold.errors import KvfoldError, OutputError, SettingError, plain
-from kvfold.inputs import LARGEST, load_json
-from kvfold.output import disk_errors, fingerprint, write_json
+from kvfold.inputs import LARGEST, load_json, read_text
+from kvfold.output import disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 
 FORMAT = 1
+LONGEST_NAME = 220  # bytes of a record's name in that of its file
 KINDS = ("plan-", "convert-", "uptrain-", "evaluate-", "bench-")  # how the files of records begin
 
 
@@ -63,6 +65,8 @@ def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str
 def path_of(folder: str | Path, kind: str, name: str, settings: Mapping[str, Any]) -> Path:
     """Where the record of this run lies: one file for one kind, name and settings."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    if len(safe.encode()) > LONGEST_NAME:  # the system's limit is 255 bytes, with kind and hash
+        safe = f"{safe[: LONGEST_NAME // 8]}-{fingerprint(name)[:16]}"
     return Path(folder) / f"{kind}-{safe}-{fingerprint(dict(settings))[:8]}.json"
 
 
@@ -71,8 +75,20 @@ def write(record: Record, folder: str | Path) -> Path:
     path = path_of(folder, record.kind, record.name, record.settings)
     with disk_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(path)
         write_json(path, asdict(record))
     return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to replace anything but a record. Raises OutputError."""
+    if not os.path.lexists(path):
+        return
+    found = read_json(path)
+    if path.is_file() and not path.is_symlink() and not path.stat().st_size:  # what a power cut leaves of a record
+        return
+    if path.is_symlink() or not (isinstance(found, dict) and "kvfold_record" in found):
+        raise OutputError("is there and is no record: it is not replaced", where=path, next="move it away")
 
 
 def check_folder(folder: Path) -> None:
@@ -186,19 +202,42 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source that runs, with `+` when files differ from it; None outside a checkout."""
+    """The commit of the source that runs, with `+` when files differ from it; None outside a checkout of kvfold.
+
+    A kvfold that is installed inside another repository has no commit: that repository's is not its own.
+    """
     here = Path(__file__).resolve().parent
+    root = here.parent.parent
+    if here.parent.name != "src" or not (root / ".git").exists() or not _is_kvfolds(root / "pyproject.toml"):
+        return None
+    if _git(root, "ls-files", "--error-unmatch", "--", str(Path(__file__).resolve())) is None:
+        return None
+    return _git(root, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*") or None
+
+
+def _is_kvfolds(project: Path) -> bool:
     try:
-        text = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+        return bool(re.search(r'^name = "kvfold"$', read_text(project), re.M))
+    except KvfoldError:
+        return False
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git answers about a folder, whatever repository the environment names; None when it has no answer."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
             check=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return text or None
 
 
 def device() -> str:

@@ -22,7 +22,7 @@ import pydantic
 from pydantic import Field
 
 from kvfold.errors import SettingError, choices
-from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.shape import DTYPE_BYTES, CacheSpec, Shape
 
 HardwareName = Literal["a100", "h100", "h200", "l4", "local"]
@@ -160,7 +160,7 @@ def local() -> Hardware:
         return kept
     made = measure()
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_cache(path.parent)
         write_json(path, asdict(made))
     return made
 

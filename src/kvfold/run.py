@@ -6,8 +6,9 @@ says so. A missed gate does not stop the rows after it: the report is written fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ import yaml
 from kvfold import methods, record
 from kvfold.bench import BenchSettings, bench
 from kvfold.convert import ConvertSettings, convert
-from kvfold.errors import GateMissed, SettingError
+from kvfold.errors import GateMissed, OutputError, SettingError
 from kvfold.evaluate import EvaluateSettings, evaluate
 from kvfold.families import family_of
-from kvfold.output import disk_errors, fingerprint
+from kvfold.inputs import read_text
+from kvfold.output import check_apart, disk_errors, fingerprint, replacing
 from kvfold.plan import Plan, PlanSettings, plan
 from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.progress import SILENT, Progress
-from kvfold.recipe import CHAIN, LABEL, Cell, Recipe, cells, decode, read_recipe
+from kvfold.recipe import CHAIN, LABEL, Cell, Recipe, cells, decode, read_recipe, read_yaml
 from kvfold.record import Record
 from kvfold.report import report
+from kvfold.report.folder import RECIPE
 from kvfold.uptrain import UptrainSettings, uptrain
 
+STAGES = ("converted", "uptrained", "finetuned")  # folders of a run that hold its outputs
 AFTER = "after"
 """In a recipe's `convert` section: the conversion that comes first, with keys of its own."""
 
@@ -60,20 +64,24 @@ def run(
     `changes` are `stage.key=value` strings laid over the recipe. Raises SettingError before any work when a setting
     of any row is wrong, and GateMissed after the report when a gate does not hold.
     """
+    file = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, changes)
     elif changes:
         raise SettingError("changes are laid over a recipe file; change the Recipe itself")
     work = _Run(recipe, Path(out or Path("runs") / recipe.name), overwrite, progress)
     rows = cells(recipe)
+    _check_places(work, file)
     _check(work, rows, planned=recipe.pretrain is None)
     if recipe.pretrain is not None:
         _pretrain(work, recipe.pretrain)
         _check(work, rows)
     with disk_errors(work.folder):
         work.folder.mkdir(parents=True, exist_ok=True)
-        written = yaml.safe_dump(asdict(recipe, dict_factory=_given), sort_keys=False, allow_unicode=True)
-        (work.folder / "recipe.yaml").write_text(written, encoding="utf-8")
+        if not _is(work.folder / RECIPE, file):
+            written = yaml.safe_dump(asdict(recipe, dict_factory=_given), sort_keys=False, allow_unicode=True)
+            with replacing(work.folder / RECIPE) as sibling:
+                sibling.write_text(written, encoding="utf-8")
     _plans(work, rows)
     reference = recipe.source if recipe.finetune is None else str(_finetune(work, recipe.source, "teacher", 0))
     # one that was fine-tuned is nobody's student here
@@ -92,6 +100,41 @@ def run(
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
     progress.say(f"teacher loss {teacher.metrics['loss']:.4f}; report: {page}")
     return page
+
+
+def _check_places(work: _Run, file: Path | None) -> None:
+    """Refuse to write over what the run reads, or over what others wrote in its folder. Raises OutputError."""
+    recipe = work.recipe
+    reads = {"data": recipe.data, "heldout text": recipe.heldout, "recipe": file}
+    reads |= {"calibration text": recipe.convert.get("calibration")}
+    for stage in STAGES:
+        check_apart(work.folder / stage, reads)
+    if recipe.pretrain is None:
+        check_apart(work.folder / "new", {"source": recipe.source})
+    kept = work.folder / RECIPE
+    if os.path.lexists(kept) and not _is(kept, file) and not _written_by_run(kept):
+        raise OutputError(
+            "is there, and was not written by kvfold: it is not replaced",
+            where=kept,
+            next="move it away, or give another folder with --out",
+        )
+
+
+def _is(path: Path, file: Path | None) -> bool:
+    """Is a path the very recipe that runs? It then stays as it is."""
+    return file is not None and os.path.realpath(path) == os.path.realpath(file)
+
+
+def _written_by_run(path: Path) -> bool:
+    """Is a recipe as `run` writes one: every default is there, and not a blank or a comment of a person's?"""
+    if path.is_symlink():
+        return False
+    try:
+        content, text = read_yaml(path), read_text(path, error=SettingError)
+    except SettingError:
+        return False
+    always = {each.name for each in fields(Recipe) if each.default is not None and each.default != ()}
+    return always <= set(content) and text == yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError
 from kvfold.lineage import known_length
 from kvfold.methods import Method
-from kvfold.output import cache_folder, disk_errors, fingerprint, read_json, write_json
+from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import Answers, ConvertedKL, FoldedKL, Shape, Site, SiteTensors
 
@@ -87,7 +87,7 @@ def measure(
                             raise CheckpointError("logits are not finite", where=source.path, got=each)
                         known[_key(each)] = max(0.0, kl)  # below 0 is rounding
                     with disk_errors(path):
-                        path.parent.mkdir(parents=True, exist_ok=True)
+                        prepare_cache(path.parent)
                         write_json(path, known)
         finally:
             progress.stop()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.errors import Interrupted, SettingError, TrainingError
-from kvfold.output import damaged, disk_errors, write_json
+from kvfold.output import damaged, disk_errors, replacing, write_json
 from kvfold.progress import Progress
 from kvfold.recipe import MOST, SEEDS, check_range
 from kvfold.state import SLOTS, STATE, Position, kept_lines, load_slot, read_marker
@@ -251,7 +251,9 @@ class Log:
 
     def __init__(self, folder: Path, step: int):
         path = folder / LOG
-        path.write_bytes(kept_lines(path, step) if step and path.exists() else b"")
+        kept = kept_lines(path, step) if step and path.exists() else b""
+        with replacing(path) as sibling:
+            sibling.write_bytes(kept)
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step)
 

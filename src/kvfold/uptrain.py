@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from kvfold import distill, hf
 from kvfold.checkpoint import Checkpoint, carry_over, save_model
 from kvfold.data import token_file
-from kvfold.errors import CheckpointError, OutputError, SettingError
+from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
-from kvfold.lineage import descend, root_teacher, vocabulary_difference
-from kvfold.output import disk_errors, dropped_on_error, open_output
+from kvfold.lineage import descend, known_root, root_teacher, vocabulary_difference
+from kvfold.output import check_apart, disk_errors, dropped_on_error, open_output
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import check_range
 from kvfold.seq2seq import Pairs, corpus
@@ -144,8 +144,8 @@ def uptrain(
     else, TrainingError when the run diverges, and Interrupted on a signal: the same call then continues.
     """
     source, out = Checkpoint.open(student), Path(out)
-    if source.path.resolve().is_relative_to(out.resolve()):
-        raise OutputError("the student lies there", where=out, next="choose another path: a source is never changed")
+    reads = {"student": source.path, "teacher": teacher, "root teacher": known_root(source), "data": settings.data}
+    check_apart(out, reads)
     if settings.sequence_length > source.shape.max_positions:
         raise SettingError(
             "sequence_length is longer than the model's positions",
@@ -155,6 +155,7 @@ def uptrain(
         )
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
+    check_apart(out, {"teacher": guide and guide.path})
     stages = _stages(settings, source, guide)
     for each in (source, guide):
         if each is not None:

@@ -14,13 +14,13 @@ from types import ModuleType
 from typing import Any, Literal
 
 from kvfold.checkpoint import Checkpoint, carry_over
-from kvfold.errors import Interrupted, KvfoldError, OutputError, SettingError, choices, did_you_mean
+from kvfold.errors import Interrupted, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export import ctranslate2 as _ctranslate2
 from kvfold.export import gguf as _gguf
 from kvfold.export import self_contained as _self_contained
-from kvfold.lineage import descend
-from kvfold.output import MANIFEST, disk_errors, open_output, write_json
+from kvfold.lineage import descend, known_root
+from kvfold.output import MANIFEST, check_apart, disk_errors, open_output, write_json
 from kvfold.progress import SILENT, Progress
 
 __all__ = ["ENGINES", "ExportSettings", "export"]
@@ -69,8 +69,7 @@ def export(
     started, engine, dst = time.monotonic(), ENGINES[to], Path(dst)
     engine.available()
     source = Checkpoint.open(src)
-    if source.path.resolve().is_relative_to(dst.resolve()):
-        raise OutputError("the source lies there", where=dst, next="choose another path")
+    check_apart(dst, {"source": source.path, "root teacher": known_root(source)})
     engine.check(source)
     site = next(iter(source.shape.sites))
     stored = source.spec(source.family.tensor(site, "q")).dtype
@@ -86,7 +85,7 @@ def export(
             source.require_finite()
             carry_over(source, output.work)  # first: nothing of the source may replace what is checked
             found = _make(source, engine, output.work, weights, settings, progress)
-        except KvfoldError:  # what is there cannot be continued
+        except Exception:  # what is there cannot be continued
             shutil.rmtree(output.work)
             raise
         except KeyboardInterrupt:

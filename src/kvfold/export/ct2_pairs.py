@@ -14,46 +14,10 @@ from typing import Any
 import numpy as np
 
 from kvfold.checkpoint import Checkpoint
-from kvfold.errors import UnsupportedModel
+from kvfold.engines import T5_ACTIVATIONS, t5_activation
 from kvfold.export.agreement import Logits, Reference
 from kvfold.output import read_json
 from kvfold.shape import Site
-
-ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
-
-
-def check(source: Checkpoint) -> None:
-    """Raise UnsupportedModel for what CTranslate2 has no place for."""
-    if source.shape.family != "t5":
-        raise UnsupportedModel(
-            "cannot be exported to CTranslate2: its architecture is not known here",
-            where=source.path,
-            got=source.shape.model_type,
-            allowed="t5, mt5",
-        )
-    activation(source)
-    kept = next((each.cached for each in source.shape.sites.values() if each.kept is not None), None)
-    if kept is not None:
-        raise UnsupportedModel(
-            "cannot be exported to CTranslate2: the engine keeps keys and values of heads",
-            where=source.path,
-            got=" and ".join(kept),
-            allowed="a student of gqa, or transformers with kvfold",
-        )
-
-
-def activation(source: Checkpoint) -> str:
-    """What CTranslate2 calls the activation of a T5. Raises UnsupportedModel for one that it does not have."""
-    said = str(source.config.get("feed_forward_proj", "relu"))
-    name = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(
-            "cannot be exported to CTranslate2: it has no such activation",
-            where=source.path,
-            got=name,
-            allowed=", ".join(ACTIVATIONS),
-        )
-    return ACTIVATIONS[name]
 
 
 def loader(source: Checkpoint) -> Any:
@@ -72,7 +36,7 @@ def specification(source: Checkpoint, model: Any) -> Any:
     first = sites[Site(0)]
     common = {
         "pre_norm": True,
-        "activation": getattr(common_spec.Activation, activation(source)),
+        "activation": getattr(common_spec.Activation, T5_ACTIVATIONS[t5_activation(source.config)]),
         "ffn_glu": bool(model.config.is_gated_act),
         "relative_attention_bias": True,
         "rms_norm": True,

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
-from kvfold.export import ct2_pairs
+from kvfold.export import ct2_pairs, limits
 from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.finite import check_finite
@@ -49,10 +49,7 @@ def version() -> str:
 
 def check(source: Checkpoint) -> None:
     """Raise UnsupportedModel for what CTranslate2 has no place for."""
-    if source.family.encoder_decoder:
-        ct2_pairs.check(source)
-    else:
-        common_attention(source, NAME)
+    limits.check(source, NAME)
 
 
 def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
@@ -93,7 +90,7 @@ def _specification(source: Checkpoint) -> Any:
     from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
     from ctranslate2.specs.attention_spec import RotaryScalingType
 
-    attention, heads = common_attention(source, NAME), kv_heads(source)
+    attention, heads = common_attention(source), kv_heads(source)
     assert attention.rope is not None
     factors, positions = frequency_factors(attention.rope), source.shape.max_positions
     scaling: dict[str, Any] = {}

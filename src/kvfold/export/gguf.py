@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.checkpoint import TIED, Checkpoint
+from kvfold.engines import mixed
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
+from kvfold.export import limits
 from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
 from kvfold.output import read_json
@@ -55,27 +57,13 @@ def available() -> None:
 
 def check(source: Checkpoint) -> None:
     """Raise UnsupportedModel for what no architecture of llama.cpp has a place for."""
-    _architecture(source)
+    limits.check(source, NAME)
 
 
 def _architecture(source: Checkpoint) -> str:
     """The architecture that holds this model, by llama.cpp's name."""
-    attention, model_type = common_attention(source, NAME), source.shape.model_type
-    mixed = len(set(kv_heads(source))) > 1
-    wide = attention.num_attention_heads * attention.head_dim
-    problem = None
-    if mixed and attention.norms != "none":
-        problem = "deci, the architecture for key/value heads of each layer's own, has no norms of q and k"
-    elif mixed and "q" in attention.biases and wide != attention.hidden_size:
-        problem = "deci, the architecture for key/value heads of each layer's own, has biases as wide as the model only"
-    elif model_type == "qwen3" and attention.biases:
-        problem = "qwen3 has no biases"
-    elif frequency_factors(attention.rope) is not None and not mixed and model_type.startswith("qwen"):
-        problem = f"{model_type} has no place for scaled rotary frequencies"
-    if problem:
-        next_step = "export to ctranslate2" if mixed else None
-        raise UnsupportedModel(f"cannot be exported to {NAME}: {problem}", where=source.path, next=next_step)
-    return "deci" if mixed else model_type if model_type.startswith("qwen") else "llama"
+    model_type = source.shape.model_type
+    return "deci" if mixed(source.shape) else model_type if model_type.startswith("qwen") else "llama"
 
 
 def content(source: Checkpoint, folder: Path) -> str:
@@ -121,7 +109,7 @@ def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
     """The hyperparameters of the file."""
     import gguf
 
-    attention, shape, limit = common_attention(source, NAME), source.shape, window(source)
+    attention, shape, limit = common_attention(source), source.shape, window(source)
     assert attention.rope is not None
     kinds = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "int8": "MOSTLY_Q8_0"}
     writer.add_type("model")
@@ -146,7 +134,7 @@ def _head_counts(source: Checkpoint) -> dict[str, Any]:
     """What the file says of heads: of key/value heads one number, or a list of each layer's."""
     heads = kv_heads(source)
     return {
-        "head_count": common_attention(source, NAME).num_attention_heads,
+        "head_count": common_attention(source).num_attention_heads,
         "head_count_kv": heads if len(set(heads)) > 1 else heads[0],
     }
 
@@ -161,7 +149,7 @@ def _tensors(source: Checkpoint, weights: str) -> Iterator[tuple[str, str, Any, 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _architecture(source))
     names = gguf.get_tensor_name_map(architecture, source.shape.num_layers)
     wanted = gguf.GGMLQuantizationType[next(kind for kind, dtype in _KINDS.items() if dtype == weights)]
-    attention = common_attention(source, NAME)
+    attention = common_attention(source)
     if frequency_factors(attention.rope) is not None:
         yield "rope_freqs.weight", "", gguf.GGMLQuantizationType.F32, (attention.head_dim // 2,)
     for origin in source.names():
@@ -183,7 +171,7 @@ def _data(source: Checkpoint, name: str, origin: str, kind: Any) -> NDArray[Any]
     """One tensor as the file holds it."""
     import gguf
 
-    attention = common_attention(source, NAME)
+    attention = common_attention(source)
     if not origin:
         factors = frequency_factors(attention.rope)
         assert factors is not None

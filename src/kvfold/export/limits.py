@@ -8,41 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.checkpoint import Checkpoint
-from kvfold.errors import UnsupportedModel
+from kvfold.engines import refusal, rope_kind
 from kvfold.shape import Attention, Rope
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+def check(source: Checkpoint, engine: str) -> None:
+    """Raise UnsupportedModel when an engine has no place for what config.json says: what a plan says of it too."""
+    found = refusal(engine, source.config, source.shape)
+    if found is not None:
+        raise found.error(engine, source.path)
 
 
-def common_attention(source: Checkpoint, engine: str) -> Attention:
-    """The one shape that every layer's attention has, windows and key/value heads aside.
-
-    Raises UnsupportedModel when the engine has no place for what config.json says.
-    """
-    config, model_type = source.config, source.shape.model_type
-    first = next(iter(source.shape.sites.values()))
-
-    def refuse(what: str, got: object, allowed: object) -> UnsupportedModel:
-        return UnsupportedModel(f"cannot be exported to {engine}: {what}", where=source.path, got=got, allowed=allowed)
-
-    if model_type not in ARCHITECTURES:
-        raise refuse("its architecture is not known here", model_type, ", ".join(ARCHITECTURES))
-    if source.shape.owners:
-        raise refuse(
-            "its layers share keys and values",
-            f"{len(source.shape.owners)} owners",
-            "keys and values of its own for each layer",
-        )
-    other = next((each for each in source.shape.sites.values() if each.kept is not None), None)
-    if other is not None:
-        kept = " and ".join(other.cached)
-        raise refuse("the engine keeps keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise refuse("the engine gates its MLP with silu", activation, "silu")
-    if first.rope is None or first.rope.dims != first.head_dim:
-        raise refuse("the engine rotates whole heads", config.get("rope_parameters"), f"{first.head_dim} dimensions")
-    frequency_factors(first.rope)
-    return first
+def common_attention(source: Checkpoint) -> Attention:
+    """The one shape that every layer's attention has, windows and key/value heads aside."""
+    return next(iter(source.shape.sites.values()))
 
 
 def kv_heads(source: Checkpoint) -> list[int]:
@@ -59,18 +38,13 @@ def frequency_factors(rope: Rope | None) -> NDArray[np.float32] | None:
     """What each rotary frequency is divided by, `(dims / 2,)`; None when nothing scales them.
 
     `llama3` stretches long wavelengths only (Llama 3.1; transformers' `_compute_llama3_parameters`).
-    Raises UnsupportedModel for scalings that depend on the length of the text or that scale the logits too.
     """
-    if rope is None:
+    if rope is None or rope_kind(rope) == "default":
         return None
     scaling = rope.scaling or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
+    if rope_kind(rope) == "linear":
         return np.full(rope.dims // 2, scaling["factor"], dtype=np.float32)
-    if kind != "llama3":
-        raise UnsupportedModel(f"RoPE scaling {kind!r} cannot be exported", allowed="default, linear, llama3")
+    assert rope_kind(rope) == "llama3", "`check` comes first"
     wavelength = 2 * math.pi * rope.theta ** (np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims)
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(scaling["original_max_position_embeddings"])

@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from kvfold.errors import CheckpointError, plain
-from kvfold.output import MANIFEST, read_json
+from kvfold.output import MANIFEST, read_json, replacing, written_by_kvfold
 from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.folder import Folded, Run, commands, findings
@@ -46,19 +46,18 @@ def write_cards(run: Run) -> list[Path]:
     for checkpoint in run.checkpoints:
         if any(step["stage"] == "uptrain" for step in checkpoint.lineage["steps"]):
             path = card_path(checkpoint.path)
-            sibling = path.with_name(path.name + ".tmp")
-            sibling.write_text(card(checkpoint.path, run.records, names=names), encoding="utf-8")
-            os.replace(sibling, path)
+            if path is None:
+                continue
+            with replacing(path) as sibling:
+                sibling.write_text(card(checkpoint.path, run.records, names=names), encoding="utf-8")
             written.append(path)
     return written
 
 
-def card_path(folder: Path) -> Path:
-    """README.md of a checkpoint; MODEL_CARD.md where its README.md is not kvfold's."""
-    readme = folder / "README.md"
-    if readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
-        return folder / "MODEL_CARD.md"
-    return readme
+def card_path(folder: Path) -> Path | None:
+    """README.md of a checkpoint; MODEL_CARD.md where its README.md is not kvfold's; None where neither is."""
+    places = (folder / "README.md", folder / "MODEL_CARD.md")
+    return next((path for path in places if not os.path.lexists(path) or written_by_kvfold(path)), None)
 
 
 def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> str:

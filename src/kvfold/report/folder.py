@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfold.errors import DataError, KvfoldError, plain
 from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
-from kvfold.output import MANIFEST, read_json
+from kvfold.output import MANIFEST, REPLACED, read_json, tidy
 from kvfold.progress import SILENT, Progress
 from kvfold.record import Record, read_all, warn
 from kvfold.report.reading import lineage_fault, log_line, record_fault
@@ -58,8 +58,10 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
         raise DataError("no such directory", where=folder, next="give the folder of a run")
     checkpoints, logs, odd = [], {}, []
     for path in sorted(folder.rglob(MANIFEST)):
+        if REPLACED not in path.parts:
+            tidy(path.parent)
         lineage = read_json(path)
-        whole = not any(part.endswith(".partial") for part in path.relative_to(folder).parts)
+        whole = not any(part.endswith((".partial", REPLACED)) for part in path.relative_to(folder).parts)
         fault = lineage_fault(lineage)
         if whole and fault is not None:
             odd.append(f"{path} is not shown: {fault}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.errors import OutputError
-from kvfold.output import disk_errors
+from kvfold.output import disk_errors, replacing, written_by_kvfold
 from kvfold.progress import SILENT, Progress
 from kvfold.report import figures
 from kvfold.report.card import templates, write_cards
@@ -33,16 +33,28 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Prog
     """
     run = collect(run_dir, progress)
     page = Path(out) if out is not None else run.folder / "report.html"
-    if page.is_dir():
-        raise OutputError("is a directory", where=page, next="name a file, such as report.html")
+    _check(page)
     text = render(run)
     with disk_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        sibling = page.with_name(page.name + ".tmp")
-        sibling.write_text(text, encoding="utf-8")
-        os.replace(sibling, page)
+        with replacing(page) as sibling:
+            sibling.write_text(text, encoding="utf-8")
         write_cards(run)
     return page
+
+
+def _check(page: Path) -> None:
+    """Refuse to replace anything but a page of kvfold's own. Raises OutputError."""
+    if page.is_dir():
+        raise OutputError("is a directory", where=page, next="name a file, such as report.html")
+    if page.name in ("", "..") or "\0" in str(page):
+        raise OutputError("is no name for a page", where=page, next="name a file, such as report.html")
+    if os.path.lexists(page) and not written_by_kvfold(page):
+        raise OutputError(
+            "is no page that kvfold wrote: it is not replaced",
+            where=page,
+            next="move it away, or name another file with --out",
+        )
 
 
 def render(run: Run) -> str:
