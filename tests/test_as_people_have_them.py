@@ -140,6 +140,9 @@ def test_sentencepiece_alone_is_read_with_the_extra(piece_model: bytes, tiny_che
     import sentencepiece
 
     folder = _pieces_alone(tiny_checkpoint("llama"), "tokenizer.model", piece_model)
+    with pytest.raises(DataError, match="nothing names the tokenizer's class; add tokenizer_config.json"):
+        hf.load_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
     own = sentencepiece.SentencePieceProcessor(model_proto=piece_model)
     line = "3 quick brown dogs jump, \u00e9"
     assert hf.load_tokenizer(folder)(line, add_special_tokens=False)["input_ids"] == own.encode(line)

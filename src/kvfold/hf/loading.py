@@ -124,9 +124,9 @@ def _unnamed(folder: Path) -> list[str]:
 
 
 def _check_sentencepiece(folder: Path) -> None:
-    """Refuse a tokenizer of SentencePiece alone where transformers cannot read it: it would ask for tiktoken.
+    """Refuse a tokenizer of SentencePiece alone where transformers cannot read it, or reads it as another.
 
-    Raises DataError that names the extra.
+    Raises DataError that names the extra, or the file that is missing.
     """
     if (folder / "tokenizer.json").is_file():
         return
@@ -143,6 +143,14 @@ def _check_sentencepiece(folder: Path) -> None:
                     where=folder,
                     next="pip install 'kvfold[sentencepiece]', or add a tokenizer.json",
                 ) from error
+            named = read_json(folder / "tokenizer_config.json")
+            # without a class, transformers reads the pieces and forgets the space before the first word
+            if name == "tokenizer.model" and not (isinstance(named, dict) and named.get("tokenizer_class")):
+                raise DataError(
+                    f"its tokenizer is {name} alone, and nothing names the tokenizer's class",
+                    where=folder,
+                    next='add tokenizer_config.json with {"tokenizer_class": "LlamaTokenizer"}, or the class it has',
+                )
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig | None:
