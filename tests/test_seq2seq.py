@@ -211,7 +211,7 @@ def test_lines_that_are_no_pairs_are_named(tiny_checkpoint: Make, tmp_path: Path
         ("mark.tsv", b"\xef\xbb\xbfab\txyz\nc\tw\n"),
         ("windows.tsv", b"ab\txyz\r\nc\tw\r\n"),
         ("wide.TSV", "ab\txyz\nc\tw\n".encode("utf-16")),
-        ("packed.tsv.gz", gzip.compress(b"ab\txyz\nc\tw\n")),
+        ("packed.tsv.gz", gzip.compress(b"ab\txyz\nc\tw\n", mtime=0)),
         ("mark.jsonl", b'\xef\xbb\xbf{"input": "ab", "target": "xyz"}\n{"input": "c", "target": "w"}\n'),
         ("list.json", b'[{"input": "ab", "target": "xyz"}, null, {"input": "c", "target": "w"}]'),
         ("null.jsonl", b'{"input": "ab", "target": "xyz"}\n{"input": null, "target": "y"}\n{"input":"c","target":"w"}'),

@@ -48,14 +48,14 @@ class _Told(Progress):
         ("windows.txt", "caf\u00e9\r\nau lait".encode()),
         ("UPPER.TXT", "caf\u00e9\nau lait".encode()),
         ("page.md", "caf\u00e9\nau lait".encode()),
-        ("packed.txt.gz", gzip.compress("caf\u00e9\nau lait".encode())),
-        ("PACKED.TXT.GZ", gzip.compress(MARK + "caf\u00e9\nau lait".encode())),
+        ("packed.txt.gz", gzip.compress("caf\u00e9\nau lait".encode(), mtime=0)),
+        ("PACKED.TXT.GZ", gzip.compress(MARK + "caf\u00e9\nau lait".encode(), mtime=0)),
         ("packed.txt.bz2", bz2.compress("caf\u00e9\nau lait".encode())),
         ("packed.txt.xz", lzma.compress("caf\u00e9\nau lait".encode())),
         ("mark.jsonl", MARK + b'{"text": "caf\\u00e9\\nau lait"}\n'),
         ("utf16.jsonl", '{"text": "caf\u00e9\\nau lait"}\r\n'.encode("utf-16")),
         ("windows.jsonl", b'{"text": "caf\\u00e9\\nau lait"}\r\n\r\n'),
-        ("packed.jsonl.gz", gzip.compress(b'{"text": "caf\\u00e9\\nau lait"}')),
+        ("packed.jsonl.gz", gzip.compress(b'{"text": "caf\\u00e9\\nau lait"}', mtime=0)),
         ("content.jsonl", b'{"content": "caf\\u00e9\\nau lait", "id": 1}\n'),
         ("pair.jsonl", b'{"prompt": "caf\\u00e9\\n", "completion": "au lait"}\n'),
         ("list.json", b'[{"text": "caf\\u00e9\\nau lait"}]'),
@@ -90,7 +90,7 @@ def test_nul_characters_are_text_like_others(tmp_path: Path, byte_tokenizer: Pat
             b'{"text": "' + b"y" * 9_000 + b'"}\n{"text": "\xe9"}\n',
             r"is not UTF-8 text \(got byte 9023\)",
         ),
-        ("latin.txt.gz", gzip.compress(b"caf\xe9 au lait"), r"is not UTF-8 text \(got byte 3\)"),
+        ("latin.txt.gz", gzip.compress(b"caf\xe9 au lait", mtime=0), r"is not UTF-8 text \(got byte 3\)"),
         ("half.txt", "caf\u00e9".encode("utf-16") + b"\xd8", "is not UTF-16 text, though its byte-order mark"),
         ("markless.txt", "cafes".encode("utf-16-le"), "many of its bytes are zero; .*iconv -f utf-16le"),
         ("t.csv", b"text\nx\n", "unknown kind of text file .*csv.*; write it as rows: python -c .*to_json"),
@@ -100,7 +100,7 @@ def test_nul_characters_are_text_like_others(tmp_path: Path, byte_tokenizer: Pat
         ("t.pdf", b"%PDF", "unknown kind of text file .*save its text"),
         ("t.parquet.gz", b"", "unknown kind of text file .*decompress it first"),
         ("t", b"text", "unknown kind of text file .*no suffix.*name it .txt"),
-        ("cut.txt.gz", gzip.compress(b"some text" * 99)[:-9], "cannot be read: .*damaged, or cut off"),
+        ("cut.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], "cannot be read: .*damaged, or cut off"),
         ("no.jsonl.gz", b"text", "cannot be read: Not a gzipped file"),
         ("no.txt.xz", b"text", "cannot be read: .*damaged, or cut off"),
         ("no.txt.bz2", b"text", "cannot be read: .*damaged, or cut off"),
@@ -143,9 +143,9 @@ def test_a_folder_named_as_a_file_and_what_a_folder_holds(tmp_path: Path) -> Non
     (folder / "b.txt").mkdir(parents=True)
     _file(folder / "b.txt", "c.txt", b"third")
     _file(folder, "A.TXT", b"first")
-    _file(folder, "a.jsonl.gz", gzip.compress(b'{"text": "second"}'))
+    _file(folder, "a.jsonl.gz", gzip.compress(b'{"text": "second"}', mtime=0))
     _file(folder, "z.txt", b"last")
-    _file(folder, "z.txt.gz", gzip.compress(b"the same again"))
+    _file(folder, "z.txt.gz", gzip.compress(b"the same again", mtime=0))
     _file(folder, "README.md", b"not of the text")
     _file(folder, "state.json", b"{}")
     assert list(read_texts(folder)) == ["first", "second", "third", "last"]
