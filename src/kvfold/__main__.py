@@ -9,16 +9,15 @@ from types import FrameType
 
 INTERRUPTED = 130
 
+from kvfold.machine import prepare_threads
+
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, _leave)  # while this imports, and when all is done: there is nothing to save
-    # Threads that wait for one another spin for some 50 microseconds and then sleep. Spinning for long makes a training
-    # step many times slower beside another job; sleeping at once makes a decode step up to 1.7 times slower alone.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    prepare_threads()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal can show
     from kvfold.cli import run_command  # here, so that a spawned worker that imports this file stays light

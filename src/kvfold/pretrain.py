@@ -33,6 +33,7 @@ from kvfold.output import (
     prepare_cache,
     write_json,
 )
+from kvfold.precision import decide
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
@@ -125,11 +126,15 @@ def pretrain(
         ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     config = {**config, **ids}
     facts = text_facts(settings.data)
-    identity = {**settings.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
+
+    def identity(asked: PretrainSettings) -> dict[str, Any]:
+        return {**asked.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
+
+    settings = decide(settings, out, identity, overwrite=overwrite)
     tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
     tokens = (corpus if paired else token_file)(settings.data, tokenizer, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
-    output = open_output(out, identity, overwrite=overwrite)
+    output = open_output(out, identity(settings), overwrite=overwrite)
     if output.complete:
         progress.say(f"{out} is complete: it was trained from this config with these settings")
         return output.path
