@@ -96,7 +96,7 @@ def multiplies_bf16() -> bool:
     import torch
 
     if best_device() == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # oneDNN multiplies bf16; a build without it has no operator of that name
     if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():
         return False

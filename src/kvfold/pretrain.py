@@ -105,7 +105,8 @@ def pretrain(
             got=shape.model_type,
             next="start from a checkpoint, or from a config of t5",
         )
-    if settings.tokens is None:
+    amount = settings.tokens
+    if amount is None:
         raise SettingError("say how long to train", where="pretrain", next="give --tokens")
     if shape.vocab_size < len(special) + 256:
         raise SettingError(
@@ -150,7 +151,7 @@ def pretrain(
                 )
 
             named = dict(model.named_parameters())
-            steps = math.ceil(settings.tokens / settings.step_tokens)
+            steps = math.ceil(amount / settings.step_tokens)
             stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
             position = train(model, [stretch], tokens, settings, work, progress)
             shutil.copytree(tokenizer, work, dirs_exist_ok=True)
