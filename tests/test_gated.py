@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kvfold import spool
 from kvfold.errors import OutputError
 from kvfold.gated import InnerFit, slope
-from tolerance import assert_same
 
 ROWS, LENGTH, HIDDEN, WIDE = 6, 7, 5, 8
 DAMPING = 1e-2
@@ -101,7 +100,7 @@ def test_few_steps_go_most_of_the_way(role: str) -> None:
 
 def test_batches_do_not_matter() -> None:
     made = Case("silu")
-    assert_same(made.solve("up", steps=6), made.solve("up", steps=6, batch=2))
+    torch.testing.assert_close(made.solve("up", steps=6), made.solve("up", steps=6, batch=2), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_that_never_counts_stays_as_it_is() -> None:
@@ -115,7 +114,7 @@ def test_a_row_that_never_counts_stays_as_it_is() -> None:
 def test_what_is_right_already_stays_as_it_is() -> None:
     made = Case("silu")
     made.wanted_BTD = made.output(made.up.weight.double(), "up").float()
-    assert_same(made.solve("up", steps=6).float(), made.up.weight)
+    torch.testing.assert_close(made.solve("up", steps=6).float(), made.up.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_room_is_asked_for_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

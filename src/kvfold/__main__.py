@@ -7,9 +7,9 @@ import signal
 import sys
 from types import FrameType
 
-INTERRUPTED = 130
-
 from kvfold.machine import prepare_threads
+
+INTERRUPTED = 130
 
 
 def main() -> None:
