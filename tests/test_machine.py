@@ -33,10 +33,13 @@ class Heard(Silent):
 
 
 class Unplugged(Silent):
-    """Break off at the first step."""
+    """Break off in the second step, when the state of the first is saved."""
+
+    steps = 0
 
     def advance(self, amount: float, note: str = "") -> None:
-        if note:
+        self.steps += note.startswith("loss")
+        if self.steps == 2:
             raise RuntimeError("pulled the plug")
 
 
