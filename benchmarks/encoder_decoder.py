@@ -46,9 +46,9 @@ from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
 from kvfold.bench import interleave
 from kvfold.families import all_families
+from kvfold.machine import best_device
 from kvfold.roofline import decode_step, hardware
 from kvfold.shape import DTYPE_BYTES, Shape, grouped_cache
-from kvfold.training import best_device
 
 XXL = {
     "model": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64},

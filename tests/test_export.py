@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvfold import machine
 from kvfold.checkpoint import Checkpoint
 from kvfold.convert import convert
 from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
@@ -186,6 +187,8 @@ def test_ctranslate2_takes_a_number_of_heads_for_each_layer(
     mixed_checkpoint: Make, tmp_path: Path, source: str, dtype: Any
 ) -> None:
     family, changes = MIXED[source]
+    if dtype == "int8" and not machine.multiplies_int8():
+        pytest.skip("without VNNI, int8 saturates: test_narrow_weights_are_smaller_and_close")
     check = found(export(mixed_checkpoint(family, **changes), tmp_path / "out", "ctranslate2", ExportSettings(dtype)))
     assert check["loaded"]
     if dtype == "float32":
@@ -320,6 +323,10 @@ def test_an_activation_that_ctranslate2_lacks_is_refused(tiny_checkpoint: Make, 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_narrow_weights_are_smaller_and_close(tiny_checkpoint: Make, tmp_path: Path, dtype: Any) -> None:
     teacher = tiny_checkpoint("llama")
+    if dtype == "int8" and not machine.multiplies_int8():  # short rows saturate: a user is to hear of it
+        with pytest.raises(UnsupportedModel, match=r"no VNNI.*saturate at 16 bits.*--dtype float32"):
+            export(teacher, tmp_path / "small", "ctranslate2", ExportSettings(dtype, 12, 8))
+        return
     small = export(teacher, tmp_path / "small", "ctranslate2", ExportSettings(dtype, 12, 8))
     assert (small / "model.bin").stat().st_size < 0.6 * (teacher / "model.safetensors").stat().st_size
     assert 1e-6 < found(small)["relative_difference"] < agreement.TOLERANCE[dtype]
@@ -346,6 +353,25 @@ def test_the_export_says_its_lineage_and_the_window_and_repeating_does_nothing(
         export(teacher, out, "ctranslate2", QUICK)
     export(teacher, out, "ctranslate2", QUICK, overwrite=True)
     assert (out / "model.bin").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "vnni", "told"),
+    [
+        ("CTranslate2", "int8", False, True),
+        ("CTranslate2", "int8", True, False),
+        ("CTranslate2", "float32", False, False),
+        ("llama.cpp", "int8", False, False),
+    ],
+)
+def test_a_refusal_names_the_saturation_where_it_may_be_the_cause(
+    monkeypatch: pytest.MonkeyPatch, engine: str, weights: str, vnni: bool, told: bool
+) -> None:
+    monkeypatch.setattr(agreement, "multiplies_int8", lambda: vnni)
+    measured = {"relative_difference": 0.167, "near_ties": 0, "differing_answers": 0}
+    with pytest.raises(UnsupportedModel, match="differ by 0.167 of their spread.*nothing was exported") as caught:
+        agreement.require(measured, engine, weights)
+    assert ("no VNNI" in str(caught.value)) is told
 
 
 @needs_ct2

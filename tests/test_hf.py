@@ -29,6 +29,7 @@ from kvfold.attention.grouped import reference
 from kvfold.convert import convert
 from kvfold.errors import CheckpointError, DataError, SettingError, UnsupportedModel
 from kvfold.families import all_families
+from tolerance import assert_same
 
 TINY = all_families()["llama"].tiny()
 GROUPED = {**TINY, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None}
@@ -63,7 +64,7 @@ def test_logits_are_those_of_transformers_own_attention(name: str) -> None:
         with hf.with_attention(model, "eager"):
             theirs = model(ids, attention_mask=padding).logits
         shown = slice(None) if padding is None else mask.bool()
-        torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4, atol=1e-5)
+        assert_same(ours[shown], theirs[shown])
     assert model.config._attn_implementation == "kvfold"
 
 
@@ -91,7 +92,7 @@ def test_without_the_mask_registration_padding_would_be_read() -> None:
         alone = model(ids[:1, 5:]).logits[0, -1]
         with hf.with_attention(model, "kvfold-without-mask"):
             wrong = model(ids, attention_mask=mask).logits[:, -1]
-        torch.testing.assert_close(right[0], alone, rtol=1e-4, atol=1e-5)
+        assert_same(right[0], alone)
         assert (wrong[0] - alone).abs().max() > 0.1  # silently, which is why this test is here
     finally:
         del AttentionInterface._global_mapping["kvfold-without-mask"]
@@ -103,7 +104,7 @@ def test_a_prompt_read_in_pieces_ends_as_the_whole(name: str) -> None:
     whole = model(ids).logits
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
         pieces = [model(part, past_key_values=cache).logits for part in ids.split([5, 7, 1, 3], dim=1)]
-        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+        assert_same(torch.cat(pieces, dim=1), whole)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

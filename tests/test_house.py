@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
-    {"errors", "faults", "inputs", "shape", "progress", ""},
+    {"errors", "faults", "inputs", "machine", "shape", "progress", ""},
     {"output", "finite", "lock", "record", "state", "roofline", "rope", "linalg", "merge", "sharing", "budget"}
     | {"attention"}
     | {"planes", "factor", "latents", "crossed"},
@@ -43,7 +43,7 @@ LAYERS = [
         "foreign",
     }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
-    {"distill", "training", "stages", "uptrain", "pretrain", "seq2seq_scores"}
+    {"distill", "training", "precision", "stages", "uptrain", "pretrain", "seq2seq_scores"}
     | {"scores", "probes", "gate", "evaluate", "bench", "export"},
     {"report", "run", "screen", "flags", "cli", "__main__"},
 ]

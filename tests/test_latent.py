@@ -22,6 +22,7 @@ from kvfold.convert import ConvertSettings, convert
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.plan import plan
 from kvfold.shape import grouped_cache
+from tolerance import assert_same
 
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 SPLIT = {"rope_chunks": 2, "latent_dim": 10, "samples": 200}
@@ -55,7 +56,7 @@ def _ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same(found, expected)
 
 
 class _Partly(torch.nn.Module):

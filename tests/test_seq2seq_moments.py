@@ -26,6 +26,7 @@ from kvfold.shape import (
     SampledPairs,
     Site,
 )
+from tolerance import assert_same
 
 Make = Callable[..., Path]
 EXACT = CalibrationSettings(dtype="float64", length=48, device="cpu")
@@ -48,7 +49,7 @@ def text(tmp_path: Path) -> Path:
 
 def close(found: Tensor, expected: Tensor) -> None:
     """The norms of a T5 are taken in float32, whatever the model computes in."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert_same(found, expected)
 
 
 def textbook(model: Any, given: Tensor, asked: Tensor) -> dict[tuple[Site, str], Tensor]:

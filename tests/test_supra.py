@@ -27,6 +27,7 @@ from kvfold.recall import SPAN, copies, measure_recall
 from kvfold.report import report
 from kvfold.shape import RecallDrop, Shape, Site
 from kvfold.uptrain import UptrainSettings, uptrain
+from tolerance import assert_same
 
 HYBRID: dict[str, Any] = {"preset": "hybrid", "window": 4, "sinks": 2}
 
@@ -95,7 +96,7 @@ def test_the_published_layer_from_its_formula(tiny_checkpoint: Callable[..., Pat
         outputs.append(torch.stack(rows, dim=1))
     merged = torch.cat(outputs, dim=-1)
     normed = nn.GroupNorm(4, 32, affine=False)(merged.flatten(0, 1)).view(2, tokens, 32)
-    torch.testing.assert_close(found, layer.o_proj(normed), rtol=1e-4, atol=1e-5)
+    assert_same(found, layer.o_proj(normed))
 
 
 @torch.inference_mode()
@@ -111,7 +112,7 @@ def test_without_features_it_is_the_teacher_behind_a_mask(
     mask_11TT = torch.zeros(21, 21).masked_fill(~seen_TT, -torch.inf)[None, None]
     given = mask_11TT if family == "llama" else {"full_attention": mask_11TT}
     expected = whole(ids(1, 21), attention_mask=given).logits
-    torch.testing.assert_close(student(ids(1, 21)).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_same(student(ids(1, 21)).logits, expected)
     assert not any("phi" in name or "window_gate" in name for name in student.state_dict())
 
 
@@ -133,7 +134,7 @@ def test_without_its_sums_it_is_the_student_that_never_had_them(
     before = hybrid(ids(2, 21)).logits
     with hf.without(hybrid, "sums"):
         found, written = hybrid(ids(2, 21)).logits, hf.generate(hybrid, ids(2, 9), max_new_tokens=6)
-    torch.testing.assert_close(found, window(ids(2, 21)).logits, rtol=1e-4, atol=1e-5)
+    assert_same(found, window(ids(2, 21)).logits)
     assert torch.equal(written, hf.generate(window, ids(2, 9), max_new_tokens=6))
     assert float((found - before).abs().max()) > 1e-3
     assert torch.equal(hybrid(ids(2, 21)).logits, before)
@@ -168,7 +169,7 @@ def test_a_window_is_the_teacher_until_something_leaves_it(
     whole: Any = hf.load(teacher)
     assert torch.equal(student(ids(2, 9)).logits, whole(ids(2, 9)).logits)
     found, expected = student(ids(2, 14)).logits, whole(ids(2, 14)).logits
-    torch.testing.assert_close(found[:, :9], expected[:, :9], rtol=1e-4, atol=1e-5)
+    assert_same(found[:, :9], expected[:, :9])
     assert float((found[:, 13] - expected[:, 13]).abs().max()) > 1e-3
 
 
@@ -185,7 +186,7 @@ def test_every_combination_of_parts_decodes_what_it_read(tiny_checkpoint: Callab
         model = randomised(hf.load(convert(teacher, tmp_path / f"student-{number}", "supra", settings)))
         cache = hf.new_cache(model, "growing", 20)
         parts = [model(part, past_key_values=cache).logits for part in ids(2, 17).split([7, 1, 1, 5, 1, 1, 1], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids(2, 17)).logits, rtol=1e-4, atol=1e-5)
+        assert_same(torch.cat(parts, dim=1), model(ids(2, 17)).logits)
 
 
 # --- the cache layer -----------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_tokens_are_taken_back_as_if_never_read(
         model(torch.cat([text[:, before : before + 6], other], dim=1), past_key_values=cache)
         cache.crop(-8)
         found = model(text[:, before + 6 :], past_key_values=cache).logits
-        torch.testing.assert_close(found, model(text).logits[:, before + 6 :], rtol=1e-4, atol=1e-5)
+        assert_same(found, model(text).logits[:, before + 6 :])
 
 
 @torch.inference_mode()
@@ -225,7 +226,7 @@ def test_what_is_in_the_sums_cannot_be_taken_back(tiny_checkpoint: Callable[...,
     cache.reset()
     assert cache.get_seq_length() == 0
     again = model(ids(1, 12), past_key_values=cache).logits
-    torch.testing.assert_close(again, model(ids(1, 12)).logits, rtol=1e-4, atol=1e-5)
+    assert_same(again, model(ids(1, 12)).logits)
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.seq2seq import corpus
 from kvfold.shape import AttentionGram, InputGram, QueryGram, Request, Site
 from kvfold.uptrain import UptrainSettings, uptrain
+from tolerance import assert_same
 
 Make = Callable[..., Path]
 TINY = all_families()["t5gemma"].tiny()
@@ -181,7 +182,7 @@ def test_a_window_bounds_what_was_written_and_never_what_was_read(kind: Any, tin
         said = hf.read(model, column, cache, encoded)
     with torch.inference_mode():
         expected = model(input_ids=given, decoder_input_ids=written).logits[:, -1]
-    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
+    assert_same(said, expected)
     assert [each.keys.shape[2] for each in cache.cross_attention_cache.layers] == [17] * 4  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,8 @@ import signal
 import sys
 from types import FrameType
 
+from kvfold.machine import prepare_threads
+
 INTERRUPTED = 130
 
 
@@ -15,10 +17,7 @@ def main() -> None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, _leave)  # while this imports, and when all is done: there is nothing to save
-    # Threads that wait for one another spin for some 50 microseconds and then sleep. Spinning for long makes a training
-    # step many times slower beside another job; sleeping at once makes a decode step up to 1.7 times slower alone.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    prepare_threads()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal can show
     from kvfold.cli import run_command  # here, so that a spawned worker that imports this file stays light

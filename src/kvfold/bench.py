@@ -30,13 +30,13 @@ from torch import Tensor
 from kvfold import hf, record
 from kvfold.checkpoint import Checkpoint
 from kvfold.errors import KvfoldError, SettingError
+from kvfold.machine import best_device
 from kvfold.plan import size
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import MOST, SEEDS, check_range
 from kvfold.record import Record
 from kvfold.roofline import decode_step, hardware, processor_memory
 from kvfold.shape import DTYPE_BYTES, CacheSpec, grouped_cache
-from kvfold.training import best_device
 
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
@@ -151,7 +151,7 @@ def interleave(works: Mapping[K, Callable[[], Callable[[], object]]], rounds: in
 
 def _clock() -> float:
     """Seconds on a clock, once the accelerator has done all that it was asked to."""
-    if torch.cuda.is_available():
+    if best_device() == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 

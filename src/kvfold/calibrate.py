@@ -23,6 +23,7 @@ from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.families import MLP
 from kvfold.lineage import known_length
+from kvfold.machine import best_device
 from kvfold.moments import Sampling, finite, looks, start
 from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, replacing
 from kvfold.progress import SILENT, Progress
@@ -335,7 +336,7 @@ def _waiting(requests: Iterable[Request]) -> set[Site]:
 
 def _device(settings: CalibrationSettings) -> str:
     if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device()
     return settings.device
 
 

@@ -19,6 +19,7 @@ import torch
 
 from kvfold.errors import DataError, SettingError
 from kvfold.inputs import LARGE, read_bytes
+from kvfold.machine import best_device
 from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, replacing, write_json
 from kvfold.progress import SILENT, Progress
 from kvfold.texts import chat_of, limited, read_texts, text_facts
@@ -261,7 +262,7 @@ def _sample(teacher: str | Path, tokenizer: Any, tokens: int, seed: int, progres
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise DataError("the tokenizer has neither a first nor an end token to sample from", where=teacher)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     model = hf.load(teacher, device=device)
     length = min(int(model.config.max_position_embeddings), LONGEST_SAMPLE) - 1  # type: ignore[union-attr,arg-type]
     start_B1 = torch.full((SAMPLED, 1), first, device=device)

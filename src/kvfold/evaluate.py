@@ -22,12 +22,12 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.data import token_file
 from kvfold.errors import CheckpointError, DataError, GateMissed, SettingError, choices
 from kvfold.lineage import known_length, root_teacher, steps_since_root, vocabulary_difference
+from kvfold.machine import best_device
 from kvfold.output import fingerprint, read_json
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import MOST, SEEDS, check_range
 from kvfold.record import Record
 from kvfold.seq2seq import Corpus, corpus
-from kvfold.training import best_device
 
 DEFAULT_LENGTH = 1024
 BEAMS = 1024  # at most: each has a cache of its own

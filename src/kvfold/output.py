@@ -216,6 +216,14 @@ def _forms(path: object) -> set[Path]:
     return {Path(os.path.abspath(str(path))), Path(os.path.realpath(str(path)))}
 
 
+def standing(path: str | Path, *, overwrite: bool = False) -> list[str]:
+    """The `inputs` of what stands at an output's path: of the output, unless that will be replaced, and of its work."""
+    path = Path(path)
+    work = path.with_name(path.name + ".partial")
+    found = [read_json(work / CLAIM)] if overwrite else [read_json(path / MANIFEST), read_json(work / CLAIM)]
+    return [str(each["inputs"]) for each in found if isinstance(each, dict) and "inputs" in each]
+
+
 def _complete(path: Path, inputs: str, overwrite: bool) -> bool:
     """Is the very output there, and not to be replaced? Raises OutputError for anything else that may not be."""
     if not os.path.lexists(path):

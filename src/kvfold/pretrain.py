@@ -33,6 +33,7 @@ from kvfold.output import (
     prepare_cache,
     write_json,
 )
+from kvfold.precision import decide
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import decode, read_yaml
 from kvfold.record import versions
@@ -104,7 +105,8 @@ def pretrain(
             got=shape.model_type,
             next="start from a checkpoint, or from a config of t5",
         )
-    if settings.tokens is None:
+    amount = settings.tokens
+    if amount is None:
         raise SettingError("say how long to train", where="pretrain", next="give --tokens")
     if shape.vocab_size < len(special) + 256:
         raise SettingError(
@@ -125,11 +127,15 @@ def pretrain(
         ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     config = {**config, **ids}
     facts = text_facts(settings.data)
-    identity = {**settings.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
+
+    def identity(asked: PretrainSettings) -> dict[str, Any]:
+        return {**asked.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
+
+    settings = decide(settings, out, identity, overwrite=overwrite)
     tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
     tokens = (corpus if paired else token_file)(settings.data, tokenizer, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
-    output = open_output(out, identity, overwrite=overwrite)
+    output = open_output(out, identity(settings), overwrite=overwrite)
     if output.complete:
         progress.say(f"{out} is complete: it was trained from this config with these settings")
         return output.path
@@ -145,7 +151,7 @@ def pretrain(
                 )
 
             named = dict(model.named_parameters())
-            steps = math.ceil(settings.tokens / settings.step_tokens)
+            steps = math.ceil(amount / settings.step_tokens)
             stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
             position = train(model, [stretch], tokens, settings, work, progress)
             shutil.copytree(tokenizer, work, dirs_exist_ok=True)

@@ -20,6 +20,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.data import TokenFile
 from kvfold.errors import DataError
 from kvfold.lineage import known_length
+from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import Answers, Question, RecallDrop
 
@@ -37,7 +38,7 @@ def measure_recall(
     """
     from kvfold import hf  # loads transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     model: Any = hf.load(source.path, device=device)
     found: dict[Question, Mapping[str, Tensor]] = {}
     for asked in sorted({each.tokens for each in questions}):

@@ -19,6 +19,7 @@ import pydantic
 from kvfold import __version__
 from kvfold.errors import KvfoldError, OutputError, SettingError, plain
 from kvfold.inputs import LARGEST, load_json, read_text
+from kvfold.machine import describe
 from kvfold.output import disk_errors, fingerprint, read_json, write_json
 from kvfold.progress import SILENT, Progress
 
@@ -49,7 +50,7 @@ class Record:
 
 def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], **known: Any) -> Record:
     """A record of now, on this machine, with the versions and the commit that ran."""
-    known.setdefault("device", device())
+    known.setdefault("device", describe())
     return Record(
         kind,
         name,
@@ -238,18 +239,3 @@ def _git(folder: Path, *words: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def device() -> str:
-    """The processor in words: its model and the threads that PyTorch uses."""
-    import torch  # records are read by tools that have no need of torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:  # not Linux: the platform's own word stands
-        model = model or "cpu"
-    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"

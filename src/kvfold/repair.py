@@ -35,6 +35,7 @@ from kvfold.gated import InnerFit, slope
 from kvfold.linalg import ridge
 from kvfold.lineage import known_length
 from kvfold.logits import LogitFit
+from kvfold.machine import best_device
 from kvfold.output import REPAIRED, Output, damaged
 from kvfold.progress import SILENT, Progress
 from kvfold.shape import REPAIRABLE, Site
@@ -149,7 +150,7 @@ class _Pass:
     ) -> None:
         self.roles, self.settings, self.queries = roles, settings, queries
         self.source, self.target = teacher, student
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
         length = min(settings.length, known_length(teacher), len(tokens))
         rows = len(tokens) // length
         self.teachers, self.students = (

@@ -22,6 +22,7 @@ import pydantic
 from pydantic import Field
 
 from kvfold.errors import SettingError, choices
+from kvfold.machine import best_device, describe
 from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.shape import DTYPE_BYTES, CacheSpec, Shape
 
@@ -185,9 +186,7 @@ def measure() -> Hardware:
     """Measure read bandwidth and matrix-product FLOP/s of this machine's GPU, or of its processor without one."""
     import torch
 
-    from kvfold import record
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     gpu = device == "cuda"
     memory = int(torch.cuda.get_device_properties(0).total_memory) if gpu else processor_memory()
 
@@ -215,7 +214,7 @@ def measure() -> Hardware:
         for dtype in ("bfloat16", "float32"):
             square = torch.randn(side, side, device=device).to(getattr(torch, dtype))
             flops[dtype] = 2 * side**3 / best(lambda matrix=square: matrix @ matrix, 8)  # type: ignore[misc]
-    return Hardware("local", record.device(), memory, bandwidth, flops, time.strftime("%Y-%m-%d", time.gmtime()))
+    return Hardware("local", describe(), memory, bandwidth, flops, time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 def processor_memory() -> int:

@@ -27,6 +27,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.data import TokenFile
 from kvfold.errors import CheckpointError
 from kvfold.lineage import known_length
+from kvfold.machine import best_device
 from kvfold.methods import Method
 from kvfold.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.progress import SILENT, Progress
@@ -60,7 +61,7 @@ def measure(
     The whole teacher is in memory, in float32, and of the text two hidden states a token. Cost: for each question about
     half a pass over the sample. Raises CheckpointError when a KL is not finite, OutputError when the disk refuses.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     same = [
         type(config).__module__,
         *({repr(asdict(_least(method, config, each, source.shape))) for each in questions}),

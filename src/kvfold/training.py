@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.errors import Interrupted, SettingError, TrainingError
+from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.output import damaged, disk_errors, replacing, write_json
 from kvfold.progress import Progress
 from kvfold.recipe import MOST, SEEDS, check_range
@@ -81,8 +82,12 @@ class TrainSettings:
     beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment."})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment."})
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    precision: Literal["bf16", "fp32"] = field(
-        default="bf16", metadata={"help": "What is multiplied in; the trained weights are fp32 either way."}
+    precision: Literal["auto", "bf16", "fp32"] = field(
+        default="auto",
+        metadata={
+            "help": "What is multiplied in; the trained weights are fp32 either way. auto: bf16 where the hardware "
+            "multiplies it natively, else fp32."
+        },
     )
     compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two saved states."})
@@ -168,11 +173,6 @@ def parameter_groups(
         key = ((shares or {}).get(name, 1.0), weight_decay if parameter.ndim > 1 else 0.0)
         groups.setdefault(key, []).append(parameter)
     return [{"params": params, "share": share, "weight_decay": decay} for (share, decay), params in groups.items()]
-
-
-def best_device() -> str:
-    """Where training runs: the accelerator when there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def place(model: nn.Module, settings: TrainSettings) -> nn.Module:
@@ -317,6 +317,10 @@ def train(
 
     Raises TrainingError when the loss is not a number or diverges, Interrupted on a signal; the state is saved first.
     """
+    if settings.precision == "auto":
+        settings = replace(settings, precision=best_precision())
+    slow = settings.precision == "bf16" and not multiplies_bf16()
+    progress.say(f"training in {settings.precision} on {describe()}{', which emulates it: slow' if slow else ''}")
     state = State(folder)
     position = state.position() or Position()
     if position.stage > len(works):

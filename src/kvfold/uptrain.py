@@ -24,7 +24,9 @@ from kvfold.data import token_file
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.lineage import descend, known_root, root_teacher, vocabulary_difference
+from kvfold.machine import best_device
 from kvfold.output import check_apart, disk_errors, dropped_on_error, open_output
+from kvfold.precision import decide
 from kvfold.progress import SILENT, Progress
 from kvfold.recipe import check_range
 from kvfold.seq2seq import Pairs, corpus
@@ -43,7 +45,7 @@ from kvfold.stages import (
     said,
 )
 from kvfold.state import STATE
-from kvfold.training import Objective, State, TrainSettings, Work, best_device, parameter_groups, place, train
+from kvfold.training import Objective, State, TrainSettings, Work, parameter_groups, place, train
 
 RANK = 65_536  # of factors, at most: wider than any model
 GUIDED = "kl+0.3ce"  # by default, with a teacher: better than either loss alone (docs/log.md)
@@ -171,8 +173,7 @@ def uptrain(
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=source.shape.vocab_size)
     if not needs_teacher(stages):
         guide = None
-    identity = {
-        **{name: value for name, value in settings.identity().items() if name != "converted_only"},  # stages say it
+    known = {
         "stage": "uptrain",
         "stages": [_told(stage) for stage in stages],
         "amount": amount,
@@ -180,7 +181,14 @@ def uptrain(
         "student": source.hash(),
         "teacher": guide.hash() if guide else None,
     }
-    output = open_output(out, identity, overwrite=overwrite)
+
+    def identity(asked: UptrainSettings) -> dict[str, Any]:
+        own = asked.identity()
+        del own["converted_only"]  # stages say it
+        return own | known
+
+    settings = decide(settings, out, identity, overwrite=overwrite)
+    output = open_output(out, identity(settings), overwrite=overwrite)
     if output.complete:
         progress.say(f"{out} is complete: it was trained from this student with these settings")
         return output.path
@@ -201,7 +209,7 @@ def uptrain(
                     **dataclasses.asdict(settings),
                     "stages" if len(stages) > 1 else "loss": said(stages),
                     "text": tokens.hash,
-                    "teacher": identity["teacher"],
+                    "teacher": known["teacher"],
                 },
                 tokens=position.tokens,
                 seed=settings.seed,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.errors import UnsupportedModel
+from kvfold.machine import multiplies_int8
 from kvfold.seq2seq import start_id
 
 Logits = NDArray[np.float32]
@@ -125,6 +126,10 @@ def require(found: dict[str, Any], engine: str, weights: str) -> None:
     elif found["near_ties"] < found["differing_answers"]:
         wrong = f"{found['differing_answers'] - found['near_ties']} greedy answers differ where it is no near tie"
     if wrong:
-        raise UnsupportedModel(
-            f"{engine} does not compute what transformers does: {wrong}", next="nothing was exported"
-        )
+        remedy = "nothing was exported"
+        if weights == "int8" and engine == "CTranslate2" and not multiplies_int8():
+            remedy += (
+                "; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums of int8 "
+                "products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
+            )
+        raise UnsupportedModel(f"{engine} does not compute what transformers does: {wrong}", next=remedy)
