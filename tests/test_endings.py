@@ -42,7 +42,7 @@ def test_a_fault_of_ours_says_so_with_its_traceback(
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (MemoryError(), 2, "out of memory"),
+        (MemoryError(), 2, "the memory is used up"),
         (OSError(28, "No space left on device"), 2, "the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

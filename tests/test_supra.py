@@ -371,5 +371,5 @@ def test_lora_is_merged_into_what_is_saved(tiny_checkpoint: Callable[..., Path],
 def test_lora_has_no_roles_of_its_own() -> None:
     with pytest.raises(SettingError, match=r"lora trains factors.*rank 2, and trainable q"):
         UptrainSettings(data="stdlib", tokens=1, lora=2, trainable=("q",))
-    with pytest.raises(SettingError, match=r"lora trains factors.*rank 0"):
+    with pytest.raises(SettingError, match=r"lora must be at least 1 \(got 0\)"):
         UptrainSettings(data="stdlib", tokens=1, lora=0)

@@ -25,7 +25,6 @@ from kvfold.families import all_families
 from kvfold.faults import fault_of
 from kvfold.flags import Command
 from kvfold.methods import all_methods
-from kvfold.output import disk_errors
 from kvfold.progress import Progress
 from kvfold.recipe import decode
 from kvfold.screen import ERR, OUT, Bars, Lines, silence, table
@@ -69,16 +68,12 @@ def _run(arguments: Sequence[str]) -> int:
     """Run one command, and say in one line what the user can mend."""
     try:
         asked = next((word for word in arguments if not word.startswith("-")), None)
-        with disk_errors("output"):
-            left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
+        left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
         if left == Interrupted.exit_code:  # typer swallows Ctrl-C, and returns this instead
             raise KeyboardInterrupt
     except KvfoldError as error:
         _line(str(error))
         return error.exit_code
-    except MemoryError:
-        _line("out of memory; choose a smaller batch, a shorter sequence or a smaller model")
-        return KvfoldError.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.Exit as leaving:
@@ -89,7 +84,7 @@ def _run(arguments: Sequence[str]) -> int:
         silence(sys.stdout)  # typer's, when the reader of its help has left
         return 0
     except Exception as error:  # typer's own usage errors come in classes that moved between its releases
-        fault = fault_of(error)
+        fault = fault_of(error, paths=True)
         if fault is not None:
             _line(str(fault))
             return fault.exit_code

@@ -159,9 +159,8 @@ def uptrain(
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
     stages = _stages(settings, source, guide)
-    for each in (source, guide):
-        if each is not None:
-            each.require_finite(progress)
+    if settings.data == "self":  # the teacher writes the text
+        (guide or source).require_finite(progress)
     tokens = (corpus if source.family.encoder_decoder else token_file)(
         settings.data,
         source.path,
@@ -171,6 +170,9 @@ def uptrain(
         progress=progress,
     )
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=source.shape.vocab_size)
+    for each in (source, guide):
+        if each is not None:
+            each.require_finite(progress)
     if not needs_teacher(stages):
         guide = None
     known = {
