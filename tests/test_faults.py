@@ -269,8 +269,11 @@ def test_a_ctrl_c_that_a_library_makes_an_error_of_is_still_one() -> None:
 # --- two at once ----------------------------------------------------------------------------------------------------
 
 
-def test_two_trainings_of_one_tokenizer_agree_on_the_first(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_trainings_of_one_tokenizer_agree_on_the_first(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second process is done while the first is about to put its own in place."""
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     pretrain: Any = import_module("kvfold.pretrain")
     facts, prepare, other = text_facts(text), pretrain.prepare_cache, []
 
