@@ -137,7 +137,7 @@ def test_missing_config(tiny_checkpoint: Make) -> None:
 def test_config_that_is_no_json_object(tiny_checkpoint: Make, text: str) -> None:
     folder = tiny_checkpoint()
     (folder / "config.json").write_text(text)
-    assert "config.json: is not a JSON object" in refusal(folder)
+    assert ("config.json: is not a JSON object" if text == "[]" else "config.json: is not JSON: ") in refusal(folder)
 
 
 def test_unknown_architecture_and_the_nearest_known(tiny_checkpoint: Make) -> None:
@@ -278,11 +278,19 @@ def test_weights_that_changed_behind_the_lineage_are_noticed(tiny_checkpoint: Ma
         Checkpoint.open(folder).hash()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
-def test_lineage_that_cannot_be_read(tiny_checkpoint: Make, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "kvfold.json: is not JSON"),
+        ("[]", "is not a lineage of format 1; restore it, or delete it to start a new one"),
+        ('{"format": true}', "is not a lineage of format 1"),
+        ('{"format": 99}', "is a lineage of format 99, and this kvfold reads format 1; use a newer kvfold"),
+    ],
+)
+def test_lineage_that_cannot_be_read(tiny_checkpoint: Make, text: str, said: str) -> None:
     folder = tiny_checkpoint()
     (folder / MANIFEST).write_text(text)
-    assert "is not a lineage of format 1" in refusal(folder)
+    assert said in refusal(folder)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

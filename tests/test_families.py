@@ -359,7 +359,10 @@ def test_a_t5gemma_is_one_of_ours_only_where_its_attentions_differ() -> None:
     ("changes", "line"),
     [
         ({"decoder": None}, "config.json: decoder must be a part with settings of its own (got None)"),
-        ({"is_encoder_decoder": False}, "config.json: is_encoder_decoder false, and an encoder alone caches nothing"),
+        (
+            {"is_encoder_decoder": False},
+            "config.json: is_encoder_decoder must be true: an encoder alone caches nothing",
+        ),
         (
             {"num_key_value_heads": 2},
             "config.json: num_key_value_heads, and transformers ignores it in t5gemma; is its",

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "kvfold"
 
 LAYERS = [
-    {"errors", "faults", "inputs", "machine", "shape", "progress", ""},
+    {"errors", "faults", "inputs", "machine", "schema", "shape", "progress", ""},
     {"output", "finite", "lock", "record", "state", "roofline", "rope", "linalg", "merge", "sharing", "budget"}
     | {"attention"}
     | {"planes", "factor", "latents", "crossed"},
-    {"methods", "families"},
+    {"methods", "families", "manifest"},
     {
         "recipe",
         "checkpoint",
@@ -41,6 +41,7 @@ LAYERS = [
         "texts",
         "textfile",
         "foreign",
+        "headers",
     }
     | {"lineage", "moments", "sensitivity", "seq2seq", "seq2seq_moments", "spool", "recall"},
     {"distill", "training", "precision", "stages", "uptrain", "pretrain", "seq2seq_scores"}

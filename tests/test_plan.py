@@ -202,7 +202,7 @@ def test_heads_below_the_tensor_parallel_size(saved: Callable[..., Path]) -> Non
 
 
 def test_heads_that_cannot_be_split(saved: Callable[..., Path]) -> None:
-    config = LLAMA_2_7B | {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128}
+    config = LLAMA_2_7B | {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128}
     made = plan(saved(config), settings={"kv_heads": 6}, options=PlanSettings(tensor_parallel=4))
     assert "6 key/value heads cannot be split evenly over 4 devices" in warnings(made)
     assert "6 key/value heads is not a power of two" in warnings(made)
@@ -267,7 +267,9 @@ def test_a_plan_is_json_and_a_table(saved: Callable[..., Path]) -> None:
 
 def test_the_root_teacher_is_the_measure(saved: Callable[..., Path]) -> None:
     folder = saved(LLAMA_2_7B | {"num_key_value_heads": 8})
-    (folder / "kvfold.json").write_text(json.dumps({"format": 1, "root": {"config": LLAMA_2_7B}}))
+    root = {"hash": "b", "name": "teacher", "config": LLAMA_2_7B}
+    lineage = {"format": 1, "inputs": "a", "hash": "c", "root": root, "steps": []}
+    (folder / "kvfold.json").write_text(json.dumps(lineage))
     made = plan(folder, settings={"kv_heads": 4})
     assert made.root_cache_bytes_per_token == 524_288
     assert ("  as a part of the root teacher's", "25.0%", "12.5%") in made.rows()
@@ -302,7 +304,7 @@ def test_sources_that_cannot_be(tmp_path: Path, saved: Callable[..., Path]) -> N
         plan(saved(LLAMA_2_7B))
     with pytest.raises(SettingError, match="gqa: kv_heads 5 does not divide the 32 query heads of layer 0; choose 1"):
         plan(saved(LLAMA_2_7B), settings={"kv_heads": 5})
-    with pytest.raises(SettingError, match="dtype 'int8'"):
+    with pytest.raises(UnsupportedModel, match=r"torch_dtype must be one of .*float16.* \(got 'int8'\)"):
         plan(saved(LLAMA_2_7B | {"torch_dtype": "int8"}), settings={"kv_heads": 8})
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kvfold.errors import CheckpointError
-from kvfold.shards import CHUNK, JOURNAL, TensorSpec, Writer, digest, stored_tensors
+from kvfold.headers import TensorSpec
+from kvfold.shards import CHUNK, JOURNAL, Writer, digest, stored_tensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool")
 SPECS = st.builds(TensorSpec, st.lists(st.integers(0, 5), max_size=3).map(tuple), st.sampled_from(DTYPES))
@@ -247,13 +248,19 @@ def test_file_that_is_too_long(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (b"{not json", "header cannot be read"),
+        (b"{not json", "its safetensors header: is not JSON"),
         (b'["a list"]', "header cannot be read"),
-        (b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}', "KeyError('F7')"),
+        (b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}', "has a dtype that is not known (got 'F7')"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "a 4 bytes, its shape needs 8"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "its header gives tensor a"),
-        (b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', "a shape is not of whole numbers"),
-        (b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}', "a shape is not of whole numbers"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+            "data_offsets of tensor a are not two whole",
+        ),
+        (
+            b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+            "shape of tensor a is not of whole numbers",
+        ),
+        (b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}', "shape of tensor a is not of whole numb"),
     ],
 )
 def test_damaged_header(tmp_path: Path, header: bytes, said: str) -> None:

@@ -18,15 +18,20 @@ from kvfold import sidecar
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import Family, source_family
 from kvfold.foreign import check_folder, check_names
-from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, read_json, tidy, write_json
+from kvfold.headers import FLOATS, TensorSpec
+from kvfold.inputs import load_json
+from kvfold.manifest import FORMAT, read_lineage
+from kvfold.output import CLAIM, MANIFEST, disk_errors, fingerprint, tidy, write_json
 from kvfold.progress import SILENT, Progress
+from kvfold.schema import check_generation
 from kvfold.shape import WHOLE, Shape
-from kvfold.shards import FLOATS, Stored, TensorSpec, Writer, digest, has_weights, stored_tensors, tensors_hash
+from kvfold.shards import Stored, Writer, digest, has_weights, stored_tensors, tensors_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "FORMAT",
     "Checkpoint",
     "TensorSpec",
     "Writer",
@@ -38,7 +43,6 @@ __all__ = [
     "save_model",
 ]
 
-FORMAT = 1  # of kvfold.json
 DEMO = Path(__file__).parent / "assets" / "demo"
 TIED = "lm_head.weight"  # left out of names and hash when the config ties it and it equals the embedding
 
@@ -58,6 +62,12 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
     Raises CheckpointError when there is no such directory and the hub has no such model either.
     """
     path = DEMO if str(source) == "kvfold:demo" else Path(source)
+    try:
+        os.stat(path)
+    except FileNotFoundError:  # looked for elsewhere, below
+        pass
+    except (OSError, ValueError) as error:  # too long a name, a loop of links, no permission, a NUL
+        raise CheckpointError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
     if path.is_dir():
         if path.name.endswith(".partial") and (path / CLAIM).exists():
             raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
@@ -102,10 +112,10 @@ def _download(source: str, *, weights: bool) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a directory. Raises CheckpointError when it is missing or no JSON object."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         check_folder(folder)
         raise CheckpointError("no config.json", where=folder, next="is this a transformers checkpoint?")
-    config = read_json(path)
+    config = load_json(path)
     if not isinstance(config, dict):
         raise CheckpointError("is not a JSON object", where=path, next="download it again")
     return config
@@ -116,7 +126,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
         self.path, self.name, self.config = path, name, config
-        self.family: Family = source_family(config, where=path)
+        self.family: Family = source_family(config, where=path / "config.json")
         self.shape: Shape = self.family.shape(config)
         if not has_weights(path):
             check_folder(path)
@@ -128,14 +138,8 @@ class Checkpoint:
         self._check_tie()
         if self._tied_twice():
             del self._stored[TIED]
-        manifest = path / MANIFEST
-        self.lineage: dict[str, Any] | None = read_json(manifest)
-        if manifest.exists() and not (isinstance(self.lineage, dict) and self.lineage.get("format") == FORMAT):
-            raise CheckpointError(
-                f"is not a lineage of format {FORMAT}",
-                where=manifest,
-                next="restore it, or delete it to start a new one",
-            )
+        self.lineage: dict[str, Any] | None = read_lineage(path)
+        check_generation(path, self.shape.vocab_size)
         self._verify()
 
     @classmethod
@@ -325,7 +329,7 @@ class Checkpoint:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _same_module(first: str, second: str) -> bool:

@@ -66,21 +66,37 @@ def read_text(path: Path, *, limit: int = SMALL, error: type[KvfoldError] = Chec
         raise error("is not UTF-8 text", where=path, got=f"byte {failure.start}") from failure
 
 
-def load_json(path: Path, *, limit: int = SMALL, error: type[KvfoldError] = CheckpointError) -> Any:
-    """The JSON value in a file. Raises `error` for what is no JSON, or nested deeper than `DEPTH`."""
-    return parse_json(read_text(path, limit=limit, error=error), where=path, error=error)
+def load_json(
+    path: Path, *, limit: int = SMALL, error: type[KvfoldError] = CheckpointError, unique: bool = False
+) -> Any:
+    """The JSON value in a file; see `parse_json`. Raises `error`."""
+    return parse_json(read_text(path, limit=limit, error=error), where=path, error=error, unique=unique)
 
 
-def parse_json(text: str | bytes, *, where: object, error: type[KvfoldError] = CheckpointError) -> Any:
-    """A JSON value from text. Raises `error` for what is no JSON, or nested deeper than `DEPTH`."""
+def parse_json(
+    text: str | bytes, *, where: object, error: type[KvfoldError] = CheckpointError, unique: bool = False
+) -> Any:
+    """A JSON value from text. Raises `error` for what is no JSON, or nested deeper than `DEPTH`.
+
+    With `unique`, also for a mapping that has a key twice, of which Python would keep the last.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once if unique else None)
     except RecursionError:
         raise _deep(where, error) from None
     except ValueError as failure:
         raise error(f"is not JSON: {failure}", where=where, next="is the file truncated?") from failure
     check_depth(value, where=where, error=error)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def check_depth(value: Any, *, where: object, error: type[KvfoldError] = CheckpointError) -> None:

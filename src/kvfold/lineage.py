@@ -75,7 +75,7 @@ def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     return [
-        {"stage": step["stage"], "seconds": step["wall_seconds"], "tokens": step["tokens"]}
+        {"stage": step["stage"], "seconds": step.get("wall_seconds"), "tokens": step.get("tokens")}
         | ({key: step[key] for key in ("settings", "found") if key in step} if step["stage"] == "convert" else {})
         for step in steps
         if step["stage"] != "pretrain"

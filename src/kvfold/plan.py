@@ -17,7 +17,7 @@ from kvfold.checkpoint import locate, read_config
 from kvfold.engines import Engine, engines
 from kvfold.errors import SettingError, choices
 from kvfold.families import family_of, source_family
-from kvfold.output import MANIFEST, read_json
+from kvfold.manifest import read_lineage
 from kvfold.recipe import decode
 from kvfold.roofline import Hardware, HardwareName, Step, cache_share, decode_step, hardware
 from kvfold.shape import DTYPE_BYTES, CacheSpec, Shape, grouped_cache
@@ -280,7 +280,9 @@ def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     """The config.json and the lineage (kvfold.json) of a source, fetching no weights. Raises CheckpointError."""
     path = Path(src)
     folder = path.parent if path.name == "config.json" and path.is_file() else locate(src, weights=False)
-    return read_config(folder), read_json(folder / MANIFEST)
+    config = read_config(folder)
+    family_of(config, folder / "config.json")  # checked here, where its place is known
+    return config, read_lineage(folder)
 
 
 def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
@@ -301,8 +303,6 @@ def _root(lineage: Mapping[str, Any] | None) -> Shape | None:
 
 
 def _itemsize(dtype: str) -> int:
-    if dtype not in DTYPE_BYTES:
-        raise SettingError(f"dtype {dtype!r} of config.json is not known", allowed=choices(DTYPE_BYTES))
     return DTYPE_BYTES[dtype]
 
 

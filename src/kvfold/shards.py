@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import threading
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kvfold.errors import CheckpointError
 from kvfold.finite import check_finite
-from kvfold.inputs import open_regular
+from kvfold.headers import CODES, ITEMSIZE, TensorSpec, check_name, read_header
+from kvfold.inputs import load_json, open_regular
 from kvfold.output import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -29,42 +29,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 22  # bytes that are cast, digested and written at a time
 HEADER_LIMIT = 100_000_000  # bytes, as safetensors' own reader has it
-FLOATS = ("bfloat16", "float16", "float32", "float64")  # what can be folded; eight-bit floats come with scales
 JOURNAL = ".shards.json"  # in an unfinished folder: the shards that are whole
-
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
-    **{f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)},
-    **{f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)},
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_ITEMSIZE = {
-    dtype: 1 if code == "BOOL" else int(code.strip("BFIU").split("_")[0]) // 8 for code, dtype in _DTYPES.items()
-}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor, the dtype in torch's words: `bfloat16`, `float32`, ..."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def floating(self) -> bool:
-        """Does it hold floating numbers that are whole in themselves?"""
-        return self.dtype in FLOATS
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * _ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -108,10 +73,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def _sharded(index: Path, suffix: str, reader: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     """The tensors that an index names, each from the shard that it names."""
-    content = read_json(index)
+    content = load_json(index, unique=True)
     where = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise CheckpointError("is not an index: no weight_map of tensor names to files", where=index)
+    for name in where:
+        check_name(index, name)
     found: dict[str, Stored] = {}
     for file in sorted(set(where.values())):
         path = _inside(index, file)
@@ -145,7 +112,12 @@ def lies_inside(folder: Path, file: str | Path) -> bool:
 
 def _inside(index: Path, file: str) -> Path:
     """The path of a shard, which must lie in the folder of its index."""
-    if not lies_inside(index.parent, file):
+    try:
+        (index.parent / file).is_file()
+        inside = lies_inside(index.parent, file)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half of a surrogate pair, a loop of links
+        raise CheckpointError("the index names a file that cannot be", where=index, got=repr(file)) from error
+    if not inside:
         raise CheckpointError(
             "the index names a file outside the checkpoint's directory",
             where=index,
@@ -157,8 +129,8 @@ def _inside(index: Path, file: str) -> Path:
 
 def _safetensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, from its header. Raises CheckpointError when the file is not what it says."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
+    with os.fdopen(open_regular(file), "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
         start = opened.read(8)
         length = int.from_bytes(start, "little")
         if start == b"version ":
@@ -170,23 +142,8 @@ def _safetensors(file: Path) -> dict[str, Stored]:
                 got=f"{size:,} bytes",
                 next="download it again",
             )
-        try:
-            header = dict(json.loads(opened.read(length)))
-            header.pop("__metadata__", None)
-            entries = {
-                name: (TensorSpec(tuple(entry["shape"]), _DTYPES[entry["dtype"]]), *entry["data_offsets"])
-                for name, entry in header.items()
-            }
-            if not all(isinstance(n, int) and n >= 0 for spec, *_ in entries.values() for n in spec.shape):
-                raise ValueError("a shape is not of whole numbers")
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"its safetensors header cannot be read: {error!r}", where=file) from error
-    data = 8 + length
-    for name, (spec, begin, end) in entries.items():
-        if not 0 <= begin <= end or end - begin != spec.nbytes:
-            raise CheckpointError(
-                f"its header gives tensor {name} {end - begin} bytes, its shape needs {spec.nbytes}", where=file
-            )
+        content = opened.read(length)
+    data, entries = 8 + length, read_header(file, content)
     expected = data + max((end for _, _, end in entries.values()), default=0)
     if size != expected:
         raise CheckpointError(
@@ -215,7 +172,7 @@ def _mapped(file: Path, begin: int, spec: TensorSpec) -> Tensor:
         view = mmap.mmap(descriptor, slack + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - slack)
     finally:
         os.close(descriptor)
-    if begin % _ITEMSIZE[spec.dtype]:  # a file whose header is not padded: torch wants whole elements
+    if begin % ITEMSIZE[spec.dtype]:  # a file whose header is not padded: torch wants whole elements
         return torch.frombuffer(bytearray(view[slack:]), dtype=dtype).view(spec.shape)
     return torch.frombuffer(view, dtype=dtype, count=spec.numel, offset=slack).view(spec.shape)
 
@@ -248,10 +205,26 @@ def _pickled(file: Path) -> dict[str, Stored]:
             got=inside,
             next="save the state_dict of its model alone, as safetensors",
         )
+    for name, tensor in content.items():
+        _check_pickled(file, name, tensor)
     return {
         name: Stored(TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")), file, tensor.contiguous)
         for name, tensor in content.items()
     }
+
+
+def _check_pickled(file: Path, name: Any, tensor: Tensor) -> None:
+    """Refuse a tensor of a `.bin` file that is not plain numbers, or larger than the file that it should lie in."""
+    import torch
+
+    check_name(file, name)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"tensor {name} is not of plain numbers", where=file, got=f"{dtype}, {tensor.layout}, {tensor.device}"
+        )
+    if tensor.numel() * ITEMSIZE[dtype] > file.stat().st_size:
+        raise CheckpointError(f"tensor {name} is larger than its file", where=file, got=tuple(tensor.shape))
 
 
 # --- digests --------------------------------------------------------------------------------------------------------
@@ -267,7 +240,7 @@ def chunks(tensor: Tensor, dtype: str, name: str | None, where: object = None) -
 
     target = getattr(torch, dtype)
     flat = tensor.detach().reshape(-1)
-    step = CHUNK // _ITEMSIZE[dtype]
+    step = CHUNK // ITEMSIZE[dtype]
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step]
         if name is not None:
@@ -324,13 +297,13 @@ def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
     shards = []
     for file, part in zip(names, parts, strict=True):
         # wide elements first: every tensor then begins at a multiple of its own element
-        ordered = sorted(part, key=lambda name: -_ITEMSIZE[specs[name].dtype])
+        ordered = sorted(part, key=lambda name: -ITEMSIZE[specs[name].dtype])
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in ordered:
             spec = specs[name]
             header[name] = {
-                "dtype": _CODES[spec.dtype],
+                "dtype": CODES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [offset, offset + spec.nbytes],
             }

@@ -237,7 +237,7 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
     if settings.tokens is not None:
         return settings.tokens
     steps = (source.lineage or {}).get("steps", [])
-    known = sum(step["tokens"] or 0 for step in steps if step["stage"] == "pretrain")
+    known = sum(step.get("tokens") or 0 for step in steps if step["stage"] == "pretrain")
     pretraining = settings.pretraining_tokens or known
     if not pretraining:
         raise SettingError(

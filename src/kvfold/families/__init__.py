@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, cast
 
 from kvfold.errors import UnsupportedModel, did_you_mean
+from kvfold.schema import Fields, check_common
 from kvfold.shape import Shape, Site
 
 Json = Mapping[str, Any]
@@ -30,7 +31,8 @@ class Family:
     about: str
     attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
     tensors: Mapping[str, str]  # role -> tensor name below that module
-    shape: Callable[[Json], Shape]  # config.json -> Shape; raises UnsupportedModel
+    check: Callable[[Fields], None]  # is every field of config.json that is read what it may be? see `kvfold.schema`
+    shape: Callable[[Json], Shape]  # a checked config.json -> Shape; raises UnsupportedModel
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> what says it in config.json: see `with_fields`
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
     mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
@@ -98,8 +100,11 @@ def _quantised(config: Json) -> str | None:
     return next((kind for each in parts if (kind := _quantised(each))), None)
 
 
-def family_of(config: Json) -> Family:
-    """The family that takes this `config.json`. Raises UnsupportedModel, also for quantised weights."""
+def family_of(config: Json, where: object = "config.json") -> Family:
+    """The family that takes this `config.json`, whose fields it checks; `where` names the file in an error.
+
+    Raises UnsupportedModel, also for quantised weights.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel("config.json has no model_type", next="is this a transformers checkpoint?")
@@ -116,6 +121,9 @@ def family_of(config: Json) -> Family:
             allowed=", ".join(sorted(known)),
             next=did_you_mean(model_type, known),
         )
+    fields = Fields(config, where)
+    check_common(fields)
+    known[model_type].check(fields)
     return known[model_type]
 
 
@@ -124,7 +132,7 @@ def source_family(config: Json, where: object = None) -> Family:
 
     Raises UnsupportedModel as `family_of` does, and for an architecture with another head, or with none.
     """
-    family = family_of(config)
+    family = family_of(config, where or "config.json")
     named = config.get("architectures") or []
     allowed = family.architectures[config["model_type"]]
     known = {name.lower() for name in (*family.architectures.values(), *family.aliases)}

@@ -10,12 +10,35 @@ One with latent keys and values is a `kvfold_latent_llama`, one with linear atte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json, own_type, stock_type
+from kvfold.schema import (
+    ACTIVATION,
+    EPSILON,
+    HEADS,
+    LAYERS,
+    POSITIONS,
+    SHARE,
+    TEXTS,
+    VOCABULARY,
+    WHOLES,
+    WIDTH,
+    YES_NO,
+    Fields,
+    Rule,
+    Rules,
+    check_parts,
+    check_rope,
+    check_tokens,
+    decimal,
+    one_of,
+    only,
+    whole,
+)
 from kvfold.shape import Attention, Linear, Rope, Shape, Site, with_latent, with_linear
 
 TENSORS = {
@@ -55,6 +78,115 @@ OURS = ("per_layer_config", _SOURCES, _TYPES, _SETTINGS)
 """What config.json says of a model type of ours beyond what it says of a stock one."""
 
 _PLANES, _WIDTHS = "rope_chunks", "latent_dims"
+
+
+DECODER: Rules = {
+    "hidden_size": WIDTH.needed,
+    "num_attention_heads": HEADS.needed,
+    "num_hidden_layers": LAYERS.needed,
+    "intermediate_size": WIDTH.needed,
+    "vocab_size": VOCABULARY.needed,
+    "head_dim": WIDTH.or_null,
+    "max_position_embeddings": POSITIONS,
+    "hidden_act": ACTIVATION,
+    "rms_norm_eps": EPSILON,
+    "initializer_range": decimal(0, 1),
+    "attention_dropout": SHARE,
+    "is_encoder_decoder": only(False, "false"),
+    _TYPES: TEXTS.or_null,
+    "mlp_layer_types": TEXTS.or_null,
+    "per_layer_config": Rule(dict[str, dict[str, Any]], "a mapping of layers to fields").or_null,
+    _SOURCES: WHOLES.or_null,
+    _PLANES: WHOLES.or_null,
+    _WIDTHS: WHOLES.or_null,
+    _SETTINGS: Rule(dict[str, Any], "a mapping").or_null,
+}
+"""What the fields of every decoder of this layout may be."""
+
+QWEN: Rules = {
+    "num_key_value_heads": HEADS.needed,
+    "use_sliding_window": YES_NO,
+    "sliding_window": POSITIONS.or_null,
+    "max_window_layers": whole(0, 1 << 20),
+}
+"""And those of a Qwen."""
+
+_LINEAR_PARTS: Rules = {
+    "features": one_of("relu", "hedgehog", "none").needed,
+    "feature_dim": whole(0, 1 << 16).needed,
+    "rope": one_of("before", "after").needed,
+    "norm": one_of("groupnorm", "denominator").needed,
+    "decay": one_of("none", "slopes", "retnet").needed,
+    "window": whole(0, 1 << 31).needed,
+    "sinks": whole(0, 1 << 31).needed,
+}
+
+
+def check_decoder(
+    fields: Fields, rules: Rules, kinds: Collection[str], window: int | None = None, head_dim: int | None = None
+) -> None:
+    """Check a config.json of this layout: its own rules, the layers that it may name, and the rotation of its heads.
+
+    `kinds` are the types of layer that the architecture can have here; `head_dim` is that of one that does not say.
+    """
+    fields.check({**DECODER, **rules})
+    check_parts(fields)
+    check_tokens(fields, fields.config["vocab_size"])
+    width = fields.get("head_dim", head_dim)
+    if width is None:
+        fields.check_divides("num_attention_heads", "hidden_size")
+        width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
+    check_rope(fields, width)
+    linear = fields.config["model_type"] in map(linear_type, LINEAR)
+    _check_layers(fields, {"full_attention", LINEAR_LAYER} if linear else kinds)
+    if linear:
+        if window is not None:
+            raise fields.refusal("sliding_window bounds the cache of layers that are linear", next="set it to null")
+        _check_linear(fields.inside(_SETTINGS), width)
+    if fields.config["model_type"] in map(latent_type, LATENT):
+        for planes in fields.config.get(_PLANES) or ():
+            if planes > width // 2:
+                raise fields.refusal(f"{_PLANES} must not be above {width // 2}", got=planes)
+
+
+def check_qwen(fields: Fields, rules: Rules, head_dim: int | None = None) -> None:
+    """Check a config.json of a Qwen: its upper layers may have windows."""
+    fields.check(rules)  # before the window is looked at
+    window = fields.config.get("sliding_window", 4096) if fields.get("use_sliding_window") else None
+    kinds = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
+    sliding = any(each is not None for each in upper_windows(fields.config)) if window is not None else False
+    check_decoder(fields, rules, kinds, window if sliding else None, head_dim)
+
+
+def _check_layers(fields: Fields, kinds: Collection[str]) -> None:
+    """Check the names of layers, where config.json has them."""
+    layers = fields.config["num_hidden_layers"]
+    for name, known in ((_TYPES, kinds), ("mlp_layer_types", ("dense",))):
+        said = fields.get(name)
+        if said is not None and (len(said) != layers or set(said) - set(known)):
+            raise fields.refusal(f"{name} must name {layers} layers", got=repr(said), allowed=", ".join(sorted(known)))
+
+
+def _check_linear(fields: Fields, head_dim: int) -> None:
+    """Check the settings of linear attention, and that they go together."""
+    fields.check(_LINEAR_PARTS)
+    said = fields.config
+    features, width, window = said["features"], said["feature_dim"], said["window"]
+    problem = None
+    if (features == "none") != (width == 0):
+        problem = f"feature_dim {width} cannot be of features {features}"
+    elif features == "hedgehog" and width % 2:
+        problem = f"feature_dim {width} is odd, and hedgehog takes both signs of each number"
+    elif (features == "none" or said["sinks"]) and not window:
+        problem = "features none and sinks need a window, and window is 0"
+    elif features != "none" and said["norm"] == "groupnorm" and window:
+        problem = f"norm groupnorm has no denominator that a window of {window} could share"
+    elif features != "none" and said["rope"] == "after" and said["norm"] == "denominator":
+        problem = "norm denominator needs positive scores, and with rope after features they have either sign"
+    elif features != "none" and said["rope"] == "after" and width != head_dim:
+        problem = f"feature_dim {width} cannot be rotated as heads of {head_dim} are"
+    if problem:
+        raise fields.refusal(problem)
 
 
 def latent_type(model_type: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Json, own_type
 from kvfold.families._decoder import number
+from kvfold.schema import WIDTH, Rule, Rules, only
 from kvfold.shape import Attention, Kind, Shape, Site, with_encoder_latent
 
 HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_key_value_heads"}
@@ -26,6 +27,18 @@ LATENT = "cross_latent_dim"
 
 CLASSES = {"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"}
 """Stock model types whose attention takes any number of key/value heads, and what transformers' classes begin with."""
+
+_COUNTS = Rule(int | list[int], "a positive whole number").or_null
+
+PAIRED: Rules = {
+    "is_encoder_decoder": only(True, "true: an encoder alone caches nothing"),
+    **dict.fromkeys(HEADS.values(), _COUNTS),
+    LATENT: WIDTH.or_null,
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), Rule(None, "absent: the rotation is a part's, or none")),
+    **dict.fromkeys(("sliding_window", "layer_types"), Rule(None, "absent: windows are a part's, or none")),
+    "per_layer_config": Rule(None, f"absent: {HEADS['self']} may be a list"),
+}
+"""What the fields of every encoder-decoder may be."""
 
 
 def architectures(*model_types: str) -> dict[str, str]:

@@ -12,10 +12,56 @@ from __future__ import annotations
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import architectures, decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
+from kvfold.schema import (
+    ACTIVATION,
+    HEADS,
+    LAYERS,
+    POSITIONS,
+    SHARE,
+    VOCABULARY,
+    WIDTH,
+    YES_NO,
+    Fields,
+    Rules,
+    check_parts,
+    check_tokens,
+    decimal,
+)
 from kvfold.shape import Attention, Shape, Site
 
+PARTS = ("encoder", "decoder")
 OFFSET = 2  # rows of the tables of positions that stand for none
+
+_RULES: Rules = {
+    **PAIRED,
+    "d_model": WIDTH.needed,
+    "vocab_size": VOCABULARY.needed,
+    "max_position_embeddings": POSITIONS.needed,
+    **{f"{part}_layers": LAYERS.needed for part in PARTS},
+    **{f"{part}_attention_heads": HEADS.needed for part in PARTS},
+    **{f"{part}_ffn_dim": WIDTH.needed for part in PARTS},
+    "activation_function": ACTIVATION,
+    "init_std": decimal(0, 1e3),
+    **{f"{part}_layerdrop": decimal(0, 1) for part in PARTS},
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), SHARE),
+    **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
+}
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
+
+
+def _check(fields: Fields) -> None:
+    fields.check(_RULES)
+    for alias, name in _ALIASES.items():
+        fields.check_alias(alias, name)
+    for part in PARTS:
+        fields.check_divides(f"{part}_attention_heads", "d_model")
+    check_parts(fields)
+    check_tokens(fields, fields.config["vocab_size"])
 
 
 def _shape(config: Json) -> Shape:
@@ -68,6 +114,7 @@ FAMILY = Family(
         for role in "qkvo"
         for end, name in (("", "weight"), ("_bias", "bias"))
     },
+    check=_check,
     shape=_shape,
     fields=fields,
     tiny=lambda: {

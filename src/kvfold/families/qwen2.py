@@ -6,8 +6,10 @@ from kvfold.families import Family, Json
 from kvfold.families._decoder import (
     EMBEDDING,
     MLP,
+    QWEN,
     TENSORS,
     architectures,
+    check_qwen,
     decoder_shape,
     heads_fields,
     tiny_decoder,
@@ -27,6 +29,7 @@ FAMILY = Family(
     about="Qwen2 and Qwen2.5 (biases on q, k and v)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
+    check=lambda fields: check_qwen(fields, QWEN),
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen2", "Qwen2ForCausalLM"),

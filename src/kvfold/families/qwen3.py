@@ -10,16 +10,21 @@ from kvfold.families import Family, Json
 from kvfold.families._decoder import (
     EMBEDDING,
     MLP,
+    QWEN,
     TENSORS,
     architectures,
+    check_qwen,
     decoder_shape,
     heads_fields,
     tiny_decoder,
     upper_windows,
 )
+from kvfold.schema import WIDTH, YES_NO, Rules
 from kvfold.shape import Shape
 
 HEAD_DIM = 128  # where config.json does not say: the architecture's own, whatever the width
+
+_RULES: Rules = {**QWEN, "head_dim": WIDTH, "attention_bias": YES_NO}
 
 
 def _shape(config: Json) -> Shape:
@@ -40,6 +45,7 @@ FAMILY = Family(
     about="Qwen3 (q and k normed before RoPE)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
+    check=lambda fields: check_qwen(fields, _RULES, HEAD_DIM),
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen3", "Qwen3ForCausalLM"),

@@ -12,14 +12,86 @@ A student with fewer key/value heads, or with a latent of the encoder's output, 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import architectures, decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
+from kvfold.schema import (
+    ACTIVATION,
+    EPSILON,
+    HEADS,
+    LAYERS,
+    SHARE,
+    VOCABULARY,
+    WIDTH,
+    YES_NO,
+    Fields,
+    Rules,
+    check_parts,
+    check_tokens,
+    decimal,
+    one_of,
+    whole,
+)
 from kvfold.shape import Attention, Shape, Site
 
 POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
 BIAS = "relative_attention_bias"  # (buckets, H): the role that only the first self-attention of a stack has
+
+_ACTIVATIONS = get_args(ACTIVATION.kind)
+_RULES: Rules = {
+    **PAIRED,
+    "d_model": WIDTH.needed,
+    "d_kv": WIDTH.needed,
+    "num_heads": HEADS.needed,
+    "num_layers": LAYERS.needed,
+    "num_decoder_layers": LAYERS.or_null,
+    "d_ff": WIDTH.needed,
+    "vocab_size": VOCABULARY.needed,
+    "relative_attention_num_buckets": whole(4, 1 << 16),
+    "relative_attention_max_distance": whole(2, (1 << 31) - 1),
+    "feed_forward_proj": one_of(*_ACTIVATIONS, *(f"gated-{name}" for name in _ACTIVATIONS)),
+    "dense_act_fn": ACTIVATION,
+    "is_gated_act": YES_NO,
+    "dropout_rate": SHARE,
+    "classifier_dropout": SHARE,
+    "layer_norm_epsilon": EPSILON,
+    "initializer_factor": decimal(0, 1e6),
+    "is_decoder": YES_NO,
+}
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+
+
+def _check(fields: Fields) -> None:
+    fields.check(_RULES)
+    for alias, name in _ALIASES.items():
+        fields.check_alias(alias, name)
+    check_parts(fields)
+    check_tokens(fields, fields.config["vocab_size"])
+    buckets, distance = (
+        fields.get(f"relative_attention_{name}", default)
+        for name, default in (("num_buckets", 32), ("max_distance", 128))
+    )
+    if distance <= buckets // 2:
+        raise fields.refusal(
+            "relative_attention_max_distance must be above half of the buckets",
+            got=distance,
+            allowed=f"above {buckets // 2}",
+        )
+    if fields.get("is_gated_act", _gated(fields.config)) != _gated(fields.config):
+        raise fields.refusal("is_gated_act and feed_forward_proj differ", got=fields.config["is_gated_act"])
+
+
+def _gated(config: Json) -> bool:
+    """Has the MLP a gate? Where config.json is silent: as transformers takes it."""
+    silent = "gated-gelu" if stock_type(config) == "mt5" else "relu"
+    return str(config.get("feed_forward_proj", silent)).startswith("gated-")
 
 
 def _shape(config: Json) -> Shape:
@@ -32,8 +104,7 @@ def _shape(config: Json) -> Shape:
     sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
     sites |= decoder_sites(config, alone, replace(alone, permutable=True), decoders)
     sites[Site(0)] = replace(sites[Site(0)], extra=table)
-    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
-    forward = (3 if gated else 2) * hidden * inner
+    forward = (3 if _gated(config) else 2) * hidden * inner
     encoder, decoder = parameters(sites)
     encoder += layers * (forward + 2 * hidden) + hidden
     decoder += decoders * (forward + 3 * hidden) + hidden
@@ -62,6 +133,7 @@ FAMILY = Family(
         "cross": "decoder.block.{layer}.layer.1.EncDecAttention",
     },
     tensors={**{role: f"{role}.weight" for role in "qkvo"}, "v_bias": "v.bias"},
+    check=_check,
     shape=_shape,
     fields=fields,
     tiny=lambda: {

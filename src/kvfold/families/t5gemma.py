@@ -19,7 +19,26 @@ from typing import Any
 from kvfold.errors import UnsupportedModel
 from kvfold.families import Family, Json, stock_type
 from kvfold.families._decoder import number, rope_of
-from kvfold.families._encoder_decoder import architectures, decoder_sites, own_fields, parameters, stock_fields
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, own_fields, parameters, stock_fields
+from kvfold.schema import (
+    ACTIVATION,
+    EPSILON,
+    HEADS,
+    LAYERS,
+    POSITIONS,
+    SHARE,
+    TEXTS,
+    VOCABULARY,
+    WIDTH,
+    YES_NO,
+    Fields,
+    Rules,
+    check_common,
+    check_parts,
+    check_rope,
+    check_tokens,
+    decimal,
+)
 from kvfold.shape import Attention, Shape, Site
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
@@ -27,10 +46,58 @@ STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
 
 KINDS = ("sliding_attention", "full_attention")
 
+VOCAB = 256_000  # where the whole does not say
+
+_WHOLE: Rules = {
+    **PAIRED,
+    "vocab_size": VOCABULARY,
+    "initializer_range": decimal(0, 1),
+    **dict.fromkeys(("dropout_rate", "classifier_dropout_rate", "attention_dropout"), SHARE),
+}
+_PART: Rules = {
+    "hidden_size": WIDTH.needed,
+    "intermediate_size": WIDTH.needed,
+    "num_hidden_layers": LAYERS.needed,
+    "num_attention_heads": HEADS.needed,
+    "num_key_value_heads": HEADS.needed,
+    "vocab_size": VOCABULARY.needed,
+    "head_dim": WIDTH,
+    "query_pre_attn_scalar": WIDTH,
+    "sliding_window": POSITIONS.or_null,
+    "attn_logit_softcapping": decimal(1e-6, 1e6).or_null,
+    "final_logit_softcapping": decimal(1e-6, 1e6).or_null,
+    "max_position_embeddings": POSITIONS,
+    "hidden_activation": ACTIVATION,
+    "rms_norm_eps": EPSILON,
+    "initializer_range": decimal(0, 1),
+    **dict.fromkeys(("attention_dropout", "dropout_rate"), SHARE),
+    **dict.fromkeys(("attention_bias", "is_decoder"), YES_NO),
+    "layer_types": TEXTS.or_null,
+}
+
+
+def _check(fields: Fields) -> None:
+    fields.check(_WHOLE)
+    check_parts(fields, expected=("encoder", "decoder"))
+    for name in ("encoder", "decoder"):
+        part = fields.inside(name)
+        check_common(part)
+        part.check(_PART)
+        check_parts(part)
+        check_tokens(part, part.config["vocab_size"])
+        part.check_divides("num_attention_heads", "hidden_size")
+        check_rope(part, part.config.get("head_dim", STATED["head_dim"]))
+        if part.config.get("sliding_window", 1) is None and None in _windows({**STATED, **part.config}):
+            raise part.refusal("sliding_window must be a positive whole number", got=None)
+    vocabulary = fields.config["decoder"]["vocab_size"]
+    check_tokens(fields, vocabulary)
+    if fields.config.get("vocab_size", VOCAB) != vocabulary:
+        raise fields.refusal(
+            "vocab_size is not the decoder's", got=fields.config.get("vocab_size", VOCAB), allowed=vocabulary
+        )
+
 
 def _shape(config: Json) -> Shape:
-    if config.get("is_encoder_decoder") is False:
-        raise UnsupportedModel("config.json: is_encoder_decoder false, and an encoder alone caches nothing")
     encoder, decoder = (_part(config, name) for name in ("encoder", "decoder"))
     hidden, vocab, read = number(decoder, "hidden_size"), number(decoder, "vocab_size"), number(encoder, "hidden_size")
     if number(encoder, "vocab_size") != vocab:
@@ -147,6 +214,7 @@ FAMILY = Family(
     tensors={
         f"{role}{end}": f"{role}_proj.{name}" for role in "qkvo" for end, name in (("", "weight"), ("_bias", "bias"))
     },
+    check=_check,
     shape=_shape,
     fields=_fields,
     tiny=lambda: {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,15 +23,16 @@ from transformers import (
 from transformers.utils import logging
 
 from kvfold.checkpoint import Checkpoint, locate
-from kvfold.errors import CheckpointError, DataError, SettingError, choices
+from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
 from kvfold.families import all_families, stock_type
 from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
-from kvfold.inputs import LARGE, read_bytes
+from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
 from kvfold.output import read_json
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # SentencePiece's own names
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+PROBE = "a b"  # what a tokenizer encodes and decodes before it is handed out
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -52,7 +54,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
             if config != source.config:
                 options["config"] = AutoConfig.for_model(**config)
             model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a file of it made go wrong
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
     for problem in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in found.get(f"{problem}_keys", ()))
@@ -95,17 +97,49 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises DataError when it has none, CheckpointError when there is no such place.
     """
     folder = locate(path)
+    _check_files(folder)
     _check_sentencepiece(folder)
     unnamed = _unnamed(folder)
     try:
-        with quiet():
+        with quiet(), _stderr_held():
             tokenizer = AutoTokenizer.from_pretrained(folder, config=_stock_config(folder), **dict.fromkeys(unnamed))
             for name in unnamed:
                 if SPECIAL.get(name) in tokenizer.get_vocab():
                     setattr(tokenizer, name, SPECIAL[name])
-            return tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            tokenizer.decode(tokenizer.encode(PROBE))  # some of what is wrong shows only now
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and its panics are not even those
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
+    return tokenizer
+
+
+@contextmanager
+def _stderr_held() -> Iterator[None]:
+    """Hold back what is written to stderr, and drop it on an error: Rust prints a trace of every panic by itself."""
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        shown = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(shown, held.read())
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files of a tokenizer that are no regular files, too large, or no JSON. Raises DataError."""
+    for name in (*SENTENCEPIECE, "merges.txt", "vocab.txt"):
+        if os.path.lexists(folder / name):
+            check_regular(folder / name, limit=LARGE, error=DataError)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        path = folder / name
+        if os.path.lexists(path) and not isinstance(load_json(path, limit=LARGE, error=DataError), dict):
+            raise DataError("is not a JSON object", where=path, next="download it again")
 
 
 def _unnamed(folder: Path) -> list[str]:
@@ -178,7 +212,9 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
             torch.manual_seed(seed)
             model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind)
             _untie(model, config)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except KvfoldError:
+        raise
+    except Exception as error:  # transformers raises whatever a field made go wrong
         raise SettingError(f"the config makes no model: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
