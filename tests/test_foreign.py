@@ -155,9 +155,8 @@ def test_quantised_weights_in_every_shape_of_config(said: dict[str, Any], tiny_c
     _config(folder, **said)
     with pytest.raises(UnsupportedModel, match=r"the weights are quantised \(.*; convert the unquantised checkpoint"):
         Checkpoint.open(folder)
-    for nothing in (None, {}, ""):
-        _config(folder, **dict.fromkeys(said, nothing))
-        assert Checkpoint.open(folder).names()
+    _config(folder, **dict.fromkeys(said))  # an empty one is refused where transformers cannot read it
+    assert Checkpoint.open(folder).names()
 
 
 # --- .bin -----------------------------------------------------------------------------------------------------------

@@ -121,11 +121,11 @@ WHOLES = Rule(list[int], "a list of whole numbers")
 
 _Index = Annotated[str, pydantic.Field(pattern=r"^-?[0-9]{1,9}$")]
 COMMON: Rules = {
-    "architectures": TEXTS.or_null,
+    "architectures": Rule(list[str] | str, "a list of words").or_null,
     "dtype": one_of(*DTYPE_BYTES).or_null,
     "torch_dtype": one_of(*DTYPE_BYTES).or_null,
     "transformers_version": Rule(str, "text").or_null,
-    "quantization_config": Rule(dict[str, Any], "a mapping").or_null,
+    "quantization_config": Rule(None, "null: transformers reads an empty one as a quantised model"),
     "auto_map": Rule(dict[str, str | list[str | None]], "a mapping of classes to code"),
     "use_cache": YES_NO,
     "tie_word_embeddings": YES_NO,
