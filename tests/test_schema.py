@@ -64,7 +64,7 @@ def refusal(config: dict[str, Any]) -> str:
         ),
         ("llama", {"architectures": [7]}, "architectures must be a list of words or null (got [7])"),
         ("llama", {"quantization_config": {}}, "quantization_config must be null: transformers reads an empty one"),
-        ("llama", {"pad_token_id": 96}, "pad_token_id must be a token id or null (got 96); allowed: -96 to 95"),
+        ("llama", {"pad_token_id": 96}, "pad_token_id must be a token id or null (got 96); allowed: -2"),
         ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id must be a token id, a list of them or null (got [1, '2'])"),
         ("llama", {"layer_types": ["full_attention"]}, "layer_types must name 4 layers (got ['full_attention'])"),
         ("llama", {"sliding_window": 5}, "sliding_window must be null: this architecture has no windows (got 5)"),

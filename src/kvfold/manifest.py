@@ -33,7 +33,7 @@ class _Root(_Part):
 class _Site(_Part):
     planes: Annotated[list[list[int]], pydantic.Field(min_length=1)] | None = None
     lossless: list[Any] | None = None
-    lost: _Number | list[Any] | None = None
+    lost: Any = None  # what it is, its method says: a number, a list, or a mapping
 
 
 class _Heads(_Part):
@@ -122,9 +122,9 @@ def _check_steps(path: Path, lineage: dict[str, Any]) -> None:
             if first in found and any(found.get(name) is None for name in (first, second, "budget")):
                 raise _damaged(path, f"steps.{number}.found has {first} without {second} and budget")
         for name, site in (found.get("sites") or {}).items():
-            whole = isinstance(site.get("lost"), list)
-            if ("planes" in site and (whole or None in (site["planes"], site.get("lost")))) or (
-                site.get("lossless") and not whole
+            lost, planes = site.get("lost"), site.get("planes", [])
+            if ("planes" in site and (planes is None or type(lost) not in (int, float))) or (
+                site.get("lossless") and not isinstance(lost, list)
             ):
                 raise _damaged(path, f"steps.{number}.found.sites.{name} does not say what was lost")
 

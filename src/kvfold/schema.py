@@ -261,7 +261,7 @@ def check_parts(fields: Fields, expected: Iterable[str] = ()) -> None:
 
 
 def check_tokens(fields: Fields, vocabulary: int) -> None:
-    """Check the ids of special tokens. Negative ones are in use (`pad_token_id: -1`): torch counts from the end."""
+    """Check the ids of special tokens. Negative ones are in use (`pad_token_id: -1`): they mean that there is none."""
     one, several = _token_rules(vocabulary)
     names = [name for name in fields.config if name.endswith("_token_id")]
     fields.check({name: several if name in _LISTS else one for name in names})
@@ -270,7 +270,7 @@ def check_tokens(fields: Fields, vocabulary: int) -> None:
 @cache
 def _token_rules(vocabulary: int) -> tuple[Rule, Rule]:
     """What one id may be, and what an id or a list of them."""
-    one = whole(-vocabulary, vocabulary - 1)
+    one = whole(-(1 << 31), vocabulary - 1)
     several = replace(one, kind=one.kind | list[one.kind], words="a token id, a list of them")  # type: ignore[name-defined]
     return replace(one, words="a token id").or_null, several.or_null
 
