@@ -312,8 +312,8 @@ def _ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    assert_same(found, expected)
+def _close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+    assert_same(found, expected, scale=scale)
 
 
 # --- which pairs a check meets -------------------------------------------------------------------------------------
@@ -466,16 +466,22 @@ def test_every_parameter_learns_also_with_checkpointing(pair: Pair) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert model.is_activation_checkpointing
     again = _gradients(model)
+    largest = max(float(gradient.abs().max()) for gradient in plain.values())
+
+    def scale(name: str) -> float | None:
+        # softmax does not feel a bias of keys: its gradient is the sum of numbers that cancel, and all of it rounding
+        return largest if name.endswith("k_proj.bias") else None
+
     for name, gradient in plain.items():
         if _pairs(
             model
         ):  # what every layer reads, biases and the encoder's output, sums its gradients in another order
-            _close(again[name], gradient)
+            _close(again[name], gradient, scale(name))
         else:
             assert torch.equal(again[name], gradient)
     stock = _gradients(pair.stock)
     for name, gradient in plain.items():
-        _close(gradient, _summed(stock[name], gradient, pair.shape.sites[Site(0)].head_dim))
+        _close(gradient, _summed(stock[name], gradient, pair.shape.sites[Site(0)].head_dim), scale(name))
 
 
 # --- determinism ---------------------------------------------------------------------------------------------------

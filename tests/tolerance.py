@@ -18,15 +18,33 @@ SUMS = 64  # one after the other: up to eight layers, of eight sums each
 SIGMAS = 6
 
 
-def allowed(expected: Tensor, *, terms: int = TERMS, sums: int = SUMS, dtype: torch.dtype | None = None) -> float:
-    """The largest difference of two results; `dtype` is what they were computed in, by default that of `expected`."""
+def allowed(
+    expected: Tensor,
+    *,
+    terms: int = TERMS,
+    sums: int = SUMS,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+) -> float:
+    """The largest difference of two results.
+
+    `dtype` is what they were computed in, by default that of `expected`. `scale` is the largest number that is summed,
+    where these cancel; by default the largest of `expected`.
+    """
     eps = torch.finfo(dtype or expected.dtype).eps
-    return SIGMAS * eps / 2 * math.sqrt(2 * terms * sums) * float(expected[expected.isfinite()].abs().max())
+    largest = float(expected[expected.isfinite()].abs().max()) if scale is None else scale
+    return SIGMAS * eps / 2 * math.sqrt(2 * terms * sums) * largest
 
 
 def assert_same(
-    found: Tensor, expected: Tensor, *, terms: int = TERMS, sums: int = SUMS, dtype: torch.dtype | None = None
+    found: Tensor,
+    expected: Tensor,
+    *,
+    terms: int = TERMS,
+    sums: int = SUMS,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
 ) -> None:
     """Assert that two ways of computing one thing agree, as far as the arithmetic can."""
-    bound = allowed(expected.detach(), terms=terms, sums=sums, dtype=dtype)
+    bound = allowed(expected.detach(), terms=terms, sums=sums, dtype=dtype, scale=scale)
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
