@@ -320,8 +320,8 @@ def test_a_shape_and_its_config_say_the_same(saved: Path) -> None:
         ([0, 0, 3, 2], "layer 2 cannot read"),
         ([0, 0, 1, 1], "layer 2 cannot read"),
         ([0, 0], "a layer for each of 4"),
-        ([0, "0", 2, 2], "layer 1 cannot read"),
-        ("0,0,2,2", "a layer for each of 4"),
+        ([0, "0", 2, 2], "kv_source_layers must be a list of whole numbers"),
+        ("0,0,2,2", "kv_source_layers must be a list of whole numbers"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(said: object, told: str, config: dict[str, Any]) -> None:
