@@ -599,16 +599,31 @@ def test_rows_of_a_benchmark_are_turned_as_a_page_asks() -> None:
             with_tables(f"{START.format(asked)}\n{END}", [made])
 
 
-def test_the_figure_of_the_readme_has_a_point_for_each_row(run_dir: Path) -> None:
+def test_the_figure_of_the_readme_labels_each_point(run_dir: Path) -> None:
     text = quality_figure(record.read_all(run_dir))
-    for label in (
-        "teacher",
-        "gqa, kv heads 2, init mean",
-        "gqa, kv heads 1, init mean",
-    ):
+    for label in ("teacher", "gqa, kv heads 2, init mean", "gqa, kv heads 1, init mean"):
         assert f">{label}<" in text
+    assert "legend" not in text
     with pytest.raises(DataError, match="both bytes and loss"):
         quality_figure([])
+
+
+def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_method(tmp_path: Path) -> None:
+    records = [planned(tmp_path, heads, init) for heads in (4, 2, 1) for init in ("mean", "first")]
+    losses = {(4, "mean"): 2.5, (4, "first"): 2.75, (2, "mean"): 2.625, (2, "first"): 2.6875, (1, "mean"): 2.6}
+    records += [
+        evaluated(f"toy/{heads}-{init}", student_row(heads, init=init, alpha=0.05), loss)
+        for (heads, init), loss in losses.items()
+    ]
+    text = with_tables(f"{START.format('front toy')}\n{END}", records)
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| gqa")]
+    assert names == ["gqa, kv heads 4, init mean", "gqa, kv heads 1, init mean"]  # 2 heads: more bytes, more loss
+    assert "init first" not in quality_figure(records)
+    other = {**student_row(2, init="first", alpha=0.05), "method": "cla"}
+    plan = planned(tmp_path, 2, "first")
+    alike = dataclasses.replace(plan, name="b", metrics={**plan.metrics, "method": "cla"})
+    more = [*records, alike, evaluated("toy/other", other, 3.0)]
+    assert "| cla, " in with_tables(f"{START.format('front toy')}\n{END}", more)  # beaten, and the only one of cla
 
 
 def miniature(losses: Mapping[tuple[int, str, float], float | tuple[float, ...]]) -> list[Record]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from kvfold.errors import DataError
 from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
+from kvfold.report.figures import Point
 from kvfold.report.rows import Row, Spread, Study, markdown, studies
 from kvfold.report.sections import quality_points
 
@@ -30,22 +32,49 @@ def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Reco
     return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
 
 
+def front(study: Study) -> Study:
+    """The study with its best students alone: those that no other student beats in both bytes and loss.
+
+    A method that has none among them keeps the student of its lowest loss, so that every method has a row.
+    """
+    sized = [
+        (row.cache_bytes, loss.mean, row)
+        for row in _students(study)
+        if row.cache_bytes and (loss := row.metric("loss"))
+    ]
+    kept = [
+        row
+        for size, loss, row in sized
+        if not any(a <= size and b <= loss and (a, b) != (size, loss) for a, b, _ in sized)
+    ]
+    for method in {row.method for *_, row in sized} - {row.method for row in kept}:
+        kept.append(min((each for each in sized if each[2].method == method), key=lambda each: each[1])[2])
+    return replace(study, rows=tuple(row for row in study.rows if row in kept))
+
+
 def quality_figure(records: Sequence[Record]) -> str:
-    """Cache bytes per token against loss above the teacher's, a point for each student of the first study: an SVG.
+    """Cache bytes per token against loss above the teacher's, for the best students of the first study: an SVG.
 
     Raises DataError when no student has both numbers.
     """
-    points = [point for study in studies(records)[:1] for point in quality_points(study, schooled=False)]
+    found = [front(study) for study in studies(records)[:1]]
+    parts = {row.cache_bytes: row.teacher_cache_bytes for study in found for row in study.rows}
+    points = [point for study in found for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
         raise DataError("no student with both bytes and loss is here", next="record its plan too")
-    drawn = figures.scatter(
+    drawn = figures.front(
         "quality",
         "Cache bytes per token against loss above the teacher's",
-        points,
+        [replace(point, label=f"{point.label}{_beside(point, parts.get(point.x))}") for point in points],
         x_label="cache bytes per token",
         y_label="loss above the teacher’s (nats)",
     )
     return figures.standalone(drawn)
+
+
+def _beside(point: Point, whole: float | None) -> str:
+    """The second line of a student's label: how much of the teacher's cache it keeps, and what it loses."""
+    return f"\n{tables.part_of(point.x / whole)} of the bytes, {point.y:+.3f}" if whole and point.y else ""
 
 
 # --- the paper in miniature ----------------------------------------------------------------------------------------

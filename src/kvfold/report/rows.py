@@ -209,7 +209,7 @@ def question(record: Record) -> str:
 def _study(found: Sequence[tuple[dict[str, Any], Record]], records: Sequence[Record]) -> Study:
     groups: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row, record in found:
-        group = groups.setdefault(fingerprint([row.get("role"), _method(row), _training(row)]), [])
+        group = groups.setdefault(fingerprint([row.get("role"), row.get("method"), _method(row), _training(row)]), [])
         hashed = record.hashes.get("student")
         if hashed is None or all(other.hashes.get("student") != hashed for _, other in group):  # runs share a teacher
             group.append((row, record))
@@ -415,7 +415,7 @@ def headline(study: Study) -> Table:
             row.name,
             row.schooling + seeds,
             NONE if row.cache_bytes is None else f"{row.cache_bytes:,.0f}",
-            NONE if part is None else f"{part:.1%}".replace(".0%", "%"),
+            NONE if part is None else part_of(part),
             cell(row.loss_before),
             cell(final),
             cell(row.metric("kl")) if row.role != "teacher" else NONE,
@@ -446,6 +446,11 @@ def percent(value: Spread | None) -> str:
     if value is None:
         return NONE
     return f"{value.mean:.1%}" if value.count == 1 else f"{value.mean:.1%} ± {value.deviation:.1%}"
+
+
+def part_of(value: float) -> str:
+    """A part as a percentage, without a decimal that says nothing: `12.5%`, `25%`."""
+    return f"{value:.1%}".replace(".0%", "%")
 
 
 def compact(number: float) -> str:
