@@ -36,7 +36,7 @@ test: .venv/.ready  ## everything that CI runs
 	@touch $@
 
 docs: .venv/.docs  ## build the documentation site into build/site; a dead link or a page outside the navigation fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 engines: .venv/.ready  ## build llama.cpp from source (7 minutes), load a student in it and in CTranslate2, record
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
