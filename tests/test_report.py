@@ -653,7 +653,7 @@ def test_the_miniature_says_which_orderings_hold() -> None:
         )
     )
     assert "- mean is better than first: holds for MQA at alpha 0.05; does **not** hold for MQA at alpha 0." in page
-    assert "- first is better than random: holds for MQA at alpha 0; cannot be told from these seeds for" in page
+    assert "- first is better than random: holds for MQA at alpha 0; cannot be decided from these seeds for" in page
     assert "does **not** hold for GQA-2 from 0.05 to 0.1" in page
     assert "| MQA at alpha 0.05 | 2.0000 | 2.5000 | 2.6500 ± 0.3536 |" in page
     assert "- GQA is better than MQA: holds for GQA-2 at alpha 0, GQA-2 at alpha 0.05, GQA-2 at alpha 0.1." in page

@@ -92,9 +92,9 @@ def miniature_page(records: Sequence[Record]) -> str:
     device = next((record.device for record in records if record.device), "")
     parts = [
         "# The paper in miniature",
-        "Written from the records; do not edit. What *GQA: Training Generalized Multi-Query Transformer Models from "
-        "Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245) found on T5 XXL, tried on the checkpoint that "
-        "ships with kvfold. Loss is in nats per token of held-out text, lower is better; ± is the standard deviation "
+        "Generated from records; do not edit. This page repeats experiments of *GQA: Training Generalized Multi-Query "
+        "Transformer Models from Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245), which uses T5 XXL, on "
+        "the included checkpoint. Loss is in nats per token of held-out text, lower is better; ± is the standard deviation "
         f"over seeds. Measured on {tables.plain(device)}.",
     ]
     for study in found:
@@ -142,7 +142,7 @@ def compare(lower: Spread, higher: Spread) -> str:
 
 def say(claim: str, answers: Mapping[str, str]) -> str:
     """One sentence on a claim of the paper, from the answer of each place where it was tried."""
-    words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be told from these seeds"}
+    words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be decided from these seeds"}
     said = [
         f"{word} for {', '.join(places)}"
         for answer, word in words.items()
@@ -167,8 +167,8 @@ def _inits(study: Study) -> Iterator[str]:
         if {"first", "random"} <= losses.keys():
             second[place] = compare(losses["first"], losses["random"])
     if lines:
-        yield "## (a) What a pooled head starts from"
-        yield "The paper (figure 4, MQA at alpha 0.05): the mean of the heads beats the first, the first beats noise."
+        yield "## (a) The start of a pooled head"
+        yield "The paper (figure 4, MQA at alpha 0.05): mean is better than first, first is better than noise."
         yield markdown((["", *INITS], lines))
         claims = (("mean is better than first", first), ("first is better than random", second))
         yield "\n".join(say(claim, answers) for claim, answers in claims if answers)
@@ -213,7 +213,7 @@ def _alpha_claims(
                 (points[model, a].mean - points[model, b].mean) / (b - a) for a, b in ((low, middle), (middle, high))
             ]
             slower[f"{model} at {middle:.3g}"] = "yes" if steps[1] < steps[0] else "no"
-    yield "each further token brings less", slower
+    yield "the gain per token decreases", slower
     against = {
         f"{model} at alpha {alpha:.3g}": compare(points[model, alpha], points["MQA", alpha])
         for model in models
