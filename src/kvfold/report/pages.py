@@ -93,9 +93,9 @@ def miniature_page(records: Sequence[Record]) -> str:
     parts = [
         "# The paper in miniature",
         "Generated from records; do not edit. This page repeats experiments of *GQA: Training Generalized Multi-Query "
-        "Transformer Models from Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245), which uses T5 XXL, on "
-        "the included checkpoint. Loss is in nats per token of held-out text, lower is better; ± is the standard deviation "
-        f"over seeds. Measured on {tables.plain(device)}.",
+        "Transformer Models from Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245), which uses T5 XXL, "
+        "on the included checkpoint. Loss is in nats per token of held-out text, lower is better; ± is the standard "
+        f"deviation over seeds. Measured on {tables.plain(device)}.",
     ]
     for study in found:
         parts += [*_inits(study), *_alphas(study)]
