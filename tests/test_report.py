@@ -232,7 +232,7 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
     grouped = found["gqa, kv heads 2, init mean"]
     assert grouped["cache bytes/token"] == "512"
     assert grouped["of teacher"] == "25%"
-    assert grouped["loss, merely converted"] == "3.0000"
+    assert grouped["loss before training"] == "3.0000"
     assert grouped["loss"] == "1.2000 ± 0.1000"
     assert grouped["training"] == "alpha 0.05, kl (3 seeds)"
     assert grouped["recovered"] == "90%"  # of 2.0 nats of damage, 0.2 are left

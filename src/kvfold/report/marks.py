@@ -72,7 +72,7 @@ def _front(records: Sequence[Record]) -> Iterator[str]:
     for study in studies(records):
         best = front(study)
         columns, lines = tables.headline(best)
-        kept = [at for at, name in enumerate(columns) if name.startswith(SHORT) and name != "loss, merely converted"]
+        kept = [at for at, name in enumerate(columns) if name.startswith(SHORT) and name != "loss before training"]
         yield markdown(([columns[at] for at in kept], [[line[at] for at in kept] for line in lines]))
         yield _read(replace(best, rows=tuple(replace(row, gap_closed=None) for row in best.rows)))
 

@@ -186,7 +186,7 @@ def _alphas(study: Study) -> Iterator[str]:
     start = study.teacher.metric("loss") if study.teacher else None
     if controls or start:
         losses = {0.0: start, **controls}
-        lines.append(["control: the teacher, trained on", *(tables.cell(losses.get(alpha)) for alpha in alphas)])
+        lines.append(["control: the teacher, trained further", *(tables.cell(losses.get(alpha)) for alpha in alphas)])
     yield "## (b) Quality over alpha"
     yield (
         "Alpha is uptraining tokens over pre-training tokens, from mean pooling. The paper (figure 5): GQA is "

@@ -81,7 +81,7 @@ class Row:
         if self.role == "teacher":
             return "teacher"
         if self.role == "control":
-            return "control: the teacher, trained on"
+            return "control: the teacher, trained further"
         return ", ".join([self.method, *(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())])
 
     @property
@@ -406,7 +406,7 @@ def benched(bench: Record, model: str, own: Sequence[Record]) -> bool:
 def headline(study: Study) -> Table:
     """One row per student: bytes, losses, distance to the teacher, speed. A column without a number is left out."""
     place = headline_place(study)
-    columns = ["model", "training", "cache bytes/token", "of teacher", "loss, merely converted", "loss", "KL"]
+    columns = ["model", "training", "cache bytes/token", "of teacher", "loss before training", "loss", "KL"]
     columns += ["agreement", "recovered", "gap closed", "exact match", "CER"]
     columns += [f"decode at {place[0]:,} × {place[1]}"] if place else []
     rows = []
