@@ -29,8 +29,8 @@ def commands() -> str:
         "# Commands",
         "",
         "Generated from the settings of each stage by `python docs/generate.py`.",
-        "Counts may be written `20M`, lists `1,2,4`.",
-        "Every command takes `--help`; exit status 0 done, 2 a mistake to mend, 3 a gate missed, 130 interrupted.",
+        "Write counts as `20M` and lists as `1,2,4`. Every command has `--help`.",
+        "Exit status: 0 success, 2 invalid input, 3 a missed gate, 130 interrupted.",
         "",
     ]
     for name, command in COMMANDS.items():
