@@ -1,12 +1,13 @@
 """Write the pages that are made from code and records, so that no number or flag is typed twice.
 
-python docs/generate.py          writes docs/commands.md, and out of records the tables between marks of README and
-                                 docs, the figures, docs/miniature.md, docs/conversion.md
+python docs/generate.py          writes docs/commands.md, docs/api.md, and out of records the tables between marks of
+                                 README and docs, the figures, docs/miniature.md, docs/conversion.md
 python docs/generate.py --check  changes nothing; exit 1 when one of them is out of step
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import typing
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from typer.models import ArgumentInfo, OptionInfo
 
+import kvfold
 from kvfold import record
 from kvfold.cli import COMMANDS
 from kvfold.report import conversion_pages, first_planes, miniature_page, of_runs, quality_figure, with_tables
@@ -27,8 +29,8 @@ def commands() -> str:
         "# Commands",
         "",
         "Generated from the settings of each stage by `python docs/generate.py`.",
-        "Counts may be written `20M`, lists `1,2,4`.",
-        "Every command takes `--help`; exit status 0 done, 2 a mistake to mend, 3 a gate missed, 130 interrupted.",
+        "Write counts as `20M` and lists as `1,2,4`. Every command has `--help`.",
+        "Exit status: 0 success, 2 invalid input, 3 a missed gate, 130 interrupted.",
         "",
     ]
     for name, command in COMMANDS.items():
@@ -55,10 +57,43 @@ def commands() -> str:
     return "\n".join(parts)
 
 
+def api() -> str:
+    """Every public name of `kvfold`: mkdocstrings adds signatures and docstrings, the fields of settings are here."""
+    places = {name: f"{getattr(kvfold, name).__module__}.{name}" for name in kvfold.__all__ if name != "__version__"}
+    settings = [name for name in places if dataclasses.is_dataclass(getattr(kvfold, name))]
+    errors = [name for name in places if name.endswith("Error")]
+    parts = [
+        "# Python API",
+        "",
+        "The public names of `kvfold`. Each function is the command of the same name, and takes the same settings.",
+        "`import kvfold` loads neither torch nor transformers: a name is imported when it is first used.",
+        "",
+        "## Functions",
+        "",
+        *(f"::: {path}\n" for name, path in places.items() if name not in (*settings, *errors)),
+        "## Settings",
+        "",
+    ]
+    for name in settings:
+        parts += [
+            f"::: {places[name]}",
+            "    options: {show_signature: false}",
+            "",
+            "| field | default | |",
+            "|---|---|---|",
+        ]
+        for each in dataclasses.fields(getattr(kvfold, name)):
+            default = "required" if each.default is dataclasses.MISSING else f"`{each.default!r}`"
+            words = str(each.metadata.get("help", "")).replace("|", chr(92) + "|")
+            parts.append(f"| `{each.name}` | {default} | {words} |")
+        parts.append("")
+    return "\n".join([*parts, "## Errors", "", *(f"::: {places[name]}\n" for name in errors)])
+
+
 def pages() -> dict[Path, str]:
     """Every generated page and what it must say."""
     records = record.read_all(ROOT / "results")
-    made = {ROOT / "docs" / "commands.md": commands()}
+    made = {ROOT / "docs" / "commands.md": commands(), ROOT / "docs" / "api.md": api()}
     headline = of_runs(records, lambda name: name.startswith("headline/"))
     if headline:
         linear = of_runs(records, lambda name: name.startswith("supra-headline/"))

@@ -232,7 +232,7 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
     grouped = found["gqa, kv heads 2, init mean"]
     assert grouped["cache bytes/token"] == "512"
     assert grouped["of teacher"] == "25%"
-    assert grouped["loss, merely converted"] == "3.0000"
+    assert grouped["loss before training"] == "3.0000"
     assert grouped["loss"] == "1.2000 ± 0.1000"
     assert grouped["training"] == "alpha 0.05, kl (3 seeds)"
     assert grouped["recovered"] == "90%"  # of 2.0 nats of damage, 0.2 are left
@@ -599,16 +599,31 @@ def test_rows_of_a_benchmark_are_turned_as_a_page_asks() -> None:
             with_tables(f"{START.format(asked)}\n{END}", [made])
 
 
-def test_the_figure_of_the_readme_has_a_point_for_each_row(run_dir: Path) -> None:
+def test_the_figure_of_the_readme_labels_each_point(run_dir: Path) -> None:
     text = quality_figure(record.read_all(run_dir))
-    for label in (
-        "teacher",
-        "gqa, kv heads 2, init mean",
-        "gqa, kv heads 1, init mean",
-    ):
+    for label in ("teacher", "gqa, kv heads 2, init mean", "gqa, kv heads 1, init mean"):
         assert f">{label}<" in text
+    assert "legend" not in text
     with pytest.raises(DataError, match="both bytes and loss"):
         quality_figure([])
+
+
+def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_method(tmp_path: Path) -> None:
+    records = [planned(tmp_path, heads, init) for heads in (4, 2, 1) for init in ("mean", "first")]
+    losses = {(4, "mean"): 2.5, (4, "first"): 2.75, (2, "mean"): 2.625, (2, "first"): 2.6875, (1, "mean"): 2.6}
+    records += [
+        evaluated(f"toy/{heads}-{init}", student_row(heads, init=init, alpha=0.05), loss)
+        for (heads, init), loss in losses.items()
+    ]
+    text = with_tables(f"{START.format('front toy')}\n{END}", records)
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| gqa")]
+    assert names == ["gqa, kv heads 4, init mean", "gqa, kv heads 1, init mean"]  # 2 heads: more bytes, more loss
+    assert "init first" not in quality_figure(records)
+    other = {**student_row(2, init="first", alpha=0.05), "method": "cla"}
+    plan = planned(tmp_path, 2, "first")
+    alike = dataclasses.replace(plan, name="b", metrics={**plan.metrics, "method": "cla"})
+    more = [*records, alike, evaluated("toy/other", other, 3.0)]
+    assert "| cla, " in with_tables(f"{START.format('front toy')}\n{END}", more)  # beaten, and the only one of cla
 
 
 def miniature(losses: Mapping[tuple[int, str, float], float | tuple[float, ...]]) -> list[Record]:
@@ -638,7 +653,7 @@ def test_the_miniature_says_which_orderings_hold() -> None:
         )
     )
     assert "- mean is better than first: holds for MQA at alpha 0.05; does **not** hold for MQA at alpha 0." in page
-    assert "- first is better than random: holds for MQA at alpha 0; cannot be told from these seeds for" in page
+    assert "- first is better than random: holds for MQA at alpha 0; cannot be decided from these seeds for" in page
     assert "does **not** hold for GQA-2 from 0.05 to 0.1" in page
     assert "| MQA at alpha 0.05 | 2.0000 | 2.5000 | 2.6500 ± 0.3536 |" in page
     assert "- GQA is better than MQA: holds for GQA-2 at alpha 0, GQA-2 at alpha 0.05, GQA-2 at alpha 0.1." in page

@@ -51,11 +51,11 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
             for plan in records
             if plan.kind == "plan" and plan.metrics["source"] == first["teacher"]
         )
-        yield f"## Heads of each layer's own: `{bare_name(first['teacher'])}`"
+        yield f"## Different heads per layer: `{bare_name(first['teacher'])}`"
         yield (
-            f"The same bytes spent evenly, or where folding costs most by measured KL (`--kv-heads auto --budget`). "
-            f"Nothing is trained; both are repaired. `{bare_name(first['data'])}`, {first['tokens']:,} tokens; the "
-            f"teacher's loss is {teacher:.4f}. Seconds are those of the conversion, with what it measures."
+            f"The same bytes in every layer, or more where the measured KL is largest (`--kv-heads auto --budget`). "
+            f"Both are repaired and not trained. `{bare_name(first['data'])}`, {first['tokens']:,} tokens; the "
+            f"teacher's loss is {teacher:.4f}. Seconds are for the conversion, including its measurements."
         )
         lines = [
             [

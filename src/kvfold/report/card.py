@@ -137,7 +137,7 @@ def _numbers(study: tables.Study, row: tables.Row) -> tables.Table:
     lines = [
         ["cache bytes per token", *sizes],
         ["loss, nats per token", *both("loss", 4)],
-        ["loss merely converted", tables.cell(row.loss_before) if row.trained else tables.NONE, ""],
+        ["loss before training", tables.cell(row.loss_before) if row.trained else tables.NONE, ""],
         ["perplexity", *both("perplexity", 3)],
         ["KL to the teacher, nats", tables.cell(row.metric("kl")), ""],
         ["top-1 agreement with the teacher", tables.percent(row.metric("agreement")), ""],

@@ -42,7 +42,7 @@ def conversion_pages(records: Sequence[Record]) -> dict[str, str]:
         return {}
     parts = [
         "# What conversion keeps",
-        "Written from the records; do not edit. What the starts are and why they differ is in "
+        "Generated from records; do not edit. The starts are described in "
         "[GQA and MQA](methods/gqa.md). Loss is in nats per token of held-out text. *Gap closed* is (loss of the "
         "mean-pooled student - loss) / (loss of the mean-pooled student - loss of the teacher), at the same bytes: "
         "0 is mean pooling, 1 the teacher. ± is a standard deviation; the best of a column is bold.",
@@ -77,7 +77,7 @@ def _section(run: str, ground: Ground) -> Iterator[str]:
         for place, values in ((losses, [each.loss for each in own]), (gaps, [ground.gap_closed(each) for each in own])):
             if (value := spread(values)) is not None:
                 place[start, count] = value
-    yield f"## `{teacher}`, merely converted"
+    yield f"## `{teacher}`, converted without training"
     yield (
         f"`{bare_name(settings['data'])}`, {settings['tokens']:,} tokens in windows of {settings['sequence_length']}. "
         f"Measured on {tables.plain(found[0].record.device)}."
@@ -180,10 +180,10 @@ def _paper(
         yield "### Against the paper's recipe"
         yield (
             f"Mean pooling, then cross-entropy on {ALPHA:.0%} of the teacher's own tokens (Ainslie et al. 2023). Both "
-            "gaps are held against mean pooling before any training."
+            "gaps are relative to mean pooling before any training."
             + (
                 f" The paper's students were read in windows of {' or '.join(map(str, sorted(windows)))} tokens, with "
-                "their teacher and their mean-pooled student: their losses are no match for these, their gaps are."
+                "their teacher and their mean-pooled student: compare their gaps with these, not their losses."
                 if windows
                 else ""
             )
@@ -191,7 +191,7 @@ def _paper(
         yield markdown((columns, lines))
         if overtaken:
             yield (
-                "A gap above 1 is that of a student that overtook its teacher: training on this text improves the "
-                "teacher or regularises it, and the comparison is then not of conversion alone."
+                "A gap above 1 means that the student is better than its teacher: training on this text also improves "
+                "the model, so the comparison is not of conversion alone."
             )
         yield say("converting without training is better than the paper's recipe with it", answers)

@@ -107,6 +107,34 @@ def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks:
         return _svg(figure, name, title)
 
 
+def front(name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str) -> str:
+    """A scatter with a label beside each point and a line through those that no other is below and left of."""
+    drawn = sorted(((each.x, each.y, each) for each in points if each.y is not None), key=lambda each: each[:2])
+    best = [(x, y) for at, (x, y, _) in enumerate(drawn) if all(y < other for _, other, _ in drawn[:at])]
+    with _figure(0) as (figure, axes):
+        axes.plot([x for x, _ in best], [y for _, y in best], color=_INK, alpha=0.4, linewidth=1.3)
+        for number, (x, y, point) in enumerate(drawn):
+            colour, last = _STAND_INS[number % 8], number == len(drawn) - 1
+            if point.low is not None and point.high is not None and point.high > point.low:
+                axes.vlines(x, point.low, point.high, color=colour, linewidth=1.2)
+            axes.plot([x], [y], "o", color=colour, markersize=8)
+            offset, side, edge = ((-2, -9), "right", "top") if last else ((7, 5), "left", "bottom")
+            axes.annotate(
+                point.label,
+                (x, y),
+                offset,
+                textcoords="offset points",
+                color=colour,
+                ha=side,
+                va=edge,
+                linespacing=1.25,
+            )
+        axes.margins(y=0.16)  # room for the labels of the highest and the lowest point
+        _doubling(axes, sorted({x for x, _, _ in drawn}))
+        _words(axes, x_label, y_label)
+        return _svg(figure, name, title)
+
+
 @contextmanager
 def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes and room for its legend below."""

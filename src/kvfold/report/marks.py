@@ -6,6 +6,7 @@ A page says what it wants and of which runs, and gets it again each time that it
     <!-- records end -->
 
     students       every student of the runs beside its teacher
+    front          the students that no other beats in both bytes and loss, in the columns that a newcomer needs
     equal-bytes    students that cache as much and were trained on as much, the best first
     largest-batch  what fits into a given memory, and how fast it then is
     recall         what they remember: copy loss by distance and the loss on a pass key, also without a part
@@ -18,17 +19,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvfold.errors import DataError
 from kvfold.record import Record
 from kvfold.report import rows as tables
-from kvfold.report.pages import compare, of_runs
+from kvfold.report.pages import compare, front, of_runs
 from kvfold.report.recall import asked, recall
 from kvfold.report.rows import Row, Study, markdown, studies
 from kvfold.report.speed import largest_batches
 from kvfold.report.students import bare_name
 
+SHORT = ("model", "cache bytes", "of teacher", "loss", "agreement", "decode")  # columns of `front`
 START, END = "<!-- records: {} -->", "<!-- records end -->"
 _MARKED = re.compile(r"<!-- records: ([^\n]*?) -->\n(?:.*?\n)??<!-- records end -->", re.S)
 
@@ -54,9 +57,24 @@ def _students(records: Sequence[Record]) -> Iterator[str]:
     """The headline of every study."""
     for study in studies(records):
         yield markdown(tables.headline(study), words=2)
-        speed = "; decode speed is the teacher's time over the student's" if tables.headline_place(study) else ""
-        seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
-        yield f"{_about(study)}{speed}{_gap(study)}.{seeds} {_device(study)}"
+        yield _read(study)
+
+
+def _read(study: Study) -> str:
+    """How a headline is read, below it."""
+    speed = "; decode speed is the teacher's time over the student's" if tables.headline_place(study) else ""
+    seeds = " ± is the standard deviation over seeds." if any(len(row.records) > 1 for row in study.rows) else ""
+    return f"{_about(study)}{speed}{_gap(study)}.{seeds} {_device(study)}"
+
+
+def _front(records: Sequence[Record]) -> Iterator[str]:
+    """The best students of every study: bytes, loss, agreement, speed."""
+    for study in studies(records):
+        best = front(study)
+        columns, lines = tables.headline(best)
+        kept = [at for at, name in enumerate(columns) if name.startswith(SHORT) and name != "loss before training"]
+        yield markdown(([columns[at] for at in kept], [[line[at] for at in kept] for line in lines]))
+        yield _read(replace(best, rows=tuple(replace(row, gap_closed=None) for row in best.rows)))
 
 
 def _about(study: Study) -> str:
@@ -190,6 +208,7 @@ def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
 
 KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "students": _students,
+    "front": _front,
     "equal-bytes": _equal_bytes,
     "largest-batch": _largest_batch,
     "recall": _recall,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from kvfold.errors import DataError
 from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
+from kvfold.report.figures import Point
 from kvfold.report.rows import Row, Spread, Study, markdown, studies
 from kvfold.report.sections import quality_points
 
@@ -30,22 +32,49 @@ def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Reco
     return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
 
 
+def front(study: Study) -> Study:
+    """The study with its best students alone: those that no other student beats in both bytes and loss.
+
+    A method that has none among them keeps the student of its lowest loss, so that every method has a row.
+    """
+    sized = [
+        (row.cache_bytes, loss.mean, row)
+        for row in _students(study)
+        if row.cache_bytes and (loss := row.metric("loss"))
+    ]
+    kept = [
+        row
+        for size, loss, row in sized
+        if not any(a <= size and b <= loss and (a, b) != (size, loss) for a, b, _ in sized)
+    ]
+    for method in {row.method for *_, row in sized} - {row.method for row in kept}:
+        kept.append(min((each for each in sized if each[2].method == method), key=lambda each: each[1])[2])
+    return replace(study, rows=tuple(row for row in study.rows if row in kept))
+
+
 def quality_figure(records: Sequence[Record]) -> str:
-    """Cache bytes per token against loss above the teacher's, a point for each student of the first study: an SVG.
+    """Cache bytes per token against loss above the teacher's, for the best students of the first study: an SVG.
 
     Raises DataError when no student has both numbers.
     """
-    points = [point for study in studies(records)[:1] for point in quality_points(study, schooled=False)]
+    found = [front(study) for study in studies(records)[:1]]
+    parts = {row.cache_bytes: row.teacher_cache_bytes for study in found for row in study.rows}
+    points = [point for study in found for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
         raise DataError("no student with both bytes and loss is here", next="record its plan too")
-    drawn = figures.scatter(
+    drawn = figures.front(
         "quality",
         "Cache bytes per token against loss above the teacher's",
-        points,
+        [replace(point, label=f"{point.label}{_beside(point, parts.get(point.x))}") for point in points],
         x_label="cache bytes per token",
         y_label="loss above the teacher’s (nats)",
     )
     return figures.standalone(drawn)
+
+
+def _beside(point: Point, whole: float | None) -> str:
+    """The second line of a student's label: how much of the teacher's cache it keeps, and what it loses."""
+    return f"\n{tables.part_of(point.x / whole)} of the bytes, {point.y:+.3f}" if whole and point.y else ""
 
 
 # --- the paper in miniature ----------------------------------------------------------------------------------------
@@ -63,10 +92,10 @@ def miniature_page(records: Sequence[Record]) -> str:
     device = next((record.device for record in records if record.device), "")
     parts = [
         "# The paper in miniature",
-        "Written from the records; do not edit. What *GQA: Training Generalized Multi-Query Transformer Models from "
-        "Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245) found on T5 XXL, tried on the checkpoint that "
-        "ships with kvfold. Loss is in nats per token of held-out text, lower is better; ± is the standard deviation "
-        f"over seeds. Measured on {tables.plain(device)}.",
+        "Generated from records; do not edit. This page repeats experiments of *GQA: Training Generalized Multi-Query "
+        "Transformer Models from Multi-Head Checkpoints* (Ainslie et al. 2023, arXiv 2305.13245), which uses T5 XXL, "
+        "on the included checkpoint. Loss is in nats per token of held-out text, lower is better; ± is the standard "
+        f"deviation over seeds. Measured on {tables.plain(device)}.",
     ]
     for study in found:
         parts += [*_inits(study), *_alphas(study)]
@@ -113,7 +142,7 @@ def compare(lower: Spread, higher: Spread) -> str:
 
 def say(claim: str, answers: Mapping[str, str]) -> str:
     """One sentence on a claim of the paper, from the answer of each place where it was tried."""
-    words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be told from these seeds"}
+    words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be decided from these seeds"}
     said = [
         f"{word} for {', '.join(places)}"
         for answer, word in words.items()
@@ -138,8 +167,8 @@ def _inits(study: Study) -> Iterator[str]:
         if {"first", "random"} <= losses.keys():
             second[place] = compare(losses["first"], losses["random"])
     if lines:
-        yield "## (a) What a pooled head starts from"
-        yield "The paper (figure 4, MQA at alpha 0.05): the mean of the heads beats the first, the first beats noise."
+        yield "## (a) The start of a pooled head"
+        yield "The paper (figure 4, MQA at alpha 0.05): mean is better than first, first is better than noise."
         yield markdown((["", *INITS], lines))
         claims = (("mean is better than first", first), ("first is better than random", second))
         yield "\n".join(say(claim, answers) for claim, answers in claims if answers)
@@ -157,7 +186,7 @@ def _alphas(study: Study) -> Iterator[str]:
     start = study.teacher.metric("loss") if study.teacher else None
     if controls or start:
         losses = {0.0: start, **controls}
-        lines.append(["control: the teacher, trained on", *(tables.cell(losses.get(alpha)) for alpha in alphas)])
+        lines.append(["control: the teacher, trained further", *(tables.cell(losses.get(alpha)) for alpha in alphas)])
     yield "## (b) Quality over alpha"
     yield (
         "Alpha is uptraining tokens over pre-training tokens, from mean pooling. The paper (figure 5): GQA is "
@@ -184,7 +213,7 @@ def _alpha_claims(
                 (points[model, a].mean - points[model, b].mean) / (b - a) for a, b in ((low, middle), (middle, high))
             ]
             slower[f"{model} at {middle:.3g}"] = "yes" if steps[1] < steps[0] else "no"
-    yield "each further token brings less", slower
+    yield "the gain per token decreases", slower
     against = {
         f"{model} at alpha {alpha:.3g}": compare(points[model, alpha], points["MQA", alpha])
         for model in models

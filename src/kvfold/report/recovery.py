@@ -78,7 +78,7 @@ def recovery(ground: Ground) -> Iterator[str]:
         bold |= {(number, at) for number, mean in means.items() if mean == min(means.values())}
     folds = ground.folds(str(first.record.settings.get("teacher")))
     of = f" of {folds[first.kv_heads][1]}" if first.kv_heads in folds else ""
-    yield "## Trained back"
+    yield "## After uptraining"
     yield (
         f"`{bare_name(first.record.settings.get('teacher'))}`, {first.kv_heads}{of} heads, the same tokens and "
         f"schedule for every row. The teacher's loss is {first.teacher_loss:.4f}."
@@ -105,7 +105,7 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
             },
         )
     yield (
-        "listening to the teacher (KL) is better than cross-entropy alone",
+        "KL to the teacher is better than cross-entropy alone",
         {
             f"{start.words} after {tables.compact(tokens)} tokens": compare(points[tokens], other[tokens])
             for (start, loss_name), points in curves.items()
@@ -149,9 +149,9 @@ def local(ground: Ground) -> Iterator[str]:
             answers[f"{after.kv_heads} heads, {after.start.words}"] = compare(losses[1], losses[0])
     if not lines:
         return
-    yield "## Attentions trained each on its own"
+    yield "## Attentions trained separately"
     yield (
-        "Every attention learns its teacher's outputs on the teacher's own inputs; no gradient crosses a layer. "
+        "Every attention is trained on the teacher's inputs and outputs; no gradient crosses a layer. "
         f"The teacher's loss is {found[0].teacher_loss:.4f}."
     )
     columns = ["heads, start", "loss", "gap closed", "trained: loss", "gap closed", "tokens", "minutes"]
@@ -164,7 +164,7 @@ def over_seeds(records: Sequence[Record]) -> Iterator[str]:
     for study in studies(of_runs(records, lambda name: name.startswith(HEADLINE))):
         yield "## Over seeds"
         yield (
-            "Every method trained back on the same tokens, and the control: the teacher trained on them. "
-            f"Here gap closed is {tables.GAP_CLOSED}."
+            "Every method, and the control (the teacher), trained on the same tokens. "
+            f"Gap closed is {tables.GAP_CLOSED}."
         )
         yield markdown(tables.headline(study), words=2)

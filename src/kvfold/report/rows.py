@@ -19,7 +19,10 @@ from kvfold.record import Record
 TRAINING = ("alpha", "tokens", "loss_name", "varied")  # what a row says of its uptraining; the rest is the method's
 READING = ("sequence_length", "stride", "copy_trials", "passkey_trials", "lm_eval_limit", "seed", "dtype")
 SEEDS = ("seed", "calibration_seed")  # what a row is repeated over
-GAP_CLOSED = "how much of what the published start of the same method, bytes and tokens loses is not lost"
+GAP_CLOSED = (
+    "(loss of the published start - loss) / (loss of the published start - loss of the teacher), for the same method, "
+    "bytes and tokens"
+)
 NONE = "–"  # a cell without a number
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows; the first column is words
@@ -78,7 +81,7 @@ class Row:
         if self.role == "teacher":
             return "teacher"
         if self.role == "control":
-            return "control: the teacher, trained on"
+            return "control: the teacher, trained further"
         return ", ".join([self.method, *(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())])
 
     @property
@@ -209,7 +212,7 @@ def question(record: Record) -> str:
 def _study(found: Sequence[tuple[dict[str, Any], Record]], records: Sequence[Record]) -> Study:
     groups: dict[str, list[tuple[dict[str, Any], Record]]] = {}
     for row, record in found:
-        group = groups.setdefault(fingerprint([row.get("role"), _method(row), _training(row)]), [])
+        group = groups.setdefault(fingerprint([row.get("role"), row.get("method"), _method(row), _training(row)]), [])
         hashed = record.hashes.get("student")
         if hashed is None or all(other.hashes.get("student") != hashed for _, other in group):  # runs share a teacher
             group.append((row, record))
@@ -403,7 +406,7 @@ def benched(bench: Record, model: str, own: Sequence[Record]) -> bool:
 def headline(study: Study) -> Table:
     """One row per student: bytes, losses, distance to the teacher, speed. A column without a number is left out."""
     place = headline_place(study)
-    columns = ["model", "training", "cache bytes/token", "of teacher", "loss, merely converted", "loss", "KL"]
+    columns = ["model", "training", "cache bytes/token", "of teacher", "loss before training", "loss", "KL"]
     columns += ["agreement", "recovered", "gap closed", "exact match", "CER"]
     columns += [f"decode at {place[0]:,} × {place[1]}"] if place else []
     rows = []
@@ -415,7 +418,7 @@ def headline(study: Study) -> Table:
             row.name,
             row.schooling + seeds,
             NONE if row.cache_bytes is None else f"{row.cache_bytes:,.0f}",
-            NONE if part is None else f"{part:.1%}".replace(".0%", "%"),
+            NONE if part is None else part_of(part),
             cell(row.loss_before),
             cell(final),
             cell(row.metric("kl")) if row.role != "teacher" else NONE,
@@ -446,6 +449,11 @@ def percent(value: Spread | None) -> str:
     if value is None:
         return NONE
     return f"{value.mean:.1%}" if value.count == 1 else f"{value.mean:.1%} ± {value.deviation:.1%}"
+
+
+def part_of(value: float) -> str:
+    """A part as a percentage, without a decimal that says nothing: `12.5%`, `25%`."""
+    return f"{value:.1%}".replace(".0%", "%")
 
 
 def compact(number: float) -> str:
