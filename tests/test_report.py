@@ -603,8 +603,8 @@ def test_the_figure_of_the_readme_has_a_point_for_each_row(run_dir: Path) -> Non
     text = quality_figure(record.read_all(run_dir))
     for label in (
         "teacher",
-        "gqa, kv heads 2, init mean",
-        "gqa, kv heads 1, init mean",
+        "gqa, kv heads 2",
+        "gqa, kv heads 1",
     ):
         assert f">{label}<" in text
     with pytest.raises(DataError, match="both bytes and loss"):
