@@ -147,6 +147,11 @@ def evaluated(name: str, loss: float, method: str = "gqa", **metrics: Any) -> re
     return record.make("evaluate", name, {"data": "made-up", "row": row}, found, hashes=hashes, device="made-up")
 
 
+def gate(*passed: bool) -> dict[str, Any]:
+    rows = [{"expr": "loss<=2", "left": 2.05, "right": 2.0, "passed": each} for each in passed]
+    return {"passed": all(passed), "rows": rows}
+
+
 def planned(kv_heads: int, **settings: Any) -> record.Record:
     """A plan of a teacher with 8 heads of 64 bytes each per layer and token, in bfloat16."""
     sides = {
@@ -183,7 +188,8 @@ def one_card(folder: Path, *records: record.Record) -> Card:
         (2, 2.05, {"copy_gain": {"16": 3.9, "64": 1.0, "128": -0.2}}, "train"),
         (4, 2.05, {}, "quantise"),
         (4, 1.95, {}, "ship"),
-        (2, 2.05, {"gate": {"passed": False, "rows": []}}, "train"),
+        (2, 2.05, {"gate": gate(True, False)}, "train"),
+        (2, 2.5, {"gate": gate(True, True)}, "ship"),
         (4, 2.05, {"teacher": {"loss": 2.0}}, "measure"),
     ],
 )
@@ -214,14 +220,13 @@ def test_a_card_has_what_was_lost_and_what_was_gained(tmp_path: Path) -> None:
         for model, batch in (("teacher", 3), ("one", 12))
     ]
     bench = record.make("bench", "b", {}, {"rows": rows, "largest": largest}, device="made-up")
-    gate = {"passed": False, "rows": [{"expr": "loss<=2", "left": 2.05, "right": 2.0, "passed": False}]}
     student = evaluated(
         "one",
         2.05,
         copy_gain={"16": 3.0, "64": 1.0, "128": 0.0},
         lm_eval={"piqa": {"acc": 0.6, "acc_stderr": 0.1}},
         teacher={**TEACHER, "lm_eval": {"piqa": {"acc": 0.7}}},
-        gate=gate,
+        gate=gate(False),
     )
     card = one_card(tmp_path, planned(2), bench, student)
     lost = {fact.what: (fact.value, fact.note) for fact in card.lost}
@@ -254,7 +259,7 @@ def test_a_teacher_that_does_not_copy_has_no_recall_to_lose(tmp_path: Path) -> N
 
 def test_one_seed_that_misses_the_gate_misses_it(tmp_path: Path) -> None:
     seeds = [
-        evaluated(f"seed-{seed}", 2.05, row={"kv_heads": 2, "seed": seed}, gate={"passed": passed, "rows": []})
+        evaluated(f"seed-{seed}", 2.05, row={"kv_heads": 2, "seed": seed}, gate=gate(passed))
         for seed, passed in enumerate((True, False, True))
     ]
     assert one_card(tmp_path, planned(2), *seeds).outcome == "train"

@@ -126,7 +126,7 @@ def measured(study: Study, row: Row, run: Run) -> Measured:
     """What the rule of the verdict reads, out of the records and the training log of a student."""
     loss, itemsize = row.metric("loss"), cache_itemsize(run.records)
     fp8_loss = study.teacher.metric("loss_fp8_cache") if study.teacher else None
-    gates = [bool(record.metrics["gate"]["passed"]) for record in row.records if record.metrics.get("gate")]
+    gates = [each["passed"] for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
     kept = _recall_kept(study, row)
     return Measured(
         loss=loss.mean if loss else None,
@@ -239,7 +239,7 @@ def _scores(record: Record) -> list[tuple[str, str]]:
     """The scores of tasks that a record has, as (metric, key)."""
     found = [(name, "") for name in _ANSWERS if record.metrics.get(name)]
     for task, results in sorted((record.metrics.get("lm_eval") or {}).items()):
-        names = [name for name in ("acc", *sorted(results)) if isinstance(results.get(name), int | float)]
+        names = [name for name in ("acc", *sorted(results)) if number(results.get(name)) is not None]
         found += [(task, names[0])] if names else []
     return found
 
@@ -258,7 +258,13 @@ def _score(row: Row | None, task: str, name: str) -> tables.Spread | None:
         return None
     if not name:
         return next(iter(row.keyed(task).values()), None)  # fewest beams
-    return tables.spread(((record.metrics.get("lm_eval") or {}).get(task) or {}).get(name) for record in row.records)
+    found = [(record.metrics.get("lm_eval") or {}).get(task) or {} for record in row.records]
+    return tables.spread(number(each.get(name)) for each in found)
+
+
+def number(value: object) -> float | None:
+    """A metric of lm-eval as a number; None for a name, and for what is not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # --- what was gained -------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from kvfold.report.blocks import Block, Section, renamed
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.names import short_names
-from kvfold.report.outcome import cache_itemsize, settings_of
+from kvfold.report.outcome import cache_itemsize, number, settings_of
 from kvfold.report.planes import planes_section
 from kvfold.report.recall import asked, recall
 from kvfold.report.rows import NONE, Row, Study, headline
@@ -212,13 +211,9 @@ def _tasks(study: Study) -> Iterator[list[str]]:
     found = [each for each in found if any(each)]
     names = sorted({(task, name) for each in found for results in each for task in results for name in results[task]})
     for task, name in names:
-        values = [tables.spread(_number(results.get(task, {}).get(name)) for results in each) for each in found]
+        values = [tables.spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
         if any(value is not None for value in values):
             yield [f"{task}, {name}", *(tables.cell(value, 3) for value in values)]
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _training(run: Run) -> Section:
