@@ -16,7 +16,9 @@ import pytest
 from kvfold import record
 from kvfold.report import render
 from kvfold.report import rows as tables
+from kvfold.report.figures import Point, front_of
 from kvfold.report.folder import collect
+from kvfold.report.labels import Box, leader, place
 from kvfold.report.names import short_names
 from kvfold.report.outcome import Card, cards, measured, summary_of
 from kvfold.report.verdict import (
@@ -209,6 +211,11 @@ def test_without_a_plan_the_bytes_are_missing(tmp_path: Path) -> None:
     assert [fact.what for fact in card.gained] == []
 
 
+def test_the_plan_of_another_student_has_the_bytes_of_the_teacher_alone(tmp_path: Path) -> None:
+    card = one_card(tmp_path, planned(4), evaluated("one", 2.05))
+    assert card.reason == "The verdict depends on the student's cache bytes."
+
+
 def test_a_card_has_what_was_lost_and_what_was_gained(tmp_path: Path) -> None:
     rows = [
         {"model": model, "cache": "native", "context": 128, "batch": 8, "decode_s_per_token": time}
@@ -282,6 +289,21 @@ def test_a_longer_run_of_the_same_student_says_what_a_doubling_closes(
     assert found[1000, "kl"].closing == pytest.approx(closing)  # two doublings
     assert found[4000, "kl"].closing == pytest.approx(closing)
     assert found[8000, "ce"].closing is None
+
+
+def test_tokens_that_a_recipe_wrote_as_words_are_those_of_the_lineage(tmp_path: Path) -> None:
+    students = [
+        evaluated(
+            words,
+            loss,
+            row={"kv_heads": 2, "tokens": words},
+            made_by=[{"stage": "uptrain", "tokens": tokens, "seconds": 1}],
+        )
+        for words, tokens, loss in (("1k", 1000, 2.05), ("2k", 2000, 2.04))
+    ]
+    run = run_of(tmp_path, planned(2), *students)
+    (study,) = run.studies
+    assert [measured(study, row, run).closing for row in study.rows] == [pytest.approx(0.01)] * 2
 
 
 @pytest.mark.parametrize(("lines", "closing"), [(100, 0.5), (20, None)])
@@ -392,6 +414,41 @@ def test_a_mark_is_hollow_for_an_fp8_cache_and_of_one_colour_for_a_method(tmp_pa
     students = [(hover, drawn) for hover, drawn in points if hover.startswith("gqa")]
     assert len({re.search(r"stroke: (var\([\w-]+\))", drawn)[1] for _, drawn in students}) == 1  # type: ignore[index]
     assert all(("fill: var(--paper)" in drawn) == ("fp8 cache" in hover) for hover, drawn in points)
+
+
+def _apart(one: Box, other: Box) -> bool:
+    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+@pytest.mark.parametrize(
+    "marks", [[(150, 100)] * 6, [(150 + 2 * n, 100 + n % 3) for n in range(12)], [(2, 2), (298, 198)]]
+)
+def test_labels_cover_neither_one_another_nor_marks_and_stay_in_the_frame(marks: list[tuple[float, float]]) -> None:
+    frame = (0.0, 0.0, 300.0, 200.0)
+    avoided = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+    boxes = place(marks, [(70.0, 10.0)] * len(marks), avoided, frame)
+    assert len(boxes) == len(marks)
+    for number, box in enumerate(boxes):
+        assert box is not None
+        assert box[2] - box[0] == pytest.approx(70)
+        assert min(box[:2]) >= 0
+        assert box[2] <= 300
+        assert box[3] <= 200
+        assert all(_apart(box, other) for other in [*boxes[:number], *avoided] if other is not None)
+
+
+def test_a_label_without_room_is_left_out() -> None:
+    assert place([(50, 50)], [(200.0, 10.0)], [], (0.0, 0.0, 100.0, 100.0)) == [None]
+
+
+def test_a_line_leads_to_a_label_that_is_far_away() -> None:
+    assert leader((0, 0), (5, -5, 60, 5)) is None
+    assert leader((0, 0), (30, 10, 90, 20)) == ((0, 0), (30, 10))
+
+
+def test_the_front_is_what_no_point_beats_at_both() -> None:
+    points = [Point("a", 4, 1.0), Point("b", 2, 2.0), Point("c", 3, 2.5), Point("d", 1, 3.0), Point("e", 4, 0.5)]
+    assert [point.label for point in front_of(points)] == ["d", "b", "e"]
 
 
 # --- short names -----------------------------------------------------------------------------------------------------

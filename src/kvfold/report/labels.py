@@ -10,7 +10,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 _AIR = 1.5  # between boxes
 _RADII = (5.0, 9.0, 14.0, 20.0, 27.0, 36.0, 46.0, 58.0, 72.0, 90.0, 110.0)
-_ANGLES = (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240)
+_ANGLES = (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240, 15, 345, 165, 195, 45, 315, 135, 225)
 _NEAR = 60.0  # marks that are closer crowd one another
 _LEADER = 11.0  # a label that is farther away than this has a line to its mark
 
@@ -49,16 +49,16 @@ def _in_order(
     boxes: list[Box] = []
     lines: list[tuple[Place, Place]] = []
     placed: list[Box | None] = [None] * len(marks)
-    for strict in (True, False):  # at last, a line may pass over a mark
+    for lines_cross in ("nothing", "marks", "labels"):  # rather than that there is no label
         for at in (each for each in order if placed[each] is None):
-            over = _others(marks[at], avoided) if strict else []
+            over = _others(marks[at], avoided) if lines_cross == "nothing" else []
             for box in _candidates(marks[at], sizes[at]):
                 line = leader(marks[at], box)
-                if _inside(box, frame) and not (
-                    any(_overlap(box, other) for other in (*boxes, *avoided))
-                    or any(_crosses(other, box) for other in lines)
-                    or (line and any(_crosses(line, other) for other in (*boxes, *over)))
-                ):
+                if not _inside(box, frame) or any(_overlap(box, other) for other in (*boxes, *avoided)):
+                    continue
+                crossed = any(_crosses(other, box) for other in lines)
+                crossed |= line is not None and any(_crosses(line, other) for other in (*boxes, *over))
+                if not crossed or lines_cross == "labels":
                     placed[at] = box
                     boxes.append(box)
                     lines += [line] if line else []

@@ -128,12 +128,13 @@ def measured(study: Study, row: Row, run: Run) -> Measured:
     fp8_loss = study.teacher.metric("loss_fp8_cache") if study.teacher else None
     gates = [each["passed"] for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
     kept = _recall_kept(study, row)
+    teacher_bytes = row.teacher_cache_bytes or (study.teacher.cache_bytes if study.teacher else None)
     return Measured(
         loss=loss.mean if loss else None,
         teacher_loss=row.teacher_loss,
         cache_bytes=row.cache_bytes,
-        teacher_bytes=row.teacher_cache_bytes,
-        fp8_bytes=row.teacher_cache_bytes / itemsize if row.teacher_cache_bytes and itemsize else None,
+        teacher_bytes=teacher_bytes,
+        fp8_bytes=teacher_bytes / itemsize if teacher_bytes and itemsize else None,
         fp8_loss=fp8_loss.mean if fp8_loss else None,
         gate=all(gates) if gates else None,
         recall_kept=None if kept is None else min((share for share, _, _, _ in kept), default=1.0),
@@ -163,29 +164,31 @@ def _closing(study: Study, row: Row, run: Run) -> float | None:
 
     By the same student trained on more or else fewer tokens, else by the second half of its training log.
     """
-    loss, spent = row.metric("loss"), _spent(row)
+    loss, (unit, spent) = row.metric("loss"), _spent(row)
     if not row.trained or loss is None:
         return None
     pairs = []
     for other in study.rows:
-        other_loss, other_spent = other.metric("loss"), _spent(other)
-        if other_loss and spent and other_spent and other_spent != spent and _same_but_for_tokens(row, other):
-            less, more = sorted([(spent, loss.mean), (other_spent, other_loss.mean)])
-            pairs.append((other_spent < spent, abs(other_spent - spent), (less[1] - more[1]) / _doublings(less, more)))
+        other_loss, (other_unit, other_spent) = other.metric("loss"), _spent(other)
+        alike = unit == other_unit and spent and other_spent and spent != other_spent
+        if other_loss and alike and _same_but_for_tokens(row, other):
+            closed = (loss.mean - other_loss.mean) / math.log2(other_spent / spent)
+            pairs.append((other_spent < spent, abs(other_spent - spent), closed))
     if pairs:
         return min(pairs)[2]
-    closed = [found for record in row.records if (found := _closed_in_log(record, run)) is not None]
-    return statistics.fmean(closed) if closed else None
+    logged = [found for record in row.records if (found := _closed_in_log(record, run)) is not None]
+    return statistics.fmean(logged) if logged else None
 
 
-def _doublings(less: tuple[float, float], more: tuple[float, float]) -> float:
-    return math.log2(more[0] / less[0])
-
-
-def _spent(row: Row) -> float:
-    """Training of a row, as alpha or in tokens; 0 where it is not known as a number."""
-    spent = row.training.get("alpha") or row.training.get("tokens")
-    return float(spent) if isinstance(spent, int | float) else 0.0
+def _spent(row: Row) -> tuple[str, float]:
+    """The training of a row: the tokens of its lineage, else its alpha, else its tokens; 0 where it is no number."""
+    for record in row.records:
+        steps = record.metrics.get("made_by") or ()
+        if tokens := sum(step.get("tokens") or 0 for step in steps if step["stage"] == "uptrain"):
+            return "tokens", float(tokens)
+    unit = "alpha" if row.training.get("alpha") else "tokens"
+    spent = row.training.get(unit)
+    return unit, float(spent) if isinstance(spent, int | float) else 0.0
 
 
 def _same_but_for_tokens(row: Row, other: Row) -> bool:

@@ -50,7 +50,7 @@ def _plan_table(plans: Sequence[Record], records: Sequence[Record], found: Seque
     columns = ["model", "loads in", "key/value heads", "parameters", "cache bytes/token", "cache", "largest batch"]
     columns += ["decode, at most", "decode, measured"]
     first = plans[0].metrics
-    lines = [["teacher", "", *_side(first["before"]), "1×", "1×"]]
+    lines = [["teacher", NONE, *_side(first["before"]), "1×", "1×"]]
     place = (first["context"], first["batch"])
     for record, name in zip(plans, plan_names(plans), strict=True):
         plan = record.metrics
