@@ -126,7 +126,9 @@ def scatter(
         if len(front) > 1:
             steps = {"drawstyle": "steps-post", "color": _INK, "linewidth": 1, "alpha": 0.4, "zorder": 1}
             axes.plot([point.x for point in front], [point.y for point in front], gid="front", **steps)
-            hovers["front"] = "Front: no model has both fewer bytes and a lower loss than one on this line"
+            hovers["front"] = (
+                "Front: no student with an unquantised cache beats one on this line in both bytes and loss"
+            )
         _doubling(axes, sorted({point.x for point in points}), around=1.6)
         axes.margins(y=0.09)
         _words(axes, x_label, y_label)

@@ -17,7 +17,13 @@ from kvfold.report.rows import Row, Study
 from kvfold.report.verdict import COPIES, OUTCOMES, Measured, Outcome, verdict
 from kvfold.shape import DTYPE_BYTES
 
-TASKS = 4  # of lm-eval that a card shows
+TASKS = 4  # scores that a card shows
+_SUMMARY: Mapping[Outcome, str] = {
+    "ship": "to ship",
+    "train": "to train longer",
+    "quantise": "to replace by a quantised cache",
+    "measure": "to measure first",
+}
 PLANNED = "planned, not measured"
 _ANSWERS = ("exact_match", "cer", "bleu", "rougeL")  # of encoder-decoders, in the order that a card prefers them
 _LOG_LINES = 40  # a log with fewer lines is too short to read a trend from
@@ -71,14 +77,6 @@ def summary_of(found: Sequence[tuple[str, Sequence[Card]]]) -> str:
     return f"{len(outcomes)} students: {', '.join(counts)}."
 
 
-_SUMMARY: Mapping[Outcome, str] = {
-    "ship": "to ship",
-    "train": "to train longer",
-    "quantise": "to replace by a quantised cache",
-    "measure": "to measure first",
-}
-
-
 def _card(study: Study, row: Row, name: str, run: Run) -> Card:
     found = verdict(measured(study, row, run))
     lost = (*_loss(row), *_recall(study, row), *_tasks(study, row))
@@ -88,10 +86,7 @@ def _card(study: Study, row: Row, name: str, run: Run) -> Card:
     if not any(_scores(each) for each in row.records):
         unmeasured.insert(1 if "recall" in unmeasured else 0, "tasks")
     gate = tuple(
-        (
-            f"{each['expr']}: {_against(each)}",
-            bool(each["passed"]),
-        )
+        (f"{each['expr']}: {_against(each)}", bool(each["passed"]))
         for record in row.records
         for each in (record.metrics.get("gate") or {}).get("rows", [])
     )

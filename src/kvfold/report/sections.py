@@ -50,14 +50,14 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     again = f" ({number + 1})" if number else ""
     about = "Loss is in nats per token of held-out text. "
     if any(row.recovered is not None for row in study.rows):
-        about += "Recovered: the part of the conversion's damage that training undid. "
+        about += "Recovered: the share of the loss added by the conversion that training removed. "
     if any(row.gap_closed is not None for row in study.rows):
         about += f"Gap closed: {tables.GAP_CLOSED}; 100% is the teacher. "
     if any(len(row.records) > 1 for row in study.rows):
         about += "± is the standard deviation over seeds. "
     place = tables.headline_place(study)
     if place:
-        about += "Decode is the speed over the teacher's at context × batch, measured in one run. "
+        about += "Decode: the speed relative to the teacher's at context × batch, measured in one run. "
     main = Section(
         f"result{suffix}",
         f"Result{again}",
@@ -76,7 +76,7 @@ def _result(study: Study) -> Block:
     shown = [[name, *(row[at] for at in kept[1:])] for name, row in zip(names, rows, strict=True)]
     return Block(
         "table",
-        "What it cost and what it gained",
+        "Bytes, quality and speed",
         "Select a model for its settings.",
         table=([columns[at] for at in kept], shown),
         more=tuple("" if row.role == "teacher" else settings_of(row) for row in study.everyone),
@@ -143,7 +143,8 @@ def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
     if len(native) + len(rounded) < 2:
         return
     title = "Quality against bytes"
-    about = "Down and to the left is better. The line is the front: no model beats one on it in both bytes and loss. "
+    about = "Down and to the left is better. The line is the front: no student with an unquantised cache beats one "
+    about += "on it in both bytes and loss. "
     about += "A hollow mark is the same model with an fp8 cache. " if rounded else ""
     about += "A bar is the range over seeds. " if any(len(row.records) > 1 for row in study.rows) else ""
     about += "Point at a mark for its numbers."
@@ -180,7 +181,7 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
             for row in rows
             if (values := row.keyed("copy_loss"))
         ]
-        about = "Loss on the second occurrence of a random span, after so many tokens. Only recall can lower it."
+        about = "Loss on the second occurrence of a random span, by its distance in tokens. Only recall lowers it."
         drawn = figures.lines(
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
         )
@@ -297,13 +298,13 @@ def _samples(found: Sequence[Study]) -> Section:
             first = [("teacher", sample["teacher"])] if "teacher" in sample else []
             prompts.setdefault(sample["prompt"], first).append((names[row.label], sample["student"]))
     blocks = (Block("samples", "", content=prompts),) if prompts else ()
-    return Section("samples", "Samples side by side", "Greedy, after the same words of held-out text.", blocks)
+    return Section("samples", "Samples side by side", "Greedy continuations of the same held-out text.", blocks)
 
 
 def _failures(run: Run) -> Section:
     rows = [[record.kind, record.name, record.error or ""] for record in run.records if record.status == "failed"]
     blocks = (Block("table", "", table=(["kind", "name", "error"], rows), words=3),) if rows else ()
-    return Section("failed", "What failed", "", blocks)
+    return Section("failed", "Failures", "", blocks)
 
 
 # --- how to do it again ----------------------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ def _commands(run: Run) -> Section:
     for checkpoint in run.checkpoints:
         text = commands(checkpoint, by_hash)
         blocks.append(Block("code", checkpoint.name, content=text, folded=run.recipe is not None))
-    return Section("again", "Do it again", "With every setting as it was resolved.", tuple(blocks))
+    return Section("again", "Reproduce this run", "Every setting is explicit.", tuple(blocks))
 
 
 def _provenance(run: Run) -> Section:
@@ -339,7 +340,7 @@ def _provenance(run: Run) -> Section:
         blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
         told = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
         if told:
-            blocks.append(Block("table", "Found in conversion", table=(["checkpoint", "what"], told), words=2))
+            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], told), words=2))
     if run.records:
         made_by = sorted({("device", record.device) for record in run.records if record.device})
         made_by += sorted({("commit", record.commit) for record in run.records if record.commit})

@@ -40,8 +40,8 @@ def plans(run: Run, found: Sequence[Study]) -> Section:
         blocks.append(Block("table", title, _verdict_on_bytes(rows), table=largest, words=2))
         if len(rows) > len(largest[1]):
             every = renamed(_bytes_table(rows), names)
-            blocks.append(Block("table", f"All {len(rows)} of them", table=every, words=2, folded=True))
-    about = "A plan reads config.json alone: its bytes are exact, its speed is the roofline’s, which no kernel beats."
+            blocks.append(Block("table", f"All {len(rows)} measurements", table=every, words=2, folded=True))
+    about = "A plan reads config.json only. Its bytes are exact; its speed is the roofline bound."
     return Section("plan", "Plan against measured", about, tuple(blocks))
 
 
@@ -107,7 +107,11 @@ def _verdict_on_bytes(rows: Sequence[Mapping[str, Any]]) -> str:
     wrong = [row for row in checked if row["predicted_cache_bytes"] != row["cache_bytes"]]
     if not checked:
         return ""
-    return f"{len(wrong)} of {len(checked)} differ." if wrong else "Every cache holds what the plan said, to the byte."
+    return (
+        f"{len(wrong)} of {len(checked)} caches differ from the prediction."
+        if wrong
+        else "All caches have exactly the predicted size."
+    )
 
 
 def speed(run: Run) -> Section:
@@ -123,8 +127,8 @@ def speed(run: Run) -> Section:
         blocks.append(Block("table", f"Every measurement of {bench.name}", said, table=table, words=2, folded=True))
         if largest := largest_batches(bench):
             blocks.append(Block("table", f"The largest batch in {_memory(bench)}", said, table=renamed(largest, names)))
-    about = "Medians, teacher and students interleaved in one run, each with its best kernel. A speed is a ratio: "
-    about += "seconds are this machine’s."
+    about = "Medians. Teacher and students are interleaved in one run, each with its fastest kernel. Compare ratios: "
+    about += "seconds depend on the machine."
     return Section("speed", "Decode speed over context", about, tuple(blocks))
 
 
