@@ -291,6 +291,19 @@ def test_a_longer_run_of_the_same_student_says_what_a_doubling_closes(
     assert found[8000, "ce"].closing is None
 
 
+@pytest.mark.parametrize("tokens", [0, 1001, "many", None])
+def test_a_run_of_no_other_length_says_nothing_about_more_training(tmp_path: Path, tokens: object) -> None:
+    rows = [{"kv_heads": 2, "tokens": each, "loss_name": "kl"} for each in (1000, tokens)]
+    run = run_of(tmp_path, planned(2), *(evaluated(str(row["tokens"]), 2.05, row=row) for row in rows))
+    assert {measured(study, row, run).closing for study in run.studies for row in study.rows} == {None}
+
+
+def test_a_negative_alpha_is_no_amount_of_training(tmp_path: Path) -> None:
+    rows = [{"kv_heads": 2, "alpha": alpha} for alpha in (-0.05, 0.05)]
+    run = run_of(tmp_path, planned(2), *(evaluated(str(row["alpha"]), 2.05, row=row) for row in rows))
+    assert {measured(study, row, run).closing for study in run.studies for row in study.rows} == {None}
+
+
 def test_tokens_that_a_recipe_wrote_as_words_are_those_of_the_lineage(tmp_path: Path) -> None:
     students = [
         evaluated(

@@ -26,6 +26,7 @@ _SUMMARY: Mapping[Outcome, str] = {
 }
 PLANNED = "planned, not measured"
 _ANSWERS = ("exact_match", "cer", "bleu", "rougeL")  # of encoder-decoders, in the order that a card prefers them
+_APART = 0.25  # doublings: runs whose tokens differ by less say little about more tokens
 _LOG_LINES = 40  # a log with fewer lines is too short to read a trend from
 
 
@@ -165,10 +166,11 @@ def _closing(study: Study, row: Row, run: Run) -> float | None:
     pairs = []
     for other in study.rows:
         other_loss, (other_unit, other_spent) = other.metric("loss"), _spent(other)
-        alike = unit == other_unit and spent and other_spent and spent != other_spent
-        if other_loss and alike and _same_but_for_tokens(row, other):
-            closed = (loss.mean - other_loss.mean) / math.log2(other_spent / spent)
-            pairs.append((other_spent < spent, abs(other_spent - spent), closed))
+        if other_loss is None or unit != other_unit or min(spent, other_spent) <= 0:
+            continue
+        doublings = math.log2(other_spent) - math.log2(spent)
+        if abs(doublings) >= _APART and _same_but_for_tokens(row, other):
+            pairs.append((doublings < 0, abs(doublings), (loss.mean - other_loss.mean) / doublings))
     if pairs:
         return min(pairs)[2]
     logged = [found for record in row.records if (found := _closed_in_log(record, run)) is not None]
@@ -195,7 +197,7 @@ def _same_but_for_tokens(row: Row, other: Row) -> bool:
 
 
 def _closed_in_log(record: Record, run: Run) -> float | None:
-    """What the second half of a training log took off the KL (else the cross-entropy): means over a tenth of it."""
+    """How much the KL (else the cross-entropy) falls in the second half of a training log, between means of a tenth."""
     name = next((each.name for each in run.checkpoints if each.lineage["hash"] == record.hashes.get("student")), None)
     lines = run.logs.get(name or "", ())
     part = next((part for part in ("kl", "ce") if any(part in line for line in lines)), None)

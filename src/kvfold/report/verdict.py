@@ -100,7 +100,7 @@ def verdict(measured: Measured) -> Verdict:
     if known.gate is None and known.recall_kept is None:
         missing += ("recall",)
     within = "Its gate holds" if known.gate else f"Its loss is within {LOSS_LIMIT:g} nats of the teacher's"
-    reason = f"{within}, at {100 * known.cache_bytes / known.teacher_bytes:.3g}% of its cache bytes."
+    reason = f"{within}, at {100 * known.cache_bytes / known.teacher_bytes:.3g}% of the teacher's cache bytes."
     if beyond:
         reason += f" The gate allows more than the default limits: {'; '.join(beyond)}."
     return Verdict("ship", reason, missing)
