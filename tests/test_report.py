@@ -322,9 +322,9 @@ def test_the_page_has_every_section_that_has_data(run_dir: Path) -> None:
         "Gate",
     ):
         assert title in headings
-    for title in ("Samples side by side", "What failed", "Do it again", "Hashes, lineage, versions"):
+    for title in ("Samples side by side", "Failures", "Reproduce this run", "Hashes, lineage, versions"):
         assert title in headings
-    assert "Every cache holds what the plan said, to the byte." in text
+    assert "All caches have exactly the predicted size." in text
     assert "missed by kv_heads-1_seed-0/uptrained" in text
     assert "the loss is nan" in text
     assert "teacher, fp8 cache" in text
@@ -337,10 +337,10 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
     record.write(evaluated("alone", student_row(2), 2.0), tmp_path)
     headings = Page(report(tmp_path).read_text(encoding="utf-8")).headings
     assert "Result" in headings
-    for title in ("Plan against measured", "Loss over tokens", "Decode speed over context", "Gate", "What failed"):
+    for title in ("Plan against measured", "Loss over tokens", "Decode speed over context", "Gate", "Failures"):
         assert title not in headings
     assert "Samples side by side" not in headings
-    assert "Do it again" not in headings
+    assert "Reproduce this run" not in headings
 
 
 def test_the_page_is_one_inert_file(run_dir: Path) -> None:
@@ -366,8 +366,8 @@ def test_bytes_that_differ_from_the_plan_are_said(tmp_path: Path) -> None:
     bench.metrics["rows"][0]["cache_bytes"] += 1
     record.write(bench, tmp_path)
     text = report(tmp_path).read_text(encoding="utf-8")
-    assert f"1 of {len(bench.metrics['rows'])} differ." in text
-    assert "to the byte" not in text
+    assert f"1 of {len(bench.metrics['rows'])} caches differ from the prediction." in text
+    assert "exactly the predicted size" not in text
 
 
 def test_a_line_that_was_cut_off_does_not_spoil_the_log(run_dir: Path) -> None:

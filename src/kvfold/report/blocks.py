@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ class Block:
     content: Any = None
     words: int = 1  # columns of the table that are words
     folded: bool = False  # shown on demand
+    wide: bool = False  # a figure across the page
+    more: tuple[str, ...] = ()  # words for each row of the table, shown on demand
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,9 @@ class Section:
     title: str
     about: str
     blocks: tuple[Block, ...]
+
+
+def renamed(table: Table, names: Mapping[str, str]) -> Table:
+    """A table whose rows have other names, where these are known."""
+    columns, rows = table
+    return columns, [[names.get(row[0], row[0]), *row[1:]] for row in rows]

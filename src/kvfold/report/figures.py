@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from kvfold.errors import SettingError
+from kvfold.report.labels import leader, place
 
 SERIES = ("#2563c9", "#c2410c", "#0f8a5f", "#9333a8", "#b58900", "#0e7c95", "#be185d", "#5b6472")
 DARK_SERIES = ("#7aa8ff", "#ff9a5c", "#4fd1a1", "#d896f0", "#e6c14b", "#5fcbe3", "#ff86b8", "#aab4c0")
@@ -22,7 +24,10 @@ _INK, _GRID, _PAPER = "#010203", "#010204", "#010205"
 _STAND_INS = tuple(f"#0102{16 + number:02x}" for number in range(len(SERIES)))
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", "-.", ":")
-_WIDTH, _HEIGHT = 5.2, 3.3  # inches of 72 units: about as wide as a phone, so that text keeps its size there
+_HALO = "label-"  # ids of labels, which stand on a ground of their own
+_HOVERED = 12  # points of a line that its hover text has
+WIDE, NARROW = 12.0, 5.2  # inches of 72 units: as wide as a page, and as a phone, so that text keeps its size there
+_HEIGHT = 3.3
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a scatter; without a y it is a vertical line, for a size whose quality was not measured."""
+    """One point of a scatter: points of one group share a colour and a mark, and a hollow one is a twin in it.
+
+    A point that is not `labelled` is named by its hover text alone. `in_front` points may lie on the front.
+    """
 
     label: str
     x: float
-    y: float | None
+    y: float
     low: float | None = None
     high: float | None = None
+    group: str = ""
+    hollow: bool = False
+    labelled: bool = True
+    in_front: bool = True
+    about: str = ""  # more words for the hover text
 
 
 def lines(
@@ -60,12 +73,14 @@ def lines(
     levels: Mapping[str, float] | None = None,
 ) -> str:
     """A line chart as inline SVG; `levels` are named horizontal lines, `log_x` doubles from tick to tick."""
+    hovers = {}
     with _figure(len(drawn) + len(levels or {})) as (figure, axes):
         for number, line in enumerate(drawn):
             style = {"color": _STAND_INS[number % 8], "linestyle": _DASHES[number // 8 % 4], "linewidth": 1.6}
             if marked:
                 style |= {"marker": _MARKERS[number % 8], "markersize": 4.5}
-            axes.plot(line.x, line.y, label=line.label, **style)
+            axes.plot(line.x, line.y, label=line.label, gid=f"line-{number}", **style)
+            hovers[f"line-{number}"] = _hover(line, x_label, y_label)
             if line.low and any(high > low for low, high in zip(line.low, line.high, strict=True)):
                 axes.fill_between(line.x, line.low, line.high, color=_STAND_INS[number % 8], alpha=0.15, linewidth=0)
         for label, level in (levels or {}).items():
@@ -75,24 +90,88 @@ def lines(
         if from_zero:
             axes.set_ylim(bottom=0)
         _words(axes, x_label, y_label)
-        return _svg(figure, name, title)
+        return _svg(figure, name, title, hovers)
 
 
-def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str) -> str:
-    """A scatter over a doubling x axis as inline SVG, each point with its own sign, colour and line of the legend."""
-    with _figure(len(points)) as (figure, axes):
+def _hover(line: Line, x_label: str, y_label: str) -> str:
+    """A line in words: its label and its points; of many points, the first and the last."""
+    points = list(zip(line.x, line.y, strict=True))
+    shown = points if len(points) <= _HOVERED else [points[0], points[-1]]
+    return "\n".join([line.label, f"{x_label}: {y_label}", *(f"{x:,.6g}: {y:.4g}" for x, y in shown)])
+
+
+def scatter(
+    name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str, width: float = NARROW
+) -> str:
+    """A scatter over a doubling x axis as inline SVG, its points labelled where they stand, and its front.
+
+    The front steps through the points that no other beats at both x and y; less is better. A label without room is
+    left out; the hover text of its point has it.
+    """
+    groups = list(dict.fromkeys(point.group for point in points))
+    with _figure(0) as (figure, axes):
+        figure.set_size_inches(width, _HEIGHT + min(3.0, 0.14 * sum(point.labelled for point in points)))
+        hovers = {}
         for number, point in enumerate(points):
-            colour, marker = _STAND_INS[number % 8], _MARKERS[(number + number // 8) % 8]  # no pair twice
-            if point.y is None:
-                axes.axvline(point.x, color=colour, linewidth=1.3, linestyle=(0, (4, 3)), label=point.label)
-                continue
+            colour, marker = _STAND_INS[groups.index(point.group) % 8], _MARKERS[groups.index(point.group) % 8]
             if point.low is not None and point.high is not None and point.high > point.low:
                 axes.vlines(point.x, point.low, point.high, color=colour, linewidth=1.2)
-            axes.plot([point.x], [point.y], marker, color=colour, markersize=7.5, label=point.label)
+            look = {"color": colour, "markersize": 7.0, "markeredgewidth": 1.2, "zorder": 3 - 0.5 * point.hollow}
+            face = _PAPER if point.hollow else colour
+            axes.plot([point.x], [point.y], marker, markerfacecolor=face, gid=f"point-{number}", **look)
+            shown = [point.label, point.about, f"{x_label}: {point.x:,.0f}", f"{y_label}: {point.y:.4f}"]
+            hovers[f"point-{number}"] = "\n".join(filter(None, shown))
         axes.axhline(0, color=_GRID, linewidth=1.4, zorder=0)
-        _doubling(axes, sorted({point.x for point in points}))
+        front = front_of([point for point in points if point.in_front])
+        if len(front) > 1:
+            steps = {"drawstyle": "steps-post", "color": _INK, "linewidth": 1, "alpha": 0.4, "zorder": 1}
+            axes.plot([point.x for point in front], [point.y for point in front], gid="front", **steps)
+            hovers["front"] = (
+                "Front: no student with an unquantised cache beats one on this line in both bytes and loss"
+            )
+        _doubling(axes, sorted({point.x for point in points}), around=1.6)
+        axes.margins(y=0.09)
         _words(axes, x_label, y_label)
-        return _svg(figure, name, title)
+        _labels(figure, axes, points, front)
+        return _svg(figure, name, title, hovers)
+
+
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats at both x and y, by x."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        if not front or point.y < front[-1].y:
+            front.append(point)
+    return front
+
+
+def _labels(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Write the labels of points beside their marks, where there is room, each with a line to a mark far away."""
+    figure.draw_without_rendering()  # lays it out: from here on, data have a place
+    figure.set_layout_engine("none")
+    labelled = [point for point in points if point.labelled]
+    look = {"fontsize": 8.5, "ha": "left", "va": "bottom", "zorder": 4}
+    texts = [axes.text(0, 0, point.label, gid=f"{_HALO}{at}", **look) for at, point in enumerate(labelled)]
+    sizes = [text.get_window_extent().size for text in texts]
+    places = {id(point): tuple(axes.transData.transform((point.x, point.y))) for point in points}
+    avoided = [(x - 4.5, y - 4.5, x + 4.5, y + 4.5) for x, y in places.values()]
+    for point in points:
+        low, high = (point.y if end is None else end for end in (point.low, point.high))
+        ends = [axes.transData.transform((point.x, end)) for end in (low, high)]
+        avoided.append((ends[0][0] - 1, ends[0][1], ends[1][0] + 1, ends[1][1]))
+    for (x, y), (to_x, to_y) in pairwise(places[id(point)] for point in front):
+        avoided += [(x, y - 1, to_x, y + 1), (to_x - 1, to_y, to_x + 1, y)]
+    (left, bottom), (right, top) = axes.get_window_extent().get_points()
+    boxes = place([places[id(point)] for point in labelled], sizes, avoided, (left + 1, bottom + 1, right + 6, top))
+    back = axes.transData.inverted()
+    for point, text, box in zip(labelled, texts, boxes, strict=True):
+        if box is None:
+            text.remove()
+            continue
+        text.set_position(back.transform(box[:2]))
+        if line := leader(places[id(point)], box):
+            xs, ys = zip(*(back.transform(end) for end in line), strict=True)
+            axes.plot(xs, ys, color=_INK, linewidth=0.6, alpha=0.5, zorder=2)
 
 
 def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks: Sequence[str]) -> str:
@@ -104,34 +183,6 @@ def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks:
         axes.set_yticks(range(len(y_ticks)), y_ticks)
         axes.grid(visible=False, axis="y")
         _words(axes, x_label, "")
-        return _svg(figure, name, title)
-
-
-def front(name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str) -> str:
-    """A scatter with a label beside each point and a line through those that no other is below and left of."""
-    drawn = sorted(((each.x, each.y, each) for each in points if each.y is not None), key=lambda each: each[:2])
-    best = [(x, y) for at, (x, y, _) in enumerate(drawn) if all(y < other for _, other, _ in drawn[:at])]
-    with _figure(0) as (figure, axes):
-        axes.plot([x for x, _ in best], [y for _, y in best], color=_INK, alpha=0.4, linewidth=1.3)
-        for number, (x, y, point) in enumerate(drawn):
-            colour, last = _STAND_INS[number % 8], number == len(drawn) - 1
-            if point.low is not None and point.high is not None and point.high > point.low:
-                axes.vlines(x, point.low, point.high, color=colour, linewidth=1.2)
-            axes.plot([x], [y], "o", color=colour, markersize=8)
-            offset, side, edge = ((-2, -9), "right", "top") if last else ((7, 5), "left", "bottom")
-            axes.annotate(
-                point.label,
-                (x, y),
-                offset,
-                textcoords="offset points",
-                color=colour,
-                ha=side,
-                va=edge,
-                linespacing=1.25,
-            )
-        axes.margins(y=0.16)  # room for the labels of the highest and the lowest point
-        _doubling(axes, sorted({x for x, _, _ in drawn}))
-        _words(axes, x_label, y_label)
         return _svg(figure, name, title)
 
 
@@ -167,11 +218,11 @@ def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
         "text.parse_math": False,  # a name may hold a dollar
     }
     with matplotlib.rc_context(look):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.19 * max(0, legend_lines - 1)), layout="constrained")
+        figure = Figure(figsize=(NARROW, _HEIGHT + 0.19 * max(0, legend_lines - 1)), layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def _doubling(axes: Any, values: Sequence[float]) -> None:
+def _doubling(axes: Any, values: Sequence[float], around: float = 1.25) -> None:
     """Make x logarithmic, with a tick at each measured value that has room for one."""
     axes.set_xscale("log", base=2)
     kept: list[float] = []
@@ -180,7 +231,7 @@ def _doubling(axes: Any, values: Sequence[float]) -> None:
             kept.append(value)
     axes.set_xticks(kept, [f"{value:,.0f}" for value in kept])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
+    axes.set_xlim(values[0] / around, values[-1] * around)
 
 
 def _words(axes: Any, x_label: str, y_label: str) -> None:
@@ -190,8 +241,11 @@ def _words(axes: Any, x_label: str, y_label: str) -> None:
         axes.figure.legend(loc="outside lower left", ncols=1, handlelength=2.4, labelspacing=0.35, borderaxespad=0.2)
 
 
-def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure as an SVG element for an HTML page: named ids, CSS colours, no address of anything."""
+def _svg(figure: Any, name: str, title: str, hovers: Mapping[str, str] | None = None) -> str:
+    """The figure as an SVG element for an HTML page: named ids, CSS colours, no address of anything.
+
+    `hovers` are what a pointer over a part of the figure shows, by the part's id.
+    """
     name = re.sub(r"[^\w-]", "-", name)  # it becomes part of ids
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
@@ -202,6 +256,10 @@ def _svg(figure: Any, name: str, title: str) -> str:
     text = text.replace("xlink:href", "href")
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
+    text = re.sub(rf'<g id="{name}-{_HALO}\d+"', r'\g<0> class="halo"', text)
+    for part, hover in (hovers or {}).items():
+        group = f'<g id="{name}-{part}">'
+        text = text.replace(group, f"{group}<title>{escape(hover)}</title>", 1)
     text = text.replace("font-family: 'DejaVu Sans'; ", "")
     colours = {_INK: "currentColor", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
     colours |= {stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_STAND_INS)}
@@ -218,14 +276,16 @@ def style() -> str:
     dark = "; ".join(f"--series-{number}: {colour}" for number, colour in enumerate(DARK_SERIES))
     return (
         f":root {{ --grid: #d5d9df; {light} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ --grid: #3b4350; {dark} }} }}"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ --grid: #3b4350; {dark} }} }}\n"
+        ".halo { paint-order: stroke; stroke: var(--paper); stroke-width: 2.5px; stroke-linejoin: round }"
     )
 
 
 def standalone(svg: str) -> str:
     """An inline figure as a file of its own, on a ground of its own, light or dark as the reader's screen is."""
-    look = f"{style()}\nsvg {{ color: #1b2129; background: #ffffff; font-family: system-ui, sans-serif }}\n"
-    look += "@media screen and (prefers-color-scheme: dark) { svg { color: #e6e9ee; background: #14181e } }"
+    look = f"{style()}\nsvg {{ --paper: #ffffff; color: #1b2129; background: var(--paper); "
+    look += "font-family: system-ui, sans-serif }\n"
+    look += "@media screen and (prefers-color-scheme: dark) { svg { --paper: #14181e; color: #e6e9ee } }"
     opening = '<svg xmlns="http://www.w3.org/2000/svg" '
     head, _, rest = svg.partition(">")
     return f"{opening}{head.removeprefix('<svg ')}>\n <style>{look}</style>{rest}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from kvfold.errors import OutputError
 from kvfold.output import disk_errors, replacing, written_by_kvfold
@@ -17,11 +16,11 @@ from kvfold.progress import SILENT, Progress
 from kvfold.report import figures
 from kvfold.report.card import templates, write_cards
 from kvfold.report.folder import Run, collect
-from kvfold.report.rows import Row
+from kvfold.report.outcome import cards, summary_of
 from kvfold.report.sections import sections
+from kvfold.report.verdict import RULE
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # but tab and line feed
-TILES = 6  # students that the head of the page shows
 
 
 def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Progress = SILENT) -> Path:
@@ -62,6 +61,7 @@ def render(run: Run) -> str:
     missed = [record.name for record in run.records if record.status == "gate_missed"]
     gated = any(record.metrics.get("gate") for record in run.records)
     roots = sorted({checkpoint.lineage["root"]["name"] for checkpoint in run.checkpoints})
+    students = cards(run)
     text = (
         templates("html")
         .get_template("report.html.j2")
@@ -72,27 +72,11 @@ def render(run: Run) -> str:
             device=next((record.device for record in run.records if record.device), ""),
             verdict=f"missed by {', '.join(missed)}" if missed else "all hold" if gated else "",
             missed=bool(missed),
-            tiles=[_tile(row) for study in run.studies[:1] for row in study.rows if row.role == "student"][:TILES],
+            students=students,
+            summary=summary_of(students),
+            rule=RULE,
             sections=sections(run),
             figure_style=figures.style(),
         )
     )
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def _tile(row: Row) -> dict[str, Any]:
-    """What the head of the page says of one student."""
-    part = row.cache_bytes / row.teacher_cache_bytes if row.cache_bytes and row.teacher_cache_bytes else None
-    before, after = row.loss_before, row.metric("loss")
-    place = max(row.speedups, default=None)
-    return {
-        "name": row.name,
-        "schooling": row.schooling,
-        "part": part,
-        "bytes": None if part is None else f"{row.teacher_cache_bytes:,.0f} → {row.cache_bytes:,.0f}",
-        "before": before.mean if before and row.trained else None,
-        "after": after.mean if after else None,
-        "teacher": row.teacher_loss,
-        "speed": None if place is None else f"{row.speedups[place]:.2f}",
-        "place": None if place is None else f"{place[0]:,} × {place[1]}",
-    }

@@ -62,10 +62,10 @@ def quality_figure(records: Sequence[Record]) -> str:
     points = [point for study in found for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
         raise DataError("no student with both bytes and loss is here", next="record its plan too")
-    drawn = figures.front(
+    drawn = figures.scatter(
         "quality",
         "Cache bytes per token against loss above the teacher's",
-        [replace(point, label=f"{point.label}{_beside(point, parts.get(point.x))}") for point in points],
+        [replace(point, label=f"{point.about or point.label}{_beside(point, parts.get(point.x))}") for point in points],
         x_label="cache bytes per token",
         y_label="loss above the teacher’s (nats)",
     )

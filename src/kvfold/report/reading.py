@@ -114,10 +114,13 @@ class _Measured(_Part):
     agreement: Number | None = None
     loss_fp8_cache: Number | None = None
     copy_loss: Keyed | None = None
+    copy_gain: Keyed | None = None
     passkey: Keyed | None = None
     passkey_loss: Keyed | None = None
     exact_match: Keyed | None = None
     cer: Keyed | None = None
+    bleu: Keyed | None = None
+    rougeL: Keyed | None = None
     lm_eval: dict[str, dict[str, Any]] | None = None
 
 

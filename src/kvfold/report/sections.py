@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,14 +9,15 @@ from typing import Any
 from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
-from kvfold.report.blocks import Block, Section
+from kvfold.report.blocks import Block, Section, renamed
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
+from kvfold.report.names import short_names
+from kvfold.report.outcome import cache_itemsize, number, settings_of
 from kvfold.report.planes import planes_section
 from kvfold.report.recall import asked, recall
-from kvfold.report.rows import NONE, Study, headline
+from kvfold.report.rows import NONE, Row, Study, headline
 from kvfold.report.speed import plans, speed
-from kvfold.shape import DTYPE_BYTES
 
 _LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
 _LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
@@ -50,81 +50,129 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     again = f" ({number + 1})" if number else ""
     about = "Loss is in nats per token of held-out text. "
     if any(row.recovered is not None for row in study.rows):
-        about += "Recovered: the part of the conversion's damage that training undid. "
+        about += "Recovered: the share of the loss added by the conversion that training removed. "
     if any(row.gap_closed is not None for row in study.rows):
         about += f"Gap closed: {tables.GAP_CLOSED}; 100% is the teacher. "
     if any(len(row.records) > 1 for row in study.rows):
         about += "± is the standard deviation over seeds. "
     place = tables.headline_place(study)
     if place:
-        about += "Decode is the speed over the teacher's at context × batch, measured in one run. "
+        about += "Decode: the speed relative to the teacher's at context × batch, measured in one run. "
     main = Section(
         f"result{suffix}",
         f"Result{again}",
         about.strip(),
-        (Block("table", "What it cost and what it gained", table=headline(study), words=2),),
+        (_result(study),),
     )
     blocks = (*_quality(study, run, suffix), *_recall(study, suffix))
     return [main, Section(f"quality{suffix}", f"Quality{again}", "", blocks)]
 
 
+def _result(study: Study) -> Block:
+    """The headline with short names; settings and training of each row on demand."""
+    columns, rows = headline(study)
+    kept = [at for at, column in enumerate(columns) if column != "training"]
+    names = short_names(study.everyone)
+    shown = [[name, *(row[at] for at in kept[1:])] for name, row in zip(names, rows, strict=True)]
+    return Block(
+        "table",
+        "Bytes, quality and speed",
+        "Select a model for its settings.",
+        table=([columns[at] for at in kept], shown),
+        more=tuple("" if row.role == "teacher" else settings_of(row) for row in study.everyone),
+    )
+
+
 def quality_points(study: Study, *, schooled: bool = True) -> list[Point]:
     """Cache bytes per token against loss above the teacher's, for everyone whose both are known.
 
-    Labels say how each was trained where that is `schooled`, and else where names alone do not tell rows apart.
+    Hover texts have all settings, and how each was trained where that is `schooled`.
     """
-    names, points = [row.name for row in study.everyone], []
-    for row in study.everyone:
-        loss = row.metric("loss")
-        if row.cache_bytes is None or loss is None or row.loss_lost is None:
+    points = []
+    for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
+        loss, above = row.metric("loss"), _above_teacher(row)
+        if row.cache_bytes is None or loss is None or above is None:
             continue
-        shift = row.loss_lost - loss.mean
-        label = row.label if schooled or names.count(row.name) > 1 else row.name
-        points.append(Point(label, row.cache_bytes, row.loss_lost, loss.low + shift, loss.high + shift))
+        shift = above - loss.mean
+        about = row.label if schooled else row.name
+        points.append(
+            Point(
+                name,
+                row.cache_bytes,
+                above,
+                loss.low + shift,
+                loss.high + shift,
+                group=row.method if row.role == "student" else row.role,
+                in_front=row.role != "control",
+                about=about if about != name else "",
+            )
+        )
     return points
+
+
+def _above_teacher(row: Row) -> float | None:
+    return 0.0 if row.role == "teacher" else row.loss_lost
 
 
 def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
     """Teacher and students with an fp8 cache, at its bytes: would a flag do, and does it still add something?"""
-    formats = {str(record.metrics["dtype"]) for record in records if record.kind == "plan" and record.metrics}
-    if len(formats) != 1:
-        return []
-    itemsize = DTYPE_BYTES[formats.pop()]
+    itemsize = cache_itemsize(records)
     points = []
-    for row in study.everyone:
+    for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
         loss, rounded = row.metric("loss"), row.metric("loss_fp8_cache")
-        if row.cache_bytes is None or loss is None or rounded is None or row.loss_lost is None or row.role == "control":
+        above = _above_teacher(row)
+        if itemsize is None or row.cache_bytes is None or loss is None or rounded is None or above is None:
             continue
-        label, above = f"{row.label}, fp8 cache", row.loss_lost + rounded.mean - loss.mean
-        points.append(Point(label, row.cache_bytes / itemsize, above))
+        if row.role != "control":
+            points.append(
+                Point(
+                    f"{name}, fp8 cache",
+                    row.cache_bytes / itemsize,
+                    above + rounded.mean - loss.mean,
+                    group=row.method if row.role == "student" else row.role,
+                    hollow=True,
+                    labelled=row.role == "teacher",
+                    in_front=False,
+                )
+            )
     return points
 
 
 def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
-    points = quality_points(study) + _fp8_points(study, run.records)
-    if len([point for point in points if point.y is not None]) < 2:
+    native, rounded = quality_points(study), _fp8_points(study, run.records)
+    if len(native) + len(rounded) < 2:
         return
     title = "Quality against bytes"
-    drawn = figures.scatter(
-        f"scatter{suffix}", title, points, x_label="cache bytes per token", y_label="loss above the teacher’s (nats)"
+    about = "Down and to the left is better. The line is the front: no student with an unquantised cache beats one "
+    about += "on it in both bytes and loss. "
+    about += "A hollow mark is the same model with an fp8 cache. " if rounded else ""
+    about += "A bar is the range over seeds. " if any(len(row.records) > 1 for row in study.rows) else ""
+    about += "Point at a mark for its numbers."
+    drawn = "".join(
+        f'<div class="{kind}">'
+        + figures.scatter(
+            f"scatter-{kind}{suffix}",
+            title,
+            native + rounded,
+            x_label="cache bytes per token",
+            y_label="loss above the teacher’s (nats)",
+            width=width,
+        )
+        + "</div>"
+        for kind, width in (("for-wide", figures.WIDE), ("for-narrow", figures.NARROW))
     )
-    rows = [[point.label, f"{point.x:,.0f}", NONE if point.y is None else f"{point.y:+.4f}"] for point in points]
-    yield Block(
-        "figure",
-        title,
-        "Down and to the left is better; a bar is the range over seeds.",
-        table=(["model", "cache bytes/token", "loss above the teacher’s"], rows),
-        content=drawn,
-    )
+    rows = [[point.label, f"{point.x:,.0f}", f"{point.y:+.4f}"] for point in native + rounded]
+    table = (["model", "cache bytes/token", "loss above the teacher’s"], rows)
+    yield Block("figure", title, about, table=table, content=drawn, wide=True)
 
 
 def _recall(study: Study, suffix: str) -> Iterator[Block]:
-    rows = asked(study, "copy_loss")
+    rows, names = asked(study, "copy_loss"), _names(study)
     if rows:
         title = "Copy loss by distance"
         lines = [
             Line(
-                row.label,
+                names[row.label],
                 [float(distance) for distance in values],
                 [value.mean for value in values.values()],
                 [value.low for value in values.values()],
@@ -133,18 +181,29 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
             for row in rows
             if (values := row.keyed("copy_loss"))
         ]
-        about = "Loss on the second occurrence of a random span, after so many tokens. Only recall can lower it."
+        about = "Loss on the second occurrence of a random span, by its distance in tokens. Only recall lowers it."
         drawn = figures.lines(
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
         )
-        yield Block("figure", title, about, table=recall(rows, "copy_loss"), content=drawn)
+        yield Block("figure", title, about, table=renamed(recall(rows, "copy_loss"), names), content=drawn)
     for name, title in (("passkey", "Passkey retrieval"), ("passkey_loss", "Loss on the passkey")):
         if rows := asked(study, name):
-            yield Block("table", title, "By context.", table=recall(rows, name))
+            yield Block("table", title, "By context.", table=renamed(recall(rows, name), names))
     tasks = list(_tasks(study))
     if tasks:
-        models = [row.label for row in study.everyone if any("lm_eval" in record.metrics for record in row.records)]
+        models = [
+            names[row.label] for row in study.everyone if any(each.metrics.get("lm_eval") for each in row.records)
+        ]
         yield Block("table", "lm-eval", table=(["task", *models], tasks))
+
+
+def _names(study: Study) -> dict[str, str]:
+    """The label of each row -> its short name, also of what it is without a part."""
+    found: dict[str, str] = {}
+    for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
+        found |= {part.label: f"{name}, without its {part.left_out}" for part in row.parted}
+        found[row.label] = name
+    return found
 
 
 def _tasks(study: Study) -> Iterator[list[str]]:
@@ -153,13 +212,9 @@ def _tasks(study: Study) -> Iterator[list[str]]:
     found = [each for each in found if any(each)]
     names = sorted({(task, name) for each in found for results in each for task in results for name in results[task]})
     for task, name in names:
-        values = [tables.spread(_number(results.get(task, {}).get(name)) for results in each) for each in found]
+        values = [tables.spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
         if any(value is not None for value in values):
             yield [f"{task}, {name}", *(tables.cell(value, 3) for value in values)]
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _training(run: Run) -> Section:
@@ -237,18 +292,19 @@ def _gates(run: Run) -> Section:
 def _samples(found: Sequence[Study]) -> Section:
     """What teacher and students write after the same words, at one seed each."""
     prompts: dict[str, list[tuple[str, str]]] = {}
+    names = {label: name for study in found for label, name in _names(study).items()}
     for row in (row for study in found for row in study.rows):
         for sample in row.records[0].metrics.get("samples") or []:
             first = [("teacher", sample["teacher"])] if "teacher" in sample else []
-            prompts.setdefault(sample["prompt"], first).append((row.label, sample["student"]))
+            prompts.setdefault(sample["prompt"], first).append((names[row.label], sample["student"]))
     blocks = (Block("samples", "", content=prompts),) if prompts else ()
-    return Section("samples", "Samples side by side", "Greedy, after the same words of held-out text.", blocks)
+    return Section("samples", "Samples side by side", "Greedy continuations of the same held-out text.", blocks)
 
 
 def _failures(run: Run) -> Section:
     rows = [[record.kind, record.name, record.error or ""] for record in run.records if record.status == "failed"]
     blocks = (Block("table", "", table=(["kind", "name", "error"], rows), words=3),) if rows else ()
-    return Section("failed", "What failed", "", blocks)
+    return Section("failed", "Failures", "", blocks)
 
 
 # --- how to do it again ----------------------------------------------------------------------------------------------
@@ -263,7 +319,7 @@ def _commands(run: Run) -> Section:
     for checkpoint in run.checkpoints:
         text = commands(checkpoint, by_hash)
         blocks.append(Block("code", checkpoint.name, content=text, folded=run.recipe is not None))
-    return Section("again", "Do it again", "With every setting as it was resolved.", tuple(blocks))
+    return Section("again", "Reproduce this run", "Every setting is explicit.", tuple(blocks))
 
 
 def _provenance(run: Run) -> Section:
@@ -284,7 +340,7 @@ def _provenance(run: Run) -> Section:
         blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
         told = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
         if told:
-            blocks.append(Block("table", "Found in conversion", table=(["checkpoint", "what"], told), words=2))
+            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], told), words=2))
     if run.records:
         made_by = sorted({("device", record.device) for record in run.records if record.device})
         made_by += sorted({("commit", record.commit) for record in run.records if record.commit})

@@ -9,9 +9,10 @@ from kvfold.plan import count, size
 from kvfold.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
-from kvfold.report.blocks import Block, Section
+from kvfold.report.blocks import Block, Section, renamed
 from kvfold.report.figures import Line
 from kvfold.report.folder import Run
+from kvfold.report.names import bench_names, plan_names
 from kvfold.report.rows import NONE, Study, Table
 
 
@@ -28,27 +29,30 @@ def plans(run: Run, found: Sequence[Study]) -> Section:
         title = f"Plans for {context:,} tokens × {batch} on {device}"
         said = dict.fromkeys(warning for record in plans for warning in record.metrics["warnings"])
         about = " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in said)
-        blocks.append(Block("table", title, about, table=_plan_table(plans, run.records, found)))
+        more = ("", *(", ".join(_settings(plan.metrics)) for plan in plans))
+        blocks.append(Block("table", title, about, table=_plan_table(plans, run.records, found), words=3, more=more))
     for bench in tables.benches(run.records):
         rows = tables.bench_rows(bench)
         place = max((row["context"], row["batch"]) for row in rows)
-        largest = _bytes_table(tables.bench_rows(bench, context=place[0], batch=place[1]))
+        names = bench_names(bench, found)
+        largest = renamed(_bytes_table(tables.bench_rows(bench, context=place[0], batch=place[1])), names)
         title = "Cache bytes: predicted and measured"
         blocks.append(Block("table", title, _verdict_on_bytes(rows), table=largest, words=2))
         if len(rows) > len(largest[1]):
-            blocks.append(Block("table", f"All {len(rows)} of them", table=_bytes_table(rows), words=2, folded=True))
-    about = "A plan reads config.json alone: its bytes are exact, its speed is the roofline’s, which no kernel beats."
+            every = renamed(_bytes_table(rows), names)
+            blocks.append(Block("table", f"All {len(rows)} measurements", table=every, words=2, folded=True))
+    about = "A plan reads config.json only. Its bytes are exact; its speed is the roofline bound."
     return Section("plan", "Plan against measured", about, tuple(blocks))
 
 
 def _plan_table(plans: Sequence[Record], records: Sequence[Record], found: Sequence[Study]) -> Table:
     """The teacher, then one line per plan; decode speed by the roofline and, where it was timed there, as measured."""
-    columns = ["model", "key/value heads", "parameters", "cache bytes/token", "cache", "largest batch"]
-    columns += ["decode, at most", "decode, measured", "loads in"]
+    columns = ["model", "loads in", "key/value heads", "parameters", "cache bytes/token", "cache", "largest batch"]
+    columns += ["decode, at most", "decode, measured"]
     first = plans[0].metrics
-    lines = [["teacher", *_side(first["before"]), "1×", "1×", ""]]
+    lines = [["teacher", NONE, *_side(first["before"]), "1×", "1×"]]
     place = (first["context"], first["batch"])
-    for record in plans:
+    for record, name in zip(plans, plan_names(plans), strict=True):
         plan = record.metrics
         own = [
             row
@@ -56,12 +60,16 @@ def _plan_table(plans: Sequence[Record], records: Sequence[Record], found: Seque
             for row in study.rows
             if row.role == "student" and tables.plan_of(records, {"method": row.method, **row.settings}) is record
         ]
-        words = [plan["method"], *(f"{key.replace('_', ' ')} {value}" for key, value in plan["settings"].items())]
         timed = next((f"{row.speedups[place]:.2f}×" for row in own if place in row.speedups), NONE)
         engines = ", ".join(engine["name"] for engine in plan["engines"] if engine["loads"])
-        name = own[0].name if own else ", ".join(words)
-        lines.append([name, *_side(plan["after"]), f"{plan['speedup']:.2f}×", timed, engines])
+        lines.append([name, engines or NONE, *_side(plan["after"]), f"{plan['speedup']:.2f}×", timed])
     return columns, lines
+
+
+def _settings(plan: Mapping[str, Any]) -> list[str]:
+    """Every setting of a plan, in words."""
+    settings = (f"{key.replace('_', ' ')} {value}" for key, value in plan["settings"].items() if value is not None)
+    return [plan["method"], *settings]
 
 
 def _side(side: Mapping[str, Any]) -> list[str]:
@@ -99,24 +107,37 @@ def _verdict_on_bytes(rows: Sequence[Mapping[str, Any]]) -> str:
     wrong = [row for row in checked if row["predicted_cache_bytes"] != row["cache_bytes"]]
     if not checked:
         return ""
-    return f"{len(wrong)} of {len(checked)} differ." if wrong else "Every cache holds what the plan said, to the byte."
+    return (
+        f"{len(wrong)} of {len(checked)} caches differ from the prediction."
+        if wrong
+        else "All caches have exactly the predicted size."
+    )
 
 
 def speed(run: Run) -> Section:
     """Decode time over context, one figure a batch, and every measurement."""
     blocks = []
     for number, bench in enumerate(tables.benches(run.records)):
-        blocks += [_decode_figure(bench, batch, f"decode-{number}-{batch}") for batch in _batches(bench)]
+        names = bench_names(bench, run.studies)
+        blocks += [_decode_figure(bench, batch, f"decode-{number}-{batch}", names) for batch in _batches(bench)]
         columns = ["model", "cache", "context", "batch", "prefill, ms", "decode, ms/token", "of teacher", "kernel"]
-        table = (columns, list(_times(bench)))
+        table = renamed((columns, list(_times(bench))), names)
         notes = [note for note in bench.metrics.get("notes") or () if "read the cache of another" in note]
-        said = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
+        said = " ".join(_note(note, names) for note in notes)
         blocks.append(Block("table", f"Every measurement of {bench.name}", said, table=table, words=2, folded=True))
         if largest := largest_batches(bench):
-            blocks.append(Block("table", f"The largest batch in {_memory(bench)}", said, table=largest))
-    about = "Medians, teacher and students interleaved in one run, each with its best kernel. A speed is a ratio: "
-    about += "seconds are this machine’s."
+            blocks.append(Block("table", f"The largest batch in {_memory(bench)}", said, table=renamed(largest, names)))
+    about = "Medians. Teacher and students are interleaved in one run, each with its fastest kernel. Compare ratios: "
+    about += "seconds depend on the machine."
     return Section("speed", "Decode speed over context", about, tuple(blocks))
+
+
+def _note(note: str, names: Mapping[str, str]) -> str:
+    """A note of a benchmark as a sentence, with the short name of its model."""
+    model, colon, words = note.partition(": ")
+    if colon and model in names:
+        return f"{names[model]}: {words}."
+    return f"{note[0].upper()}{note[1:]}."
 
 
 def largest_batches(bench: Record) -> Table | None:
@@ -148,25 +169,29 @@ def _batches(bench: Record) -> list[int]:
     return sorted({row["batch"] for row in tables.bench_rows(bench)})
 
 
-def _decode_figure(bench: Record, batch: int, name: str) -> Block:
+def _decode_figure(bench: Record, batch: int, name: str, names: Mapping[str, str]) -> Block:
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in tables.bench_rows(bench, batch=batch):
-        series.setdefault((row["model"], row["cache"]), []).append((row["context"], 1e3 * row["decode_s_per_token"]))
+        model = names.get(row["model"], row["model"])
+        series.setdefault((model, row["cache"]), []).append((row["context"], 1e3 * row["decode_s_per_token"]))
     drawn = [
         Line(model if cache == "native" else f"{model}, {cache} cache", *map(list, zip(*sorted(points), strict=True)))
         for (model, cache), points in series.items()
     ]
-    title = f"Decode at batch {batch}"
-    svg = figures.lines(
-        name, title, drawn, x_label="context (tokens)", y_label="ms per token", log_x=True, from_zero=True
-    )
+    title, about = f"Decode at batch {batch}", "Lower is faster."
     contexts = sorted({int(x) for line in drawn for x in line.x})
     rows = [
         [line.label, *(f"{at[x]:.3f}" if x in at else NONE for x in contexts)]
         for line in drawn
         for at in [dict(zip(line.x, line.y, strict=True))]
     ]
-    return Block("figure", title, "Lower is faster.", (["ms per token", *(f"{x:,}" for x in contexts)], rows), svg)
+    table = (["ms per token", *(f"{x:,}" for x in contexts)], rows)
+    if len(contexts) < 2:
+        return Block("table", title, about, table)
+    svg = figures.lines(
+        name, title, drawn, x_label="context (tokens)", y_label="ms per token", log_x=True, from_zero=True
+    )
+    return Block("figure", title, about, table, svg)
 
 
 def _times(bench: Record) -> Iterator[list[str]]:

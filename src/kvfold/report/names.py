@@ -1,0 +1,85 @@
+"""Short names of the rows of a study, of plans and of a benchmark's models: what tells them apart, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import combinations
+from typing import Any
+
+from kvfold.methods import all_methods
+from kvfold.record import Record
+from kvfold.report import rows as tables
+from kvfold.report.rows import Row, Study, compact
+
+_Items = tuple[tuple[str, str], ...]  # settings by name, and in words
+_MOST = 4  # settings in a short name; where these are too few, the name is the whole label
+
+
+def short_names(rows: Sequence[Row]) -> list[str]:
+    """A name for each row, in their order: `gqa, kv heads 2`; no two rows have the same one."""
+    starts = [row.method if row.role == "student" else row.role for row in rows]
+    return _names(starts, [_of_row(row) for row in rows], [row.label for row in rows])
+
+
+def plan_names(plans: Sequence[Record]) -> list[str]:
+    """A name for each plan, by the settings that are not its method's defaults."""
+    methods = [str(plan.metrics["method"]) for plan in plans]
+    items = [_of_plan(method, plan.metrics["settings"]) for method, plan in zip(methods, plans, strict=True)]
+    whole = [", ".join([method, *(words for _, words in own)]) for method, own in zip(methods, items, strict=True)]
+    return _names(methods, items, whole)
+
+
+def bench_names(bench: Record, found: Sequence[Study]) -> dict[str, str]:
+    """The models of a benchmark -> the short names of the rows that they are; a model of no row has its own name."""
+    models = list(dict.fromkeys(row["model"] for row in tables.bench_rows(bench)))
+    names = {models[0]: "teacher"} if models else {}
+    for study in found:
+        for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
+            names |= {model: name for model in models[1:] if tables.benched(bench, model, row.records)}
+    return {model: name for model, name in names.items() if list(names.values()).count(name) == 1}
+
+
+def _of_row(row: Row) -> _Items:
+    """Settings, then training, as (key, words)."""
+    if row.role == "teacher":
+        return ()
+    found = [(key, f"{key} {value}".replace("_", " ")) for key, value in row.settings.items()]
+    for key, value in row.training.items():
+        if key == "alpha":
+            found.append((key, f"alpha {value:g}"))
+        elif key == "tokens":
+            found.append((key, f"{value if isinstance(value, str) else compact(value)} tokens"))
+        else:
+            found.append((key, str(value)))
+    return tuple(found)
+
+
+def _of_plan(method: str, settings: Mapping[str, Any]) -> _Items:
+    known = all_methods().get(method)
+    usual = {each.name: each.default for each in fields(known.Config)} if known else {}
+    told = {key: value for key, value in settings.items() if value is not None and usual.get(key) != value}
+    return tuple((key, f"{key} {value}".replace("_", " ")) for key, value in told.items())
+
+
+def _names(starts: Sequence[str], items: Sequence[_Items], whole: Sequence[str]) -> list[str]:
+    """A start and a few items for each; the whole name where these cannot tell it from others."""
+    names = []
+    for at, start in enumerate(starts):
+        others = [set(items[k]) for k in range(len(starts)) if k != at and starts[k] == start]
+        chosen = _distinct(items[at], others, at_least=0 if start in ("control", "teacher") else 1)
+        names.append(whole[at] if chosen is None else ", ".join([start, *chosen]))
+    return [full if names.count(name) > 1 else name for name, full in zip(names, whole, strict=True)]
+
+
+def _distinct(own: _Items, others: Sequence[set[tuple[str, str]]], at_least: int) -> tuple[str, ...] | None:
+    """The fewest items that no other has together; with the first one, unless all have that.
+
+    One that has all of them and more does not count: its name has some of what it has more.
+    """
+    first = own[:1] if own and at_least and not (others and all(own[0] in other for other in others)) else ()
+    for count in range(max(at_least - len(first), 0), _MOST):
+        for chosen in combinations(own[len(first) :], count):
+            if not any(set(first + chosen) <= other and not set(own) < other for other in others):
+                return tuple(words for _, words in first + chosen)
+    return None if own or others else ()
