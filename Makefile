@@ -19,7 +19,7 @@ help:  ## this list
 demo: .venv/.ready  ## fold the shipped checkpoint: GQA and MQA, uptrained, measured, reported (5 minutes)
 	$(BIN)/kvfold demo
 
-check: .venv/.ready  ## quick: format, lint, strict types, import layers, fast tests, docs in step
+check: .venv/.ready  ## quick: format, lint, strict types, import rows, fast tests, docs in step
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -2,7 +2,7 @@
 
 A random Llama checkpoint of 1.4 GB (bfloat16, shards of 500 MB, 32 key/value heads of 64) becomes one of 8 heads:
 
-    convert    kvfold.convert, which hashes source and student on the way and has them on the disk when it returns
+    convert    kvfold.convert.conversion, which hashes source and student on the way and flushes them to disk
     copy+hash  the same files copied, then source and student read and hashed by SHA-256, as `cp` and `sha256sum` would
     load-all   from_pretrained, pool every key and value, save_pretrained; nothing is hashed
 
@@ -56,9 +56,9 @@ def make_source(folder: Path) -> None:
     """Write the random checkpoint, tensor by tensor."""
     import torch
 
+    from kvfold.disk.output import write_json
+    from kvfold.disk.shards import TensorSpec, Writer
     from kvfold.families import all_families
-    from kvfold.output import write_json
-    from kvfold.shards import TensorSpec, Writer
 
     config = {**all_families()["llama"].tiny(), **SHAPE}
     width, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -87,7 +87,7 @@ def make_source(folder: Path) -> None:
 def prepare_convert(source: Path, student: Path, out: Path) -> Callable[[], None]:
     import torch  # noqa: F401 -- convert imports it when it is called; imports are not timed
 
-    from kvfold.convert import ConvertSettings, convert
+    from kvfold.convert.conversion import ConvertSettings, convert
 
     options = ConvertSettings(shard_size=SHARD)
     return lambda: print(convert(source, out, "gqa", {"kv_heads": KV_HEADS}, options=options), file=sys.stderr)
@@ -211,7 +211,7 @@ def main() -> None:
         variant, *paths = given.child
         child(variant, *(Path(path) for path in paths))
         return
-    from kvfold import record
+    from kvfold.disk import record
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kvfold-") as room:

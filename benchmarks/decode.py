@@ -39,13 +39,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kernels import matmul
-from kvfold import hf, record
+from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
-from kvfold.bench import BenchSettings, bench, interleave
-from kvfold.convert import convert
+from kvfold.convert.conversion import convert
+from kvfold.disk import record
+from kvfold.disk.record import Record
+from kvfold.evaluate.bench import BenchSettings, bench, interleave
 from kvfold.families import all_families
 from kvfold.progress import Silent
-from kvfold.record import Record
 
 STEP = {"batch": 8, "heads": 32, "width": 64, "context": 4096, "kv_heads": (32, 16, 8, 4, 2, 1)}
 QUICK_STEP = {**STEP, "batch": 2, "context": 1024}

@@ -41,14 +41,16 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from kernels import matmul
-from kvfold import hf, record
+from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
-from kvfold.bench import interleave
+from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.site import DTYPE_BYTES, Shape
+from kvfold.disk import record
+from kvfold.evaluate.bench import interleave
 from kvfold.families import all_families
 from kvfold.machine import best_device
-from kvfold.roofline import decode_step, hardware
-from kvfold.shape import DTYPE_BYTES, Shape, grouped_cache
+from kvfold.predict.roofline import decode_step, hardware
 
 XXL = {
     "model": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64},

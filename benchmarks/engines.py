@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
-from kvfold import record
-from kvfold.checkpoint import Checkpoint
-from kvfold.convert import convert
+from kvfold.convert.conversion import convert
+from kvfold.disk import record
+from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, KvfoldError
 from kvfold.export import ExportSettings, agreement, export, limits
 from kvfold.export import gguf as ggufs

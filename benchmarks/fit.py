@@ -60,8 +60,8 @@ def config_of(width: int) -> dict[str, Any]:
 
 def save(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Write a checkpoint in bf16."""
-    from kvfold.output import write_json
-    from kvfold.shards import TensorSpec, Writer
+    from kvfold.disk.output import write_json
+    from kvfold.disk.shards import TensorSpec, Writer
 
     folder.mkdir(parents=True)
     with Writer(folder, {name: TensorSpec(tuple(each.shape), "bfloat16") for name, each in tensors.items()}) as writer:
@@ -124,12 +124,12 @@ def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
     import transformers  # noqa: F401
 
     from kvfold import hf  # noqa: F401
-    from kvfold.calibrate import CalibrationSettings, calibrate, memory_bytes
-    from kvfold.checkpoint import Checkpoint
-    from kvfold.data import TokenFile
+    from kvfold.calibrate.decoder import CalibrationSettings, calibrate, memory_bytes
+    from kvfold.contracts.site import Site, SiteTensors
+    from kvfold.disk.checkpoint import Checkpoint
     from kvfold.methods import gqa
-    from kvfold.repair import repair
-    from kvfold.shape import Site, SiteTensors
+    from kvfold.repair.layers import repair
+    from kvfold.text.tokens import TokenFile
 
     config = config_of(width)
     save(room / "source", config, random_layer(config))
@@ -137,14 +137,14 @@ def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens).astype(np.uint16)
     text = TokenFile(room / "text", ids, VOCABULARY, "random", "random tokens")
     wanted = gqa.Config(kv_heads=config["num_key_value_heads"] // KEPT, init="fit")
-    questions = gqa.needs(wanted, source.shape)
+    questions = gqa.METHOD.needs(wanted, source.shape)
     found: dict[str, float] = {}
     with measured("calibrate", found):
         answers = calibrate(source, questions, text)
     attention = source.shape.sites[site]
     old = {role: source.read(source.family.tensor(site, role)) for role in attention.roles()}
     with measured("merge", found):
-        new = gqa.convert({site: SiteTensors(attention, old)}, answers, wanted)[site]
+        new = gqa.METHOD.convert({site: SiteTensors(attention, old)}, answers, wanted)[site]
     tensors = {name: source.read(name) for name in source.names()}
     tensors |= {source.family.tensor(site, role): tensor for role, tensor in new.items()}
     save(room / "student", {**config, "num_key_value_heads": wanted.kv_heads}, tensors)
@@ -152,7 +152,7 @@ def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
     del answers, old, new, tensors
     if repaired:
         with measured("repair", found):
-            for _ in repair(source, student, gqa.repairs(wanted), text):
+            for _ in repair(source, student, gqa.METHOD.repairs(wanted), text):
                 pass
     found["predicted_mb"] = memory_bytes(source.shape, questions, CalibrationSettings()) / 1e6
     print(json.dumps(found))
@@ -193,7 +193,7 @@ def main() -> None:
     if given.child:
         child(int(given.child[0]), int(given.child[1]), Path(given.child[2]), repaired=not given.no_repair)
         return
-    from kvfold import record
+    from kvfold.disk import record
 
     widths = [int(width) for width in given.widths.split(",")]
     tokens = int(given.tokens.removesuffix("k")) * (1000 if given.tokens.endswith("k") else 1)

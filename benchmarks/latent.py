@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kernels import matmul
-from kvfold import record
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention, written_out
-from kvfold.bench import interleave
+from kvfold.disk import record
+from kvfold.evaluate.bench import interleave
 
 STEP = {"batch": 8, "heads": 32, "widths": (64, 128), "context": 4096, "prompt": 1024}
 QUICK = {**STEP, "batch": 2, "context": 1024, "prompt": 256}

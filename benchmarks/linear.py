@@ -38,7 +38,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kernels import matmul
-from kvfold import record
 from kvfold.attention.blocked import blocked_attention
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.linear import (
@@ -52,7 +51,8 @@ from kvfold.attention.linear import (
     normed,
     slopes,
 )
-from kvfold.bench import interleave
+from kvfold.disk import record
+from kvfold.evaluate.bench import interleave
 
 STEP = {"heads": 32, "width": 64, "contexts": (256, 1024, 4096, 16_384, 65_536), "groups": (32, 8)}
 TRAINING = {"heads": 8, "width": 64, "tokens": 2048, "groups": (8, 2), "dtypes": ("float32", "bfloat16")}

@@ -2,7 +2,7 @@
 
     bare       a loop as people write it: transformers' logits, torch's cross-entropy, AdamW, nothing else
     bare+      the same with our attention, so that what is left of the difference is the loop's own
-    ce         kvfold.training.train with cross-entropy: batches from a token file, chunked loss, guard, log
+    ce         kvfold.train.loop.train with cross-entropy: batches from a token file, chunked loss, guard, log
     kl         the same with KL to a teacher of the same size, which runs forward beside it
 
 All in bf16 autocast over fp32 weights, batch 16 x 256, one process, in turns. The numbers are ratios of medians.
@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvfold import hf, record
-from kvfold.data import TokenFile
-from kvfold.pretrain import PretrainSettings
+from kvfold import hf
+from kvfold.disk import record
 from kvfold.progress import SILENT
-from kvfold.recipe import read_yaml
-from kvfold.training import Work, parameter_groups, train
-from kvfold.uptrain import UptrainSettings, objective
+from kvfold.settings import read_yaml
+from kvfold.text.tokens import TokenFile
+from kvfold.train.loop import Work, parameter_groups, train
+from kvfold.train.pretrain import PretrainSettings
+from kvfold.train.uptrain import UptrainSettings, objective
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-pretrain.yaml"
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typer.models import ArgumentInfo, OptionInfo
 
 import kvfold
-from kvfold import record
-from kvfold.cli import COMMANDS
-from kvfold.report import conversion_pages, first_planes, miniature_page, of_runs, quality_figure, with_tables
+from kvfold.cli.commands import COMMANDS
+from kvfold.disk import record
+from kvfold.report import first_planes
+from pages.conversion import conversion_pages
+from pages.marks import with_tables
+from pages.miniature import miniature_page, of_runs, quality_figure
 
 ROOT = Path(__file__).parent.parent
 

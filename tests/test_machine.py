@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold import machine, precision
-from kvfold.convert import convert
+from kvfold import machine
+from kvfold.convert.conversion import convert
+from kvfold.disk.output import fingerprint, read_json
 from kvfold.errors import OutputError
-from kvfold.output import fingerprint, read_json
-from kvfold.pretrain import PretrainSettings, pretrain
 from kvfold.progress import Silent
-from kvfold.uptrain import UptrainSettings, uptrain
+from kvfold.train import precision
+from kvfold.train.pretrain import PretrainSettings, pretrain
+from kvfold.train.uptrain import UptrainSettings, uptrain
 
 SMALL: dict[str, Any] = {"sequence_length": 16, "batch_size": 2, "tokens": 64, "log_every": 1, "loss": "ce"}
 

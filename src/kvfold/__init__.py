@@ -13,22 +13,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "plan": "kvfold.plan",
-    "convert": "kvfold.convert",
-    "uptrain": "kvfold.uptrain",
-    "pretrain": "kvfold.pretrain",
-    "evaluate": "kvfold.evaluate",
-    "bench": "kvfold.bench",
+    "plan": "kvfold.predict.plan",
+    "convert": "kvfold.convert.conversion",
+    "uptrain": "kvfold.train.uptrain",
+    "pretrain": "kvfold.train.pretrain",
+    "evaluate": "kvfold.evaluate.evaluation",
+    "bench": "kvfold.evaluate.bench",
     "report": "kvfold.report",
     "export": "kvfold.export",
-    "run": "kvfold.run",
+    "run": "kvfold.run.runner",
     "load": "kvfold.hf",
-    "PlanSettings": "kvfold.plan",
-    "ConvertSettings": "kvfold.convert",
-    "UptrainSettings": "kvfold.uptrain",
-    "PretrainSettings": "kvfold.pretrain",
-    "EvaluateSettings": "kvfold.evaluate",
-    "BenchSettings": "kvfold.bench",
+    "PlanSettings": "kvfold.predict.plan",
+    "ConvertSettings": "kvfold.convert.conversion",
+    "UptrainSettings": "kvfold.train.uptrain",
+    "PretrainSettings": "kvfold.train.pretrain",
+    "EvaluateSettings": "kvfold.evaluate.evaluation",
+    "BenchSettings": "kvfold.evaluate.bench",
     "KvfoldError": "kvfold.errors",
 }
 
@@ -46,7 +46,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`kvfold.plan` is the function; its module of the same name is reached by `from kvfold.plan import ...`."""
+    """`kvfold.convert` is the function; its package of the same name is reached by `from kvfold.convert import ...`."""
 
     def __setattr__(self, name: str, value: object) -> None:
         # the import system binds a submodule to its package: that would hide the function behind its module

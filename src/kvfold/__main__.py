@@ -20,8 +20,8 @@ def main() -> None:
     prepare_threads()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal can show
-    from kvfold.cli import run_command  # here, so that a spawned worker that imports this file stays light
-    from kvfold.screen import silence
+    from kvfold.cli.commands import run_command  # here, so that a spawned worker that imports this file stays light
+    from kvfold.cli.console import silence
 
     status = run_command(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

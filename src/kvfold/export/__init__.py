@@ -13,14 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from kvfold.checkpoint import Checkpoint, carry_over
+from kvfold.disk.checkpoint import Checkpoint, carry_over
+from kvfold.disk.lineage import descend, known_root
+from kvfold.disk.output import MANIFEST, check_apart, disk_errors, open_output, write_json
 from kvfold.errors import Interrupted, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export import ctranslate2 as _ctranslate2
 from kvfold.export import gguf as _gguf
 from kvfold.export import self_contained as _self_contained
-from kvfold.lineage import descend, known_root
-from kvfold.output import MANIFEST, check_apart, disk_errors, open_output, write_json
 from kvfold.progress import SILENT, Progress
 
 __all__ = ["ENGINES", "ExportSettings", "export"]

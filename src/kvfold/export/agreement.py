@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvfold.errors import UnsupportedModel
 from kvfold.machine import multiplies_int8
-from kvfold.seq2seq import start_id
+from kvfold.text.pairs import start_id
 
 Logits = NDArray[np.float32]
 

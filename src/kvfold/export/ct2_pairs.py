@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from kvfold.checkpoint import Checkpoint
-from kvfold.engines import T5_ACTIVATIONS, t5_activation
+from kvfold.contracts.site import Site
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.output import read_json
 from kvfold.export.agreement import Logits, Reference
-from kvfold.output import read_json
-from kvfold.shape import Site
+from kvfold.predict.engines import T5_ACTIVATIONS, t5_activation
 
 
 def loader(source: Checkpoint) -> Any:

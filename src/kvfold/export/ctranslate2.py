@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from kvfold.checkpoint import Checkpoint
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.finite import check_finite
+from kvfold.disk.output import read_json
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export import ct2_pairs, limits
 from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
-from kvfold.finite import check_finite
-from kvfold.output import read_json
 
 NAME = "CTranslate2"
 FILE = "model.bin"

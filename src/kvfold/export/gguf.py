@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.checkpoint import TIED, Checkpoint
-from kvfold.engines import mixed
+from kvfold.disk.checkpoint import TIED, Checkpoint
+from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
 from kvfold.export import limits
 from kvfold.export.agreement import Logits, Reference, file_hash
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
-from kvfold.output import read_json
+from kvfold.predict.engines import mixed
 
 NAME = "llama.cpp"
 ATTENTION = "sdpa"  # that transformers is asked with

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.checkpoint import Checkpoint
-from kvfold.engines import refusal, rope_kind
-from kvfold.shape import Attention, Rope
+from kvfold.contracts.site import Attention, Rope
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.predict.engines import refusal, rope_kind
 
 
 def check(source: Checkpoint, engine: str) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from kvfold.checkpoint import Checkpoint, content_hash
+from kvfold.contracts.family import stock_type
+from kvfold.disk.checkpoint import Checkpoint, content_hash
+from kvfold.disk.output import read_json, write_json
+from kvfold.disk.sidecar import AUTO_MAP, without_code
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
-from kvfold.families import stock_type
-from kvfold.output import read_json, write_json
-from kvfold.sidecar import AUTO_MAP, without_code
 
 NAME = "transformers without kvfold"
 ATTENTION = "kvfold"  # that transformers is asked with: no other computes every student

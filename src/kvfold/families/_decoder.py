@@ -14,9 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
-from kvfold.errors import UnsupportedModel
-from kvfold.families import Json, own_type, stock_type
-from kvfold.schema import (
+from kvfold.contracts.config import (
     ACTIVATION,
     EPSILON,
     HEADS,
@@ -39,7 +37,10 @@ from kvfold.schema import (
     only,
     whole,
 )
-from kvfold.shape import Attention, Linear, Rope, Shape, Site, with_latent, with_linear
+from kvfold.contracts.family import Json, own_type, stock_type
+from kvfold.contracts.runtimes import with_latent, with_linear
+from kvfold.contracts.site import Attention, Linear, Rope, Shape, Site
+from kvfold.errors import UnsupportedModel
 
 TENSORS = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from kvfold.contracts.config import WIDTH, Rule, Rules, only
+from kvfold.contracts.family import Json, own_type
+from kvfold.contracts.runtimes import with_encoder_latent
+from kvfold.contracts.site import Attention, Kind, Shape, Site
 from kvfold.errors import UnsupportedModel
-from kvfold.families import Json, own_type
 from kvfold.families._decoder import number
-from kvfold.schema import WIDTH, Rule, Rules, only
-from kvfold.shape import Attention, Kind, Shape, Site, with_encoder_latent
 
 HEADS: Mapping[Kind, str] = {"self": "num_key_value_heads", "cross": "cross_num_key_value_heads"}
 """What a student's config.json calls the key/value heads of each kind."""

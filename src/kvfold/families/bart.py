@@ -9,11 +9,7 @@ decoder may have different numbers of heads. A student with fewer key/value head
 
 from __future__ import annotations
 
-from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, Json, stock_type
-from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
-from kvfold.schema import (
+from kvfold.contracts.config import (
     ACTIVATION,
     HEADS,
     LAYERS,
@@ -28,7 +24,11 @@ from kvfold.schema import (
     check_tokens,
     decimal,
 )
-from kvfold.shape import Attention, Shape, Site
+from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.errors import UnsupportedModel
+from kvfold.families._decoder import number
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
 
 PARTS = ("encoder", "decoder")
 OFFSET = 2  # rows of the tables of positions that stand for none

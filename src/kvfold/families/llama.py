@@ -5,7 +5,9 @@ Llama, Mistral (whose sliding window bounds the cache) and every model that shar
 
 from __future__ import annotations
 
-from kvfold.families import Family, Json, stock_type
+from kvfold.contracts.config import HEADS, POSITIONS, YES_NO, Fields, Rule, Rules, whole
+from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
     EMBEDDING,
     MLP,
@@ -17,8 +19,6 @@ from kvfold.families._decoder import (
     number,
     tiny_decoder,
 )
-from kvfold.schema import HEADS, POSITIONS, YES_NO, Fields, Rule, Rules, whole
-from kvfold.shape import Shape
 
 WINDOW = 4096  # of a Mistral that does not say
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvfold.families import Family, Json
+from kvfold.contracts.family import Family, Json
+from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
     EMBEDDING,
     MLP,
@@ -15,7 +16,6 @@ from kvfold.families._decoder import (
     tiny_decoder,
     upper_windows,
 )
-from kvfold.shape import Shape
 
 
 def _shape(config: Json) -> Shape:

@@ -6,7 +6,9 @@ The norm does not commute with sums of heads, so a pooled head is not the mean o
 
 from __future__ import annotations
 
-from kvfold.families import Family, Json
+from kvfold.contracts.config import WIDTH, YES_NO, Rules
+from kvfold.contracts.family import Family, Json
+from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
     EMBEDDING,
     MLP,
@@ -19,8 +21,6 @@ from kvfold.families._decoder import (
     tiny_decoder,
     upper_windows,
 )
-from kvfold.schema import WIDTH, YES_NO, Rules
-from kvfold.shape import Shape
 
 HEAD_DIM = 128  # where config.json does not say: the architecture's own, whatever the width
 

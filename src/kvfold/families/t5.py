@@ -14,10 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
-from kvfold.families import Family, Json, stock_type
-from kvfold.families._decoder import number
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
-from kvfold.schema import (
+from kvfold.contracts.config import (
     ACTIVATION,
     EPSILON,
     HEADS,
@@ -34,7 +31,10 @@ from kvfold.schema import (
     one_of,
     whole,
 )
-from kvfold.shape import Attention, Shape, Site
+from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.families._decoder import number
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
 
 POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
 BIAS = "relative_attention_bias"  # (buckets, H): the role that only the first self-attention of a stack has

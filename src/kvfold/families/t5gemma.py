@@ -16,11 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kvfold.errors import UnsupportedModel
-from kvfold.families import Family, Json, stock_type
-from kvfold.families._decoder import number, rope_of
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, own_fields, parameters, stock_fields
-from kvfold.schema import (
+from kvfold.contracts.config import (
     ACTIVATION,
     EPSILON,
     HEADS,
@@ -39,7 +35,11 @@ from kvfold.schema import (
     check_tokens,
     decimal,
 )
-from kvfold.shape import Attention, Shape, Site
+from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.errors import UnsupportedModel
+from kvfold.families._decoder import number, rope_of
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, own_fields, parameters, stock_fields
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
 """What a part that does not say means."""

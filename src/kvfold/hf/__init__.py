@@ -9,14 +9,14 @@ from kvfold.hf import encoder_decoder as encoder_decoder  # these register their
 from kvfold.hf import latent as latent
 from kvfold.hf import linear as linear
 from kvfold.hf import per_layer as per_layer
-from kvfold.hf.adapters import add_lora, lora_parameters, merge_lora
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
 from kvfold.hf.attention import attention_outputs, removable, with_attention, without
-from kvfold.hf.decoding import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers, Through
 from kvfold.hf.loading import build, load, load_tokenizer
-from kvfold.hf.watching import WATCHED, Attended, attend, probabilities
+from kvfold.hf.lora import add_lora, lora_parameters, merge_lora
+from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
 
 __all__ = [
     "ATTENTION",

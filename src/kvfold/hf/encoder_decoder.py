@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from kvfold.attention.latent import absorbed_attention, absorbs
+from kvfold.contracts.family import own_type
+from kvfold.contracts.site import Attention
 from kvfold.errors import UnsupportedModel
-from kvfold.families import family_of, own_type
+from kvfold.families import family_of
 from kvfold.families._encoder_decoder import CLASSES
-from kvfold.hf.deriving import derive
-from kvfold.hf.sharing import STATES, hand_out
-from kvfold.shape import Attention
+from kvfold.hf.shared_layers import STATES, hand_out
+from kvfold.hf.subclass import derive
 
 
 class LatentCrossAttention:

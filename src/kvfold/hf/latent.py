@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.families._decoder import CLASSES, LATENT, latent_type
 from kvfold.hf.attention import NAME, NAME_FP8, through_fp8
-from kvfold.hf.deriving import derive, register_decoder
+from kvfold.hf.subclass import derive, register_decoder
 
 
 class LatentAttention(nn.Module):

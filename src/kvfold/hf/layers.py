@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
-from kvfold.checkpoint import Checkpoint
+from kvfold.contracts.site import Shape
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.spool import Spool
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
 from kvfold.hf.attention import NAME
 from kvfold.hf.loading import build
-from kvfold.hf.sharing import STATES
-from kvfold.shape import Shape
-from kvfold.spool import Spool
+from kvfold.hf.shared_layers import STATES
 
 
 class Layers:

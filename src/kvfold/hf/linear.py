@@ -40,8 +40,8 @@ from kvfold.attention.linear import (
 from kvfold.errors import SettingError
 from kvfold.families._decoder import CLASSES, LINEAR, LINEAR_LAYER, linear_type
 from kvfold.hf.attention import NAME_FP8, through_fp8
-from kvfold.hf.deriving import derive, register_decoder
-from kvfold.hf.sharing import normed_heads
+from kvfold.hf.shared_layers import normed_heads
+from kvfold.hf.subclass import derive, register_decoder
 
 SEEN = "kvfold_seen"
 """The name under which the mask of a batch with padding goes through a forward: `(B, S)`, False for padding."""

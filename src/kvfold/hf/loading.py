@@ -22,13 +22,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kvfold.checkpoint import Checkpoint, locate
+from kvfold.contracts.family import stock_type
+from kvfold.disk.checkpoint import Checkpoint, locate
+from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
-from kvfold.families import all_families, stock_type
+from kvfold.families import all_families
 from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
 from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
-from kvfold.output import read_json
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # SentencePiece's own names
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

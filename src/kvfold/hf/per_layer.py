@@ -15,10 +15,10 @@ from typing import Any
 
 import transformers
 
-from kvfold.families import own_type
+from kvfold.contracts.family import own_type
 from kvfold.families._decoder import CLASSES
-from kvfold.hf.deriving import derive, register_decoder
-from kvfold.hf.sharing import SharedAttention, hand_out, refuse_reentrant, sharing_modes
+from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant, sharing_modes
+from kvfold.hf.subclass import derive, register_decoder
 
 _HEADS = "num_key_value_heads"
 

@@ -24,39 +24,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from kvfold import budget as budgets
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.requests import Answers, ConvertedKL, CrossGram, InputGram, QueryGram, Question, Request
+from kvfold.contracts.site import QUERIES, REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
-from kvfold.methods import Student
-from kvfold.shape import (
-    QUERIES,
-    REPAIRABLE,
-    Answers,
-    CacheSpec,
-    ConvertedKL,
-    CrossGram,
-    InputGram,
-    QueryGram,
-    Question,
-    Request,
-    Roles,
-    Shape,
-    Site,
-    SiteTensors,
-    Stage,
-    grouped_cache,
-)
+from kvfold.solve import budget as budgets
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from kvfold.sharing import Shared
+    from kvfold.solve.shared_layers import Shared
 
 AUTO = "auto"
 LAYOUTS = ("pairs", "keep_ends", "trailing", "sandwich")
 SPAN = 4  # layers of the largest group that `auto` looks at
-
-
-PUBLISHED = ({"init": "copy"}, {"init": "mean"})  # what others start from
 
 
 @dataclass(frozen=True)
@@ -81,8 +62,6 @@ class Config:
     budget: float | None = field(
         default=None, metadata={"help": "For --layout auto: cache bytes, as a part of the root teacher's (0.25)."}
     )
-
-    without_text: ClassVar[Mapping[str, Any]] = {"init": "copy"}
 
     def check(self, shape: Shape) -> None:
         """Refuse groups that cannot be, layers that cannot share, and a budget that no groups fit."""
@@ -215,45 +194,10 @@ def _check_budget(config: Config, shape: Shape) -> None:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask for second moments of what each group reads and of its queries; under `auto` what each group would cost."""
-    if config.layout == AUTO:
-        span = config.share or SPAN
-        tried = [
-            tuple(map(Site, range(first, end)))
-            for first in range(shape.num_layers)
-            for end in range(first + 2, min(first + span, shape.num_layers) + 1)
-            if not any(_difference(shape, layer, first) for layer in range(first, end))
-        ]
-        requests = [request for group in tried if config.init == "fit" for request in _moments(group)]
-        return [*dict.fromkeys(requests), *map(ConvertedKL, tried)]
-    if config.init != "fit":
-        return ()
-    return [request for group in groups(config, shape) for request in _moments(group)]
-
-
 def _moments(group: Sequence[Site]) -> list[Request]:
     """What the fit of a group reads."""
     alone: list[Request] = [request(site) for site in group for request in (InputGram, QueryGram)]
     return [*alone, *(CrossGram(group[0], site) for site in group[1:])]
-
-
-def alone(config: Config, shape: Shape, sites: Sequence[Site]) -> Config:
-    """The same settings with one group and no other: under these ConvertedKL is measured."""
-    layers = [site.layer for site in sites]
-    sources = [layers[0] if layer in layers else layer for layer in range(shape.num_layers)]
-    return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
-
-
-def repairs(config: Config) -> Sequence[str]:
-    """Ask for everything to be repaired after a fit; what others publish is left as they publish it."""
-    return REPAIRABLE if config.init == "fit" else ()
-
-
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write out the layer that each layer reads."""
-    sources = _measured(config, shape, answers) if config.layout == AUTO and answers else sources_of(config, shape)
-    return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
 
 
 def _measured(config: Config, shape: Shape, answers: Answers) -> list[int]:
@@ -267,43 +211,6 @@ def _price(group: tuple[Site, ...], answers: Answers) -> float:
     return float(answers[ConvertedKL(group)]["kl"]) if len(group) > 1 else 0.0
 
 
-def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
-    """What `auto` chose and on what grounds, beside groups as alike as the budget allows."""
-    if config.layout != AUTO:
-        return {}
-    told = {}
-    for name, sources in (("chosen", _measured(config, shape, answers)), ("alike", sources_of(config, shape))):
-        kl = sum(_price(group, answers) for group in _groups(sources))
-        told[name] = {"layout": ",".join(map(str, sources)), "cache": _part(shape, sources), "kl": kl}
-    prices = {
-        f"{each.sites[0].layer} to {each.sites[-1].layer}": float(answer["kl"])
-        for each, answer in answers.items()
-        if isinstance(each, ConvertedKL)
-    }
-    return {"budget": config.budget, **told, "kl": prices}
-
-
-def notes(config: Config, shape: Shape) -> Sequence[str]:
-    """What a plan must say of groups that are not chosen yet, and of keys that cannot be fitted freely."""
-    said = []
-    if config.layout == AUTO:
-        said.append(
-            f"layout auto: shown is a budget of {config.budget:g} with groups as alike as can be; which layers share "
-            "is measured when it is converted"
-        )
-    if config.init == "fit" and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
-        said.append(
-            "init fit: keys are normed before they are rotated, so consumers read them under a turn of each plane and "
-            "no scale; values, o and what is repaired are as in other models"
-        )
-    return said
-
-
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Take each owner with its consumers; a layer that neither reads nor is read is left out."""
-    return [group for group in _groups(sources_of(config, shape)) if len(group) > 1]
-
-
 def _groups(sources: Sequence[int]) -> list[tuple[Site, ...]]:
     """Every owner with its consumers, in order."""
     return [
@@ -311,53 +218,9 @@ def _groups(sources: Sequence[int]) -> list[tuple[Site, ...]]:
     ]
 
 
-def student(config: Config, shape: Shape) -> Student:
-    """The same model in which consumers make no keys and values; of `auto`, what can be known before it is measured."""
-    changed = {}
-    for group in groups(config, shape):
-        heads = shape.sites[group[0]].num_key_value_heads
-        for site in group[1:]:
-            changed[site] = replace(shape.sites[site], source=group[0].layer, num_key_value_heads=heads)
-    return Student(shape.with_sites(changed))
-
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """Keys and values of the owners."""
-    return grouped_cache(student(config, shape).shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Make the keys and values of a group those of its lowest layer."""
-    return fold(group, answers, config)[0]
-
-
-def fold(
-    group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-    """Convert, and say of the owner what each of its heads lost of all that is read off it, and which lost nothing.
-
-    Lost is a share of the second moment as it is looked at; nothing is what rounding to the weights' format can lose.
-    Of a consumer it says which of the source's query heads stands in each place.
-    """
-    owner, *consumers = sorted(group)
-    if config.init != "fit":
-        new = {
-            site: {role: each for role, each in group[site].roles.items() if role[0] not in "kv"} for site in consumers
-        }
-        return {owner: _owned(group, config), **new}, {}
-    from kvfold.merge import losses
-
-    made = _shared(group, answers)
-    told: dict[Site, Any] = {site: {QUERIES: made.queries[number]} for number, site in enumerate(consumers, 1)}
-    return dict(zip(sorted(group), made.roles, strict=True)), {
-        owner: losses(made.heads, group[owner].roles["k"]),
-        **told,
-    }
-
-
 def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
     """Fit a group by the moments of what the teacher read."""
-    from kvfold.sharing import Reader, share
+    from kvfold.solve.shared_layers import Reader, share
 
     owner = min(group)
     readers = []
@@ -395,15 +258,117 @@ def _pooled(rows: Tensor, width: int, heads: int) -> Tensor:
     return spread.mean(1).flatten(0, 1)
 
 
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave uptraining to the user: one objective on every parameter, or on those of the converted layers."""
-    return ()
+class CLA(Method[Config]):
+    """Cross-layer attention: layers read the keys and values of another layer."""
+
+    without_text: ClassVar = {"init": "copy"}
+    published: ClassVar = ({"init": "copy"}, {"init": "mean"})  # what others start from
+
+    def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
+        """Second moments of each group's inputs and queries; under `auto`, the cost of each group too."""
+        if config.layout == AUTO:
+            span = config.share or SPAN
+            tried = [
+                tuple(map(Site, range(first, end)))
+                for first in range(shape.num_layers)
+                for end in range(first + 2, min(first + span, shape.num_layers) + 1)
+                if not any(_difference(shape, layer, first) for layer in range(first, end))
+            ]
+            requests = [request for group in tried if config.init == "fit" for request in _moments(group)]
+            return [*dict.fromkeys(requests), *map(ConvertedKL, tried)]
+        if config.init != "fit":
+            return ()
+        return [request for group in self.groups(config, shape) for request in _moments(group)]
+
+    def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
+        """Write out the layer that each layer reads."""
+        sources = _measured(config, shape, answers) if config.layout == AUTO and answers else sources_of(config, shape)
+        return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
+
+    def found(self, config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
+        """What `auto` chose and on what grounds, beside groups as alike as the budget allows."""
+        if config.layout != AUTO:
+            return {}
+        told = {}
+        for name, sources in (("chosen", _measured(config, shape, answers)), ("alike", sources_of(config, shape))):
+            kl = sum(_price(group, answers) for group in _groups(sources))
+            told[name] = {"layout": ",".join(map(str, sources)), "cache": _part(shape, sources), "kl": kl}
+        prices = {
+            f"{each.sites[0].layer} to {each.sites[-1].layer}": float(answer["kl"])
+            for each, answer in answers.items()
+            if isinstance(each, ConvertedKL)
+        }
+        return {"budget": config.budget, **told, "kl": prices}
+
+    def notes(self, config: Config, shape: Shape) -> Sequence[str]:
+        """What a plan must say of groups that are not chosen yet, and of keys that cannot be fitted freely."""
+        said = []
+        if config.layout == AUTO:
+            said.append(
+                f"layout auto: shown is a budget of {config.budget:g} with groups as alike as can be; which layers "
+                "share is measured when it is converted"
+            )
+        if config.init == "fit" and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
+            said.append(
+                "init fit: keys are normed before they are rotated, so consumers read them under a turn of each plane "
+                "and no scale; values, o and what is repaired are as in other models"
+            )
+        return said
+
+    def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
+        """Take each owner with its consumers; a layer that neither reads nor is read is left out."""
+        return [group for group in _groups(sources_of(config, shape)) if len(group) > 1]
+
+    def student(self, config: Config, shape: Shape) -> Student:
+        """The model in which consumers make no keys and values. For `auto`: groups of equal size."""
+        changed = {}
+        for group in self.groups(config, shape):
+            heads = shape.sites[group[0]].num_key_value_heads
+            for site in group[1:]:
+                changed[site] = replace(shape.sites[site], source=group[0].layer, num_key_value_heads=heads)
+        return Student(shape.with_sites(changed))
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Make the keys and values of a group those of its lowest layer."""
+        return self.fold(group, answers, config)[0]
+
+    def fold(
+        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
+    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
+        """Convert, and say of the owner what each of its heads lost of all that is read off it, and which lost nothing.
+
+        Lost is a share of the weighted second moment; nothing means within rounding to the weights' format.
+        Of a consumer it says which of the source's query heads stands in each place.
+        """
+        owner, *consumers = sorted(group)
+        if config.init != "fit":
+            new = {
+                site: {role: each for role, each in group[site].roles.items() if role[0] not in "kv"}
+                for site in consumers
+            }
+            return {owner: _owned(group, config), **new}, {}
+        from kvfold.solve.shared_heads import losses
+
+        made = _shared(group, answers)
+        told: dict[Site, Any] = {site: {QUERIES: made.queries[number]} for number, site in enumerate(consumers, 1)}
+        return dict(zip(sorted(group), made.roles, strict=True)), {
+            owner: losses(made.heads, group[owner].roles["k"]),
+            **told,
+        }
+
+    def repairs(self, config: Config) -> Sequence[str]:
+        """Ask for everything to be repaired after a fit; what others publish is left as they publish it."""
+        return REPAIRABLE if config.init == "fit" else ()
+
+    def alone(self, config: Config, shape: Shape, sites: Sequence[Site]) -> Config:
+        """The same settings with one group and no other: under these ConvertedKL is measured."""
+        layers = [site.layer for site in sites]
+        sources = [layers[0] if layer in layers else layer for layer in range(shape.num_layers)]
+        return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
+
+    def lossless(self, shape: Shape) -> Config:
+        """Let every layer own its keys and values."""
+        return Config(share=1)
 
 
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Let every layer own its keys and values."""
-    return Config(share=1)
+METHOD = CLA()

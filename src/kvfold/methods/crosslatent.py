@@ -29,28 +29,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram, Question, Request
+from kvfold.contracts.runtimes import with_encoder_latent
+from kvfold.contracts.site import Attention, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError
-from kvfold.methods import Student
-from kvfold.shape import (
-    Answers,
-    Attention,
-    AttentionGram,
-    CacheSpec,
-    InputGram,
-    QueryGram,
-    Question,
-    Request,
-    Roles,
-    Shape,
-    Site,
-    SiteTensors,
-    Stage,
-    grouped_cache,
-    with_encoder_latent,
-)
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 Metric = Literal["outputs", "inputs", "weights"]
 
@@ -66,8 +52,6 @@ class Config:
     metric: Metric = field(
         default="outputs", metadata={"help": "What an error of the latent costs; without --calibration: weights."}
     )
-
-    without_text: ClassVar[Mapping[str, Any]] = {"metric": "weights"}
 
     def check(self, shape: Shape) -> None:
         """Refuse models without cross-attention, keys that are no linear images, and latents that save nothing."""
@@ -116,92 +100,81 @@ def width_of(config: Config, shape: Shape) -> int:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask for moments of the encoder's output, and of how each layer reads it, where something is to be lost."""
-    if width_of(config, shape) == read_width(shape) or config.metric == "weights":
-        return ()
-    sites = crossed(shape)
-    if config.metric == "inputs":
-        return [InputGram(sites[0])]
-    reads: list[Request] = [request(site) for site in sites for request in (QueryGram, AttentionGram)]
-    return [InputGram(sites[0]), *reads]  # the input of one is that of all
+class CrossLatent(Method[Config]):
+    """One latent of the encoder's output, cached once for all cross-attentions."""
+
+    without_text: ClassVar = {"metric": "weights"}
+
+    def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
+        """Ask for moments of the encoder's output, and of how each layer reads it, where something is to be lost."""
+        if width_of(config, shape) == read_width(shape) or config.metric == "weights":
+            return ()
+        sites = crossed(shape)
+        if config.metric == "inputs":
+            return [InputGram(sites[0])]
+        reads: list[Request] = [request(site) for site in sites for request in (QueryGram, AttentionGram)]
+        return [InputGram(sites[0]), *reads]  # the input of one is that of all
+
+    def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
+        """Write the width out; at that of the encoder's output nothing is fitted, in no metric."""
+        width = width_of(config, shape)
+        return Config(width, "weights" if width == read_width(shape) else config.metric)
+
+    def notes(self, config: Config, shape: Shape) -> Sequence[str]:
+        """What a plan must say: how much is read, and how much is computed, for what is held."""
+        width, sites = width_of(config, shape), [shape.sites[site] for site in crossed(shape)]
+        held, read = sum(map(kept, sites)), len(sites) * width
+        more = width / sites[0].head_dim
+        return (
+            f"every layer reads the whole latent: of a token of the encoder's {width:,} numbers are held instead of "
+            f"{held:,} ({held / width:.3g}x fewer), {read:,} are read in a step ({held / read:.2g}x fewer), and "
+            f"cross-attention computes {more:.3g}x as much on them; a narrower latent gains in all three",
+        )
+
+    def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
+        """Take all cross-attentions together."""
+        return [tuple(crossed(shape))]
+
+    def student(self, config: Config, shape: Shape) -> Student:
+        """The same model whose cross-attentions read one latent, an architecture of our own."""
+        width = width_of(config, shape)
+        changed = {site: with_encoder_latent(shape.sites[site], width, site.layer) for site in crossed(shape)}
+        return Student(shape.with_sites(changed))
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Leave every tensor as it is, or read keys and values of all layers off one latent."""
+        return self.fold(group, answers, config)[0]
+
+    def fold(
+        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
+    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
+        """Convert, and say of each layer what parts of its keys and values, as they are weighed, the latent loses."""
+        sites = sorted(group)
+        read = group[sites[0]].attention.input_width
+        width = config.cross_latent_dim or read
+        if width == read:
+            return {site: tensors.roles for site, tensors in group.items()}, {}
+        from kvfold.solve.encoder_latent import Reader, share  # loads torch: a plan is made without
+        from kvfold.solve.shared_heads import moments_of
+
+        def reader(site: Site) -> Reader:
+            tensors, moments = group[site], None
+            if config.metric == "outputs":
+                moments = moments_of(site, {InputGram(site): answers[InputGram(sites[0])], **answers})
+            return Reader(tensors.attention, tensors.roles, moments)
+
+        seen = None if config.metric == "weights" else answers[InputGram(sites[0])]
+        made = share(
+            [reader(site) for site in sites], width, None if seen is None else (seen["gram_DD"], seen["mean_D"])
+        )
+        converted = dict(zip(sites, made.roles, strict=True))
+        converted[sites[0]] = {**converted[sites[0]], "kv_down": made.down_RD}
+        told = {site: {"keys": keys, "values": values} for site, (keys, values) in zip(sites, made.lost, strict=True)}
+        return converted, {site: {"lost": lost} for site, lost in told.items()}
+
+    def lossless(self, shape: Shape) -> Config:
+        """Cache the encoder's output itself."""
+        return Config(metric="weights")
 
 
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the width out; at that of the encoder's output nothing is fitted, in no metric."""
-    width = width_of(config, shape)
-    return Config(width, "weights" if width == read_width(shape) else config.metric)
-
-
-def notes(config: Config, shape: Shape) -> Sequence[str]:
-    """What a plan must say: how much is read, and how much is computed, for what is held."""
-    width, sites = width_of(config, shape), [shape.sites[site] for site in crossed(shape)]
-    held, read = sum(map(kept, sites)), len(sites) * width
-    more = width / sites[0].head_dim
-    return (
-        f"every layer reads the whole latent: of a token of the encoder's {width:,} numbers are held instead of "
-        f"{held:,} ({held / width:.3g}x fewer), {read:,} are read in a step ({held / read:.2g}x fewer), and "
-        f"cross-attention computes {more:.3g}x as much on them; a narrower latent gains in all three",
-    )
-
-
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Take all cross-attentions together."""
-    return [tuple(crossed(shape))]
-
-
-def student(config: Config, shape: Shape) -> Student:
-    """The same model whose cross-attentions read one latent, an architecture of our own."""
-    width = width_of(config, shape)
-    changed = {site: with_encoder_latent(shape.sites[site], width, site.layer) for site in crossed(shape)}
-    return Student(shape.with_sites(changed))
-
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """The latent, once; keys and values of self-attention as they were."""
-    return grouped_cache(student(config, shape).shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Leave every tensor as it is, or read keys and values of all layers off one latent."""
-    return fold(group, answers, config)[0]
-
-
-def fold(
-    group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-    """Convert, and say of each layer what parts of its keys and values, as they are weighed, the latent loses."""
-    sites = sorted(group)
-    read = group[sites[0]].attention.input_width
-    width = config.cross_latent_dim or read
-    if width == read:
-        return {site: tensors.roles for site, tensors in group.items()}, {}
-    from kvfold.crossed import Reader, share  # loads torch: a plan is made without
-    from kvfold.merge import moments_of
-
-    def reader(site: Site) -> Reader:
-        tensors, moments = group[site], None
-        if config.metric == "outputs":
-            moments = moments_of(site, {InputGram(site): answers[InputGram(sites[0])], **answers})
-        return Reader(tensors.attention, tensors.roles, moments)
-
-    seen = None if config.metric == "weights" else answers[InputGram(sites[0])]
-    made = share([reader(site) for site in sites], width, None if seen is None else (seen["gram_DD"], seen["mean_D"]))
-    converted = dict(zip(sites, made.roles, strict=True))
-    converted[sites[0]] = {**converted[sites[0]], "kv_down": made.down_RD}
-    told = {site: {"keys": keys, "values": values} for site, (keys, values) in zip(sites, made.lost, strict=True)}
-    return converted, {site: {"lost": lost} for site, lost in told.items()}
-
-
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave uptraining to the user: one objective on every parameter."""
-    return ()
-
-
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Cache the encoder's output itself."""
-    return Config(metric="weights")
+METHOD = CrossLatent()

@@ -32,37 +32,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram, Question, Reckoned, SampledPairs
+from kvfold.contracts.runtimes import with_latent
+from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError
-from kvfold.methods import Student
-from kvfold.shape import (
-    REPAIRABLE,
-    Answers,
-    Attention,
-    AttentionGram,
-    CacheSpec,
-    InputGram,
-    QueryGram,
-    Question,
-    Reckoned,
-    Roles,
-    SampledPairs,
-    Shape,
-    Site,
-    SiteTensors,
-    Stage,
-    grouped_cache,
-    with_latent,
-)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Search = Literal["elite", "contribution", "uniform"]
 Metric = Literal["outputs", "inputs", "weights"]
 Factor = Literal["joint", "separate"]
-
-
-PUBLISHED = ({"search": "uniform", "metric": "weights"},)  # what others start from
 
 
 @dataclass(frozen=True)
@@ -86,8 +68,6 @@ class Config:
     )
     factor: Factor = field(default="joint", metadata={"help": "One latent for keys and values, or one for each."})
     samples: int = field(default=2048, metadata={"help": "Tokens whose queries and keys are paired for --search."})
-
-    without_text: ClassVar[Mapping[str, Any]] = {"search": "uniform", "metric": "weights"}
 
     def check(self, shape: Shape) -> None:
         """Refuse sources without planes or with normed keys, and splits that cannot be, naming what can."""
@@ -224,48 +204,11 @@ def _check_ratio(config: Config, shape: Shape) -> None:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask for pairs of queries and keys to search by, and for the moments that the metric is made of."""
-    asked: list[Question] = []
-    for site in shape.sites:
-        if config.search != "uniform" or _reckons(config):
-            asked.append(SampledPairs(site, config.samples))
-        if config.metric != "weights":
-            asked.append(InputGram(site))
-        if config.metric == "outputs":
-            asked += [QueryGram(site), AttentionGram(site)]
-        if _reckons(config):
-            asked.append(Reckoned(site))
-    return asked
-
-
-def repairs(config: Config) -> Sequence[str]:
-    """Ask for everything to be repaired where errors were weighed; what others publish is left as they publish it."""
-    return REPAIRABLE if config.metric == "outputs" else ()
-
-
-def reckon(site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
-    """What each split of a site is reckoned to lose: `error_CR` for C `_numbers` of planes and latents of 0 to D."""
-    from kvfold.latents import reckoned
-    from kvfold.merge import moments_of
-
-    sample, moments = answers[SampledPairs(site, config.samples)], moments_of(site, answers)
-    attention, search = tensors.attention, config.search
-    return {"error_CR": reckoned(attention, tensors.roles, search, _numbers(attention), sample, moments)}
-
-
 def _numbers(attention: Attention) -> list[int]:
     """Numbers of rotated planes that are tried: each up to 4, then in steps of a third or a half, and all."""
     steps = [1, *(2**power * part for power in range(8) for part in (2, 3))]
     most = planes_of(attention)
     return sorted({number for number in steps if number < most} | {most})
-
-
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the splits out, layer by layer where they differ; under a ratio those that are reckoned to lose least."""
-    found = _reckoned(config, shape, answers) if _reckons(config) else splits(config, shape)
-    chunks, widths = ([split[part] for split in found.values()] for part in (0, 1))
-    return replace(config, ratio=None, rope_chunks=_spelled(chunks), latent_dim=_spelled(widths))
 
 
 def _reckons(config: Config) -> bool:
@@ -277,7 +220,7 @@ def _reckoned(config: Config, shape: Shape, answers: Answers) -> dict[Site, tupl
     """The splits that lose least, each layer within its part of the ratio."""
     import torch
 
-    from kvfold.latents import best_split
+    from kvfold.solve.latent import best_split
 
     assert config.ratio is not None
     found, room = {}, _part(config.ratio, shape)
@@ -296,80 +239,99 @@ def _reckoned(config: Config, shape: Shape, answers: Answers) -> dict[Site, tupl
     return found
 
 
-def notes(config: Config, shape: Shape) -> Sequence[str]:
-    """What a plan must say of splits that are not chosen yet."""
-    if config.ratio is None:
-        return ()
-    return (
-        f"ratio {config.ratio:g}: shown is a quarter of it for rotated planes, the same in all layers; how each layer "
-        "splits its part is reckoned when it is converted, within the same bytes",
-    )
+class EliteKV(Method[Config]):
+    """EliteKV: a few rotated planes of each key head, and one latent for the rest of keys and for values."""
 
+    without_text: ClassVar = {"search": "uniform", "metric": "weights"}
+    published: ClassVar = ({"search": "uniform", "metric": "weights"},)  # what others start from
 
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Take every site alone."""
-    return [(site,) for site in shape.sites]
+    def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
+        """Ask for pairs of queries and keys to search by, and for the moments that the metric is made of."""
+        asked: list[Question] = []
+        for site in shape.sites:
+            if config.search != "uniform" or _reckons(config):
+                asked.append(SampledPairs(site, config.samples))
+            if config.metric != "weights":
+                asked.append(InputGram(site))
+            if config.metric == "outputs":
+                asked += [QueryGram(site), AttentionGram(site)]
+            if _reckons(config):
+                asked.append(Reckoned(site))
+        return asked
 
+    def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
+        """The split of every layer; under a ratio, those with the least expected loss."""
+        found = _reckoned(config, shape, answers) if _reckons(config) else splits(config, shape)
+        chunks, widths = ([split[part] for split in found.values()] for part in (0, 1))
+        return replace(config, ratio=None, rope_chunks=_spelled(chunks), latent_dim=_spelled(widths))
 
-def student(config: Config, shape: Shape) -> Student:
-    """The same model with latent attention in every layer, an architecture of our own."""
-    return Student(
-        shape.with_sites(
-            {site: with_latent(shape.sites[site], *split) for site, split in splits(config, shape).items()}
+    def reckon(self, site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
+        """The expected loss of each split of a site: `error_CR` for C `_numbers` of planes and latents of 0 to D."""
+        from kvfold.solve.latent import reckoned
+        from kvfold.solve.shared_heads import moments_of
+
+        sample, moments = answers[SampledPairs(site, config.samples)], moments_of(site, answers)
+        attention, search = tensors.attention, config.search
+        return {"error_CR": reckoned(attention, tensors.roles, search, _numbers(attention), sample, moments)}
+
+    def notes(self, config: Config, shape: Shape) -> Sequence[str]:
+        """What a plan must say of splits that are not chosen yet."""
+        if config.ratio is None:
+            return ()
+        return (
+            f"ratio {config.ratio:g}: shown is a quarter of it for rotated planes, the same in all layers; how each "
+            "layer splits its part is reckoned when it is converted, within the same bytes",
         )
-    )
 
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """Rotated planes of every key head, and the latent."""
-    return grouped_cache(student(config, shape).shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Choose planes and factorise what is left of each site."""
-    return fold(group, answers, config)[0]
-
-
-def fold(
-    group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-    """Convert, and say of each site which planes its key heads keep, and what was lost of logits and of the latent."""
-    from kvfold.latents import cut_site, survey  # loads torch: a plan is made without
-    from kvfold.merge import moments_of
-
-    converted: dict[Site, Roles] = {}
-    told: dict[Site, dict[str, Any]] = {}
-    for site, tensors in group.items():
-        attention = tensors.attention
-        kept, width = _of(config.rope_chunks, site), _of(config.latent_dim, site)
-        sample = None if config.search == "uniform" else answers[SampledPairs(site, config.samples)]
-        found = survey(attention, config.search, [kept], sample)
-        roles, lost = cut_site(
-            attention,
-            tensors.roles,
-            found.planes[kept],
-            width,
-            metric=config.metric,
-            factor=config.factor,
-            moments=moments_of(site, answers) if config.metric == "outputs" else None,
-            gram_DD=answers[InputGram(site)]["gram_DD"] if config.metric == "inputs" else None,
+    def student(self, config: Config, shape: Shape) -> Student:
+        """The same model with latent attention in every layer, an architecture of our own."""
+        return Student(
+            shape.with_sites(
+                {site: with_latent(shape.sites[site], *split) for site, split in splits(config, shape).items()}
+            )
         )
-        converted[site] = roles
-        told[site] = {"planes": found.planes[kept].tolist(), "logits": list(found.left.get(kept, ())), "lost": lost}
-    return converted, told
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Choose planes and factorise what is left of each site."""
+        return self.fold(group, answers, config)[0]
+
+    def fold(
+        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
+    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
+        """Convert, and report for each site which planes its key heads keep and what logits and latent lose."""
+        from kvfold.solve.latent import cut_site, survey  # loads torch: a plan is made without
+        from kvfold.solve.shared_heads import moments_of
+
+        converted: dict[Site, Roles] = {}
+        told: dict[Site, dict[str, Any]] = {}
+        for site, tensors in group.items():
+            attention = tensors.attention
+            kept, width = _of(config.rope_chunks, site), _of(config.latent_dim, site)
+            sample = None if config.search == "uniform" else answers[SampledPairs(site, config.samples)]
+            found = survey(attention, config.search, [kept], sample)
+            roles, lost = cut_site(
+                attention,
+                tensors.roles,
+                found.planes[kept],
+                width,
+                metric=config.metric,
+                factor=config.factor,
+                moments=moments_of(site, answers) if config.metric == "outputs" else None,
+                gram_DD=answers[InputGram(site)]["gram_DD"] if config.metric == "inputs" else None,
+            )
+            converted[site] = roles
+            told[site] = {"planes": found.planes[kept].tolist(), "logits": list(found.left.get(kept, ())), "lost": lost}
+        return converted, told
+
+    def repairs(self, config: Config) -> Sequence[str]:
+        """Everything where errors are weighted by outputs; published starts are left as published."""
+        return REPAIRABLE if config.metric == "outputs" else ()
+
+    def lossless(self, shape: Shape) -> Config:
+        """Keep every plane, and a latent as wide as the values."""
+        attention = next(iter(shape.sites.values()))
+        planes = planes_of(attention)
+        return Config(rope_chunks=planes, latent_dim=widest(attention, planes), search="uniform", metric="weights")
 
 
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave uptraining to the user: one objective on every parameter, as the paper does."""
-    return ()
-
-
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Keep every plane, and a latent as wide as the values."""
-    attention = next(iter(shape.sites.values()))
-    planes = planes_of(attention)
-    return Config(rope_chunks=planes, latent_dim=widest(attention, planes), search="uniform", metric="weights")
+METHOD = EliteKV()

@@ -28,41 +28,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from kvfold import budget as budgets
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.per_layer import divisors, per_kind
+from kvfold.contracts.requests import Answers, AttentionGram, FoldedKL, InputGram, QueryGram, Question
+from kvfold.contracts.site import KINDS, REPAIRABLE, Attention, Kind, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
-from kvfold.methods import Student
-from kvfold.shape import (
-    KINDS,
-    REPAIRABLE,
-    Answers,
-    Attention,
-    AttentionGram,
-    CacheSpec,
-    FoldedKL,
-    InputGram,
-    Kind,
-    QueryGram,
-    Question,
-    Roles,
-    Shape,
-    Site,
-    SiteTensors,
-    Stage,
-    divisors,
-    grouped_cache,
-    per_kind,
-)
+from kvfold.solve import budget as budgets
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 AUTO = "auto"
 POOLED = ("mean", "first", "random")
 MERGED = ("fit", "align", "align-norm")
 Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
-
-
-PUBLISHED = ({"init": "mean"},)  # what others start from
 
 
 @dataclass(frozen=True)
@@ -83,8 +62,6 @@ class Config:
     budget: float | None = field(
         default=None, metadata={"help": "For --kv-heads auto: cache bytes, as a part of the root teacher's (0.25)."}
     )
-
-    without_text: ClassVar[Mapping[str, Any]] = {"init": "mean"}
 
     def check(self, shape: Shape) -> None:
         """Refuse a budget that no head fits, and a head count that does not divide the source's, naming what does."""
@@ -167,127 +144,14 @@ def _spelled(heads: Mapping[Site, int]) -> str | int:
     return next(iter(words.values())) if len(words) == 1 else ",".join(f"{kind}={word}" for kind, word in words.items())
 
 
-def with_heads(config: Config, heads: int) -> Config:
-    """The same settings with so many heads everywhere: under these FoldedKL is measured, site by site."""
-    return replace(config, kv_heads=heads, budget=None)
-
-
 # --- the contract ----------------------------------------------------------------------------------------------------
-
-
-def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask for second moments of what a folded site reads, if heads are merged by them; under `auto` what folds cost."""
-    if config.kv_heads == AUTO:
-        fewer = {site: budgets.choices_of(shape, site)[:-1] for site in budgets.cached(shape)}
-        folds = [FoldedKL(site, heads) for site, numbers in fewer.items() for heads in numbers]
-        sites = [site for site, numbers in fewer.items() if numbers]
-    else:
-        folds, wanted = [], heads_by_site(config, shape)
-        sites = [site for site, heads in wanted.items() if heads < shape.sites[site].num_key_value_heads]
-    read = () if config.init in POOLED else (InputGram, QueryGram, AttentionGram)
-    return [*(request(site) for site in sites for request in read), *folds]
-
-
-def repairs(config: Config) -> Sequence[str]:
-    """Ask for everything to be repaired after a fit; what the paper and others publish is left as they publish it."""
-    return REPAIRABLE if config.init == "fit" else ()
-
-
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write the head counts out for each kind, layer by layer where they differ."""
-    if config.kv_heads == AUTO:
-        heads = budgets.cheapest(config.budget or 1, shape, answers)
-    else:
-        heads = heads_by_site(config, shape)
-    return replace(config, kv_heads=_spelled(heads), budget=None)
-
-
-def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
-    """What `auto` chose and on what grounds, beside the best number for all layers within the same budget."""
-    if config.kv_heads != AUTO:
-        return {}
-    both = {
-        "mix": budgets.cheapest(config.budget or 1, shape, answers),
-        "uniform": budgets.uniform(config.budget or 1, shape, answers),
-    }
-    told = {
-        name: {
-            "kv_heads": _spelled(heads),
-            "cache": budgets.part(shape, heads),
-            "kl": budgets.price(shape, answers, heads),
-        }
-        for name, heads in both.items()
-    }
-    return {"budget": config.budget, **told, "kl": budgets.prices(shape, answers)}
-
-
-def notes(config: Config, shape: Shape) -> Sequence[str]:
-    """What a plan must say of head counts that are not chosen yet, and of keys that cannot be merged freely."""
-    said = []
-    if config.kv_heads == AUTO:
-        said.append(
-            f"kv_heads auto: shown is a budget of {config.budget:g} spent alike on all layers; how many heads each "
-            "keeps is measured when it is converted, and engines that want one number for all will not load a mix"
-        )
-    if config.init in MERGED and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
-        said.append(
-            f"init {config.init}: keys are normed before they are rotated, so heads are turned plane by plane and then "
-            "averaged; values, o and what is repaired are as in other models"
-        )
-    return said
-
-
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Take every cached site alone."""
-    return [(site,) for site in shape.sites if site.kind != "encoder"]
-
-
-def student(config: Config, shape: Shape) -> Student:
-    """The same model with fewer key/value heads; of `auto`, what can be known: the budget spent alike on all layers."""
-    heads = heads_by_site(config, shape)
-    return Student(
-        shape.with_sites({site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()})
-    )
-
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """Keys and values of the heads that stay."""
-    return grouped_cache(student(config, shape).shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Make each group of heads one, by weights or by moments; every role that does not change is passed on."""
-    return fold(group, answers, config)[0]
-
-
-def fold(
-    group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-    """Convert, and say of each site merged by moments what its groups lost and which of them lost nothing.
-
-    Lost is a share of the second moment as it is looked at; nothing is what rounding to the weights' format can lose.
-    """
-    converted, told = {}, {}
-    for site, tensors in group.items():
-        kinds = [kind for kind in KINDS if kind in str(config.kv_heads)] or [site.kind]
-        said = _said(config.kv_heads, kinds)
-        heads = said[site.layer % len(said)][site.kind]
-        if heads < tensors.attention.num_key_value_heads and config.init not in POOLED:
-            converted[site], told[site] = _merge(site, tensors, heads, answers, config)
-            continue
-        new = dict(tensors.roles)
-        for role in ("k", "v", "k_bias", "v_bias"):
-            if role in new:
-                new[role] = _pool(new[role], tensors.attention, heads, config, salt=f"{site} {role}")
-        converted[site] = new
-    return converted, told
 
 
 def _merge(
     site: Site, tensors: SiteTensors, heads: int, answers: Answers, config: Config
 ) -> tuple[Roles, dict[str, Any]]:
     """Merge by the moments of what the teacher read."""
-    from kvfold.merge import losses, merge_site, moments_of
+    from kvfold.solve.shared_heads import losses, merge_site, moments_of
 
     how = cast(Literal["fit", "align", "align-norm"], config.init)
     roles, lost = merge_site(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
@@ -313,15 +177,111 @@ def _pool(tensor: Tensor, attention: Attention, heads: int, config: Config, salt
     return torch.cat([block.double().mean(0) for block in blocks])
 
 
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave uptraining to the user: one objective on every parameter, as the paper does."""
-    return ()
+class GQA(Method[Config]):
+    """Grouped-query attention: fewer key/value heads, each for a group of query heads."""
+
+    without_text: ClassVar = {"init": "mean"}
+    published: ClassVar = ({"init": "mean"},)  # what others start from
+
+    def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
+        """Second moments of a folded site's inputs, for merged heads; under `auto`, the cost of each fold too."""
+        if config.kv_heads == AUTO:
+            fewer = {site: budgets.choices_of(shape, site)[:-1] for site in budgets.cached(shape)}
+            folds = [FoldedKL(site, heads) for site, numbers in fewer.items() for heads in numbers]
+            sites = [site for site, numbers in fewer.items() if numbers]
+        else:
+            folds, wanted = [], heads_by_site(config, shape)
+            sites = [site for site, heads in wanted.items() if heads < shape.sites[site].num_key_value_heads]
+        read = () if config.init in POOLED else (InputGram, QueryGram, AttentionGram)
+        return [*(request(site) for site in sites for request in read), *folds]
+
+    def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
+        """Write the head counts out for each kind, layer by layer where they differ."""
+        if config.kv_heads == AUTO:
+            heads = budgets.cheapest(config.budget or 1, shape, answers)
+        else:
+            heads = heads_by_site(config, shape)
+        return replace(config, kv_heads=_spelled(heads), budget=None)
+
+    def found(self, config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
+        """What `auto` chose and on what grounds, beside the best number for all layers within the same budget."""
+        if config.kv_heads != AUTO:
+            return {}
+        both = {
+            "mix": budgets.cheapest(config.budget or 1, shape, answers),
+            "uniform": budgets.uniform(config.budget or 1, shape, answers),
+        }
+        told = {
+            name: {
+                "kv_heads": _spelled(heads),
+                "cache": budgets.part(shape, heads),
+                "kl": budgets.price(shape, answers, heads),
+            }
+            for name, heads in both.items()
+        }
+        return {"budget": config.budget, **told, "kl": budgets.prices(shape, answers)}
+
+    def notes(self, config: Config, shape: Shape) -> Sequence[str]:
+        """What a plan must say of head counts that are not chosen yet, and of keys that cannot be merged freely."""
+        said = []
+        if config.kv_heads == AUTO:
+            said.append(
+                f"kv_heads auto: shown is a budget of {config.budget:g} spent alike on all layers; how many heads each "
+                "keeps is measured when it is converted, and engines that want one number for all will not load a mix"
+            )
+        if config.init in MERGED and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
+            said.append(
+                f"init {config.init}: keys are normed before they are rotated, so heads are turned plane by plane and "
+                "then averaged; values, o and what is repaired are as in other models"
+            )
+        return said
+
+    def student(self, config: Config, shape: Shape) -> Student:
+        """The model with fewer key/value heads. For `auto`: the budget spread evenly over layers."""
+        heads = heads_by_site(config, shape)
+        return Student(
+            shape.with_sites(
+                {site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()}
+            )
+        )
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Make each group of heads one, by weights or by moments; every role that does not change is passed on."""
+        return self.fold(group, answers, config)[0]
+
+    def fold(
+        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
+    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
+        """Convert, and say of each site merged by moments what its groups lost and which of them lost nothing.
+
+        Lost is a share of the weighted second moment; nothing means within rounding to the weights' format.
+        """
+        converted, told = {}, {}
+        for site, tensors in group.items():
+            kinds = [kind for kind in KINDS if kind in str(config.kv_heads)] or [site.kind]
+            said = _said(config.kv_heads, kinds)
+            heads = said[site.layer % len(said)][site.kind]
+            if heads < tensors.attention.num_key_value_heads and config.init not in POOLED:
+                converted[site], told[site] = _merge(site, tensors, heads, answers, config)
+                continue
+            new = dict(tensors.roles)
+            for role in ("k", "v", "k_bias", "v_bias"):
+                if role in new:
+                    new[role] = _pool(new[role], tensors.attention, heads, config, salt=f"{site} {role}")
+            converted[site] = new
+        return converted, told
+
+    def repairs(self, config: Config) -> Sequence[str]:
+        """Everything after a fit; published starts are left as published."""
+        return REPAIRABLE if config.init == "fit" else ()
+
+    def with_heads(self, config: Config, heads: int) -> Config:
+        """The same settings with so many heads everywhere: under these FoldedKL is measured, site by site."""
+        return replace(config, kv_heads=heads, budget=None)
+
+    def lossless(self, shape: Shape) -> Config:
+        """Keep every head."""
+        return Config(_spelled({site: shape.sites[site].num_key_value_heads for site in budgets.cached(shape)}))
 
 
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Keep every head."""
-    return Config(_spelled({site: shape.sites[site].num_key_value_heads for site in budgets.cached(shape)}))
+METHOD = GQA()

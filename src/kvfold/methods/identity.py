@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfold.methods import Student
-from kvfold.shape import Answers, CacheSpec, Request, Roles, Shape, Site, SiteTensors, Stage, grouped_cache
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.requests import Answers
+from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
 @dataclass(frozen=True)
@@ -26,45 +27,24 @@ class Config:
         """Accept every shape."""
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Request]:
-    """Ask nothing."""
-    return ()
+class Identity(Method[Config]):
+    """The control: nothing is converted."""
+
+    def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
+        """Convert no site: all are copied."""
+        return ()
+
+    def student(self, config: Config, shape: Shape) -> Student:
+        """Return the teacher's own shape."""
+        return Student(shape)
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Return the roles as they are."""
+        return {site: tensors.roles for site, tensors in group.items()}
+
+    def lossless(self, shape: Shape) -> Config:
+        """Return the only setting there is."""
+        return Config()
 
 
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Return the settings as they are."""
-    return config
-
-
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Convert no site: all are copied."""
-    return ()
-
-
-def student(config: Config, shape: Shape) -> Student:
-    """Return the teacher's own shape."""
-    return Student(shape)
-
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """Return the teacher's own cache."""
-    return grouped_cache(shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Return the roles as they are."""
-    return {site: tensors.roles for site, tensors in group.items()}
-
-
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave uptraining to the user."""
-    return ()
-
-
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Return the only setting there is."""
-    return Config()
+METHOD = Identity()

@@ -30,27 +30,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvfold.contracts.cache import CacheSpec, grouped_cache
+from kvfold.contracts.method import Method, Student
+from kvfold.contracts.requests import Answers, Question, RecallDrop
+from kvfold.contracts.runtimes import with_linear
+from kvfold.contracts.site import DTYPE_BYTES, Attention, Linear, Roles, Shape, Site, SiteTensors
+from kvfold.contracts.stages import Stage
 from kvfold.errors import SettingError
-from kvfold.methods import Student
-from kvfold.shape import (
-    DTYPE_BYTES,
-    Answers,
-    Attention,
-    CacheSpec,
-    Linear,
-    Question,
-    RecallDrop,
-    Roles,
-    Shape,
-    Site,
-    SiteTensors,
-    Stage,
-    grouped_cache,
-    with_linear,
-)
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 PRESET: Literal["preset"] = "preset"
 AUTO = "auto:"
@@ -125,7 +114,7 @@ class Config:
             )
         if not 0 < self.gate < math.inf:
             raise SettingError(f"gate {self.gate:g} cannot be", where="supra", allowed="a positive number")
-        if not groups(self, shape):
+        if not METHOD.groups(self, shape):
             raise SettingError(
                 f"keep_layers {self.keep_layers} leaves no layer to convert", where="supra", next="leave one out"
             )
@@ -210,65 +199,8 @@ def kept(config: Config, shape: Shape) -> set[int]:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
-def needs(config: Config, shape: Shape) -> Sequence[Question]:
-    """Ask what copying loses where a layer sees its window alone, when layers are to be chosen by that."""
-    if not _chooses(config):
-        return ()
-    linear = _linear(config, next(iter(shape.sites.values())).head_dim)
-    near = max(linear.window, 1)
-    return [RecallDrop(site, near, linear.sinks, config.recall_tokens) for site in sorted(shape.sites)]
-
-
 def _chooses(config: Config) -> bool:
     return str(config.keep_layers).startswith(AUTO)
-
-
-def resolve(config: Config, shape: Shape, answers: Answers) -> Config:
-    """Write out what the preset says, and which layers stay."""
-    linear = _linear(config, next(iter(shape.sites.values())).head_dim)
-    keep = config.keep_layers
-    if _chooses(config):
-        asked = [each for each in needs(config, shape) if isinstance(each, RecallDrop)]
-        drops = {each.site.layer: float(answers[each]["drop"]) for each in asked}
-        most = sorted(drops, key=lambda layer: (-drops[layer], layer))[: len(kept(config, shape))]
-        keep = ",".join(map(str, sorted(most)))
-    return replace(
-        config,
-        features=linear.features,
-        feature_dim=linear.feature_dim or None,
-        rope=linear.rope,
-        norm=linear.norm,
-        decay=linear.decay,
-        window=linear.window,
-        sinks=linear.sinks,
-        keep_layers=keep,
-    )
-
-
-def found(config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
-    """What copying loses by each layer, in nats a token, where that was asked."""
-    if not _chooses(config):
-        return {}
-    drops = {each: answers[each]["drop"] for each in needs(config, shape) if isinstance(each, RecallDrop)}
-    return {"recall_drops": {str(each.site): float(drop) for each, drop in drops.items()}}
-
-
-def notes(config: Config, shape: Shape) -> Sequence[str]:
-    """From which length on the student's cache is smaller, and that layers are not chosen yet."""
-    after, before = cache_spec(config, shape), grouped_cache(shape)
-    itemsize = DTYPE_BYTES[shape.dtype]
-    constant = after.bytes(0, itemsize=itemsize)
-    said = []
-    if (length := break_even(before, after, itemsize)) > 1:
-        said.append(
-            f"below {length:,} tokens the cache is larger than the one that it replaces: sums take {constant:,} bytes "
-            "a sequence at any length"
-        )
-    if _chooses(config):
-        said.append(
-            f"keep_layers {config.keep_layers}: which ones is measured when it is converted, the bytes are these"
-        )
-    return said
 
 
 def break_even(before: CacheSpec, after: CacheSpec, itemsize: int) -> int:
@@ -286,70 +218,116 @@ def break_even(before: CacheSpec, after: CacheSpec, itemsize: int) -> int:
     return high
 
 
-def groups(config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-    """Take every site alone, but for those that stay."""
-    stay = kept(config, shape)
-    return [(site,) for site in sorted(shape.sites) if site.layer not in stay]
+class SUPRA(Method[Config]):
+    """Linear attention with a state of fixed size, behind a softmax window where one is kept."""
+
+    def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
+        """Ask what copying loses where a layer sees its window alone, when layers are to be chosen by that."""
+        if not _chooses(config):
+            return ()
+        linear = _linear(config, next(iter(shape.sites.values())).head_dim)
+        near = max(linear.window, 1)
+        return [RecallDrop(site, near, linear.sinks, config.recall_tokens) for site in sorted(shape.sites)]
+
+    def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
+        """Write out what the preset says, and which layers stay."""
+        linear = _linear(config, next(iter(shape.sites.values())).head_dim)
+        keep = config.keep_layers
+        if _chooses(config):
+            asked = [each for each in self.needs(config, shape) if isinstance(each, RecallDrop)]
+            drops = {each.site.layer: float(answers[each]["drop"]) for each in asked}
+            most = sorted(drops, key=lambda layer: (-drops[layer], layer))[: len(kept(config, shape))]
+            keep = ",".join(map(str, sorted(most)))
+        return replace(
+            config,
+            features=linear.features,
+            feature_dim=linear.feature_dim or None,
+            rope=linear.rope,
+            norm=linear.norm,
+            decay=linear.decay,
+            window=linear.window,
+            sinks=linear.sinks,
+            keep_layers=keep,
+        )
+
+    def found(self, config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
+        """What copying loses by each layer, in nats a token, where that was asked."""
+        if not _chooses(config):
+            return {}
+        drops = {each: answers[each]["drop"] for each in self.needs(config, shape) if isinstance(each, RecallDrop)}
+        return {"recall_drops": {str(each.site): float(drop) for each, drop in drops.items()}}
+
+    def notes(self, config: Config, shape: Shape) -> Sequence[str]:
+        """From which length on the student's cache is smaller, and that layers are not chosen yet."""
+        after, before = self.cache_spec(config, shape), grouped_cache(shape)
+        itemsize = DTYPE_BYTES[shape.dtype]
+        constant = after.bytes(0, itemsize=itemsize)
+        said = []
+        if (length := break_even(before, after, itemsize)) > 1:
+            said.append(
+                f"below {length:,} tokens the cache is larger than the one that it replaces: sums take {constant:,} "
+                "bytes a sequence at any length"
+            )
+        if _chooses(config):
+            said.append(
+                f"keep_layers {config.keep_layers}: which ones is measured when it is converted, the bytes are these"
+            )
+        return said
+
+    def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
+        """Take every site alone, but for those that stay."""
+        stay = kept(config, shape)
+        return [(site,) for site in sorted(shape.sites) if site.layer not in stay]
+
+    def student(self, config: Config, shape: Shape) -> Student:
+        """The same model with linear attention in those layers, an architecture of our own."""
+        changed = {}
+        for (site,) in self.groups(config, shape):
+            attention = shape.sites[site]
+            changed[site] = with_linear(attention, _linear(config, attention.head_dim))
+        return Student(shape.with_sites(changed))
+
+    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
+        """Add the maps, which begin as the identity, and the gate."""
+        import torch
+
+        made: dict[Site, Roles] = {}
+        for site, tensors in group.items():
+            attention = tensors.attention
+            roles = dict(tensors.roles)
+            for role, shape in with_linear(attention, _linear(config, attention.head_dim)).extra.items():
+                if role == "window_gate":
+                    roles[role] = torch.full(shape, config.gate, dtype=torch.float64).log()
+                elif role == "phi_bias":
+                    roles[role] = torch.zeros(shape, dtype=torch.float64)
+                else:
+                    heads = attention.num_attention_heads if role == "phi_q" else attention.num_key_value_heads
+                    eye_FE = torch.eye(shape[0] // heads, attention.head_dim, dtype=torch.float64)
+                    roles[role] = eye_FE.repeat(heads, 1)
+            made[site] = roles
+        return made
+
+    def stages(self, config: Config) -> Sequence[Stage]:
+        """Leave `supra` to the user, as published: one objective on everything. `hybrid`: attention outputs first.
+
+        Maps and gates alone learn those, each layer on what the teacher's reads, at ten times the learning rate; then
+        everything learns what the teacher says.
+        """
+        if config.preset == "supra":
+            return ()
+        last = Stage("distil", 0.75, {"kl": 1.0, "ce": 0.3})
+        features = PRESETS[config.preset]["features"] if config.features == PRESET else config.features
+        if features == "none":
+            return (replace(last, share=1.0),)
+        maps = ("phi", "phi_bias") if features == "relu" else ("phi_q", "phi_k")
+        window = PRESETS[config.preset]["window"] if config.window is None else config.window
+        learns = (*maps, "window_gate") if window else maps
+        rates = dict.fromkeys(learns, 10.0)
+        return Stage("transfer", 0.25, {"attention": 1.0}, learns, rates=rates, taught=True), last
+
+    def lossless(self, shape: Shape) -> Config:
+        """Keep a window over everything that the model can read."""
+        return Config(preset="hybrid", window=shape.max_positions)
 
 
-def student(config: Config, shape: Shape) -> Student:
-    """The same model with linear attention in those layers, an architecture of our own."""
-    changed = {}
-    for (site,) in groups(config, shape):
-        attention = shape.sites[site]
-        changed[site] = with_linear(attention, _linear(config, attention.head_dim))
-    return Student(shape.with_sites(changed))
-
-
-def cache_spec(config: Config, shape: Shape) -> CacheSpec:
-    """Sums, window and sinks; keys and values of layers that stay."""
-    return grouped_cache(student(config, shape).shape)
-
-
-def convert(group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-    """Add the maps, which begin as the identity, and the gate."""
-    import torch
-
-    made: dict[Site, Roles] = {}
-    for site, tensors in group.items():
-        attention = tensors.attention
-        roles = dict(tensors.roles)
-        for role, shape in with_linear(attention, _linear(config, attention.head_dim)).extra.items():
-            if role == "window_gate":
-                roles[role] = torch.full(shape, config.gate, dtype=torch.float64).log()
-            elif role == "phi_bias":
-                roles[role] = torch.zeros(shape, dtype=torch.float64)
-            else:
-                heads = attention.num_attention_heads if role == "phi_q" else attention.num_key_value_heads
-                eye_FE = torch.eye(shape[0] // heads, attention.head_dim, dtype=torch.float64)
-                roles[role] = eye_FE.repeat(heads, 1)
-        made[site] = roles
-    return made
-
-
-def stages(config: Config) -> Sequence[Stage]:
-    """Leave `supra` to the user, as published: one objective on everything. `hybrid`: attention outputs first.
-
-    Maps and gates alone learn those, each layer on what the teacher's reads, at ten times the learning rate; then
-    everything learns what the teacher says.
-    """
-    if config.preset == "supra":
-        return ()
-    last = Stage("distil", 0.75, {"kl": 1.0, "ce": 0.3})
-    features = PRESETS[config.preset]["features"] if config.features == PRESET else config.features
-    if features == "none":
-        return (replace(last, share=1.0),)
-    maps = ("phi", "phi_bias") if features == "relu" else ("phi_q", "phi_k")
-    window = PRESETS[config.preset]["window"] if config.window is None else config.window
-    learns = (*maps, "window_gate") if window else maps
-    rates = dict.fromkeys(learns, 10.0)
-    return Stage("transfer", 0.25, {"attention": 1.0}, learns, rates=rates, taught=True), last
-
-
-def end(finish: str, student: nn.Module, config: Config) -> None:
-    """Do nothing: no stage of this method ends in a change."""
-
-
-def lossless(shape: Shape) -> Config:
-    """Keep a window over everything that the model can read."""
-    return Config(preset="hybrid", window=shape.max_positions)
+METHOD = SUPRA()

@@ -4,22 +4,14 @@ folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), page
 """
 
 from kvfold.report.card import card
-from kvfold.report.conversion import conversion_pages
-from kvfold.report.marks import with_tables
 from kvfold.report.page import render, report
-from kvfold.report.pages import miniature_page, of_runs, quality_figure
 from kvfold.report.planes import first_planes
 from kvfold.report.rows import summary
 
 __all__ = [
     "card",
-    "conversion_pages",
     "first_planes",
-    "miniature_page",
-    "of_runs",
-    "quality_figure",
     "render",
     "report",
     "summary",
-    "with_tables",
 ]

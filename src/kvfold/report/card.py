@@ -16,9 +16,9 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
+from kvfold.disk.output import MANIFEST, read_json, replacing, written_by_kvfold
+from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, plain
-from kvfold.output import MANIFEST, read_json, replacing, written_by_kvfold
-from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.folder import Folded, Run, commands, findings
 from kvfold.report.reading import lineage_fault

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvfold.disk.output import MANIFEST, REPLACED, read_json, tidy
+from kvfold.disk.record import Record, read_all, warn
 from kvfold.errors import DataError, KvfoldError, plain
 from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
-from kvfold.output import MANIFEST, REPLACED, read_json, tidy
 from kvfold.progress import SILENT, Progress
-from kvfold.record import Record, read_all, warn
 from kvfold.report.reading import lineage_fault, log_line, record_fault
 from kvfold.report.rows import Study, studies
 

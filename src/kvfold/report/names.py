@@ -7,8 +7,8 @@ from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
+from kvfold.disk.record import Record
 from kvfold.methods import all_methods
-from kvfold.record import Record
 from kvfold.report import rows as tables
 from kvfold.report.rows import Row, Study, compact
 

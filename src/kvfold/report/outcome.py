@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvfold.plan import size
-from kvfold.record import Record
+from kvfold.contracts.site import DTYPE_BYTES
+from kvfold.disk.record import Record
+from kvfold.formats import size
 from kvfold.report import rows as tables
 from kvfold.report.folder import Run
 from kvfold.report.names import short_names
 from kvfold.report.rows import Row, Study
 from kvfold.report.verdict import COPIES, OUTCOMES, Measured, Outcome, verdict
-from kvfold.shape import DTYPE_BYTES
 
 TASKS = 4  # scores that a card shows
 _SUMMARY: Mapping[Outcome, str] = {

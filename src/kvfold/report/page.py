@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from kvfold.disk.output import disk_errors, replacing, written_by_kvfold
 from kvfold.errors import OutputError
-from kvfold.output import disk_errors, replacing, written_by_kvfold
 from kvfold.progress import SILENT, Progress
 from kvfold.report import figures
 from kvfold.report.card import templates, write_cards

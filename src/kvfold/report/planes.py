@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvfold.record import Record
+from kvfold.disk.record import Record
 from kvfold.report import figures
 from kvfold.report.blocks import Block, Section
 from kvfold.report.folder import Run

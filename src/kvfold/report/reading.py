@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from kvfold.contracts.site import DTYPE_BYTES
+from kvfold.disk.record import Record
 from kvfold.inputs import LARGEST
-from kvfold.record import Record
-from kvfold.shape import DTYPE_BYTES
 
 Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # a figure draws it
 Positive = Annotated[float, Field(gt=1e-100, le=1e100)]

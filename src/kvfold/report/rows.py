@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from kvfold.disk.output import fingerprint
+from kvfold.disk.record import Record
 from kvfold.methods import all_methods
-from kvfold.output import fingerprint
-from kvfold.record import Record
 
 TRAINING = ("alpha", "tokens", "loss_name", "varied")  # what a row says of its uptraining; the rest is the method's
 READING = ("sequence_length", "stride", "copy_trials", "passkey_trials", "lm_eval_limit", "seed", "dtype")
@@ -317,7 +317,8 @@ def _is_published(row: Row) -> bool:
     """Is it as a paper starts from it, and not repaired? By what the conversion resolved to, where that is known."""
     steps = [step for record in row.records for step in record.metrics.get("made_by") or ()]
     said = {**row.settings, **next((step["settings"] for step in reversed(steps) if step["stage"] == "convert"), {})}
-    starts = getattr(all_methods().get(row.method), "PUBLISHED", ())
+    method = all_methods().get(row.method)
+    starts = method.published if method else ()
     alike = any(all(said.get(key) == value for key, value in start.items()) for start in starts)
     return row.role == "student" and alike and said.get("repair") in (None, "none", [], ())
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvfold.record import Record
+from kvfold.disk.record import Record
 from kvfold.report import figures
 from kvfold.report import rows as tables
 from kvfold.report.blocks import Block, Section, renamed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvfold.plan import count, size
-from kvfold.record import Record
+from kvfold.disk.record import Record
+from kvfold.formats import count, size
 from kvfold.report import figures
 from kvfold.report import rows as tables
 from kvfold.report.blocks import Block, Section, renamed

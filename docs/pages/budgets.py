@@ -1,0 +1,89 @@
+"""A budget of bytes, out of records: heads of each layer's own beside the same number everywhere, before any training.
+
+Runs are known by their names: `budget` and `budget-...`, one section each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvfold.disk.record import Record
+from kvfold.report.rows import markdown, row_of, spread
+from pages.miniature import compare, say
+from pages.students import bare_name
+
+BUDGET = "budget"
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """A student by the heads of its layers."""
+
+    record: Record
+    heads: str  # `2`, or `4/1/1/2/2`
+    chosen: bool  # by measured sensitivity
+    seconds: float
+
+    @property
+    def mean_heads(self) -> float:
+        """Heads of a layer, on average: what its bytes are proportional to."""
+        numbers = [int(number) for number in self.heads.split("/")]
+        return sum(numbers) / len(numbers)
+
+    @property
+    def loss(self) -> float:
+        return float(self.record.metrics["loss"])
+
+
+def budgets(records: Sequence[Record]) -> Iterator[str]:
+    """A table for every run, the most bytes first, and whether a choice by layer is better than none."""
+    for run in sorted({each.name.partition("/")[0] for each in records if each.name.startswith(BUDGET)}):
+        found = sorted(
+            (each for record in records if record.name.startswith(f"{run}/") for each in _folded(record)),
+            key=lambda each: (-each.mean_heads, each.chosen),
+        )
+        if not found:
+            continue
+        teacher, first = float(found[0].record.metrics["teacher_loss"]), found[0].record.settings
+        whole = next(
+            int(plan.metrics["before"]["kv_heads"])
+            for plan in records
+            if plan.kind == "plan" and plan.metrics["source"] == first["teacher"]
+        )
+        yield f"## Different heads per layer: `{bare_name(first['teacher'])}`"
+        yield (
+            f"The same bytes in every layer, or more where the measured KL is largest (`--kv-heads auto --budget`). "
+            f"Both are repaired and not trained. `{bare_name(first['data'])}`, {first['tokens']:,} tokens; the "
+            f"teacher's loss is {teacher:.4f}. Seconds are for the conversion, including its measurements."
+        )
+        lines = [
+            [
+                each.heads + (" (auto)" if each.chosen else ""),
+                f"{each.mean_heads / whole:.1%}",
+                f"{each.loss:.4f}",
+                f"{each.loss - teacher:.4f}",
+                f"{each.seconds:.0f}",
+            ]
+            for each in found
+        ]
+        yield markdown((["heads", "bytes of the teacher's", "loss", "above the teacher's", "seconds"], lines))
+        yield say("heads of each layer's own are better than the same bytes spent evenly", _answers(found))
+
+
+def _folded(record: Record) -> Iterator[_Folded]:
+    row = row_of(record, {}) if record.kind == "evaluate" and record.status != "failed" else {}
+    steps = record.metrics.get("made_by", ())
+    if row.get("role") == "student" and steps and steps[-1]["stage"] == "convert":
+        yield _Folded(record, str(steps[-1]["settings"]["kv_heads"]), "budget" in row, float(steps[-1]["seconds"]))
+
+
+def _answers(found: Sequence[_Folded]) -> dict[str, str]:
+    """For each number of heads everywhere: is the choice of no more bytes better?"""
+    answers = {}
+    for even in (each for each in found if not each.chosen):
+        twins = [each.loss for each in found if each.chosen and 0 <= even.mean_heads - each.mean_heads < 0.5]
+        ours, theirs = spread(twins), spread([even.loss])
+        if ours and theirs:
+            answers[f"{even.heads} heads"] = compare(ours, theirs)
+    return answers

@@ -1,0 +1,1 @@
+"""What methods, families and runtimes agree on: words and data types, without tensors."""

@@ -1,0 +1,88 @@
+"""What a model caches: bytes = constant + per decoder token + per encoder token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfold.contracts.site import Attention, Linear, Shape
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One thing that a site keeps while decoding, in elements; slots of one `storage` are counted once."""
+
+    storage: str
+    per_token: int = 0
+    constant: int = 0
+    per_encoder_token: int = 0
+    window: int | None = None  # the cache never holds more tokens than this
+    wide: bool = False  # at least 4 bytes an element, whatever the format of the cache
+
+    def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
+        """Elements that one sequence of `tokens` keeps alive here."""
+        held = tokens if self.window is None else min(tokens, self.window)
+        return self.constant + self.per_token * held + self.per_encoder_token * encoder_tokens
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a model's cache holds: bytes = constant + per decoder token + per encoder token."""
+
+    slots: tuple[Slot, ...]
+
+    def _unique(self) -> list[Slot]:
+        return list({slot.storage: slot for slot in self.slots}.values())
+
+    def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
+        """Elements that one sequence of `tokens` keeps alive."""
+        return sum(slot.elements(tokens, encoder_tokens) for slot in self._unique())
+
+    def bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2, encoder_tokens: int = 0) -> int:
+        """Bytes of the cache of `batch` sequences of `tokens` at `itemsize` bytes an element."""
+        return batch * sum(
+            slot.elements(tokens, encoder_tokens) * (max(itemsize, 4) if slot.wide else itemsize)
+            for slot in self._unique()
+        )
+
+    def bytes_per_token(self, itemsize: int = 2, tokens: int = 1) -> int:
+        """The decoder's cache by the token of a text of `tokens`, over which windows and constants are spread."""
+        return round(self.bytes(tokens, itemsize=itemsize) / tokens)
+
+    def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
+        """Bytes that one more token of an encoder's input adds."""
+        return itemsize * sum(slot.per_encoder_token for slot in self._unique())
+
+
+def _linear_slots(name: str, attention: Attention, linear: Linear) -> list[Slot]:
+    """What linear attention keeps: the last tokens, the first, and the sums of all others."""
+    both = 2 * attention.num_key_value_heads * attention.head_dim
+    slots = [
+        Slot(f"{name}.{part}", per_token=both, window=count)
+        for part, count in (("window", linear.window), ("sinks", linear.sinks))
+        if count
+    ]
+    columns = attention.head_dim + (linear.norm == "denominator")
+    sums = attention.num_key_value_heads * linear.feature_dim * columns
+    return [*slots, Slot(f"{name}.sums", constant=sums, wide=True)] if sums else slots
+
+
+def grouped_cache(shape: Shape) -> CacheSpec:
+    """The cache of a model whose shape tells it: per site keys and values of its heads, or what else it keeps.
+
+    Sites that read another layer's share its storage.
+    """
+    slots: list[Slot] = []
+    for site, attention in shape.sites.items():
+        if site.kind == "encoder":
+            continue
+        if attention.linear is not None:
+            slots += _linear_slots(f"{site.kind}.{site.layer}", attention, attention.linear)
+            continue
+        for part, width in attention.cached.items():
+            name = f"{site.kind}.{site.layer if attention.source is None else attention.source}.{part}"
+            if site.kind == "cross":
+                slots.append(Slot(name, per_encoder_token=width))
+            else:
+                # transformers shows `window - 1` tokens of a sliding layer, as a view of a storage that holds `window`
+                slots.append(Slot(name, per_token=width, window=attention.window))
+    return CacheSpec(tuple(slots))

@@ -1,0 +1,1 @@
+"""Checkpoints, records and outputs on disk: whole or absent, locked, hashed."""

@@ -1,0 +1,416 @@
+"""Checkpoints: opened lazily by tensor name, hashed by content, and saved.
+
+A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), or `kvfold:demo`, which
+ships with the package. Its content hash is that of `config.json` and of every tensor, whatever the shards and the
+container. `kvfold.json` holds its lineage (`kvfold.lineage`): the root teacher, and each step from there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.contracts.config import check_generation
+from kvfold.contracts.family import Family
+from kvfold.contracts.site import WHOLE, Shape
+from kvfold.disk import sidecar
+from kvfold.disk.foreign import check_folder, check_names
+from kvfold.disk.headers import FLOATS, TensorSpec
+from kvfold.disk.manifest import FORMAT, read_lineage
+from kvfold.disk.output import CLAIM, MANIFEST, disk_errors, fingerprint, tidy, write_json
+from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tensors, tensors_hash
+from kvfold.errors import CheckpointError, UnsupportedModel
+from kvfold.families import source_family
+from kvfold.inputs import load_json
+from kvfold.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "TensorSpec",
+    "Writer",
+    "carry_over",
+    "content_hash",
+    "locate",
+    "natural",
+    "read_config",
+    "save_model",
+]
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+TIED = "lm_head.weight"  # left out of names and hash when the config ties it and it equals the embedding
+
+OTHER_HEADS = ("score.", "classifier.", "classification_head.", "qa_outputs.", "v_head.")
+"""What names of tensors begin with that belong to classifiers, question answering and value heads."""
+
+ROWS = 4096  # of an embedding that are compared at a time
+
+_BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # say nothing of what is computed
+_SMALL = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.txt", "LICEN[CS]E*", "NOTICE*")
+_UNWANTED = ("consolidated*", "original/*", "onnx/*")  # other engines' copies of the same weights
+
+
+def locate(source: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint; a hub id is downloaded, config and lineage alone if `weights` are not wanted.
+
+    Raises CheckpointError when there is no such directory and the hub has no such model either.
+    """
+    path = DEMO if str(source) == "kvfold:demo" else Path(source)
+    try:
+        os.stat(path)
+    except FileNotFoundError:  # looked for elsewhere, below
+        pass
+    except (OSError, ValueError) as error:  # too long a name, a loop of links, no permission, a NUL
+        raise CheckpointError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
+    if path.is_dir():
+        if path.name.endswith(".partial") and (path / CLAIM).exists():
+            raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
+        tidy(path)
+        return path
+    if path.exists():
+        raise CheckpointError("is a file, not a checkpoint's directory", where=path)
+    if path.with_name(path.name + ".partial").is_dir():
+        raise CheckpointError("is not finished", where=path, next="repeat the command that makes it")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
+        raise CheckpointError("no such directory", where=path)
+    return _download(str(source), weights=weights)
+
+
+def _download(source: str, *, weights: bool) -> Path:
+    """The hub's cache directory of a model, safetensors before `.bin`."""
+    import huggingface_hub  # only here: nothing local needs it
+
+    name, _, revision = source.partition("@")
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED)
+                )
+            )
+        except Exception as error:  # its client raises the errors of four libraries
+            answer = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(
+                f"no such directory, and the hub has no answer for it: {answer[:200]}", where=source
+            ) from error
+
+    if not weights:
+        return fetch("config.json", MANIFEST)
+    folder = fetch(*_SMALL, "*.safetensors")
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch(*_SMALL, "*.bin")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a directory. Raises CheckpointError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        check_folder(folder)
+        raise CheckpointError("no config.json", where=folder, next="is this a transformers checkpoint?")
+    config = load_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError("is not a JSON object", where=path, next="download it again")
+    return config
+
+
+class Checkpoint:
+    """A checkpoint whose config, family, shape and headers are read and checked; tensors are read when asked for."""
+
+    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
+        self.path, self.name, self.config = path, name, config
+        self.family: Family = source_family(config, where=path / "config.json")
+        self.shape: Shape = self.family.shape(config)
+        if not has_weights(path):
+            check_folder(path)
+        self._stored = stored_tensors(path)
+        check_names(path, list(self._stored), self.family, self.shape)
+        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
+        self._flaws: dict[str, CheckpointError] = {}  # tensors that were hashed and hold NaN or infinity
+        self._check_heads()
+        self._check_tie()
+        if self._tied_twice():
+            del self._stored[TIED]
+        self.lineage: dict[str, Any] | None = read_lineage(path)
+        check_generation(path, self.shape.vocab_size)
+        self._verify()
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a local directory or a hub id.
+
+        Raises CheckpointError when files are missing, damaged or not what config.json says, and UnsupportedModel
+        when the architecture is not known or the weights are quantised.
+        """
+        path = locate(source)
+        name = path.resolve().name if Path(source).is_dir() else str(source)
+        return cls(path, name, read_config(path))
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in order of layers and not of letters."""
+        return sorted(self._stored, key=natural)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
+        return self._entry(name).spec
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped from its file: pages come in when they are looked at, and go with the tensor."""
+        return self._entry(name).read()
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({stored.file for stored in self._stored.values()})
+
+    def hash(self, progress: Progress = SILENT) -> str:
+        """Content hash of config and tensors, independent of shards and container; streamed, read at most once.
+
+        Raises CheckpointError when the lineage beside it speaks of another content.
+        """
+        missing = [name for name in self.names() if name not in self.digests]
+        progress = progress if missing else SILENT
+        progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
+        try:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
+                    self.digests[name] = found
+                    progress.advance(self.spec(name).nbytes)
+        finally:
+            progress.stop()
+        specs = {name: self.spec(name) for name in self.names()}
+        hashed = content_hash(self.config, specs, self.digests)
+        if self.lineage and self.lineage.get("hash") != hashed:
+            raise CheckpointError(
+                f"the weights or config.json have changed since {MANIFEST} was written",
+                where=self.path,
+                next=f"restore them, or delete {MANIFEST} to make this a root teacher of its own",
+            )
+        return hashed
+
+    def require_finite(self, progress: Progress = SILENT) -> None:
+        """Refuse weights that are NaN or infinite, with CheckpointError; they are looked at while they are hashed."""
+        self.hash(progress)
+        if self._flaws:
+            raise self._flaws[min(self._flaws, key=natural)]
+
+    def _digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes; NaN and infinity are noted."""
+        try:
+            return digest(self.read(name), name, self._entry(name).file)
+        except CheckpointError as flaw:
+            self._flaws[name] = flaw
+            return digest(self.read(name))
+
+    def root_hash(self) -> str:
+        """Content hash of the first teacher of the chain; a checkpoint without lineage is its own."""
+        return str(self.lineage["root"]["hash"]) if self.lineage else self.hash()
+
+    def tokenizer_hash(self) -> str | None:
+        """Hash of what decides the ids of a text, special tokens included; None when there is no tokenizer."""
+        return sidecar.tokenizer_hash(self.path)
+
+    def _entry(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"has no tensor {name}", where=self.path)
+        return self._stored[name]
+
+    def _check_heads(self) -> None:
+        """Refuse tensors of another head than a language model's, whatever config.json calls the architecture."""
+        for name in self._stored:
+            if name.startswith(OTHER_HEADS):
+                raise UnsupportedModel(
+                    f"tensor {name} belongs to another head than a language model's",
+                    where=self._stored[name].file,
+                    next="convert the language model that it was trained from",
+                )
+
+    def _check_tie(self) -> None:
+        """Refuse an output projection beside another embedding that it is tied to: some engines drop it, some do not.
+
+        Raises CheckpointError.
+        """
+        embedding = self.family.embedding
+        if TIED not in self._stored or not embedding or not self.family.tied(self.config):
+            return
+        embeddings = [name for name in self._stored if name == embedding or "embed" in name]
+        if not any(self._equal(TIED, name) for name in embeddings):
+            raise CheckpointError(
+                f"config.json ties {TIED} to {embedding}, and no embedding holds the same numbers",
+                where=self.path,
+                got=", ".join(embeddings) or "no embedding",
+                next=f"set tie_word_embeddings to false in config.json to keep both, or delete {TIED}",
+            )
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Do two tensors hold the same numbers? Where their dtypes differ, the wider one decides."""
+        import torch
+
+        one, other = self._stored.get(first), self._stored.get(second)
+        if one is None or other is None or one.spec.shape != other.spec.shape:
+            return False
+        if one.spec == other.spec:
+            for name in (first, second):
+                self.digests[name] = self.digests.get(name) or self._digest(name)
+            return self.digests[first] == self.digests[second]
+        if not one.spec.floating or not other.spec.floating:
+            return False
+        wide = torch.promote_types(one.read().dtype, other.read().dtype)
+        pairs = zip(torch.split(one.read(), ROWS), torch.split(other.read(), ROWS), strict=True)
+        return all(torch.equal(a.to(wide), b.to(wide)) for a, b in pairs)
+
+    def _tied_twice(self) -> bool:
+        """Is the output projection stored beside an embedding that it is tied to, equal to it?"""
+        if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
+            return False
+        spec = self._stored[TIED].spec
+        same = [name for name, other in self._stored.items() if "embed" in name and other.spec == spec]
+        return any(self._equal(TIED, name) for name in same)
+
+    def _verify(self) -> None:
+        """Check names, shapes and dtypes against the family, from headers alone."""
+        for site, attention in self.shape.sites.items():
+            for role, shape in attention.roles().items():
+                name = self.family.tensor(site, role)
+                if name not in self._stored:
+                    raise CheckpointError(
+                        f"tensor {name} is missing ({role} of {site})", where=self.path, next=self._hint(name)
+                    )
+                spec = self._stored[name].spec
+                if spec.shape != shape:
+                    raise CheckpointError(
+                        f"tensor {name} does not have the shape that config.json implies",
+                        where=self._stored[name].file,
+                        got=spec.shape,
+                        allowed=shape,
+                    )
+                if not spec.floating and role not in WHOLE:
+                    raise CheckpointError(
+                        f"tensor {name} is not of floating numbers",
+                        where=self._stored[name].file,
+                        got=spec.dtype,
+                        allowed=", ".join(FLOATS),
+                        next="use the unquantised checkpoint",
+                    )
+        there = sum(stored.spec.numel for stored in self._stored.values())
+        if there < self.shape.parameters:
+            raise CheckpointError(
+                "tensors are missing",
+                where=self.path,
+                got=f"{there:,} parameters",
+                allowed=f"{self.shape.parameters:,}, by config.json",
+                next=self._gap(),
+            )
+
+    def _hint(self, name: str) -> str | None:
+        """Say what may be wrong when a tensor of an attention is not there."""
+        last = name.rsplit(".", 2)[-2:]
+        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
+        return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
+
+    def _gap(self) -> str | None:
+        """Name a tensor that some layers have and another lacks."""
+        layers: dict[str, set[str]] = {}
+        for name in self._stored:
+            if found := re.search(r"\.(\d+)\.", name):
+                layers.setdefault(name[: found.start()] + ".{}." + name[found.end() :], set()).add(found[1])
+        everywhere = set().union(*layers.values())
+        for pattern, some in sorted(layers.items()):
+            if some != everywhere:
+                return f"is {pattern.format(min(everywhere - some, key=int))} lost?"
+        return None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _same_module(first: str, second: str) -> bool:
+    """Are two tensors of the same place, up to the layer's number?"""
+    return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> str:
+    """One hash of what a checkpoint computes: its config without book-keeping, and its tensors.
+
+    The output projection does not count where the config ties it and it equals the embedding.
+    """
+    specs = dict(specs)
+    if config.get("tie_word_embeddings") and TIED in specs:
+        same = [name for name in specs if "embed" in name and digests[name] == digests[TIED]]
+        if same:
+            del specs[TIED]
+    known = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    return fingerprint({"config": known, "tensors": tensors_hash(specs, digests)})
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def carry_over(source: Checkpoint, folder: Path) -> None:
+    """Copy what goes with a student from beside the weights: tokenizer, chat template, generation settings, licence."""
+    sidecar.carry_over(source.path, folder)
+
+
+def save_model(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    lineage: Mapping[str, Any],
+    like: Checkpoint | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> str:
+    """Save a trained model into a folder (an output's `work`) and return its content hash, which the lineage gets too.
+
+    Each tensor has the dtype of its namesake in `like`, whose tokenizer and other files are carried over; without
+    one, `dtype`, else the config's. An output projection that is tied to the embedding is not saved.
+    Raises CheckpointError when `like` has a tensor that `state` lacks or a weight is NaN or infinite, SettingError for
+    a weight that its dtype cannot hold, OutputError when the disk refuses.
+    """
+    config = sidecar.without_code(config)
+    names = like.names() if like else sorted(state, key=natural)
+    if config.get("tie_word_embeddings") and not like:
+        names = [name for name in names if name != TIED]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(f"the trained model lost {len(missing)} tensors, the first is {missing[0]}", where=folder)
+    floats = dtype or str(config.get("dtype") or "float32")
+    specs = {
+        name: TensorSpec(
+            tuple(state[name].shape),
+            like.spec(name).dtype
+            if like and not dtype
+            else floats
+            if state[name].is_floating_point()
+            else _dtype(state[name]),
+        )
+        for name in names
+    }
+    with disk_errors(folder):
+        if like:
+            carry_over(like, folder)
+        write_json(folder / "config.json", config)
+        with Writer(folder, specs, shard_bytes=shard_bytes) as writer:
+            for name in names:
+                writer.write(name, state[name])
+            writer.close()
+        hashed = content_hash(config, specs, writer.digests)
+        write_json(folder / MANIFEST, {**lineage, "hash": hashed})
+    return hashed
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

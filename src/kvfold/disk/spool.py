@@ -1,0 +1,124 @@
+"""A spool: the hidden states of rows of text, on disk between two layers of a model that is read layer by layer.
+
+Its size is known before it is made. The file lies in kvfold's cache folder and has no name there: whatever ends the
+process, the system frees it. It is read and written rather than mapped, so that a disk that fills up is an error and
+not a crash.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from kvfold.disk.output import cache_folder, disk_errors, free_bytes
+from kvfold.errors import OutputError
+
+
+def spool_bytes(tokens: int, width: int, dtype: str = "float32") -> int:
+    """Bytes on disk of the hidden states of that many tokens, `width` numbers each."""
+    kind: torch.dtype = getattr(torch, dtype)
+    return tokens * width * kind.itemsize
+
+
+def check_room(needed: int) -> None:
+    """Refuse to spool more bytes than are free in kvfold's cache folder, with OutputError."""
+    free = free_bytes(cache_folder())
+    if needed > free:
+        raise OutputError(
+            "hidden states of the text do not fit on the disk",
+            where=cache_folder(),
+            got=f"{needed:,} bytes",
+            allowed=f"{free:,}",
+            next="use less text, or set KVFOLD_CACHE to a folder with more room",
+        )
+
+
+class Spool:
+    """Rows of hidden states on disk, `width` numbers a token in the format `dtype`; a context manager.
+
+    Rows may differ in length; neighbours of one length are read and written together. Raises OutputError when the disk
+    has no room for all of them, or refuses to write.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: str = "float32") -> None:
+        self.lengths, self.width = tuple(lengths), width
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.bytes = spool_bytes(sum(self.lengths), width, dtype)
+        check_room(self.bytes)
+        self._starts = [0, *accumulate(self.lengths)]
+        folder = cache_folder() / "spool"
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by this context
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the disk; nothing can be read any more."""
+        self._file.close()
+
+    def batches(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """All rows in order as (first row, number of rows): neighbours of one length, of at most `tokens` together."""
+        return batches(self.lengths, tokens)
+
+    def read(self, row: int, count: int = 1) -> Tensor:
+        """Rows from `row` on, `hidden_BTD`, in memory of their own. Raises EOFError when they were never written."""
+        hidden_BTD = torch.empty(count, self._length(row, count), self.width, dtype=self.dtype)
+        left = _octets(hidden_BTD)
+        self._seek(row)
+        while left:
+            got = self._file.readinto(left)  # unbuffered: may be less than asked
+            if not got:
+                raise EOFError(f"rows {row} to {row + count - 1} of a spool were never written")
+            left = left[got:]
+        return hidden_BTD
+
+    def write(self, row: int, hidden_BTD: Tensor) -> None:
+        """Put rows from `row` on in place, rounded to the spool's format."""
+        count, length, width = hidden_BTD.shape
+        if (length, width) != (self._length(row, count), self.width):
+            raise ValueError(f"rows of {(length, width)} in a spool of {(self._length(row, count), self.width)}")
+        left = _octets(hidden_BTD.detach().to("cpu", self.dtype).contiguous())
+        with disk_errors(cache_folder()):
+            self._seek(row)
+            while left:
+                left = left[self._file.write(left) :]
+
+    def _seek(self, row: int) -> None:
+        self._file.seek(self._starts[row] * self.width * self.dtype.itemsize)
+
+    def _length(self, row: int, count: int) -> int:
+        """The one length of these rows."""
+        found = set(self.lengths[row : row + count])
+        if len(found) != 1 or row + count > len(self):
+            raise ValueError(f"rows {row} to {row + count - 1} of a spool are not there, or not of one length")
+        return found.pop()
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into (first row, number of rows): neighbours of one length, of at most `tokens`, and at least one."""
+    row = 0
+    while row < len(lengths):
+        most = max(1, tokens // max(1, lengths[row]))
+        count = next((n for n in range(1, most) if row + n >= len(lengths) or lengths[row + n] != lengths[row]), most)
+        yield row, count
+        row += count
+
+
+def _octets(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, whatever its format."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

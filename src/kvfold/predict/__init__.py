@@ -1,0 +1,1 @@
+"""What a conversion saves and costs, from config.json alone: plan, roofline, engines."""

@@ -1,0 +1,286 @@
+"""Which engines load a student, and how much of that was tried.
+
+A student in its source's own architecture is loaded by every engine that knows the architecture. One whose layers
+differ in their key/value heads needs an engine that takes a number for each layer; one whose layers share keys and
+values, or that needs another of kvfold's own classes, is loaded by transformers with kvfold installed.
+
+`refusal` decides for the engines that kvfold exports to: a plan promises what an export writes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.contracts.method import Student
+from kvfold.contracts.site import Attention, Rope, Shape
+from kvfold.errors import UnsupportedModel, plain
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine: whether it should load the student, through what, and what was tried."""
+
+    name: str
+    loads: bool
+    how: str
+    checked: str
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of an engine: architectures that it implements, those that were run folded, and what came out."""
+
+    name: str
+    how: str
+    model_types: frozenset[str]
+    ran: frozenset[str]
+    checked: str
+
+
+_LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_LLAMA = frozenset({"llama"})
+
+_KNOWN = (
+    _Known("transformers", "AutoModelForCausalLM, without kvfold", _LAYOUT, _LAYOUT, "loaded in the tests"),
+    _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
+    _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
+    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
+    _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
+)
+
+_MIXED = (  # key/value heads of each layer's own: `per_layer_config`
+    _Known("transformers", "with kvfold installed", _LAYOUT, _LAYOUT, "loaded in the tests"),
+    _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, _LLAMA, "logits within 5e-5"),
+    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
+    _Known("SGLang", "one number of key/value heads for all layers", frozenset(), frozenset(), ""),
+)
+
+
+_T5 = frozenset({"t5", "mt5"})
+_T5GEMMA = frozenset({"t5gemma"})
+_PAIRED = _T5 | {"bart", "mbart"} | _T5GEMMA
+
+_GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold's own
+    _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
+    _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
+    _Known("SGLang", "has no T5", frozenset(), frozenset(), ""),
+)
+
+_PLAIN_T5 = (
+    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _PAIRED, _PAIRED, "loaded in the tests"),
+    _GROUPED_T5[1],
+    _Known("llama.cpp", "its own converter knows T5, kvfold export does not", frozenset(), frozenset(), ""),
+    *_GROUPED_T5[3:],
+)
+
+_ONE_NUMBER = (  # of key/value heads in the whole decoder, which the architecture has a place for
+    _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5GEMMA, _T5GEMMA, "loaded in the tests"),
+    _Known("vLLM", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "its T5Gemma has no soft caps, and one window for all layers", frozenset(), frozenset(), ""),
+    _Known("SGLang", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+)
+
+
+def _table(student: Student) -> tuple[_Known, ...]:
+    """What is known of students of this kind."""
+    sites = student.shape.sites
+    if any(site.kind == "cross" for site in sites):
+        counts = {attention.num_key_value_heads for site, attention in sites.items() if site.kind != "encoder"}
+        if student.shape.model_type in _T5GEMMA and len(counts) == 1:
+            return _ONE_NUMBER
+        return _GROUPED_T5 if any(attention.query_group > 1 for attention in sites.values()) else _PLAIN_T5
+    return _MIXED if mixed(student.shape) else _KNOWN
+
+
+def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
+    """Every engine that was looked at, for a student of a source with this config.json."""
+    shape = student.shape
+    kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
+    if student.model_type is not None or kept is not None:
+        what = student.model_type if kept is None else f"attention that keeps {' and '.join(kept)}"
+        ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
+        rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
+        return (ours, *rest)
+    if shape.owners:
+        return _sharing()
+    return tuple(_engine(known, shape, config) for known in _table(student))
+
+
+def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
+    """One engine: by the check of its export where there is one, else by what is known of it."""
+    problem: str | None = None
+    if known.name in EXPORTED:
+        found = refusal(known.name, config, shape)
+        problem = None if found is None else found.line
+    elif shape.model_type not in known.model_types:
+        problem = f"no place for {shape.model_type}"
+    elif known.name in _SILU_ALONE and shape.model_type in ARCHITECTURES and _activation(config) not in _SILU:
+        problem = f"its MLP knows silu alone (got {_activation(config)})"
+    if problem is not None and not known.model_types:  # no model of this kind is loaded, and the table says why
+        problem = known.how
+    tried = known.checked if shape.model_type in known.ran else f"not run with {shape.model_type}"
+    return Engine(known.name, problem is None, problem or known.how, tried if problem is None else "no")
+
+
+def _sharing() -> tuple[Engine, ...]:
+    """Layers that read another layer's keys and values: kvfold's own classes, and no engine's."""
+    told = {"llama.cpp": "shares the last layers of Gemma's architectures alone", "CTranslate2": "no place for it"}
+    rest = (
+        Engine(known.name, False, told.get(known.name, "does not find kvfold's classes"), "no") for known in _KNOWN[1:]
+    )
+    return (Engine("transformers", True, "with kvfold installed", "loaded in the tests"), *rest)
+
+
+# --- what an export cannot write --------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders that exports know."""
+
+T5_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
+"""What CTranslate2 calls the activations of a T5."""
+
+EXPORTED = ("llama.cpp", "CTranslate2")
+_SILU = ("silu", "swish")  # two names of one function
+_SILU_ALONE = ("vLLM", "SGLang")
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Rotary scalings that exports write, and the numbers that each needs."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an engine has no place for a model."""
+
+    what: str
+    got: object = None
+    allowed: object = None
+    next: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The refusal as a plan says it."""
+        return self.what if self.got is None else f"{self.what} (got {plain(self.got, 80)})"
+
+    def error(self, engine: str, where: object) -> UnsupportedModel:
+        """The refusal as an error."""
+        return UnsupportedModel(
+            f"cannot be exported to {engine}: {self.what}",
+            where=where,
+            got=self.got,
+            allowed=self.allowed,
+            next=self.next,
+        )
+
+
+def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+    """Why kvfold cannot write a model of this config.json and shape for an engine of `EXPORTED`; None when it can."""
+    if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
+        return _of_t5(config, shape)
+    found = _of_decoder(config, shape)
+    return found or (_of_gguf(shape) if engine == "llama.cpp" else None)
+
+
+def mixed(shape: Shape) -> bool:
+    """Do layers differ in their key/value heads?"""
+    return len({attention.num_key_value_heads for attention in shape.sites.values()}) > 1
+
+
+def rope_kind(rope: Rope) -> str:
+    """What config.json calls the scaling of a rotation."""
+    scaling = rope.scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _activation(config: Mapping[str, Any]) -> object:
+    return config.get("hidden_act", "silu")
+
+
+def _kept(shape: Shape) -> Refusal | None:
+    """No engine caches a latent or a state."""
+    other = next((each for each in shape.sites.values() if each.kept is not None or each.linear is not None), None)
+    if other is None:
+        return None
+    kept = " and ".join(other.cached)
+    return Refusal("the engine keeps keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
+
+
+def _of_t5(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+    """What CTranslate2 lacks for an encoder-decoder."""
+    if shape.family != "t5":
+        return Refusal("its architecture is not known here", shape.model_type, "t5, mt5")
+    name = t5_activation(config)
+    if name not in T5_ACTIVATIONS:
+        return Refusal("it has no such activation", name, ", ".join(T5_ACTIVATIONS))
+    return _kept(shape)
+
+
+def t5_activation(config: Mapping[str, Any]) -> str:
+    """The activation of a T5, as transformers calls it."""
+    stated = str(config.get("feed_forward_proj", "relu"))
+    return "gelu_new" if stated == "gated-gelu" else stated.removeprefix("gated-")
+
+
+def _of_decoder(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+    """What no export of a decoder has a place for."""
+    if shape.model_type not in ARCHITECTURES:
+        return Refusal("its architecture is not known here", shape.model_type, ", ".join(ARCHITECTURES))
+    if shape.owners:
+        owners = f"{len(shape.owners)} owners"
+        return Refusal("its layers share keys and values", owners, "keys and values of its own for each layer")
+    if kept := _kept(shape):
+        return kept
+    if _activation(config) not in _SILU:
+        return Refusal("the engine gates its MLP with silu", _activation(config), "silu")
+    first = next(iter(shape.sites.values()))
+    if any(each.softcap is not None or each.scale is not None for each in shape.sites.values()):
+        return Refusal("the engine scales logits by the head width, and caps none", "a scale or a soft cap of its own")
+    if first.rope is None or first.rope.dims != first.head_dim:
+        dims = 0 if first.rope is None else first.rope.dims
+        return Refusal("the engine rotates whole heads", f"{dims} dimensions", f"{first.head_dim} dimensions")
+    return _of_rope(first.rope)
+
+
+def _of_rope(rope: Rope) -> Refusal | None:
+    """Scalings that depend on the length of the text, or that scale the logits too, and those without their numbers."""
+    kind, scaling = rope_kind(rope), rope.scaling or {}
+    if kind not in _ROPE_KEYS:
+        return Refusal(f"RoPE scaling {kind!r} cannot be exported", kind, ", ".join(_ROPE_KEYS))
+    for key in _ROPE_KEYS[kind]:
+        value = scaling.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            return Refusal(f"RoPE scaling {kind!r} needs a positive {key}", value)
+    if kind == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+        return Refusal("RoPE scaling 'llama3' needs two different frequency factors", scaling["low_freq_factor"])
+    return None
+
+
+def _of_gguf(shape: Shape) -> Refusal | None:
+    """What the architectures of llama.cpp have no place for."""
+    attention, model_type = next(iter(shape.sites.values())), shape.model_type
+    if mixed(shape):
+        problem = _of_deci(attention)
+        what = f"deci, the architecture for key/value heads of each layer's own, {problem}"
+        return None if problem is None else Refusal(what, next="export to ctranslate2")
+    if model_type == "qwen3" and attention.biases:
+        return Refusal("qwen3 has no biases", ", ".join(sorted(attention.biases)))
+    if attention.rope is not None and rope_kind(attention.rope) != "default" and model_type.startswith("qwen"):
+        return Refusal(f"{model_type} has no place for scaled rotary frequencies", rope_kind(attention.rope))
+    return None
+
+
+def _of_deci(attention: Attention) -> str | None:
+    if attention.norms != "none":
+        return "has no norms of q and k"
+    if "q" in attention.biases and attention.num_attention_heads * attention.head_dim != attention.hidden_size:
+        return "has biases as wide as the model only"
+    return None

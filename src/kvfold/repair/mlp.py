@@ -1,0 +1,107 @@
+"""The least squares of what lies inside a gated MLP, `down(act(gate x) * up x)`, against what its output lacks.
+
+One of the two inner maps is refitted while the other stays. A change V of it moves the output by `W (s * (V x))`: W is
+down, and s what the row is multiplied by,
+
+    of up     s = act(gate x)             exactly
+    of gate   s = act'(gate x) * up x     to first order: one Gauss-Newton step
+
+and `min_V E |W (s * (V x)) - missing|^2` has the normal equations `E[(s * W^T W (s * (V x))) x^T] = E[(s * W^T missing)
+x^T]`. They are applied in sweeps over the text, by conjugate gradients. Were s independent of x, their left side would
+be `(E[s s^T] * W^T W) V E[x x^T]`: that is the preconditioner, and a few steps are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.disk.spool import Spool, check_room, spool_bytes
+from kvfold.solve.linalg import conjugate_gradients, damped_inverse
+
+FLOOR = 3e-2  # of the preconditioner's left factor: W^T W has no more rank than the model has width
+
+
+class InnerFit:
+    """What an MLP was given and what its output lacks, and the solution added to one of its inner maps.
+
+    A context manager: inputs, slopes and what is missing wait on disk. Raises OutputError when there is no room.
+    """
+
+    def __init__(self, inner: Any, down: Any, lengths: Sequence[int]) -> None:
+        self.inner, self.weight_DF = inner, down.weight
+        wide, hidden = inner.weight.shape
+        widths = (hidden, wide, len(self.weight_DF))
+        check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
+        self._stack = ExitStack()
+        self.inputs, self.slopes, self.missing = (self._stack.enter_context(Spool(lengths, width)) for width in widths)
+        self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
+        self.slopes_FF = torch.zeros(wide, wide, dtype=torch.float64)
+        self.tokens = 0
+
+    def __enter__(self) -> InnerFit:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, row: int, x_BTD: Tensor, slope_BTF: Tensor, missing_BTD: Tensor) -> None:
+        """Take the MLP's inputs, what each row of the inner map is multiplied by, and what its output should add."""
+        for spool, rows in ((self.inputs, x_BTD), (self.slopes, slope_BTF), (self.missing, missing_BTD)):
+            spool.write(row, rows)
+        x_ND, slope_NF = x_BTD.flatten(0, 1), slope_BTF.flatten(0, 1)
+        self.gram_DD += (x_ND.T @ x_ND).cpu()
+        self.slopes_FF += (slope_NF.T @ slope_NF).cpu()
+        self.tokens += len(x_ND)
+
+    def solve(self, *, steps: int, damping: float, batch: int) -> None:
+        """Add the change that `steps` of conjugate gradients find, over `batch` rows at a time."""
+        gram_DD = self.gram_DD / self.tokens
+        left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
+        # a preconditioner need not be exact, and these are the widest products of a repair
+        left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR).float(), damped_inverse(gram_DD, damping).float()
+        stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
+
+        def apply(change_FD: Tensor) -> Tensor:
+            image_FD: Tensor = self._sweep(batch, change_FD) + stiff_F1 * change_FD
+            return image_FD
+
+        change_FD = conjugate_gradients(
+            apply,
+            self._sweep(batch, None),
+            precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
+            steps=steps,
+        )
+        self.inner.weight += change_FD.to(self.inner.weight)
+
+    def _sweep(self, batch: int, change_FD: Tensor | None) -> Tensor:
+        """One pass over the text: the normal equations' left side at a change, or their right side, per token."""
+        weight_DF = self.weight_DF
+        total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
+        change = None if change_FD is None else change_FD.to(weight_DF)
+        for row in range(0, len(self.inputs), batch):
+            count = min(batch, len(self.inputs) - row)
+            x_ND, slope_NF = (
+                spool.read(row, count).to(weight_DF).flatten(0, 1) for spool in (self.inputs, self.slopes)
+            )
+            if change is None:
+                output_ND = self.missing.read(row, count).to(weight_DF).flatten(0, 1)
+            else:
+                output_ND = (slope_NF * (x_ND @ change.T)) @ weight_DF.T
+            total_FD += (slope_NF.mul_(output_ND @ weight_DF).T @ x_ND).cpu()
+        return total_FD / self.tokens
+
+
+def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:
+    """What a change of `up`, or of `gate`, is multiplied by before `down`."""
+    if role == "up":
+        opened_BTF: Tensor = activation(gate_BTF)
+        return opened_BTF
+    with torch.inference_mode(False), torch.enable_grad():
+        at_BTF = gate_BTF.clone().requires_grad_()
+        derivative_BTF: Tensor = torch.autograd.grad(activation(at_BTF).sum(), at_BTF)[0]
+    return derivative_BTF * up_BTF

@@ -1,0 +1,235 @@
+"""The least squares of a student's queries against its teacher's logits, in the metric of the teacher's attention.
+
+For query t of a head the error over the keys is `e_s = q'_t . k'_s - l_ts`, and its price `Var_{s ~ p_t}(e)`: the
+second-order term of the KL divergence between the two attentions (Amari 1998; the Fisher metric of a softmax). A logit
+that attention ignores costs nothing, nor does one constant for all keys. With `q'_t = R_t W x_t` the sum over t is a
+quadratic form in W of as many unknowns as W has numbers; its normal equations
+
+    sum_t R_t^T C_t R_t W x_t x_t^T = sum_t R_t^T b_t x_t^T     C, b: covariances by p_t, of k' with k', of k' with l
+
+are never written out: conjugate gradients apply them in sweeps over the text, preconditioned by `E[x x^T]` on one side
+and the keys' power on the other. What a sweep needs of the teacher is its attention, computed once and kept on disk.
+Where q is normed before it is rotated, they are those of one Gauss-Newton step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold import hf
+from kvfold.contracts.site import Attention
+from kvfold.disk.spool import Spool, check_room, spool_bytes
+from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
+from kvfold.solve.rope import pairs, rotate
+
+BLOCKS = 4  # of queries, each of which meets the keys up to its own end: what lies beyond was never looked at
+
+
+class LogitFit:
+    """What both attentions did with the same rows, and the solution put into the student's q.
+
+    A context manager: the teacher's attention, `H * T` numbers a token, waits on disk. Raises OutputError when there is
+    no room for it.
+    """
+
+    def __init__(self, teacher: Attention, student: Attention, q: Any, q_norm: Any, lengths: Sequence[int]) -> None:
+        self.student, self.linear, self.norm = student, q, q_norm
+        heads, width, hidden = student.num_attention_heads, student.head_dim, student.hidden_size
+        widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths))
+        check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
+        self._stack = ExitStack()
+        self.inputs, self.keys, self.means, self.attention = (
+            self._stack.enter_context(Spool(lengths, each)) for each in widths
+        )
+        self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
+        self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
+        self.spreads_HE = torch.zeros(heads, width, dtype=torch.float64)
+        self.powers_G = torch.zeros(student.num_key_value_heads, dtype=torch.float64)
+        self.tokens = 0
+        self.seen: hf.Attended | None = None
+
+    def __enter__(self) -> LogitFit:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, row: int, taught: hf.Attended, learnt: hf.Attended, queries: Sequence[int] | None = None) -> None:
+        """Take what both attentions did with the same rows: the teacher's attention, and what the student's lack.
+
+        `queries` are the teacher's heads in the student's order, where that is another.
+        """
+        x_BTD, key_BGSE, self.seen = learnt.input_BTD, learnt.key_BGSE, learnt
+        logits_BHTS = _meet(taught.scale * taught.query_BHTE, taught.key_BGSE)
+        if queries is not None:
+            logits_BHTS = logits_BHTS[:, queries]
+        attention_BHTS = _attention(logits_BHTS, learnt.mask)
+        mean_BHTE = _look(attention_BHTS, key_BGSE)
+        self.inputs.write(row, x_BTD)
+        self.keys.write(row, _rows(key_BGSE))
+        self.means.write(row, _rows(mean_BHTE))
+        self.attention.write(row, attention_BHTS.view(*x_BTD.shape[:2], -1))  # not head by head: as it lies in memory
+        self.gram_DD += (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).cpu()
+        self.powers_G += key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
+        spread_BHTE = _look(attention_BHTS, key_BGSE.square()) - mean_BHTE.square()
+        self.spreads_HE += spread_BHTE.clamp_min(0).double().sum((0, 2)).cpu()
+        self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
+        own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
+        turn = _Turn(learnt, self.norm, own_BHTE)
+        products_BHTE = _covariances(
+            attention_BHTS, mean_BHTE, key_BGSE, learnt.scale * turn.whole(own_BHTE), logits_BHTS
+        )
+        self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
+
+    def solve(self, *, steps: int, damping: float, batch: int) -> None:
+        """Change the student's q by `steps` of conjugate gradients over `batch` rows at a time."""
+        assert self.seen is not None
+        heads, width = self.student.num_attention_heads, self.student.head_dim
+        weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
+        gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
+        inverse_DD = damped_inverse(gram_DD, damping)
+        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # a head may look at one key alone
+        # by the keys' whole power: where attention is so sharp that logits hardly matter, q is to stay as it is
+        power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
+        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
+
+        def apply(change_HED: Tensor) -> Tensor:
+            return self._sweep(batch, change_HED) + stiff * change_HED
+
+        change_HED = conjugate_gradients(
+            apply,
+            self.missing_HED / self.tokens,
+            precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
+            steps=steps,
+        )
+        self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
+
+    def _spread(self) -> Tensor:
+        """What each coordinate of a query is worth: the keys' variance under its attention, alike within a plane."""
+        spread_HE = self.spreads_HE.clone()
+        if self.student.rope:
+            real, imaginary = pairs(self.student.rope)
+            spread_HE[:, real] = spread_HE[:, imaginary] = (spread_HE[:, real] + spread_HE[:, imaginary]) / 2
+        return spread_HE[..., None]
+
+    def _sweep(self, batch: int, change_HED: Tensor) -> Tensor:
+        """One pass over the text: the normal equations' left side at a change of W_q, per token."""
+        total_HED = torch.zeros_like(change_HED)
+        for row in range(0, len(self.inputs), batch):
+            total_HED += self._change(row, min(batch, len(self.inputs) - row), change_HED)
+        return total_HED / self.tokens
+
+    def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
+        assert self.seen is not None
+        device, width = self.linear.weight.device, self.student.head_dim
+        x_BTD, keys, means, attention = (
+            spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
+        )
+        key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
+        attention_BHTS = attention.view(count, -1, tokens, tokens)
+        # without a norm the derivative is the same for all that q puts out
+        turn = _Turn(self.seen, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
+        moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
+        products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
+        return self._pull(products_BHTE, turn, x_BTD)
+
+    def _pull(self, products_BHTE: Tensor, turn: _Turn, x_BTD: Tensor) -> Tensor:
+        """From what is asked of queries to what is asked of W_q."""
+        assert self.seen is not None
+        pulled_BTN = _rows(turn.back(self.seen.scale * products_BHTE))
+        change_ND = pulled_BTN.flatten(0, 1).T @ x_BTD.flatten(0, 1)
+        return change_ND.cpu().double().view_as(self.missing_HED)
+
+
+def _covariances(
+    attention_BHTS: Tensor, mean_BHTE: Tensor, key_BGSE: Tensor, query_BHTE: Tensor, wanted_BHTS: Tensor | None = None
+) -> Tensor:
+    """Covariances `(B, H, T, E)`, under the attention, of keys with the logits of queries, or with what those lack."""
+    products = []
+    for start, end in _blocks(query_BHTE.shape[2]):
+        seen_BGSE = key_BGSE[:, :, :end]
+        error_BHQS = _meet(query_BHTE[:, :, start:end], seen_BGSE)
+        if wanted_BHTS is not None:
+            error_BHQS = wanted_BHTS[:, :, start:end, :end] - error_BHQS
+        weighed_BHQS = error_BHQS.mul_(attention_BHTS[:, :, start:end, :end])
+        # the mean of the products, less the product of the means
+        mean_error_BHQ1 = weighed_BHQS.sum(-1, keepdim=True)
+        products.append(_look(weighed_BHQS, seen_BGSE) - mean_error_BHQ1 * mean_BHTE[:, :, start:end])
+    return torch.cat(products, dim=2)
+
+
+def _attention(logits_BHTS: Tensor, visible: Tensor | None) -> Tensor:
+    """The teacher's attention: 0 where a query may not look, so that an error there costs nothing."""
+    if visible is None:
+        length = logits_BHTS.shape[-1]
+        visible = torch.ones(length, length, dtype=torch.bool, device=logits_BHTS.device).tril()[None, None]
+    return logits_BHTS.masked_fill(~visible[:1].to(logits_BHTS.device), -torch.inf).softmax(-1)
+
+
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+    """Blocks of queries as (first, behind the last)."""
+    size = -(-tokens // BLOCKS)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _meet(query_BHTE: Tensor, key_BGSE: Tensor) -> Tensor:
+    """Inner products `(B, H, T, S)` of query heads with the key head of their group."""
+    group = query_BHTE.shape[1] // key_BGSE.shape[1]
+    batch, heads, tokens, width = query_BHTE.shape
+    rows_BGNE = query_BHTE.reshape(batch, -1, group * tokens, width)
+    return (rows_BGNE @ key_BGSE.mT).view(batch, heads, tokens, -1)
+
+
+def _look(weights_BHTS: Tensor, key_BGSE: Tensor) -> Tensor:
+    """Weighted sums `(B, H, T, E)` of the keys of each query head's group."""
+    batch, heads, tokens, keys = weights_BHTS.shape
+    rows_BGNS = weights_BHTS.reshape(batch, key_BGSE.shape[1], -1, keys)
+    return (rows_BGNS @ key_BGSE).view(batch, heads, tokens, -1)
+
+
+def _rows(heads_BHTE: Tensor) -> Tensor:
+    """`(B, H, T, E)` -> heads side by side."""
+    return heads_BHTE.transpose(1, 2).flatten(2)
+
+
+def _heads(rows_BTN: Tensor, width: int) -> Tensor:
+    """Heads side by side -> `(B, H, T, E)`."""
+    return rows_BTN.view(*rows_BTN.shape[:2], -1, width).transpose(1, 2)
+
+
+class _Turn:
+    """From what `q` puts out to what meets the keys: the norm, where there is one, and the rotation."""
+
+    def __init__(self, seen: hf.Attended, norm: Any, own_BHTE: Tensor | None) -> None:
+        self.rotation = None if seen.cos_TE is None or seen.sin_TE is None else (seen.cos_TE, seen.sin_TE)
+        self.norm = norm
+        if norm is not None:
+            assert own_BHTE is not None
+            self.length_BHT1 = own_BHTE.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            self.unit_BHTE = own_BHTE / self.length_BHT1
+
+    def whole(self, own_BHTE: Tensor) -> Tensor:
+        """All of it."""
+        return self._rotate(own_BHTE if self.norm is None else self.norm(own_BHTE))
+
+    def change(self, change_BHTE: Tensor) -> Tensor:
+        """Its derivative in the direction of a change."""
+        return self._rotate(change_BHTE if self.norm is None else self._normed(change_BHTE) * self.norm.weight)
+
+    def back(self, pulled_BHTE: Tensor) -> Tensor:
+        """The transpose of `change`."""
+        turned = pulled_BHTE if self.rotation is None else rotate(pulled_BHTE, self.rotation[0], -self.rotation[1])
+        return turned if self.norm is None else self._normed(turned * self.norm.weight)
+
+    def _rotate(self, heads_BHTE: Tensor) -> Tensor:
+        return heads_BHTE if self.rotation is None else rotate(heads_BHTE, *self.rotation)
+
+    def _normed(self, change_BHTE: Tensor) -> Tensor:
+        """The derivative of `u / rms(u)`, which is its own transpose."""
+        along = (change_BHTE * self.unit_BHTE).mean(-1, keepdim=True)
+        return (change_BHTE - self.unit_BHTE * along) / self.length_BHT1

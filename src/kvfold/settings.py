@@ -1,0 +1,153 @@
+"""Settings from people: strict decoding of flags and YAML into the settings dataclasses of the stages."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from kvfold.errors import SettingError, did_you_mean
+from kvfold.inputs import LARGEST, load_yaml
+
+T = TypeVar("T")
+
+
+SEEDS = 2**32  # seeds are below this: generators take them, also times a million and a step
+
+
+MOST = 2**31 - 1  # tokens, sequences, rounds: an index of this many still fits
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
+
+
+_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+    """Build a settings dataclass from a mapping.
+
+    Raises SettingError for an unknown key (with the nearest), a missing one, a value of the wrong type, or a number
+    that is not finite or does not fit into 64 bits.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            near = did_you_mean(str(key), known)
+            raise SettingError(
+                f"unknown setting {key!r}",
+                where=where,
+                allowed=None if near else ", ".join(known) or "none",
+                next=near,
+            )
+    for name, each in known.items():
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise SettingError(f"{name} is needed", where=where, next=each.metadata.get("help"))
+    values = {}
+    for key, value in given.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            values[key] = decode(typing.cast(type[Any], hints[key]), value, f"{where}.{key}")
+            continue
+        try:
+            values[key] = pydantic.TypeAdapter(hints[key]).validate_python(_plain(value, hints[key]))
+        except pydantic.ValidationError as error:
+            raise SettingError(f"{key} cannot be {value!r}", where=where, allowed=describe(hints[key])) from error
+        if not _fits(values[key]):
+            raise SettingError(
+                f"{key} cannot be {value!r}", where=where, allowed=f"finite numbers of at most {LARGEST:,}, plain text"
+            )
+    return cls(**values)
+
+
+def _fits(value: Any) -> bool:
+    """Is it finite, does it fit into 64 bits, and can a file be named so?"""
+    if isinstance(value, tuple | list):
+        return all(map(_fits, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return abs(value) <= LARGEST
+    return not isinstance(value, str) or "\0" not in value
+
+
+def check_range(settings: Any, where: str | None, least: float, most: float, *names: str) -> None:
+    """Refuse numbers below `least` or above `most` in these fields, where they are set, with SettingError."""
+    for name in names:
+        value = getattr(settings, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not each >= least:
+                raise SettingError(f"{name} must be at least {least:g}", where=where, got=value)
+            if each is not None and not each <= most:
+                raise SettingError(f"{name} must be at most {most:,}", where=where, got=value)
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """Read what people write: `20M`, `1e-3`, `1,2,4`. Booleans are never numbers."""
+    kinds = _kinds(hint)
+    if isinstance(value, bool):
+        return value if bool in kinds else object()
+    if isinstance(value, str):
+        text = value.strip()
+        words = any(typing.get_args(kind)[:1] == (str,) for kind in kinds)  # in a list of words, none is one of them
+        if text.lower() in ("none", "null") and type(None) in kinds and not words:
+            return None
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            value = [part.strip() for part in text.split(",") if part.strip()]
+        elif int in kinds and str not in kinds and (count := _COUNT.fullmatch(text)):
+            number = float(count[1]) * _FACTOR[count[2]]
+            return round(number) if math.isfinite(number) else text
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        items = value if isinstance(value, list | tuple) else [value]
+        inner = next(typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple)
+        return tuple(_plain(item, inner) for item in items)
+    return value
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """A type in words: `a whole number`, `mean, first or random`."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    parts = []
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            parts.append(", ".join(map(str, typing.get_args(kind))))
+        elif typing.get_origin(kind) is collections.abc.Mapping:
+            parts.append("a section of keys")
+        elif typing.get_origin(kind) is tuple:
+            parts.append(f"{words.get(typing.get_args(kind)[0], 'a section').removeprefix('a ')}s between commas")
+        else:
+            parts.append(words.get(kind, getattr(kind, "__name__", str(kind))))
+    return " or ".join(parts)
+
+
+def metavar(hint: Any) -> str:
+    """A type as a flag's help shows it: `N`, `TEXT`, `mean|first|random`, `N,N`."""
+    short = {int: "N", float: "X", str: "TEXT"}
+    kind = next(each for each in _kinds(hint) if each is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return ",".join([short[typing.get_args(kind)[0]]] * 2)
+    return short.get(kind, "VALUE")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file with keys at its top level. Raises SettingError when it is not there or is something else."""
+    path = Path(path)
+    content = load_yaml(path, error=SettingError)
+    if not isinstance(content, dict):
+        raise SettingError("is not a recipe: no keys at its top level", where=path)
+    return content

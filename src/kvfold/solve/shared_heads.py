@@ -1,0 +1,312 @@
+"""How the key or value heads of a group become one head, in closed form, on second moments alone.
+
+Head j of the group maps the input x to `A_j x`. One shared head u is kept, and every head is read off it:
+
+    A_j x ~ L_j u,   u = S x
+
+`S` (the shared map) becomes the new k or v; `L_j` (the lift) is folded into what reads head j: `q_h <- L_j^H q_h` for
+keys, `o_h <- o_h L_j` for values. What L_j may be is the head's gauge: any matrix where nothing comes between (values;
+keys without rotation), one complex number for each plane under RoPE (see `rope`), which is the same problem with heads
+of width 1 over the complex numbers. All functions are batched over planes in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram
+from kvfold.contracts.site import Attention, Roles, Rope, Site
+from kvfold.solve.linalg import LEAST, psd_roots
+from kvfold.solve.rope import put_planes, to_planes
+
+How = Literal["fit", "align", "align-norm"]
+
+ROUNDS = 100  # of generalised Procrustes, at most
+SETTLED = 1e-7  # relative gain of a round below which it has converged
+UNSEEN = 1e-10  # of the largest moment of a group of heads: a direction below it was not read
+SPAN = 1e-9  # of the largest singular value: a direction below it is none of the heads'
+NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One head for a group of J: `shared_RD`, `lift_JER`, and the part of the weighted moment that no map can keep."""
+
+    shared_RD: Tensor
+    lift_JER: Tensor
+    lost: float
+
+
+def low_rank(maps_JED: Tensor, metrics_JEE: Tensor, gram_DD: Tensor, rank: int) -> Merged:
+    """The best shared head of width `rank`: it minimises `sum_j E |root(M_j) (A_j x - L_j u)|^2`.
+
+    `gram_DD` is E[x x^T]; the metric `M_j` says how much each direction of head j is looked at: the second moment of
+    the queries that read it for keys, `sum_h o_h^T o_h` over its readers for values. The optimum is principal component
+    analysis of the heads side by side, each under the root of its metric (Eckart and Young 1936). Lossless exactly when
+    the heads together span `rank` dimensions: heads that are linear images of one another.
+    """
+    heads, width = maps_JED.shape[-3:-1]
+    roots_JEE, inverses_JEE = psd_roots(metrics_JEE)
+    weighted_ND = (roots_JEE @ maps_JED).flatten(-3, -2)
+    values_N, vectors_NN = torch.linalg.eigh(weighted_ND @ gram_DD.to(weighted_ND) @ weighted_ND.mH)
+    unseen = bool((values_N[..., -rank] <= UNSEEN * values_N[..., -1]).any())
+    if unseen:  # too little was read, or the heads span less: what was not seen is kept by its weight
+        vectors_NN = _within(weighted_ND, gram_DD)
+    top_NR = vectors_NN[..., -rank:].flip(-1)
+    shared_RD = top_NR.mH @ weighted_ND
+    lift_JER = inverses_JEE @ top_NR.reshape(*top_NR.shape[:-2], heads, width, rank)
+    # numbers as large as the source's: a narrow format or a quantised cache then holds them as well
+    power = _power(maps_JED, gram_DD).mean(-1) * width / rank
+    scale = _ratio(power, _power(shared_RD, gram_DD)).sqrt()[..., None, None]
+    whole = values_N.clamp_min(0).sum()
+    lost = float(values_N[..., :-rank].clamp_min(0).sum() / whole) if whole > 0 else 0.0
+    if unseen:
+        lost = max(lost, _left_out(weighted_ND, top_NR))
+    return Merged(shared_RD * scale, lift_JER / scale[..., None], lost)
+
+
+def _within(weighted_ND: Tensor, gram_DD: Tensor) -> Tensor:
+    """Directions of the heads' own span by what they are worth, the least first, before any that lie outside of it.
+
+    With fewer inputs than the heads have directions, any direction that none of them uses would do as well on what was
+    read: heads that are images of one another would be lossless there, and nowhere else.
+    """
+    left_NK, size_K, _ = torch.linalg.svd(weighted_ND, full_matrices=False)
+    own_NK = left_NK * (size_K > SPAN * size_K[..., :1])[..., None, :]
+    mean = gram_DD.diagonal().mean()
+    floored_DD = gram_DD + UNSEEN * mean.clamp_min(LEAST) * torch.eye(len(gram_DD)).to(gram_DD)
+    worth_NN = weighted_ND @ floored_DD.to(weighted_ND) @ weighted_ND.mH
+    largest = torch.linalg.matrix_norm(worth_NN)[..., None, None].clamp_min(LEAST)
+    # 1 for every direction of the span: what lies outside comes last
+    vectors_NN: Tensor = torch.linalg.eigh(worth_NN / largest + own_NK @ own_NK.mH)[1]
+    return vectors_NN
+
+
+def _left_out(weighted_ND: Tensor, top_NR: Tensor) -> float:
+    """The part of the heads' weights outside of these directions, whatever the input."""
+    whole = weighted_ND.abs().square().sum()
+    kept = (top_NR.mH @ weighted_ND).abs().square().sum()
+    return max(0.0, 1 - float(kept / whole)) if whole > 0 else 0.0
+
+
+def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:
+    """The mean of the heads after each is turned towards it: generalised Procrustes (Gower 1975; arXiv 2412.20677).
+
+    Lifts are orthogonal, or phases. Under `keep_norm` the mean is scaled to the heads' mean Frobenius norm: turned
+    heads still differ, and their mean is shorter than they are.
+    """
+    maps_JED = maps_JED.clone()
+    gram_DD = gram_DD.to(maps_JED)
+    mean_ED = maps_JED[..., 0, :, :]
+    lift_JEE = torch.zeros(*maps_JED.shape[:-1], maps_JED.shape[-2], dtype=maps_JED.dtype, device=maps_JED.device)
+    before = torch.zeros((), dtype=torch.float64)
+    for _ in range(ROUNDS):
+        left, _, right = torch.linalg.svd(maps_JED @ gram_DD @ mean_ED.mH[..., None, :, :])
+        lift_JEE = left @ right
+        mean_ED = (lift_JEE.mH @ maps_JED).mean(-3)
+        kept = _power(mean_ED, gram_DD).sum().cpu()
+        if kept <= before * (1 + SETTLED):
+            break
+        before = kept
+    whole = _power(maps_JED, gram_DD).sum().cpu()
+    lost = 1 - float(before * maps_JED.shape[-3] / whole) if whole > 0 else 0.0
+    if keep_norm:
+        norms_J = torch.linalg.matrix_norm(maps_JED)
+        mean_ED = mean_ED * _ratio(norms_J.mean(-1), torch.linalg.matrix_norm(mean_ED))[..., None, None]
+    return Merged(mean_ED, lift_JEE, lost)
+
+
+def _power(maps_ED: Tensor, gram_DD: Tensor) -> Tensor:
+    """Mean over the rows of `E |row x|^2`: what a head's numbers are worth, squared."""
+    return ((maps_ED @ gram_DD.to(maps_ED)) * maps_ED.conj()).real.sum(-1).mean(-1)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """A quotient, 1 for heads of zeros, which pruned and padded models hold."""
+    return torch.where(below > 0, above / below, 1.0)
+
+
+def losses(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
+    """What kvfold.json says of shared heads: what each lost, and which lost nothing.
+
+    Nothing is what rounding to the format of `weight` can lose.
+    """
+    nothing = max(NOTHING, (torch.finfo(weight.dtype).eps / 2) ** 2)
+    return {"lost": list(lost), "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
+
+
+# --- a site's heads, group by group ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the closed forms know of a site's input x: `gram_DD` and `mean_D`, of its queries `query_HEE`.
+
+    `attended_DD` and `attended_mean_D` are the moments of the inputs averaged by attention, which is what values see.
+    """
+
+    gram_DD: Tensor
+    mean_D: Tensor
+    query_HEE: Tensor
+    attended_DD: Tensor
+    attended_mean_D: Tensor
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs, and of their averages by attention: both `(D, D)`, about their means."""
+        return about(self.gram_DD, self.mean_D), about(self.attended_DD, self.attended_mean_D)
+
+
+def about(gram_DD: Tensor, mean_D: Tensor) -> Tensor:
+    """Second moments about the mean."""
+    return gram_DD - torch.outer(mean_D, mean_D)
+
+
+def moments_of(site: Site, answers: Answers) -> Moments:
+    """The moments that calibration found of a site."""
+    seen, attended = answers[InputGram(site)], answers[AttentionGram(site)]
+    return Moments(
+        seen["gram_DD"],
+        seen["mean_D"],
+        answers[QueryGram(site)]["gram_HEE"],
+        attended["gram_DD"],
+        attended["mean_D"],
+    )
+
+
+def merge_site(attention: Attention, roles: Roles, heads: int, moments: Moments, how: How) -> tuple[Roles, list[float]]:
+    """Merge the KV heads of a site into `heads` contiguous groups: its roles anew, float64, and what each group lost.
+
+    The loss of a group is the larger of its keys' and its values'. Biases are columns of their maps, for an input that
+    is always 1.
+    """
+    new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
+    keys, values = Maps.of(new, "k", attention), Maps.of(new, "v", attention)
+    queries = Maps.of(new, "q", attention)
+    output_DHE = new["o"].view(attention.hidden_size, attention.num_attention_heads, attention.head_dim)
+    group, readers = attention.num_key_value_heads // heads, attention.query_group
+    key_gram_DD = with_one(moments.gram_DD, moments.mean_D, keys.biased)
+    value_gram_DD = with_one(moments.attended_DD, moments.attended_mean_D, values.biased)
+    merged_k, merged_v, lost = [], [], []
+    for first in range(0, attention.num_key_value_heads, group):
+        mine = slice(first, first + group)
+        read = slice(first * readers, (first + group) * readers)
+        looks_JEE = moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1)
+        shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how)
+        for head, queries_RED in enumerate(queries.rows_HED[read].view(group, readers, *queries.rows_HED.shape[1:])):
+            lifts.fold(head, queries_RED)
+        output_DJRE = output_DHE[:, read].view(attention.hidden_size, group, readers, attention.head_dim)
+        seen_JEE = torch.einsum("djre,djrf->jef", output_DJRE, output_DJRE)
+        merged = shared_value(values.rows_HED[mine], seen_JEE, value_gram_DD, how)
+        output_DJRE.copy_(torch.einsum("djre,jef->djrf", output_DJRE, merged.lift_JER))
+        merged_k.append(shared_ED)
+        merged_v.append(merged.shared_RD)
+        lost.append(max(lost_k, merged.lost))
+    Maps(torch.stack(merged_k), keys.biased).put(new, "k")
+    Maps(torch.stack(merged_v), values.biased).put(new, "v")
+    queries.put(new, "q")
+    return new, lost
+
+
+@dataclass(frozen=True)
+class KeyLifts:
+    """How J heads are read off a shared key: one factor for each plane, and a matrix for what is not rotated."""
+
+    planes_JP: Tensor | None
+    free_JFF: Tensor | None
+    rope: Rope | None
+
+    def fold(self, head: int, queries_RED: Tensor) -> None:
+        """Turn the queries that read this head, in place, so that they read the shared one."""
+        rotated = self.rope.dims if self.rope else 0
+        if self.rope and self.planes_JP is not None:
+            turned_RPD = self.planes_JP[head].conj()[:, None] * to_planes(queries_RED, self.rope)
+            put_planes(queries_RED, turned_RPD, self.rope)
+        if self.free_JFF is not None:
+            queries_RED[:, rotated:] = self.free_JFF[head].mT @ queries_RED[:, rotated:]
+
+
+def shared_key(
+    keys_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: How
+) -> tuple[Tensor, KeyLifts, float]:
+    """The shared key of J heads, `(E, D)`, how each is read off it, and what is lost of their weighted moment.
+
+    `metric_JEE` is the second moment of the queries that read each head; `attention` says what is rotated and normed.
+    """
+    rope, width = attention.rope, attention.head_dim
+    shared_ED, lost = torch.zeros_like(keys_JED[0]), 0.0
+    rotated = rope.dims if rope else 0
+    planes_JP = free_JFF = None
+    if attention.norms == "pre_rope":
+        # the norm comes between: heads of one length, turned by phases alone, and no scale to choose
+        power_J11 = ((keys_JED @ gram_DD) * keys_JED).sum((1, 2), keepdim=True)
+        keys_JED = keys_JED * _ratio(torch.ones_like(power_J11), power_J11).sqrt()
+        how = "align"
+    if rope:
+        maps_PJ1D = to_planes(keys_JED, rope).transpose(0, 1)[..., None, :]
+        if how == "fit":
+            metric_PJ11 = plane_power(metric_JEE.diagonal(dim1=1, dim2=2), rope).T.to(maps_PJ1D.dtype)[..., None, None]
+            merged = low_rank(maps_PJ1D, metric_PJ11, gram_DD, 1)
+        else:
+            merged = aligned(maps_PJ1D, gram_DD, keep_norm=how == "align-norm")
+        put_planes(shared_ED[None], merged.shared_RD[None, :, 0], rope)
+        planes_JP = merged.lift_JER[..., 0, 0].T
+        lost = merged.lost
+    if rotated < width:
+        free = slice(rotated, width)
+        if how == "fit":
+            merged = low_rank(keys_JED[:, free], metric_JEE[:, free, free], gram_DD, width - rotated)
+        else:
+            merged = aligned(keys_JED[:, free], gram_DD, keep_norm=how == "align-norm")
+        shared_ED[free], free_JFF = merged.shared_RD, merged.lift_JER
+        lost = max(lost, merged.lost)
+    return shared_ED, KeyLifts(planes_JP, free_JFF, rope), lost
+
+
+def plane_power(power_JE: Tensor, rope: Rope) -> Tensor:
+    """Powers of the rotated coordinates of heads -> powers of their planes, `(J, P)`."""
+    planes_JP1 = to_planes(power_JE[..., None], rope)
+    return (planes_JP1.real + planes_JP1.imag)[..., 0]
+
+
+def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: How) -> Merged:
+    """The shared value of J heads; `metric_JEE` is `sum o^T o` over the readers of each."""
+    if how == "fit":
+        return low_rank(values_JED, metric_JEE, gram_DD, values_JED.shape[1])
+    return aligned(values_JED, gram_DD, keep_norm=how == "align-norm")
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The heads of a role as maps of the input, with the bias as one more column where there is one."""
+
+    rows_HED: Tensor
+    biased: bool
+
+    @classmethod
+    def of(cls, roles: Roles, role: str, attention: Attention) -> Maps:
+        """The heads of `q`, `k` or `v`, in memory of their own."""
+        rows_HED = roles[role].view(-1, attention.head_dim, roles[role].shape[-1])
+        bias = roles.get(f"{role}_bias")
+        if bias is not None:
+            rows_HED = torch.cat([rows_HED, bias.view(*rows_HED.shape[:2], 1)], dim=-1)
+        return cls(rows_HED.clone(), bias is not None)
+
+    def put(self, roles: Roles, role: str) -> None:
+        """Write them back as weight and bias."""
+        flat = self.rows_HED.flatten(0, 1)
+        roles[role] = flat[:, :-1] if self.biased else flat
+        if self.biased:
+            roles[f"{role}_bias"] = flat[:, -1]
+
+
+def with_one(gram_DD: Tensor, mean_D: Tensor, biased: bool) -> Tensor:
+    """The second moments of the input with a 1 behind it, for maps with a bias column."""
+    if not biased:
+        return gram_DD
+    above = torch.cat([gram_DD, mean_D[:, None]], dim=1)
+    return torch.cat([above, torch.cat([mean_D, mean_D.new_ones(1)])[None]])

@@ -1,0 +1,1 @@
+"""Text as tokens: packed token files, and pairs for encoder-decoders."""

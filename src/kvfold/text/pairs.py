@@ -1,0 +1,388 @@
+"""Text for encoder-decoders: span corruption of a text, and pairs from a file.
+
+Span corruption is T5's own objective (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Of a row of T tokens
+`n = round(0.15 T)` are noise, in `m = round(n / 3)` spans; noise and the rest are each cut into m parts, all ways alike
+likely, and take turns, the rest first. A span becomes one sentinel, and the decoder says what it stood for:
+
+    a b c d e f g h  ->  a b <0> e f <1> </s>,    <0> c d <1> g h </s>
+
+Its input has `T - n + m + 1` tokens, its target `n + m + 1`: a row of 568 fills an input of 512, with a target of 114.
+
+Pairs are lines of a `.tsv` (input, tab, target) or of a `.jsonl` (`input` and `target`); `pairs:PATH` reads any file as
+the former. Either way the batch of step `n` is a function of (seed, n).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold.disk.output import fingerprint
+from kvfold.errors import DataError, KvfoldError, SettingError
+from kvfold.progress import SILENT, Progress
+from kvfold.text.documents import LEFT_OUT, MENDED, mend
+from kvfold.text.files import ROWS, kind_of, opened, rows
+from kvfold.text.tokens import TokenFile, order, token_file, tokenizer_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DENSITY, SPAN = 0.15, 3.0  # T5's: the part of a row that is noise, and the mean length of a span
+UNSEEN = -100  # in a target: no token is asked for there
+PREFIX = "pairs:"
+SIDES = ("input", "target")  # keys of a row that is a pair
+_SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch: `input_BS` with `seen_BS` (True: a token, and not padding), and `target_BT`, padded with `UNSEEN`."""
+
+    input_BS: Tensor
+    seen_BS: Tensor
+    target_BT: Tensor
+
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
+        """The same on a device."""
+        return Pairs(*(each.to(device, non_blocking=non_blocking) for each in vars(self).values()))
+
+    def split(self, rows: int) -> list[Pairs]:
+        """Parts of so many rows."""
+        parts = zip(*(each.split(rows) for each in vars(self).values()), strict=True)
+        return [Pairs(*part) for part in parts]
+
+    def shifted(self, start: int) -> Tensor:
+        """What the decoder reads: the target one later, behind the id that it starts with."""
+        shifted_BT = self.target_BT.roll(1, dims=1)
+        shifted_BT[:, 0] = start
+        return shifted_BT.masked_fill(shifted_BT == UNSEEN, start)
+
+
+def start_id(config: Any) -> int:
+    """What the decoder of a transformers config begins with, as transformers' own generation has it."""
+    said = getattr(config, "decoder_start_token_id", None)
+    return int((getattr(config, "bos_token_id", None) if said is None else said) or 0)
+
+
+def batched(rows: Sequence[tuple[Ids, Ids]]) -> Pairs:
+    """Rows of input and target as one batch, padded on the right."""
+    lengths = [max(len(row[part]) for row in rows) for part in (0, 1)]
+    input_BS = np.zeros((len(rows), lengths[0]), dtype=np.int64)
+    seen_BS = np.zeros(input_BS.shape, dtype=bool)
+    target_BT = np.full((len(rows), lengths[1]), UNSEEN, dtype=np.int64)
+    for number, (given, asked) in enumerate(rows):
+        input_BS[number, : len(given)], seen_BS[number, : len(given)] = given, True
+        target_BT[number, : len(asked)] = asked
+    return Pairs(torch.from_numpy(input_BS), torch.from_numpy(seen_BS), torch.from_numpy(target_BT))
+
+
+# --- span corruption ------------------------------------------------------------------------------------------------
+
+
+def noise_counts(tokens: int, density: float = DENSITY, span: float = SPAN) -> tuple[int, int]:
+    """How many of a row's tokens are noise, at least 1 and not all, and in how many spans."""
+    noise = min(max(round(tokens * density), 1), tokens - 1)
+    return noise, min(max(round(noise / span), 1), tokens - noise)
+
+
+def noise_mask(tokens: int, generator: np.random.Generator, density: float = DENSITY, span: float = SPAN) -> Any:
+    """Which of a row's tokens are noise, `(T,)`: it begins without and ends with noise."""
+    noise, spans = noise_counts(tokens, density, span)
+    lengths = np.empty(2 * spans, dtype=np.int64)
+    lengths[0::2] = _parts(tokens - noise, spans, generator)
+    lengths[1::2] = _parts(noise, spans, generator)
+    return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+
+
+def _parts(items: int, parts: int, generator: np.random.Generator) -> Ids:
+    """Lengths of so many parts, none empty, every division alike likely."""
+    cuts = np.sort(generator.choice(items - 1, parts - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=items)
+
+
+def corrupted(ids_N: Ids, noise_N: Any, sentinels: Sequence[int], end: int) -> tuple[Ids, Ids]:
+    """Input and target of a row: each span of noise one sentinel there, and the other way round here."""
+    return _replaced(ids_N, noise_N, sentinels, end), _replaced(ids_N, ~noise_N, sentinels, end)
+
+
+def _replaced(ids_N: Ids, hidden_N: Any, sentinels: Sequence[int], end: int) -> Ids:
+    """The row with each hidden stretch as one sentinel, in their order, and the end."""
+    first_N = hidden_N & ~np.concatenate([[False], hidden_N[:-1]])
+    marked_N = np.where(first_N, np.asarray(sentinels)[np.maximum(first_N.cumsum() - 1, 0)], ids_N)
+    return np.append(marked_N[first_N | ~hidden_N], end)
+
+
+def row_tokens(inputs: int) -> int:
+    """Tokens of the longest row whose input, sentinels and end included, has at most so many."""
+    tokens = max(inputs, 2)
+    while _lengths(tokens + 1)[0] <= inputs:
+        tokens += 1
+    return tokens
+
+
+def _lengths(tokens: int) -> tuple[int, int]:
+    """Tokens of the input and of the target of a row of so many."""
+    noise, spans = noise_counts(tokens)
+    return tokens - noise + spans + 1, noise + spans + 1
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A text whose rows are corrupted as they are asked for; `hash` is that of the text."""
+
+    tokens: TokenFile
+    sentinels: tuple[int, ...]
+    end: int
+
+    @property
+    def hash(self) -> str:
+        """What identifies it."""
+        return f"spans:{self.tokens.hash}"
+
+    @property
+    def source(self) -> str:
+        """Where the text is from."""
+        return self.tokens.source
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that encoder and decoder read of it at least: the decoder's, which are the fewer."""
+        return int(DENSITY * len(self.tokens))
+
+    def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
+        """Refuse inputs of so many tokens that cannot be: too little text, too few sentinels or embeddings."""
+        if length < 4:
+            raise DataError("span corruption needs inputs of 4 tokens or more", got=length)
+        row = row_tokens(length)
+        self.tokens.check(batch_size=batch_size, length=row, vocab_size=vocab_size)
+        largest, spans = max(self.sentinels, default=-1), noise_counts(row)[1]
+        if spans > len(self.sentinels) or largest >= vocab_size:
+            raise DataError(
+                f"an input of {length} tokens hides {spans} spans, and the tokenizer has not as many sentinels",
+                where=self.tokens.source,
+                got=f"{len(self.sentinels)} tokens <extra_id_N>, the largest id {largest} of {vocab_size}",
+                next="use T5's own tokenizer, or one that `kvfold pretrain` made for an encoder-decoder",
+            )
+
+    def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
+        """The rows of a step, inputs of `length` tokens: without padding."""
+        row = row_tokens(length)
+        windows = self.tokens.windows(row)
+        made = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            epoch, index = divmod(number, windows)
+            window = int(order(windows, seed, epoch)[index])
+            made.append(self._row(window * row, row, (seed, epoch, window)))
+        return batched(made)
+
+    def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
+        """All of the text in its order, as inputs of `length` tokens and their targets; what is left over at last."""
+        row = row_tokens(length)
+        for start in range(0, len(self.tokens) - 1, row):
+            yield self._row(start, min(row, len(self.tokens) - start), (seed, start))
+
+    def _row(self, start: int, count: int, seed: tuple[int, ...]) -> tuple[Ids, Ids]:
+        ids_N = self.tokens.tokens[start : start + count].astype(np.int64)
+        noise_N = noise_mask(len(ids_N), np.random.default_rng(seed))
+        return corrupted(ids_N, noise_N, self.sentinels, self.end)
+
+
+def sentinels_of(tokenizer: Any) -> tuple[int, ...]:
+    """The ids of `<extra_id_0>`, `<extra_id_1>` and so on in a tokenizer, as far as it has them."""
+    found = {int(match[1]): number for word, number in tokenizer.get_vocab().items() if (match := _match(word))}
+    return tuple(found[number] for number in range(len(found)) if number in found)
+
+
+def _match(word: str) -> re.Match[str] | None:
+    return _SENTINEL.fullmatch(word)
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """Pairs of a file as tokens, in memory; both sides end with the end token."""
+
+    pairs: Sequence[tuple[Ids, Ids]] = field(repr=False)
+    texts: Sequence[tuple[str, str]] = field(repr=False)
+    source: str
+    hash: str
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that encoder and decoder read of it at least: those of the shorter side."""
+        return min(sum(len(pair[side]) for pair in self.pairs) for side in (0, 1))
+
+    def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
+        """Refuse fewer pairs than a batch, and ids that the model has no embedding for, with DataError."""
+        if len(self.pairs) < batch_size:
+            raise DataError("fewer pairs than one batch", where=self.source, got=len(self.pairs), allowed=batch_size)
+        if self.vocab_size > vocab_size:
+            raise DataError(
+                "the tokenizer knows more tokens than the model has embeddings",
+                where=self.source,
+                got=f"{self.vocab_size:,}",
+                allowed=f"at most {vocab_size:,}",
+            )
+
+    def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
+        """The pairs of a step, each side cut to `length` tokens and padded to the longest."""
+        made = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            epoch, index = divmod(number, len(self.pairs))
+            given, asked = self.pairs[int(order(len(self.pairs), seed, epoch)[index])]
+            made.append((given[:length], asked[:length]))
+        return batched(made)
+
+    def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
+        """All pairs in the file's order, each side cut to `length` tokens."""
+        for given, asked in self.pairs:
+            yield given[:length], asked[:length]
+
+
+Corpus = Spans | PairFile
+"""What an encoder-decoder reads."""
+
+
+def are_pairs(source: str | Path) -> bool:
+    """Does this source hold pairs, and no running text?"""
+    name, kind = str(source), kind_of(source)
+    if name.startswith(PREFIX) or kind == ".tsv":
+        return True
+    if kind not in ROWS or not Path(name).is_file():
+        return False
+    try:
+        _, first = next(rows(Path(name), _columns), ("", None))
+    except KvfoldError:
+        return False  # the reader of texts says what is wrong, and where
+    return isinstance(first, Mapping) and set(SIDES) <= set(first)
+
+
+def read_pairs(source: str | Path, told: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Inputs and targets of a file; rows in which one is null are left out, and counted in `told`.
+
+    Raises DataError for a line that is no pair.
+    """
+    path = Path(str(source).removeprefix(PREFIX))
+    told = Counter() if told is None else told
+    for where, sides in _sides(path):
+        if None in sides:
+            told[LEFT_OUT] += 1
+        elif len(sides) == 2 and all(isinstance(each, str) for each in sides):
+            made = [mend(each) for each in sides]
+            told[MENDED] += made != sides
+            yield made[0], made[1]
+        else:
+            raise DataError(
+                "is not a pair",
+                where=where,
+                got=f"{len(sides)} columns" if kind_of(path) not in ROWS else "what is no string",
+                allowed='input, tab, target; in a .jsonl {"input": ..., "target": ...}',
+            )
+
+
+def _sides(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """The columns of each line, or input and target of each row, with where they lie."""
+    if kind_of(path) in ROWS:
+        for where, row in rows(path, _columns):
+            if row is not None and not (isinstance(row, Mapping) and set(SIDES) <= set(row)):
+                found = f"keys {', '.join(row) or 'none'}" if isinstance(row, Mapping) else type(row).__name__
+                raise DataError("is not a pair", where=where, got=found, allowed='{"input": ..., "target": ...}')
+            yield where, [None, None] if row is None else [row[side] for side in SIDES]
+        return
+    with opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", list(line.rstrip("\n").split("\t"))
+
+
+def _columns(names: Sequence[str]) -> Sequence[str]:
+    return SIDES if set(SIDES) <= set(names) else ()
+
+
+def corpus(
+    source: str | Path,
+    tokenizer_dir: str | Path,
+    *,
+    max_tokens: int | None = None,
+    enough: int | None = None,
+    spread: bool = False,
+    teacher: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Corpus:
+    """What an encoder-decoder reads from a source: pairs where it holds such, else a text that will be corrupted.
+
+    The arguments are those of `data.token_file`; `max_tokens` of pairs are as many as have so many tokens, and `enough`
+    tokens are those of inputs. Raises DataError when there is nothing, or no tokenizer, SettingError for `self`: there
+    is no `teacher` here that text could be sampled from.
+    """
+    from kvfold import hf  # loads transformers: not for those who only read text
+
+    tokenizer = hf.load_tokenizer(tokenizer_dir)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("the tokenizer has no end token, and an encoder-decoder needs one", where=tokenizer_dir)
+    if str(source) == "self":
+        raise SettingError("text `self` is sampled from decoders", next="give a text, or pairs")
+    if are_pairs(source):
+        return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None, progress)
+    whole = None if enough is None else 2 * enough  # more than rows of that many input tokens have
+    tokens = token_file(
+        source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
+    )
+    return Spans(tokens, sentinels_of(tokenizer), end)
+
+
+def _pair_file(
+    source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None, progress: Progress
+) -> PairFile:
+    """All pairs, or the first of so many tokens: in the file's order, or in one drawn with `seed`."""
+    told = Counter[str]()
+    texts = list(read_pairs(source, told))
+    for what, count in told.items():
+        if count:
+            progress.say(f"{source}: {count:,} {what}")
+    if not texts:
+        raise DataError("there are no pairs", where=source)
+    if seed is not None:
+        texts = [texts[number] for number in np.random.default_rng(seed).permutation(len(texts))]
+    sides = [_tokenised([pair[side] for pair in texts], tokenizer, end) for side in (0, 1)]
+    pairs = list(zip(*sides, strict=True))
+    if max_tokens is not None:
+        before = np.cumsum([0, *(len(given) + len(asked) for given, asked in pairs)])
+        count = max(1, int((before < max_tokens).sum()))
+        pairs, texts, sides = pairs[:count], texts[:count], [side[:count] for side in sides]
+    digest = hashlib.sha256("\n".join("\t".join(pair) for pair in texts).encode("utf-8", "replace")).hexdigest()
+    largest = max(int(ids.max()) for side in sides for ids in side)
+    return PairFile(
+        pairs,
+        texts,
+        source,
+        fingerprint(["pairs", digest, tokenizer_hash(tokenizer)]),
+        max(int(tokenizer.vocab_size), largest + 1),
+    )
+
+
+def _tokenised(texts: Iterable[str], tokenizer: Any, end: int) -> list[Ids]:
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.append(np.asarray(row, dtype=np.int64), end) for row in rows]

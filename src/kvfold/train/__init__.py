@@ -1,0 +1,1 @@
+"""Training: the loop, its losses and stages, uptraining and pre-training."""

@@ -1,0 +1,258 @@
+"""Losses of uptraining: cross-entropy and KL to a teacher, chunked over tokens, and matching of attention outputs.
+
+Both losses on the next token are computed from hidden states, not from logits: for each chunk of tokens the logits of
+student and teacher are made, the loss and its gradient by the logits are taken at once, and only the gradients by the
+hidden states and by the head's weight are kept. Logits never stand in memory whole, and nothing is computed twice.
+
+With student logits `z_V`, teacher logits `t_V`, `p = softmax(t / c)`, `q = softmax(z / c)` at temperature `c`:
+
+    CE = -log softmax(z)[target]                 dCE/dz = softmax(z) - onehot(target)
+    KL = c^2 sum_V p (log p - log q)             dKL/dz = c (q - p)       (Hinton et al. 2015, arXiv 1503.02531)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvfold.text.pairs import UNSEEN, Pairs, start_id
+
+LOOKED_AT = ("key_value_states", "encoder_hidden_states")  # what cross-attentions call the encoder's output
+CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What to sum in: fp32, or the dtype itself where it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states: `z_NV = h_ND w_VD^T (+ b_V)`, then `c tanh(z / c)` where there is a cap."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """The output head of a transformers model."""
+        layer, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
+        return cls(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Logits in fp32 at least, multiplied in the dtype of the hidden states."""
+        bias = None if self.bias is None else self.bias.to(h_ND.dtype)
+        z_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
+        z_NV = z_NV.to(_wide(z_NV.dtype))
+        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same, to multiply in this dtype; a bias is added in the hidden states' own."""
+        return replace(self, weight=self.weight.to(dtype))
+
+
+def parted(batch: Tensor | Pairs) -> tuple[Tensor | Pairs, Tensor, Tensor | None]:
+    """What a model reads of a batch, the ids `target_BT` that it should say, and where those count (None: everywhere).
+
+    A batch of ids is one wider than either.
+    """
+    if isinstance(batch, Tensor):
+        return batch[:, :-1], batch[:, 1:], None
+    counts_BT = batch.target_BT != UNSEEN
+    return batch, batch.target_BT, None if bool(counts_BT.all()) else counts_BT
+
+
+def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
+    """What the output head of a transformers model reads, `h_BTD`, of ids or of pairs."""
+    if isinstance(batch, Tensor):
+        h_BTD = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    else:
+        config = model.config
+        read_BSD = model.get_encoder()(input_ids=batch.input_BS, attention_mask=batch.seen_BS).last_hidden_state
+        h_BTD = model.get_decoder()(
+            input_ids=batch.shifted(start_id(config)),
+            encoder_hidden_states=read_BSD,
+            encoder_attention_mask=batch.seen_BS,
+            use_cache=False,
+        ).last_hidden_state
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head, which else would say too much
+            h_BTD = h_BTD * config.d_model**-0.5
+    assert isinstance(h_BTD, Tensor)
+    return h_BTD
+
+
+def token_losses(
+    h_BTD: Tensor,
+    head: Head,
+    target_BT: Tensor,
+    weights: Mapping[str, float],
+    *,
+    teacher: tuple[Tensor, Head] | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of `ce` and `kl` over tokens, with a gradient, and each by name without one; nats per token.
+
+    `teacher` is its hidden states (B, T, D') and head, needed for `kl`. `chunk` is in tokens. Multiplies in the dtype
+    of autocast where that is on, and sums in fp32.
+    """
+    if weights.get("kl") and teacher is None:
+        raise ValueError("KL needs a teacher")
+    dtype = torch.get_autocast_dtype(h_BTD.device.type) if torch.is_autocast_enabled(h_BTD.device.type) else h_BTD.dtype
+    h_ND = h_BTD.flatten(0, -2).to(dtype)
+    vocabulary = head.weight.shape[0]
+    settings = _Settings(
+        ce=weights.get("ce", 0.0),
+        kl=weights.get("kl", 0.0),
+        temperature=temperature,
+        chunk=chunk or max(1, CHUNK_BYTES // (4 * vocabulary)),
+        teacher=None if teacher is None else (teacher[0].detach().flatten(0, -2).to(dtype), teacher[1]),
+        softcap=head.softcap,
+    )
+    total, ce, kl = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        h_ND, head.weight, head.bias, target_BT.flatten(), settings
+    )
+    named = {name: value for name, value in (("ce", ce), ("kl", kl)) if weights.get(name)}
+    return total, named
+
+
+@dataclass(frozen=True)
+class _Settings:
+    ce: float
+    kl: float
+    temperature: float
+    chunk: int
+    teacher: tuple[Tensor, Head] | None
+    softcap: float | None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
+        head = Head(weight_VD, bias_V, settings.softcap).to(h_ND.dtype)
+        teacher = settings.teacher
+        if teacher is not None:
+            teacher = (teacher[0], teacher[1].to(h_ND.dtype))
+        ce = kl = h_ND.new_zeros((), dtype=_wide(h_ND.dtype))
+        grad_h = torch.empty_like(h_ND) if wants_h else None
+        grad_w = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if wants_w else None
+        grad_b = torch.zeros_like(bias_V, dtype=_wide(bias_V.dtype)) if wants_b and bias_V is not None else None
+        tokens = h_ND.shape[0]
+        for start in range(0, tokens, settings.chunk):
+            rows = slice(start, start + settings.chunk)
+            z_NV = head.logits(h_ND[rows])
+            t_NV = None if teacher is None or not settings.kl else teacher[1].logits(teacher[0][rows])
+            chunk_ce, chunk_kl, grad_NV = _chunk(z_NV, t_NV, target_N[rows], settings)
+            if settings.softcap is not None:
+                grad_NV.mul_(1 - (z_NV / settings.softcap).square())  # the slope of the cap: z is capped
+            ce, kl = ce + chunk_ce, kl + chunk_kl
+            grad_NV = grad_NV.div_(tokens).to(h_ND.dtype)
+            if grad_h is not None:
+                torch.mm(grad_NV, head.weight, out=grad_h[rows])
+            if grad_w is not None:
+                grad_w += grad_NV.T @ h_ND[rows]
+            if grad_b is not None:
+                grad_b += grad_NV.sum(0)
+        ce, kl = ce / tokens, kl / tokens
+        ctx.save_for_backward(grad_h, grad_w, grad_b)
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.mark_non_differentiable(ce, kl)
+        return settings.ce * ce + settings.kl * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        scale, (weight_dtype, bias_dtype) = grads[0], ctx.dtypes
+        return (
+            None if grad_h is None else grad_h * scale.to(grad_h.dtype),
+            None if grad_w is None else (grad_w * scale).to(weight_dtype),
+            None if grad_b is None else (grad_b * scale).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _chunk(z_NV: Tensor, t_NV: Tensor | None, target_N: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of CE and KL over a chunk's tokens, and the gradient of their weighted sum by the student's logits."""
+    ce = kl = z_NV.new_zeros(())
+    grad_NV: Tensor | None = None
+    if settings.ce or t_NV is None:
+        logq_NV = torch.log_softmax(z_NV, -1)
+        ce = -logq_NV.gather(1, target_N[:, None]).sum()
+        grad_NV = logq_NV.exp_()
+        grad_NV.scatter_add_(1, target_N[:, None], grad_NV.new_full((len(target_N), 1), -1.0))
+        grad_NV.mul_(settings.ce)
+    if t_NV is not None:
+        c = settings.temperature
+        logp_NV, logq_NV = torch.log_softmax(t_NV / c, -1), torch.log_softmax(z_NV / c, -1)
+        p_NV = logp_NV.exp()
+        kl = c * c * (p_NV * logp_NV.sub_(logq_NV)).sum()
+        slope_NV = logq_NV.exp_().sub_(p_NV).mul_(settings.kl * c)
+        grad_NV = slope_NV if grad_NV is None else grad_NV.add_(slope_NV)
+    assert grad_NV is not None
+    return ce, kl, grad_NV
+
+
+def attention_matching(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """Mean over attentions of `||s - t||^2 / ||t||^2`, outputs by module path, each (B, T, D).
+
+    Dividing by the teacher's own square makes every layer count alike (Bercovich et al. 2024, Puzzle, arXiv
+    2411.19146, section 3.2: the normalised MSE of block-wise local distillation).
+    """
+    ratios = [
+        (student[path].float() - target.float()).square().mean() / target.float().square().mean()
+        for path, target in teacher.items()
+    ]
+    return torch.stack(ratios).mean()
+
+
+@contextmanager
+def same_inputs(student: nn.Module, teacher: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Let the student's attentions at these paths read what the teacher's read in its forward just before.
+
+    That of a cross-attention is two things: what asks, and what is looked at.
+
+    Each attention then learns alone, on inputs that are right from the first step (block-wise local distillation,
+    Puzzle, section 3.2); what the student's other layers compute meanwhile means nothing.
+    """
+    read: dict[str, Tensor] = {}
+    looked: dict[str, dict[str, Tensor]] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            read[path] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            looked[path] = {key: kwargs[key] for key in LOOKED_AT if key in kwargs}
+
+        return hook
+
+    def give(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            kwargs = {**kwargs, **looked[path]}
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": read[path]}
+            return (read[path], *args[1:]), kwargs
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(make(path), with_kwargs=True)
+        for model, make in ((teacher, keep), (student, give))
+        for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

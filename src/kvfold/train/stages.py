@@ -1,0 +1,158 @@
+"""Stages of uptraining: read from what the user says, or asked of the method, and turned into parameters and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from kvfold import methods
+from kvfold.contracts.method import Method
+from kvfold.contracts.site import Site
+from kvfold.contracts.stages import Stage
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import SettingError, did_you_mean
+from kvfold.settings import decode
+
+LOSSES = ("ce", "kl", "attention")
+OF_A_TEACHER = {"kl", "attention"}
+_TERM = re.compile(r"\s*(\d*\.?\d*)\s*\*?\s*([a-z_]+)\s*")
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """Read `kl+0.5ce` as the weight of each loss. Raises SettingError."""
+    weights: dict[str, float] = {}
+    for part in text.split("+"):
+        match = _TERM.fullmatch(part)
+        name = match[2] if match else part.strip()
+        if match is None or name not in LOSSES or match[1] == ".":
+            raise SettingError(
+                f"loss {part.strip()!r} is not known",
+                where="uptrain",
+                allowed=f"{', '.join(LOSSES)}, with weights and sums: kl+0.5ce",
+                next=did_you_mean(name, LOSSES),
+            )
+        weights[name] = weights.get(name, 0.0) + float(match[1] or 1)
+    if not all(0 < weight < math.inf for weight in weights.values()):
+        raise SettingError("a loss of weight 0 or of an infinite weight is no loss", where="uptrain", got=repr(text))
+    return weights
+
+
+def parse_stages(text: str, trainable: tuple[str, ...] = ()) -> list[Stage]:
+    """Read `attention:0.1,kl:0.9` as stages, whose shares add up to 1. Raises SettingError."""
+    stages = []
+    for part in text.split(","):
+        loss, colon, share = part.strip().rpartition(":")
+        if not colon or not re.fullmatch(r"\d*\.?\d+", share) or not float(share) > 0:
+            raise SettingError(
+                f"stage {part.strip()!r} is not LOSS:SHARE", where="uptrain", next="for example attention:0.1,kl:0.9"
+            )
+        stages.append(Stage(loss, float(share), parse_loss(loss), trainable))
+    check_shares(stages)
+    return stages
+
+
+def check_shares(stages: Sequence[Stage]) -> None:
+    """Raise SettingError unless the shares add up to 1."""
+    total = sum(stage.share for stage in stages)
+    if abs(total - 1) > 1e-6:
+        raise SettingError("the shares of the stages do not add up to 1", where="uptrain", got=f"{total:g}")
+
+
+def said(stages: Sequence[Stage]) -> str:
+    """The losses of stages as people write them."""
+    formulas = [
+        "+".join(f"{'' if weight == 1 else f'{weight:g}'}{name}" for name, weight in stage.losses.items())
+        for stage in stages
+    ]
+    if len(stages) == 1:
+        return formulas[0]
+    return ",".join(f"{formula}:{stage.share:g}" for formula, stage in zip(formulas, stages, strict=True))
+
+
+def needs_teacher(stages: Sequence[Stage]) -> str | None:
+    """The name of the first stage whose losses ask for a teacher."""
+    return next((stage.name for stage in stages if OF_A_TEACHER & set(stage.losses)), None)
+
+
+# --- what the student's lineage says -------------------------------------------------------------------------------
+
+
+def method_of(source: Checkpoint) -> tuple[Method[Any], Any] | None:
+    """The method that made the student, with its settings."""
+    steps = (source.lineage or {}).get("steps", [])
+    settings = next((step["settings"] for step in reversed(steps) if step["stage"] == "convert"), None)
+    if settings is None:
+        return None
+    method = methods.get(settings["method"])
+    known = {each.name for each in dataclasses.fields(method.Config)}
+    given = {key: value for key, value in settings.items() if key in known}
+    return method, decode(method.Config, given, settings["method"])
+
+
+def method_stages(source: Checkpoint) -> list[Stage]:
+    """What the method that made the student wants done; nothing once that was done."""
+    made = method_of(source)
+    steps = (source.lineage or {}).get("steps", [])
+    if made is None or steps[-1]["stage"] != "convert":
+        return []
+    return list(made[0].stages(made[1]))
+
+
+def converted_sites(source: Checkpoint) -> set[Site]:
+    """The sites that the student's last conversion changed. Raises SettingError when there was none."""
+    made = method_of(source)
+    found = {site for group in made[0].groups(made[1], source.shape) for site in group} if made else set[Site]()
+    if not found:
+        raise SettingError(
+            "no attention of the model was converted", where="uptrain", got=source.name, next="leave out converted_only"
+        )
+    return found
+
+
+# --- parameters and ends -------------------------------------------------------------------------------------------
+
+
+def finish_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], None]:
+    """The end of a stage, as its method has it."""
+    made = method_of(source)
+    assert made is not None  # only a method's stages have a finish
+    method, config = made
+    return lambda: method.end(name, model, config)
+
+
+def _names(source: Checkpoint, role: str) -> set[str]:
+    """Parameters that play a role, over all sites."""
+    return {source.family.tensor(site, role) for site in source.shape.sites}
+
+
+def parameters_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
+    """The parameters that a stage trains, by name. Raises SettingError for a role that the model does not have."""
+    parameters = dict(model.named_parameters())
+    for role in (*stage.trainable, *stage.rates):
+        if not _names(source, role) & set(parameters):
+            known = sorted({role for attention in source.shape.sites.values() for role in attention.roles()})
+            raise SettingError(
+                f"the model has no role {role!r}",
+                where="uptrain",
+                allowed=", ".join(known),
+                next=did_you_mean(role, known),
+            )
+    if not stage.trainable and not stage.converted:
+        return parameters
+    sites = converted_sites(source) if stage.converted else set(source.shape.sites)
+    wanted = {
+        source.family.tensor(site, role)
+        for site in sites
+        for role in stage.trainable or source.shape.sites[site].roles()
+    }
+    return {name: parameter for name, parameter in parameters.items() if name in wanted}
+
+
+def rates_of(source: Checkpoint, stage: Stage) -> dict[str, float]:
+    """Share of the learning rate by parameter name."""
+    return {name: rate for role, rate in stage.rates.items() for name in _names(source, role)}

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from kvfold import hf
+from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.family import Family, with_fields
+from kvfold.contracts.site import Attention, Site
+from kvfold.errors import UnsupportedModel
+from kvfold.families import all_families, family_of
+
+FAMILIES = all_families()
+OUR_T5 = {"model_type": "kvfold_t5"}
+OUR_BART = {"model_type": "kvfold_bart"}
+OUR_GEMMA = {"model_type": "kvfold_t5gemma"}
+GEMMA = FAMILIES["t5gemma"].tiny()
+WIDE = {"encoder": {**GEMMA["encoder"], "hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2}}
+MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+DECODERS = [name for name, family in FAMILIES.items() if not family.encoder_decoder]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in FAMILIES},
+    **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in DECODERS},
+    **{f"{name}, tied": (name, {"tie_word_embeddings": True}) for name in DECODERS},
+    **{f"{name}, wide heads": (name, {"head_dim": 16}) for name in ("llama", "qwen3")},
+    **{
+        f"{name}, mixed": (
+            name,
+            {
+                "model_type": f"kvfold_{name}",
+                "num_key_value_heads": 2,
+                "per_layer_config": {"00": {"num_key_value_heads": 4}, "3": {"num_key_value_heads": 1}},
+            },
+        )
+        for name in DECODERS
+    },
+    **{
+        f"{model_type}, latent": (
+            "qwen2" if model_type == "qwen2" else "llama",
+            {
+                **(MISTRAL if model_type == "mistral" else {}),
+                "model_type": f"kvfold_latent_{model_type}",
+                "num_key_value_heads": 2,
+                "rope_chunks": [1, 2, 3, 4],
+                "latent_dims": [9, 5, 7, 16],
+            },
+        )
+        for model_type in ("llama", "mistral", "qwen2")
+    },
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama, no head_dim": ("llama", {"head_dim": None}),
+    "mistral": ("llama", {**MISTRAL, "num_key_value_heads": 2}),
+    "mistral, mixed": (
+        "llama",
+        {**MISTRAL, "model_type": "kvfold_mistral", "per_layer_config": {"2": {"num_key_value_heads": 1}}},
+    ),
+    **{
+        f"{name}, windows": (name, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3})
+        for name in ("qwen2", "qwen3")
+    },
+    "qwen2, no window": ("qwen2", {"use_sliding_window": True, "sliding_window": None}),
+    "qwen3, layer types": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3, biases": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "t5, grouped": ("t5", {**OUR_T5, "num_key_value_heads": 2, "cross_num_key_value_heads": 1}),
+    "t5, mixed": ("t5", {**OUR_T5, "num_key_value_heads": [1, 2, 4, 2]}),
+    "t5, untied": ("t5", {"tie_word_embeddings": False}),
+    "t5, not gated": ("t5", {"feed_forward_proj": "relu", "d_kv": 16}),
+    "t5, deep encoder": ("t5", {"num_layers": 6, "num_decoder_layers": 4}),
+    "bart, grouped": ("bart", {**OUR_BART, "num_key_value_heads": 2, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "bart, uneven": ("bart", {"encoder_layers": 5, "decoder_layers": 3, "encoder_attention_heads": 2}),
+    "bart, uneven MLPs": ("bart", {"decoder_ffn_dim": 40, "scale_embedding": True}),
+    "bart, latent": ("bart", {**OUR_BART, "cross_latent_dim": 12, "cross_num_key_value_heads": 2}),
+    "bart, the encoder's output": ("bart", {**OUR_BART, "cross_latent_dim": 32}),
+    "mbart": ("bart", MBART),
+    "mbart, grouped": ("bart", {**MBART, "model_type": "kvfold_mbart", "cross_num_key_value_heads": 2}),
+    "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
+    "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "t5, the encoder's output": ("t5", {**OUR_T5, "cross_latent_dim": 32}),
+    "t5gemma, grouped": ("t5gemma", {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 2}}),
+    "t5gemma, mixed": ("t5gemma", {**OUR_GEMMA, "num_key_value_heads": 2, "cross_num_key_value_heads": [1, 2, 4, 2]}),
+    "t5gemma, wide encoder": ("t5gemma", {**WIDE, "tie_word_embeddings": False}),
+    "t5gemma, wide heads": ("t5gemma", {"decoder": {**GEMMA["decoder"], "head_dim": 16, "attention_bias": True}}),
+    "t5gemma, no caps": ("t5gemma", {"decoder": {**GEMMA["decoder"], "attn_logit_softcapping": None}}),
+    "t5gemma, layer types": (
+        "t5gemma",
+        {"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}},
+    ),
+    "t5gemma, latent": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 12, "num_key_value_heads": 2}),
+    "t5gemma, the encoder's output": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 48}),
+    "mt5, latent": ("t5", {"model_type": "kvfold_mt5", "cross_latent_dim": 5, "num_decoder_layers": 2}),
+    "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
+}
+
+
+def config_of(variant: str) -> dict[str, Any]:
+    family, changes = VARIANTS[variant]
+    return {**FAMILIES[family].tiny(), **changes}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shape_is_what_transformers_builds(variant: str) -> None:
+    config = config_of(variant)
+    family = family_of(config)
+    assert family is FAMILIES[VARIANTS[variant][0]]
+    shape = family.shape(config)
+    model = hf.build(config, seed=0)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
+    assert family.fields(shape)["model_type"] == model.config.model_type
+    decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    assert shape.max_positions == getattr(decoder, "max_position_embeddings", 1 << 15)  # T5 has no end
+    saved = model.state_dict().keys()
+    stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
+    tensors = {name: tuple(tensor.shape) for name, tensor in stored}
+    for site, attention in shape.sites.items():
+        named = {family.tensor(site, role): form for role, form in attention.roles().items()}
+        below = {name: form for name, form in tensors.items() if name.startswith(f"{family.module(site)}.")}
+        assert named == below, f"the roles of {site} are not the parameters of {family.module(site)}"
+        assert attention.parameters == sum(
+            parameter.numel() for parameter in model.get_submodule(family.module(site)).parameters()
+        )
+    modules = {
+        name
+        for name, module in model.named_modules()
+        if re.fullmatch(
+            r"[A-Z]\w*\dAttention|[A-Z]+[a-z]+Attention|T5Gemma(Self|Cross)Attention|KvfoldLatent\w+Attention|LatentAttention",
+            type(module).__name__,
+        )
+    }
+    assert modules == {family.module(site) for site in shape.sites}
+    if family.encoder_decoder:
+        written = set(model.get_decoder().parameters())  # an embedding that both have is the decoder's
+        read = (each for each in model.get_encoder().parameters() if each not in written)
+        assert shape.encoder_parameters == sum(parameter.numel() for parameter in read)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_windows_are_those_of_the_model(variant: str) -> None:
+    config = config_of(variant)
+    made = transformers.AutoConfig.for_model(**config)
+    shape = family_of(config).shape(config)
+    for site, attention in shape.sites.items():
+        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made)
+        kinds = getattr(part, "layer_types", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if getattr(part, "sliding_window", None) else "full_attention"] * (
+                site.layer + 1
+            )
+        windowed = kinds[site.layer] == "sliding_attention" and site.kind != "cross"
+        assert attention.window == (part.sliding_window if windowed else None)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_predicted_cache_is_the_live_cache(variant: str) -> None:
+    config = config_of(variant)
+    predicted = grouped_cache(family_of(config).shape(config))
+    model = hf.build(config, seed=0).eval()
+    ids_BT = 1 + torch.arange(2 * 24).view(2, 24) % 90
+    read: dict[str, Any] = {}
+    name = "input_ids"
+    if family_of(config).encoder_decoder:
+        read, name = {"encoder_outputs": model.get_encoder()(ids_BT[:, :11])}, "decoder_input_ids"
+    with torch.inference_mode():
+        cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
+        model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4, encoder_tokens=11)
+
+
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
+def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family) -> None:
+    config = family.tiny()
+    shape = family.shape(config)
+    fewer = {
+        site: Attention(**{**vars(attention), "num_key_value_heads": 2}) for site, attention in shape.sites.items()
+    }
+    student = shape.with_sites(fewer)
+    assert family.shape(config | family.fields(student)) == student
+    assert family.fields(student) == family.fields(shape) | {"num_key_value_heads": 2}
+    mixed = shape.with_sites({Site(0): fewer[Site(0)]})
+    assert family.shape(config | family.fields(mixed)) == mixed
+    assert family.fields(mixed) == {
+        "model_type": f"kvfold_{config['model_type']}",
+        "architectures": [f"Kvfold{config['architectures'][0]}"],
+        "num_key_value_heads": 4,
+        "per_layer_config": {"0": {"num_key_value_heads": 2}},
+    }
+
+
+def test_a_t5_with_shared_heads_is_an_architecture_of_ours() -> None:
+    family, config = FAMILIES["t5"], FAMILIES["t5"].tiny()
+    shape = family.shape(config)
+    assert family.fields(shape) == {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    crossed = {site: replace(each, num_key_value_heads=1) for site, each in shape.sites.items() if site.kind == "cross"}
+    student = shape.with_sites(crossed)
+    assert family.fields(student) == {
+        "model_type": "kvfold_t5",
+        "architectures": ["KvfoldT5ForConditionalGeneration"],
+        "num_key_value_heads": 4,
+        "cross_num_key_value_heads": 1,
+    }
+    mixed = student.with_sites({Site(1): replace(shape.sites[Site(1)], num_key_value_heads=2)})
+    assert family.fields(mixed)["num_key_value_heads"] == [4, 2, 4, 4]
+    for made in (student, mixed):
+        assert family.shape(config | family.fields(made)) == made
+
+
+def test_heads_of_a_t5_keep_their_places_where_a_bias_of_positions_is_theirs() -> None:
+    """Heads of a self-attention exchanged, with all that reads them: another model; of a cross-attention: the same."""
+    family, model = FAMILIES["t5"], hf.build(FAMILIES["t5"].tiny(), seed=0, dtype="float64").eval()
+    shape, ids_BT = family.shape(family.tiny()), torch.arange(2 * 12).view(2, 12)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            found = model(input_ids=ids_BT, decoder_input_ids=ids_BT.flip(1)).logits
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    for kind in ("self", "cross"):
+        before = logits()
+        attention: Any = model.get_submodule(family.module(Site(2, kind)))
+        for each in (attention.q, attention.k, attention.v):
+            each.weight.data = each.weight.data.view(4, 8, -1)[order].flatten(0, 1)
+        attention.o.weight.data = attention.o.weight.data.view(-1, 4, 8)[:, order].flatten(1)
+        same = torch.allclose(logits(), before, rtol=0, atol=1e-9)
+        assert same == shape.sites[Site(2, kind)].permutable == (kind == "cross")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_tiny_models_are_tiny_and_can_be_folded_twice(family: Family) -> None:
+    shape = family.shape(family.tiny())
+    assert shape.parameters < 100_000
+    assert shape.num_layers >= 4
+    assert {attention.num_key_value_heads for attention in shape.sites.values()} == {4}
+    assert family.about
+    assert family.tiny()["model_type"] in family.model_types
+
+
+def test_a_model_type_belongs_to_one_family() -> None:
+    named = [model_type for family in FAMILIES.values() for model_type in family.model_types]
+    assert len(named) == len(set(named))
+    assert set(FAMILIES) == {family.name for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_type": None}, "config.json has no model_type; is this a transformers checkpoint?"),
+        ({"model_type": "qwen22"}, "architecture 'qwen22' is not supported; allowed: "),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "the weights are quantised (gptq); folding needs the numbers that quantising threw away; convert the",
+        ),
+        (
+            {"per_layer_config": {"1": {"num_key_value_heads": 2}}},
+            "config.json: per_layer_config, and transformers builds every layer of llama alike; is its model_type kvf",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"1": {"num_key_value_heads": 2, "hidden_size": 8}}},
+            "config.json: per_layer_config changes hidden_size of layer 1; allowed: num_key_value_heads",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"4": {"num_key_value_heads": 2}}},
+            "config.json: per_layer_config of layer 4; allowed: 0 to 3",
+        ),
+        (
+            {"model_type": "kvfold_llama", "per_layer_config": {"1": {"num_key_value_heads": 3}}},
+            "config.json: 3 key/value heads do not divide 4 query heads",
+        ),
+        ({"num_key_value_heads": 3}, "config.json: 3 key/value heads do not divide 4 query heads"),
+        ({"hidden_size": "32"}, "config.json: hidden_size must be a positive whole number (got '32')"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers must be a positive whole number (got 0)"),
+        ({"vocab_size": True}, "config.json: vocab_size must be a positive whole number (got True)"),
+    ],
+)
+def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES["llama"].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"num_key_value_heads": 2},
+            "config.json: num_key_value_heads, and transformers ignores it in t5; is its model_type kvfold_t5?",
+        ),
+        ({**OUR_T5, "num_key_value_heads": 3}, "config.json: 3 key/value heads do not divide 4 query heads"),
+        (
+            {**OUR_T5, "cross_num_key_value_heads": [2, 2]},
+            "config.json: cross_num_key_value_heads has 2 numbers for 4 decoder layers",
+        ),
+        ({**OUR_T5, "num_key_value_heads": [2, 2, 2, 0]}, "config.json: num_key_value_heads must be a positive whole"),
+        ({"model_type": "umt5"}, "architecture 'umt5' is not supported; allowed: "),
+        (
+            {"cross_latent_dim": 8},
+            "config.json: cross_latent_dim, and transformers ignores it in t5; is its model_type kvfold_t5?",
+        ),
+        ({**OUR_T5, "cross_latent_dim": 33}, "config.json: cross_latent_dim is wider than the model (got 33); allowed"),
+    ],
+)
+def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES["t5"].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+def test_barts_that_cannot_be_taken() -> None:
+    config = FAMILIES["bart"].tiny()
+    for changes, line in (
+        ({"num_key_value_heads": 2}, "config.json: num_key_value_heads, and transformers ignores it in bart; is its"),
+        ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings false"),
+        ({"model_type": "whisper"}, "architecture 'whisper' is not supported"),
+    ):
+        with pytest.raises(UnsupportedModel, match=line):
+            family_of(config | changes).shape(config | changes)
+
+
+def test_a_t5gemma_is_one_of_ours_only_where_its_attentions_differ() -> None:
+    family, config = FAMILIES["t5gemma"], FAMILIES["t5gemma"].tiny()
+    shape = family.shape(config)
+    fewer = {site: replace(each, num_key_value_heads=2) for site, each in shape.sites.items() if site.kind != "encoder"}
+    student = shape.with_sites(fewer)
+    stock = {"model_type": "t5gemma", "architectures": ["T5GemmaForConditionalGeneration"]}
+    assert family.fields(student) == {**stock, "decoder.num_key_value_heads": 2}
+    crossed = shape.with_sites({site: each for site, each in fewer.items() if site.kind == "cross"})
+    assert family.fields(crossed) == {
+        "model_type": "kvfold_t5gemma",
+        "architectures": ["KvfoldT5GemmaForConditionalGeneration"],
+        "num_key_value_heads": 4,
+        "cross_num_key_value_heads": 2,
+        "decoder.num_key_value_heads": 4,
+    }
+    mixed = student.with_sites({Site(1): replace(fewer[Site(1)], num_key_value_heads=1)})
+    assert family.fields(mixed)["num_key_value_heads"] == [2, 1, 2, 2]
+    for made in (student, crossed, mixed):
+        assert family.shape(with_fields(config, family.fields(made))) == made
+    assert config == family.tiny()  # a part is not changed in its place
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"decoder": None}, "config.json: decoder must be a part with settings of its own (got None)"),
+        (
+            {"is_encoder_decoder": False},
+            "config.json: is_encoder_decoder must be true: an encoder alone caches nothing",
+        ),
+        (
+            {"num_key_value_heads": 2},
+            "config.json: num_key_value_heads, and transformers ignores it in t5gemma; is its",
+        ),
+        (
+            {"encoder": {**GEMMA["encoder"], "vocab_size": 97}},
+            "config.json: encoder and decoder have different vocabularies (got 97 and 96)",
+        ),
+        (
+            {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 3}},
+            "config.json: 3 key/value heads do not divide 4 query heads",
+        ),
+        (
+            {"decoder": {**GEMMA["decoder"], "layer_types": ["chunked_attention"] * 4}},
+            "config.json: layer_types must name 4 layers (got ['chunked_attention', ",
+        ),
+        ({"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"]}}, "config.json: layer_types must name 4"),
+        (
+            {
+                **OUR_GEMMA,
+                "cross_num_key_value_heads": [2, 4, 2, 2],
+                "decoder": {**GEMMA["decoder"], "num_key_value_heads": 2},
+            },
+            "config.json: cross_num_key_value_heads cannot be more than the decoder's (got 4); allowed: 2",
+        ),
+        ({"model_type": "t5gemma2"}, "architecture 't5gemma2' is not supported; allowed: "),
+    ],
+    ids=str,
+)
+def test_t5gemmas_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
+    config = GEMMA | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(line)
+
+
+def test_what_a_t5gemma_leaves_unsaid_is_what_transformers_takes() -> None:
+    said = ("head_dim", "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "rope_parameters")
+    parts = {
+        part: {key: value for key, value in GEMMA[part].items() if key not in said} for part in ("encoder", "decoder")
+    }
+    config = {key: value for key, value in GEMMA.items() if key != "tie_word_embeddings"} | parts
+    family, made = family_of(config), transformers.AutoConfig.for_model(**config)
+    shape, decoder = family.shape(config), made.decoder
+    assert family.tied(config) is made.tie_word_embeddings
+    for layer, kind in enumerate(decoder.layer_types):
+        own = shape.sites[Site(layer)]
+        assert own.window == (decoder.sliding_window if kind == "sliding_attention" else None)
+        assert own.scale == decoder.query_pre_attn_scalar**-0.5
+        assert (own.head_dim, own.softcap) == (decoder.head_dim, decoder.attn_logit_softcapping)
+        assert own.rope is not None
+        assert own.rope.theta == decoder.rope_parameters["rope_theta"]
+
+
+def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:
+    config = FAMILIES["qwen3"].tiny()
+    del config["head_dim"]
+    (form,) = {attention.roles()["k_norm"] for attention in FAMILIES["qwen3"].shape(config).sites.values()}
+    assert form == hf.build(config, seed=0).get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (128,)
+
+
+def test_rotation_is_read_from_old_and_new_configs() -> None:
+    config = FAMILIES["llama"].tiny()
+    del config["rope_parameters"]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = config | {"rope_theta": 5e5, "rope_scaling": scaling}
+    new = config | {"rope_parameters": {**scaling, "rope_theta": 5e5}}
+    for given in (old, new):
+        rope = family_of(given).shape(given).sites[Site(0)].rope
+        assert rope is not None
+        assert (rope.theta, rope.dims, rope.half_split) == (5e5, 8, True)
+        assert rope.scaling is not None
+        assert rope.scaling["factor"] == 8.0

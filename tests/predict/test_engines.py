@@ -1,0 +1,182 @@
+"""What a plan says that engines load is what the exports write, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfold.contracts.site import Rope
+from kvfold.convert.conversion import convert
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import UnsupportedModel
+from kvfold.export import ENGINES, ExportSettings, export
+from kvfold.families import all_families
+from kvfold.predict.engines import EXPORTED, refusal
+from kvfold.predict.plan import plan
+
+Make = Callable[..., Path]
+
+QUICK = ExportSettings("float32", 12, 4)
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+OF = {"llama.cpp": "gguf", "CTranslate2": "ctranslate2"}
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
+
+
+LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+BOTH, NEITHER, CT2 = {"llama.cpp", "CTranslate2"}, set[str](), {"CTranslate2"}
+
+MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "llama": ("llama", {}, BOTH),
+    "default-rope": ("llama", rope("default"), BOTH),
+    "linear": ("llama", rope("linear", factor=2.0), BOTH),
+    "llama3": ("llama", LLAMA3, BOTH),
+    "yarn": ("llama", rope("yarn", factor=2.0, original_max_position_embeddings=64), NEITHER),
+    "dynamic": ("llama", rope("dynamic", factor=2.0), NEITHER),
+    "longrope": ("llama", rope("longrope", factor=2.0, **FACTORS), NEITHER),
+    "gelu": ("llama", {"hidden_act": "gelu"}, NEITHER),
+    "gelu_new": ("qwen3", {"hidden_act": "gelu_new"}, NEITHER),
+    "swish": ("llama", {"hidden_act": "swish"}, BOTH),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, BOTH),
+    "wide-biases": ("llama", {"head_dim": 16, "attention_bias": True}, BOTH),
+    "tied": ("llama", {"tie_word_embeddings": True}, BOTH),
+    "window": ("llama", {**MISTRAL, "sliding_window": 64}, BOTH),
+    "mistral-yarn": (
+        "llama",
+        {**MISTRAL, **rope("yarn", factor=2.0, original_max_position_embeddings=64)},
+        NEITHER,
+    ),
+    "qwen2": ("qwen2", {}, BOTH),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, BOTH),
+    "qwen2-linear": ("qwen2", rope("linear", factor=2.0), CT2),
+    "qwen2-llama3": ("qwen2", LLAMA3, CT2),
+    "qwen2-yarn": ("qwen2", rope("yarn", factor=2.0, original_max_position_embeddings=64), NEITHER),
+    "qwen2-wide": ("qwen2", {"head_dim": 16}, BOTH),
+    "qwen3": ("qwen3", {}, BOTH),
+    "qwen3-biases": ("qwen3", {"attention_bias": True}, CT2),
+    "qwen3-llama3": ("qwen3", LLAMA3, CT2),
+    "t5": ("t5", {}, CT2),
+    "t5-relu": ("t5", {"feed_forward_proj": "relu"}, CT2),
+    "t5-silu": ("t5", {"feed_forward_proj": "gated-silu"}, CT2),
+    "t5-tanh": ("t5", {"feed_forward_proj": "gated-tanh"}, NEITHER),
+    "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}, CT2),
+    "bart": ("bart", {}, NEITHER),
+    "t5gemma": ("t5gemma", {}, NEITHER),
+}
+METHODS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
+    "mixed": ("llama", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
+    "mixed-qwen2": ("qwen2", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
+    "mixed-qwen3": ("qwen3", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
+    "shared": ("llama", "cla", {"share": 2}, NEITHER),
+    "latent": ("llama", "elitekv", {"rope_chunks": 2, "latent_dim": 8}, NEITHER),
+    "hybrid": ("qwen3", "supra", {"preset": "hybrid", "window": 4, "sinks": 2}, NEITHER),
+    "mixed-t5": ("t5", "gqa", {"kv_heads": "self=4/2/1/2,cross=1"}, CT2),
+    "crosslatent": ("t5", "crosslatent", {}, NEITHER),
+}
+CASES = [
+    pytest.param(family, changes, "gqa", {"kv_heads": 2}, loads, id=name)
+    for name, (family, changes, loads) in MATRIX.items()
+]
+CASES += [
+    pytest.param(family, {}, method, settings, loads, id=name)
+    for name, (family, method, settings, loads) in METHODS.items()
+]
+
+
+def promised(source: Path, method: str, settings: dict[str, Any]) -> set[str]:
+    return {each.name for each in plan(source, method, settings).engines if each.loads and each.name in EXPORTED}
+
+
+@pytest.mark.parametrize(("family", "changes", "method", "settings", "loads"), CASES)
+def test_a_plan_promises_what_the_exports_do_not_refuse(
+    family: str,
+    changes: dict[str, Any],
+    method: str,
+    settings: dict[str, Any],
+    loads: set[str],
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+) -> None:
+    teacher = tiny_checkpoint(family, **changes)
+    student = convert(teacher, tmp_path / "student", method, settings)
+    assert promised(teacher, method, settings) == loads
+    if method == "gqa":  # the student itself, planned as a source
+        assert promised(student, "identity", {}) == loads
+    for name in EXPORTED:
+        refused = name not in loads
+        with pytest.raises(UnsupportedModel, match=f"cannot be exported to {name}: ") if refused else nullcontext():
+            ENGINES[OF[name]].check(Checkpoint.open(student))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes", "method", "settings", "loads"), [case for case in CASES if case.values[4]]
+)
+def test_what_a_plan_promises_is_written_and_agrees(
+    family: str,
+    changes: dict[str, Any],
+    method: str,
+    settings: dict[str, Any],
+    loads: set[str],
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+) -> None:
+    student = convert(tiny_checkpoint(family, **changes), tmp_path / "student", method, settings)
+    for name in sorted(loads):
+        if find_spec(OF[name]) is None:
+            continue
+        made = export(student, tmp_path / OF[name], OF[name], QUICK)
+        assert json.loads((made / "kvfold.json").read_text())["steps"][-1]["check"]["engine"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "dims", "activation", "why"),
+    [
+        ({"rope_type": "linear"}, 8, "silu", "RoPE scaling 'linear' needs a positive factor"),
+        ({"rope_type": "linear", "factor": "2"}, 8, "silu", "needs a positive factor (got 2)"),
+        ({"rope_type": "linear", "factor": 0}, 8, "silu", "needs a positive factor (got 0)"),
+        ({"type": "llama3", "factor": 2.0}, 8, "silu", "needs a positive low_freq_factor"),
+        ({**LLAMA3["rope_parameters"], "high_freq_factor": 1.0}, 8, "silu", "two different frequency factors"),
+        ({"type": "su"}, 8, "silu", "RoPE scaling 'su' cannot be exported"),
+        (None, 4, "silu", "rotates whole heads (got 4 dimensions)"),
+        (None, 8, "\x1b[31mred" * 40, "gates its MLP with silu"),
+        (None, 8, ["silu"], "gates its MLP with silu (got ['silu'])"),
+        (None, 8, None, "gates its MLP with silu"),
+    ],
+)
+@pytest.mark.parametrize("engine", EXPORTED)
+def test_a_refusal_is_one_line(
+    engine: str, scaling: dict[str, Any] | None, dims: int, activation: object, why: str
+) -> None:
+    family = all_families()["llama"]
+    shape = family.shape(family.tiny())
+    sites = {site: replace(each, rope=Rope(dims, 1e4, scaling=scaling)) for site, each in shape.sites.items()}
+    found = refusal(engine, {"hidden_act": activation}, shape.with_sites(sites))
+    assert found is not None
+    assert why in found.line
+    assert found.line.isprintable()
+    assert len(found.line) < 200
+
+
+def test_engines_whose_mlp_knows_silu_alone_do_not_load_another(tiny_checkpoint: Make) -> None:
+    made = plan(tiny_checkpoint("llama", hidden_act="gelu"), "gqa", {"kv_heads": 2})
+    assert [each.name for each in made.engines if each.loads] == ["transformers"]
+    assert ("loads in", "", "transformers") in made.rows()
+
+
+def test_the_check_of_exports_is_light() -> None:
+    code = "import sys, kvfold.predict.engines; print({'torch', 'numpy', 'transformers', 'gguf'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "set()\n"

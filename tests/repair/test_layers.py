@@ -1,0 +1,365 @@
+"""Closed-form repair against lstsq on what stock transformers shows of both models, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from kvfold import hf
+from kvfold.contracts.site import REPAIRABLE, Site
+from kvfold.convert.conversion import convert
+from kvfold.disk import spool
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import CheckpointError, OutputError, SettingError
+from kvfold.progress import Silent
+from kvfold.repair.layers import RepairSettings, repair
+from kvfold.text.tokens import TokenFile
+
+Make = Callable[..., Path]
+LENGTH, ROWS = 16, 24
+SETTINGS = RepairSettings(length=LENGTH, batch_tokens=5 * LENGTH, logit_tokens=ROWS * LENGTH)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "grouped": ("qwen2", {"num_key_value_heads": 2}),
+    "windowed": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5}),
+    "normed": ("qwen3", {}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokens(count: int = ROWS * LENGTH, seed: int = 0) -> TokenFile:
+    ids = np.random.default_rng(seed).integers(3, 96, count).astype(np.uint32)
+    return TokenFile(Path("text"), ids, 96, f"text {seed}", f"text {seed}")
+
+
+def ids_of(text: TokenFile, length: int = LENGTH) -> Tensor:
+    return torch.from_numpy(text.tokens.astype(np.int64)).view(-1, length)
+
+
+Pair = tuple[Checkpoint, Checkpoint]
+
+
+@pytest.fixture
+def pair(tiny_checkpoint: Make, tmp_path: Path) -> Callable[..., Pair]:
+    """A teacher of two layers whose attention looks at some keys more than at others, and its pooled student."""
+
+    def make(kind: str = "llama", method: str = "gqa", **changes: Any) -> Pair:
+        family, fields = MODELS[kind]
+        teacher = tiny_checkpoint(family, tokenizer=False, num_hidden_layers=2, **{**fields, **changes})
+        file = teacher / "model.safetensors"
+        tensors = load_file(file)
+        for name in tensors:
+            if any(part in name for part in ("q_proj.weight", "k_proj.weight", "o_proj.weight", "down_proj.weight")):
+                tensors[name] *= 3
+        save_file(tensors, file, metadata={"format": "pt"})
+        settings = {} if method == "identity" else {"kv_heads": 1}
+        return Checkpoint.open(teacher), Checkpoint.open(convert(teacher, tmp_path / "student", method, settings))
+
+    return make
+
+
+def repaired(
+    pair: Pair, roles: tuple[str, ...] = REPAIRABLE, text: TokenFile | None = None, **changes: Any
+) -> list[Any]:
+    settings = replace(SETTINGS, **changes)
+    return list(repair(*pair, roles, text or tokens(), settings))
+
+
+def stock(source: Checkpoint) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager", dtype=torch.float32)
+
+
+class Watch:
+    """Inputs of the modules of a stock model in one forward, by path."""
+
+    def __init__(self, model: Any, ids_BT: Tensor) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_pre_hook(self._keep(path))
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) or path.endswith("post_attention_layernorm")
+        ]
+        with torch.inference_mode():
+            run = model(ids_BT, output_hidden_states=True, output_attentions=True)
+        for handle in handles:
+            handle.remove()
+        # the last hidden state of transformers is behind the final norm: what goes into that is `above`
+        self.hidden, self.attentions = run.hidden_states, run.attentions
+
+    def _keep(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.inputs[path] = given[0]
+
+        return hook
+
+
+def outputs(model: Any, ids_BT: Tensor) -> list[Tensor]:
+    """The residual stream behind every layer."""
+    found: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda module, given, out: found.append(out)) for layer in model.model.layers
+    ]
+    with torch.inference_mode():
+        model(ids_BT)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def lstsq(linear: Any, z: Tensor, target: Tensor, damping: float) -> Tensor:
+    """Ridge towards what the module was, as rows of one least squares in float64."""
+    z_TN, y_TM = z.flatten(0, 1).double(), target.flatten(0, 1).double()
+    if linear.bias is not None:
+        y_TM = y_TM - linear.bias.double()
+    pull = (damping * len(z_TN) * z_TN.square().mean()) ** 0.5
+    left = torch.cat([z_TN, pull * torch.eye(z_TN.shape[1]).double()])
+    right = torch.cat([y_TM, pull * linear.weight.double().T])
+    return torch.linalg.lstsq(left, right).solution.T.float()
+
+
+def put(model: Any, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+# --- what is found --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: Callable[..., Pair]) -> None:
+    teacher, student = pair(kind)
+    ids_BT = ids_of(tokens())
+    found = repaired((teacher, student))
+    model, taught, above = stock(student), Watch(stock(teacher), ids_BT), outputs(stock(teacher), ids_BT)
+    for number, layer in enumerate(model.model.layers):
+        path = f"model.layers.{number}"
+        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+        q, o, up, gate, down = (f"{path}.{name}.weight" for name in names)
+        assert set(found[number]) == {q, o, up, gate, down}
+        put(model, {q: found[number][q]})
+        seen = Watch(model, ids_BT)
+        middle = taught.inputs[f"{path}.post_attention_layernorm"]
+        target = middle - seen.hidden[number]
+        expected = lstsq(layer.self_attn.o_proj, seen.inputs[f"{path}.self_attn.o_proj"], target, SETTINGS.damping)
+        torch.testing.assert_close(found[number][o], expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(expected, layer.self_attn.o_proj.weight, atol=1e-2)
+        put(model, {name: found[number][name] for name in (o, up, gate)})
+        seen = Watch(model, ids_BT)
+        target = above[number] - seen.inputs[f"{path}.post_attention_layernorm"]
+        expected = lstsq(layer.mlp.down_proj, seen.inputs[f"{path}.mlp.down_proj"], target, SETTINGS.damping)
+        torch.testing.assert_close(found[number][down], expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(expected, layer.mlp.down_proj.weight, atol=1e-2)
+        put(model, {down: found[number][down]})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_q_brings_attention_nearer_in_every_layer(kind: str, pair: Callable[..., Pair]) -> None:
+    """In KL to the teacher's attention, on the student's own inputs."""
+    teacher, student = pair(kind)
+    ids_BT = ids_of(tokens())
+    found, model, taught = repaired((teacher, student), ("q",)), stock(student), Watch(stock(teacher), ids_BT)
+
+    def divergence(number: int) -> float:
+        p, q = taught.attentions[number].double(), Watch(model, ids_BT).attentions[number].double()
+        return float((p * ((p + 1e-12).log() - (q + 1e-12).log())).sum(-1).mean())
+
+    for number, tensors in enumerate(found):
+        assert set(tensors) == {f"model.layers.{number}.self_attn.q_proj.weight"}
+        before = divergence(number)
+        put(model, tensors)
+        assert divergence(number) < 0.9 * before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_repaired_student_is_nearer_on_other_text(kind: str, pair: Callable[..., Pair]) -> None:
+    teacher, student = pair(kind)
+    ids_BT = ids_of(tokens(seed=1))
+    with torch.inference_mode():
+        wanted = stock(teacher)(ids_BT).logits.double().log_softmax(-1)
+
+    def divergence(roles: tuple[str, ...]) -> float:
+        model = stock(student)
+        for tensors in repaired((teacher, student), roles, tokens(8 * ROWS * LENGTH)):
+            put(model, tensors)
+        with torch.inference_mode():
+            found = model(ids_BT).logits.double().log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    plain, part, whole = divergence(()), divergence(("o",)), divergence(REPAIRABLE)
+    assert part < 0.9 * plain
+    assert whole < 0.95 * part
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_student_that_is_its_teacher_is_left_as_it_is(kind: str, pair: Callable[..., Pair]) -> None:
+    teacher, student = pair(kind, "identity")
+    for tensors in repaired((teacher, student)):
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, teacher.read(name), rtol=0, atol=1e-4)
+
+
+def test_layers_with_heads_of_their_own(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    """Whose architecture is ours: the first layer shares one head, the other keeps its four."""
+    teacher = Checkpoint.open(tiny_checkpoint("qwen2", tokenizer=False, num_hidden_layers=2))
+    family, sites = teacher.family, teacher.shape.sites
+    mixed = teacher.shape.with_sites({Site(0): replace(sites[Site(0)], num_key_value_heads=1)})
+    model: Any = hf.build({**teacher.config, **family.fields(mixed)}, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = teacher.read(name)
+            parameter.copy_(tensor if tensor.shape == parameter.shape else tensor[:8])
+    model.save_pretrained(tmp_path / "mixed")
+    student, ids_BT = Checkpoint.open(tmp_path / "mixed"), ids_of(tokens())
+    assert student.config["model_type"] == "kvfold_qwen2"
+    with torch.inference_mode():
+        wanted, before = (each(ids_BT).logits for each in (stock(teacher), model))
+        put(model, {name: tensor for tensors in repaired((teacher, student)) for name, tensor in tensors.items()})
+        after = model(ids_BT).logits
+    assert float((after - wanted).square().mean()) < 0.7 * float((before - wanted).square().mean())
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_repair_goes_on_where_it_was_stopped(dtype: str, pair: Callable[..., Pair], tmp_path: Path) -> None:
+    """Bit for bit, and so each layer was read as it is saved."""
+    both = pair("grouped", dtype=dtype)
+    whole = repaired(both)
+    for number, tensors in enumerate(whole):
+        assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+    for stop in (1, 2):
+        done = [load_file(tmp_path / f"{number}.safetensors") for number in range(stop)]
+        again = list(repair(*both, REPAIRABLE, tokens(), SETTINGS, done=done))
+        assert len(again) == 2
+        for one, other in zip(whole, again, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_layers_above_see_what_was_repaired_below(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    whole = repaired(both)
+    untouched = list(repair(*both, REPAIRABLE, tokens(), SETTINGS, done=[{}]))
+    assert untouched[0] == {}
+    assert not any(torch.allclose(untouched[1][name], tensor, atol=1e-3) for name, tensor in whole[1].items())
+
+
+def test_batches_do_not_matter_and_what_is_left_of_a_row_is_not_read(pair: Callable[..., Pair]) -> None:
+    both = pair("windowed")
+    whole = repaired(both, text=tokens())
+    for other in (
+        repaired(both, text=tokens(ROWS * LENGTH + 5)),
+        repaired(both, batch_tokens=1),
+        repaired(both, batch_tokens=10**6),
+    ):
+        for one, another in zip(whole, other, strict=True):
+            for name, tensor in one.items():
+                torch.testing.assert_close(another[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_q_reads_as_much_as_was_said(pair: Callable[..., Pair]) -> None:
+    both, name = pair(), "model.layers.0.self_attn.q_proj.weight"
+    part = repaired(both, ("q",), logit_tokens=6 * LENGTH + 3)[0][name]
+    alone = repaired(both, ("q",), _first(tokens(), 6 * LENGTH))[0][name]
+    assert torch.equal(part, alone)
+    assert not torch.allclose(part, repaired(both, ("q",))[0][name], atol=1e-4)
+
+
+def _first(text: TokenFile, count: int) -> TokenFile:
+    return replace(text, tokens=text.tokens[:count])
+
+
+def test_rows_are_no_longer_than_the_model_or_the_text(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    init = spool.Spool.__init__
+    monkeypatch.setattr(
+        spool.Spool,
+        "__init__",
+        lambda self, lengths, *given: (made.append(tuple(lengths)), init(self, lengths, *given))[1],
+    )
+    both = pair(max_position_embeddings=12)
+    repaired(both, ("o",), tokens(40))
+    assert set(made) == {(12, 12, 12)}
+    made.clear()
+    repaired(both, ("o",), tokens(7))
+    assert set(made) == {(7,)}
+
+
+def test_nothing_is_left_on_the_disk_and_layers_are_counted(
+    pair: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
+    told: list[Any] = []
+
+    class Listener(Silent):
+        def start(self, what: str, total: float, unit: str) -> None:
+            told.append((what, total, unit))
+
+        def advance(self, amount: float, note: str = "") -> None:
+            told.append(amount)
+
+        def stop(self) -> None:
+            told.append("stop")
+
+    teacher, student = pair()
+    before = {path: path.read_bytes() for path in (*teacher.files(), *student.files())}
+    working = repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener())
+    next(working)
+    working.close()  # type: ignore[attr-defined]
+    assert told == [("repairing", 2, "layers"), "stop"]
+    told.clear()
+    list(repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener()))
+    assert told == [("repairing", 2, "layers"), 1, 1, "stop"]
+    assert list((tmp_path / "cache" / "spool").iterdir()) == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = pair()
+    with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o, gate, up or down"):
+        next(repair(teacher, student, ("q", "v"), tokens()))
+    monkeypatch.setattr(teacher, "family", replace(teacher.family, mlp={}))
+    monkeypatch.setattr(student, "family", teacher.family)
+    with pytest.raises(SettingError, match="repair: family llama names no gated MLP to repair; leave out"):
+        next(repair(teacher, student, REPAIRABLE, tokens()))
+    assert len(next(repair(teacher, student, ("q", "o"), tokens(), SETTINGS))) == 2
+    monkeypatch.setattr(spool, "free_bytes", lambda path: 4 * ROWS * LENGTH * 32 * 4 - 1)
+    with pytest.raises(OutputError, match="hidden states of the text do not fit on the disk"):
+        next(repair(teacher, student, ("o",), tokens(), SETTINGS))
+
+
+def test_numbers_that_are_none_are_told(pair: Callable[..., Pair]) -> None:
+    teacher, student = pair()
+    file = student.path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="o_proj.weight: the repaired tensor is not finite"):
+        repaired((teacher, Checkpoint.open(student.path)), ("o",))
