@@ -157,14 +157,15 @@ def inputs(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids_BT, **({"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {})}
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "identity": {},
-    "gqa": {"kv_heads": 2},
-    "cla": {"share": 2},
-    "elitekv": {"rope_chunks": 1, "latent_dim": 12},
-    "crosslatent": {"cross_latent_dim": 12},
-    "supra": {"preset": "hybrid", "window": 3, "sinks": 2},
-}
+def example(name: str, family: str) -> dict[str, Any]:
+    """The settings that a method's example gives, as a user would: those that differ from their defaults."""
+    found = all_families()[family]
+    made = METHODS[name].example(found.shape(found.tiny()))
+    return {
+        each.name: getattr(made, each.name)
+        for each in dataclasses.fields(made)
+        if getattr(made, each.name) != each.default
+    }
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
@@ -172,8 +173,9 @@ def test_what_is_planned_is_what_a_student_caches(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = tiny_checkpoint(family, tokenizer=False)
-    planned = plan(teacher, name, SETTINGS[name], options=PlanSettings(context=9, batch=2))
-    student = convert(teacher, tmp_path / "student", name, SETTINGS[name])
+    settings = example(name, family)
+    planned = plan(teacher, name, settings, options=PlanSettings(context=9, batch=2))
+    student = convert(teacher, tmp_path / "student", name, settings)
     model: Any = hf.load(student)
     read, kept = inputs(model, torch.arange(2 * 9).view(2, 9)), None
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"

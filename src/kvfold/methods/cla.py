@@ -370,5 +370,9 @@ class CLA(Method[Config]):
         """Let every layer own its keys and values."""
         return Config(share=1)
 
+    def example(self, shape: Shape) -> Config:
+        """Layers in pairs."""
+        return Config(share=2)
+
 
 METHOD = CLA()

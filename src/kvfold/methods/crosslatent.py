@@ -176,5 +176,9 @@ class CrossLatent(Method[Config]):
         """Cache the encoder's output itself."""
         return Config(metric="weights")
 
+    def example(self, shape: Shape) -> Config:
+        """A latent of half the width of the encoder's output."""
+        return Config(cross_latent_dim=read_width(shape) // 2)
+
 
 METHOD = CrossLatent()

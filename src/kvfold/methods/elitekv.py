@@ -333,5 +333,9 @@ class EliteKV(Method[Config]):
         planes = planes_of(attention)
         return Config(rope_chunks=planes, latent_dim=widest(attention, planes), search="uniform", metric="weights")
 
+    def example(self, shape: Shape) -> Config:
+        """One plane of each key head, and a latent of one head and a half."""
+        return Config(rope_chunks=1, latent_dim=next(iter(shape.sites.values())).head_dim * 3 // 2)
+
 
 METHOD = EliteKV()

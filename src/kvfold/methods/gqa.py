@@ -283,5 +283,9 @@ class GQA(Method[Config]):
         """Keep every head."""
         return Config(_spelled({site: shape.sites[site].num_key_value_heads for site in budgets.cached(shape)}))
 
+    def example(self, shape: Shape) -> Config:
+        """Half of the heads."""
+        return Config(max(1, min(shape.sites[site].num_key_value_heads for site in budgets.cached(shape)) // 2))
+
 
 METHOD = GQA()

@@ -329,5 +329,9 @@ class SUPRA(Method[Config]):
         """Keep a window over everything that the model can read."""
         return Config(preset="hybrid", window=shape.max_positions)
 
+    def example(self, shape: Shape) -> Config:
+        """A short window and two sinks."""
+        return Config(preset="hybrid", window=3, sinks=2)
+
 
 METHOD = SUPRA()
