@@ -5,7 +5,7 @@ BIN := .venv/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check docs engines clean
+.PHONY: help demo test check isa docs engines clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,6 +30,15 @@ test: .venv/.ready  ## everything that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(SIDE_BY_SIDE)
+
+# The tests that compare numbers, as a processor without AVX-512 computes them, and with two threads.
+NUMERIC := tests/attention tests/hf/test_hf.py tests/train/test_uptrain.py tests/methods/test_battery.py tests/methods/test_crosslatent.py
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 CT2_FORCE_CPU_ISA=AVX2
+
+isa: .venv/.ready  ## numeric tests under the instruction sets of other processors, and with two threads
+	$(AVX2) $(BIN)/pytest -m 'not slow' $(SIDE_BY_SIDE) $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m 'not slow' $(SIDE_BY_SIDE) tests/attention tests/train/test_uptrain.py
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m 'not slow' tests/attention tests/hf/test_hf.py
 
 .venv/.docs: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'

@@ -274,6 +274,7 @@ STOPS: dict[str, tuple[list[str], Any, str, int, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STOPS)
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
     stage: str, here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch
@@ -301,6 +302,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
 # --- output --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "keys"),
     [

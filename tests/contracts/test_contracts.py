@@ -45,6 +45,7 @@ def test_kinds_are_named_in_any_order(wanted: dict[Kind, int], random: object, s
     assert per_kind(",".join(pairs), list(wanted), "kv_heads") == wanted
 
 
+@pytest.mark.slow
 @given(st.text(alphabet="selfcroind=,0123456789 -.²٣x") | st.text(), kinds)
 def test_any_text_is_read_or_refused_in_one_line(text: str, known: list[Kind]) -> None:
     try:

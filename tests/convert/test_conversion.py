@@ -74,6 +74,7 @@ class Listener:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(all_families()))
 @pytest.mark.parametrize("form", [{}, {"shard_size": 30_000}, {"form": "bin"}])
 def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: str, form: dict[str, Any]) -> None:
@@ -345,6 +346,7 @@ def fold(teacher: Path, out: Path, options: ConvertSettings, **more: Any) -> Pat
     return convert(teacher, out, "gqa", {"kv_heads": 2}, options=options, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(name for name, each in all_families().items() if not each.encoder_decoder))
 @pytest.mark.parametrize("form", [{}, {"dtype": "bfloat16", "shard_size": 20_000}])
 def test_a_repaired_student_is_stock_and_says_what_it_is(

@@ -45,6 +45,7 @@ def test_ids_below_zero_are_none_in_every_part() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [{"pad_token_id": -1}, {"pad_token_id": -1000, "bos_token_id": -1, "eos_token_id": -1}])
 def test_a_model_with_ids_below_zero_goes_all_the_way(
     ids: dict[str, int], tiny_checkpoint: Make, text: Path, tmp_path: Path

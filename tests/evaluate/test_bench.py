@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILIES)
 def test_measured_bytes_are_those_of_the_plan(case: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = FAMILIES[case]

@@ -109,6 +109,7 @@ def greedy(path: Path, prompts: list[list[int]], count: int) -> tuple[list[list[
 # --- CTranslate2 ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_ct2
 @pytest.mark.parametrize(
     ("family", "changes", "kv_heads"),
@@ -181,6 +182,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @needs_ct2
 @pytest.mark.parametrize(("source", "dtype"), [*((source, "float32") for source in MIXED), ("llama", "int8")])
 def test_ctranslate2_takes_a_number_of_heads_for_each_layer(
@@ -208,6 +210,7 @@ def test_heads_given_to_the_wrong_layers_are_found_out(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @needs_ct2
 @pytest.mark.parametrize(
     ("changes", "kv_heads"),
@@ -319,6 +322,7 @@ def test_an_activation_that_ctranslate2_lacks_is_refused(tiny_checkpoint: Make, 
             export(teacher, tmp_path / "gguf", "gguf", QUICK)
 
 
+@pytest.mark.slow
 @needs_ct2
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_narrow_weights_are_smaller_and_close(tiny_checkpoint: Make, tmp_path: Path, dtype: Any) -> None:

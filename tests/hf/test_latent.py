@@ -96,6 +96,7 @@ class _Partly(torch.nn.Module):
         return out, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "search"),
     [(source, search) for n, search in enumerate(SEARCHES) for source in [*SOURCES][n % 2 :: 2]],
@@ -120,6 +121,7 @@ def test_a_whole_latent_leaves_nothing_but_the_rotation(
     assert float((hf.load(teacher)(ids).logits - expected(ids).logits).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("source", SOURCES)
 @torch.inference_mode()

@@ -159,6 +159,7 @@ def test_the_source_is_felt(saved: Path) -> None:
     assert (textbook(saved, weights, _ids(2, 20)) - before).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.inference_mode()
 def test_token_by_token_is_the_whole_prompt(saved: Path, kind: str) -> None:
@@ -186,6 +187,7 @@ def test_the_cache_holds_owners_only(saved: Path) -> None:
     assert promised.elements(1) == owners
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_textbooks(saved: Path) -> None:
     weights, ids = weights_of(saved), _ids(2, 10)
     model: Any = hf.load(saved)

@@ -112,7 +112,7 @@ def _takes(case: str, source: str) -> bool:
 TAKERS = {source: [case for case in CASES if _takes(case, source)] for source in SOURCES}
 
 
-MIXES = 3  # each converts and loads students of its own
+MIXES = 1  # each converts and loads students of its own
 
 
 def drawn(check: int) -> list[tuple[str, str]]:
@@ -130,7 +130,7 @@ def _checks() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every check its pairs: three mixes in turn, and as slow tests as many mixes as there are checks."""
+    """Give every check its pairs: one mix, and as slow tests as many mixes as there are checks."""
     if "pair" in metafunc.fixturenames:
         check = _checks().index(metafunc.function.__name__)
         marks = dict.fromkeys(drawn(check), (pytest.mark.slow,)) | dict.fromkeys(drawn(check % MIXES), ())

@@ -166,6 +166,7 @@ def test_a_budget_is_a_part_of_the_roots_bytes() -> None:
         cla.Config(layout="auto").check(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("init", ["fit", "copy"])
 def test_the_price_of_a_group_is_the_kl_of_a_student_that_shares_there(
@@ -280,6 +281,7 @@ def gauged(source: Path) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_model_of_images_is_shared_without_loss(
     family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
@@ -424,6 +426,7 @@ CHAIN: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     places = {"source": str(tiny_checkpoint()), "data": str(text), "heldout": str(text)}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**CHAIN, **places}))

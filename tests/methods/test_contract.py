@@ -168,6 +168,7 @@ def example(name: str, family: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_what_is_planned_is_what_a_student_caches(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
@@ -379,6 +380,7 @@ def test_gqa_fits_linear_images_without_loss(
     assert off["mean"] > 1e-2  # which the gauge was made to spoil
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "heads"), HEADS)
 def test_gqa_fits_the_function_and_not_the_gauge(
     family: str, heads: int, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path

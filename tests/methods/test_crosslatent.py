@@ -110,6 +110,7 @@ def written_out(student: Path) -> Any:
 # --- what a student computes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [7, None], ids=["narrow", "whole"])
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -452,6 +453,7 @@ def test_a_plan_says_what_is_held_and_what_is_read(tmp_path: Path) -> None:
     assert after.flops - before.flops == 8 * (2 * (absorbed + 24 * 4096) + products)
 
 
+@pytest.mark.slow
 def test_bench_measures_the_bytes_that_are_planned(tiny_checkpoint: Make, tmp_path: Path) -> None:
     teacher = tiny_checkpoint("t5")
     student = convert(teacher, tmp_path / "student", "crosslatent", {"cross_latent_dim": 8})

@@ -113,6 +113,7 @@ def test_too_few_tokens_are_refused_with_the_number(
 # --- projections of zeros -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", ["qkvo", "v", "o"])
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -134,6 +135,7 @@ def test_attention_that_writes_nothing_folds_without_loss(
     assert _difference(teacher, student) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", ["qkvo", "v", "o", "k"])
 @pytest.mark.parametrize("metric", ["outputs", "inputs"])
 def test_cross_attention_of_zeros_shares_a_latent(

@@ -321,6 +321,7 @@ def test_hardware_is_known_or_refused() -> None:
         hardware("b200")
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path))
     first = hardware("local")

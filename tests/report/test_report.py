@@ -400,6 +400,7 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run_dir: Path) -> None
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(run_dir: Path, tmp_path: Path, width: int) -> None:
@@ -494,6 +495,7 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert "made-up/teacher" in text
 
 
+@pytest.mark.slow
 def test_a_readme_of_somebody_else_is_left_alone(run_dir: Path) -> None:
     folder = run_dir / "uptrained" / "kv_heads-2_seed-0"
     (folder / "README.md").write_text("theirs")
@@ -524,6 +526,7 @@ def test_commands_name_the_checkpoints_of_the_run() -> None:
 # --- README and the paper in miniature ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
 )

@@ -41,6 +41,7 @@ def test_parquet(tmp_path: Path) -> None:
         list(read_texts(tmp_path / "u.parquet"))
 
 
+@pytest.mark.slow
 def test_the_standard_library_and_what_it_leaves_out_share_nothing() -> None:
     ours, held = list(read_texts("stdlib")), list(read_texts("stdlib:heldout"))
     whole = sum(map(len, ours))

@@ -328,9 +328,9 @@ def torn(save):
 def child(kind, step):
     progress = At(step if kind == "step" else 0)
     if kind == "slot":
-        training.torch.save = torn(torch.save)
+        loop.torch.save = torn(torch.save)
     elif kind == "marker":
-        training.write_json = lambda path, value: die()
+        loop.write_json = lambda path, value: die()
     elif kind == "commit":
         output.Output.commit = lambda self: die()
     uptrain(student, out, settings, progress=progress)
@@ -342,7 +342,7 @@ for kind, step in ENDS:
         child(kind, step)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
-    at = training.State(Path(out + ".partial")).position()
+    at = loop.State(Path(out + ".partial")).position()
     print(kind or "end", "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), at and at.step)
 """
 
