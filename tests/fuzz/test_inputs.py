@@ -138,9 +138,10 @@ def _stop(*given: Any, **named: Any) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_long() -> Iterator[None]:
-    """No stage runs: settings are decoded before."""
+def _nothing_long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No stage runs: settings are decoded before. What an odd `--out` makes lies in a folder of the test's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
         stop_stages(patch.setattr)
         yield
 
