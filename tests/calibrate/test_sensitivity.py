@@ -76,6 +76,7 @@ def textbook_kl(teacher: Path, student: Path, ids_BT: Tensor) -> float:
 # --- the number ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SOURCES)
 def test_it_is_the_kl_of_a_student_with_one_layer_folded(tiny_checkpoint: Make, tmp_path: Path, family: str) -> None:
     teacher = tiny_checkpoint(family, tokenizer=False, num_hidden_layers=3, **SOURCES[family])

@@ -117,6 +117,7 @@ def test_tables_and_lines_hold_no_control_characters(capsys: pytest.CaptureFixtu
     assert ":warning: [red]" in said.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "wants"), [("| head -1", "0"), ("| true", "0"), ("> /dev/full", "2")])
 def test_a_reader_that_leaves_is_no_fault(command: str, wants: str, tmp_path: Path) -> None:
     script = f'{" ".join(PLAN)} {command}; echo "${{PIPESTATUS[0]}}" >&2'

@@ -179,6 +179,7 @@ def test_a_training_whose_disk_was_full_goes_on_to_the_same_weights(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "package"), [("gguf", "gguf"), ("ctranslate2", "ctranslate2")])
 @pytest.mark.parametrize("limit", [4096, 100_000])
 def test_an_export_whose_disk_is_full_leaves_nothing(

@@ -138,6 +138,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_read_and_what_others_wrote_stays(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, prepare, says = REFUSED[name]

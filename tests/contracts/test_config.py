@@ -113,6 +113,7 @@ def test_a_quantised_model_is_refused_whatever_says_so(tmp_path: Path) -> None:
         plan(tmp_path, "identity")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_what_transformers_refuses_is_refused(name: str) -> None:
     """Every field of transformers' own config class, with values of types that it cannot be."""

@@ -90,6 +90,7 @@ def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: st
         assert (student / name).read_bytes() == (teacher / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(all_families()))
 @pytest.mark.parametrize("heads", [1, 2])
 def test_mean_pooling_against_its_definition(tiny_checkpoint: Make, tmp_path: Path, family: str, heads: int) -> None:
@@ -642,6 +643,7 @@ def test_a_disk_that_refuses_half_way_and_then_does_not(
 # --- stopped and continued ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 9, 20, 35])  # of 39 tensors
 def test_ctrl_c_and_the_same_command_again(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int

@@ -61,6 +61,7 @@ def test_edit_distance_by_its_recursion(one: str, other: str) -> None:
     assert edit_distance(one, other) == slow(one, other)
 
 
+@pytest.mark.slow
 def test_answers_are_judged() -> None:
     said, asked = ["the cat sat on the mat", "a dog ", "xy"], ["the cat sat on the mat", "a dog", "xyz"]
     found = judge(said, asked)
@@ -107,6 +108,7 @@ def test_losses_are_transformers_own(teacher: Path, student: Path, pairs: Path, 
     assert "answered" not in metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_are_transformers_own(beams: int, teacher: Path, student: Path, pairs: Path, tmp_path: Path) -> None:
     settings = EvaluateSettings(

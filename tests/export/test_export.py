@@ -336,6 +336,7 @@ def test_narrow_weights_are_smaller_and_close(tiny_checkpoint: Make, tmp_path: P
     assert 1e-6 < found(small)["relative_difference"] < agreement.TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @needs_ct2
 def test_the_export_says_its_lineage_and_the_window_and_repeating_does_nothing(
     tiny_checkpoint: Make, tmp_path: Path

@@ -431,6 +431,7 @@ def troubles(kind: str, seeds: range, folder: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("recipe", 12), ("set", 10), ("flag", 30), ("report", 1)])
 def test_a_few_mutations_cost_one_line_each(kind: str, count: int, tmp_path: Path) -> None:
     assert troubles(kind, range(count), tmp_path) == {}

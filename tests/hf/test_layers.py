@@ -69,6 +69,7 @@ def whole(source: Checkpoint, dtype: str = "float32", attention: str = "sdpa") -
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "attention"), [("float32", "sdpa"), ("float64", "eager"), ("bfloat16", "sdpa"), ("float32", "kvfold")]
 )

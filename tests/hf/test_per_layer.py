@@ -83,6 +83,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 # --- what is computed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_logits_are_those_of_the_heads_written_out(saved: Path) -> None:
     model, found = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)

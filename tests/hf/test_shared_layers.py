@@ -231,6 +231,7 @@ def expected_gradients(folder: Path) -> dict[str, Tensor]:
     return {name: each.grad for name, each in weights.items() if each.grad is not None}
 
 
+@pytest.mark.slow
 def test_owners_learn_from_all_who_read_them(saved: Path) -> None:
     """Checkpointing on and off, cache on and off: every gradient is the textbook's."""
     expected = expected_gradients(saved)
@@ -284,6 +285,7 @@ def test_what_is_shared_survives_sharding(saved: Path, one_rank: None) -> None:
 # --- configs and files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_what_is_saved_is_read_again(saved: Path, tmp_path: Path) -> None:
     model: Any = hf.load(saved)

@@ -327,6 +327,7 @@ def test_repair_brings_consumers_nearer_to_the_teacher(
 # --- what comes before and after -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gqa_comes_first(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     """Heads of each layer's own, then layers: one chain, one root, one budget."""
     teacher = tiny_checkpoint()

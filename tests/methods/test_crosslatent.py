@@ -356,6 +356,7 @@ def test_whitened_by_inputs_keys_and_values_count_alike() -> None:
         close(made["v"] @ (found.down_RD @ seen[1]) + made["v_bias"], reader.roles["v"] @ seen[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["outputs", "inputs", "weights"])
 def test_layers_that_read_few_directions_lose_nothing(
     metric: str, tiny_checkpoint: Make, text: ConvertSettings, tmp_path: Path

@@ -85,6 +85,7 @@ def test_duplicate_heads_fold_without_loss_on_the_fewest_tokens(
     assert _difference(teacher, student) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "repair", "least"),
     [

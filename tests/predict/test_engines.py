@@ -99,6 +99,7 @@ def promised(source: Path, method: str, settings: dict[str, Any]) -> set[str]:
     return {each.name for each in plan(source, method, settings).engines if each.loads and each.name in EXPORTED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes", "method", "settings", "loads"), CASES)
 def test_a_plan_promises_what_the_exports_do_not_refuse(
     family: str,

@@ -143,6 +143,7 @@ def put(model: Any, tensors: dict[str, Tensor]) -> None:
 # --- what is found --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", MODELS)
 def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: Callable[..., Pair]) -> None:

@@ -194,6 +194,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_dense_least_squares(name: str) -> None:
     made = CASES[name]()

@@ -357,6 +357,7 @@ def test_the_page_is_one_inert_file(run_dir: Path) -> None:
     assert targets <= set(page.ids)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(run_dir: Path) -> None:
     assert render(collect(run_dir)) == render(collect(run_dir))
 
@@ -453,6 +454,7 @@ def test_a_standalone_figure_is_xml_with_its_own_colours() -> None:
 # --- cards ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_card_has_front_matter_provenance_and_numbers(run_dir: Path) -> None:
     report(run_dir)
     text = (run_dir / "uptrained" / "kv_heads-2_seed-0" / "README.md").read_text(encoding="utf-8")

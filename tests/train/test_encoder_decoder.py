@@ -147,6 +147,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_alpha_counts_the_tokens_of_the_pretraining(text: Path, tmp_path: Path) -> None:
     teacher = _pretrained(text, tmp_path)
     student = convert(teacher, tmp_path / "student", "gqa", {"kv_heads": 1})

@@ -258,6 +258,7 @@ class _Cut(Silent):
             self.how()
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_ends_as_if_it_had_not(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, loss="kl+ce", learning_rate=3e-3, checkpoint_steps=2)
     whole = uptrain(student, tmp_path / "whole", settings)
@@ -274,6 +275,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(student: Path, text: Path, t
     assert {path.name for path in cut.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_last_step(student: Path, text: Path, tmp_path: Path, kind: signal.Signals) -> None:
     settings, before = _settings(text), signal.getsignal(kind)
@@ -489,6 +491,7 @@ def test_bad_text_writes_nothing(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_root_and_speaks_the_same_language(
     tiny_checkpoint: Callable[..., Path], student: Path, text: Path, tmp_path: Path
 ) -> None:
