@@ -117,8 +117,8 @@ def measured(name: str, into: dict[str, float]) -> Iterator[None]:
         into[f"{name}_mb"] = max(seen) - before
 
 
-def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
-    """Fit one layer of this width and print its seconds and memory as JSON."""
+def fit_layer(width: int, tokens: int, room: Path, *, repaired: bool) -> dict[str, float]:
+    """Fit one layer of this width: its seconds and memory by phase."""
     import numpy as np
     import torch  # noqa: F401 -- imports are not timed
     import transformers  # noqa: F401
@@ -155,7 +155,7 @@ def child(width: int, tokens: int, room: Path, *, repaired: bool) -> None:
             for _ in repair(source, student, gqa.METHOD.repairs(wanted), text):
                 pass
     found["predicted_mb"] = memory_bytes(source.shape, questions, CalibrationSettings()) / 1e6
-    print(json.dumps(found))
+    return found
 
 
 def measure(width: int, tokens: int, *, repaired: bool) -> dict[str, float]:
@@ -191,7 +191,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(int(given.child[0]), int(given.child[1]), Path(given.child[2]), repaired=not given.no_repair)
+        width, tokens, room = given.child
+        print(json.dumps(fit_layer(int(width), int(tokens), Path(room), repaired=not given.no_repair)))
         return
     from kvfold.disk import record
 
