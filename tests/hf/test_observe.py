@@ -95,7 +95,7 @@ def test_looking_changes_nothing_and_computes_no_more_than_attention(source: Che
     layer, site = layers.open(1), Site(1)
     attention, o = layer.owner(source.family.module(site)), layer.owner(source.family.tensor(site, "o"))
     down: list[object] = []
-    layer.owner(source.family.mlp["down"].format(layer=1)).register_forward_hook(lambda *given: down.append(given))
+    layer.owner(source.family.tensor(site, "down")).register_forward_hook(lambda *given: down.append(given))
     first = hf.attend(layer, attention, o, hidden_BTD)
     assert not down
     expected_BTD = plain.open(1).run(hidden_BTD)

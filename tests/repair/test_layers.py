@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvfold import hf
+from kvfold.contracts.family import Body
 from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.convert.conversion import convert
 from kvfold.disk import spool
@@ -346,9 +347,11 @@ def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.
     teacher, student = pair()
     with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o, gate, up or down"):
         next(repair(teacher, student, ("q", "v"), tokens()))
-    monkeypatch.setattr(teacher, "family", replace(teacher.family, mlp={}))
+    monkeypatch.setattr(teacher, "family", replace(teacher.family, body=Body()))
     monkeypatch.setattr(student, "family", teacher.family)
-    with pytest.raises(SettingError, match="repair: family llama names no gated MLP to repair; leave out"):
+    with pytest.raises(
+        SettingError, match="repair: the MLP of family llama has no gate, up or down; leave out gate, up or down"
+    ):
         next(repair(teacher, student, REPAIRABLE, tokens()))
     assert len(next(repair(teacher, student, ("q", "o"), tokens(), SETTINGS))) == 2
     monkeypatch.setattr(spool, "free_bytes", lambda path: 4 * ROWS * LENGTH * 32 * 4 - 1)

@@ -127,10 +127,9 @@ def check_enough(
         for site, _ in looks(each)
     ]
     for role in repaired:
-        if role in MLP and role not in source.family.mlp:
+        if role in MLP and role not in source.family.body.mlp:
             continue  # the repair refuses it
-        name = f"{source.family.mlp[role]}.weight" if role in MLP else source.family.tensor(Site(0), role)
-        widths.append(source.spec(name.format(layer=0)).shape[1])
+        widths.append(source.spec(source.family.tensor(Site(0), role)).shape[1])
     needed = max(widths, default=0)
     if tokens.read_tokens < needed:
         raise SettingError(

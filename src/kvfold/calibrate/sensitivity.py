@@ -179,11 +179,12 @@ class _Reading:
 
         self.through = hf.Through
         model: Any = hf.load(source.path, device=device)
-        self.base, self.head = model.base_model, model.get_output_embeddings()
+        self.base, self.head, self.body = model.base_model, model.get_output_embeddings(), source.family.body
         self.prefix = f"{model.base_model_prefix}."
-        self.layers, self.norm = list(self.base.layers), self.base.norm
+        self.shown = model.get_submodule(self.body.layers)
+        self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)
         rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * source.shape.vocab_size))
-        self.hidden = [self.base.embed_tokens(ids_BT.to(device)) for ids_BT in torch.split(rows_BT, rows)]
+        self.hidden = [model.get_input_embeddings()(ids_BT.to(device)) for ids_BT in torch.split(rows_BT, rows)]
         self.final = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
         self.at = 0
 
@@ -208,8 +209,8 @@ class _Reading:
     def _show(self, first: int, end: int, norm: nn.Module) -> None:
         """Let hidden states pass through all layers but those from `first` on, before `end`."""
         for number, layer in enumerate(self.layers):
-            self.base.layers[number] = layer if first <= number < end else self.through()
-        self.base.norm = norm
+            self.shown[number] = layer if first <= number < end else self.through()
+        self.base.set_submodule(self.body.norm.removeprefix(self.prefix), norm)
 
     def _run(self, hidden_BTD: Tensor, made: _Folded = _Folded({}, {})) -> Tensor:
         """The layers shown, with other tensors in place of the teacher's."""

@@ -341,7 +341,7 @@ def _repairs(method: Method[Any], config: Any, source: Checkpoint, options: Conv
     wanted = method.repairs(config)
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
-    return tuple(role for role in wanted if role not in MLP or source.family.mlp)
+    return tuple(role for role in wanted if role not in MLP or role in source.family.body.mlp)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------

@@ -237,8 +237,8 @@ class Checkpoint:
 
         Raises CheckpointError.
         """
-        embedding = self.family.embedding
-        if TIED not in self._stored or not embedding or not self.family.tied(self.config):
+        embedding = f"{self.family.body.embedding}.weight"
+        if TIED not in self._stored or not self.family.body.embedding or not self.family.tied(self.config):
             return
         embeddings = [name for name in self._stored if name == embedding or "embed" in name]
         if not any(self._equal(TIED, name) for name in embeddings):

@@ -37,7 +37,7 @@ from kvfold.contracts.config import (
     only,
     whole,
 )
-from kvfold.contracts.family import Json, own_type, stock_type
+from kvfold.contracts.family import Body, Json, own_type, stock_type
 from kvfold.contracts.runtimes import with_latent, with_linear
 from kvfold.contracts.site import Attention, Linear, Rope, Shape, Site
 from kvfold.errors import UnsupportedModel
@@ -53,15 +53,11 @@ TENSORS = {
     "window_gate": "window_gate",
 }
 
-MLP = {
-    **{part: f"model.layers.{{layer}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
-    "act": "model.layers.{layer}.mlp.act_fn",
-}
+GATED = {**{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}, "act": "mlp.act_fn"}
+BODY = Body(mlp=GATED)
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
-
-EMBEDDING = "model.embed_tokens.weight"
 
 LATENT = frozenset({"llama", "mistral", "qwen2"})
 """Those of them that can have latent keys and values: no norm stands between a key and its latent."""

@@ -24,7 +24,7 @@ from kvfold.contracts.config import (
     check_tokens,
     decimal,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json, stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import number
@@ -102,7 +102,6 @@ def _attention(hidden: int, heads: int) -> Attention:
 FAMILY = Family(
     name="bart",
     architectures=architectures("bart", "mbart"),
-    embedding="model.shared.weight",
     about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
@@ -135,5 +134,6 @@ FAMILY = Family(
         "forced_eos_token_id": None,
         "dtype": "float32",
     },
+    body=Body(embedding="model.shared"),
     encoder_decoder=True,
 )

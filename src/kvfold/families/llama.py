@@ -9,8 +9,7 @@ from kvfold.contracts.config import HEADS, POSITIONS, YES_NO, Fields, Rule, Rule
 from kvfold.contracts.family import Family, Json, stock_type
 from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
-    EMBEDDING,
-    MLP,
+    BODY,
     TENSORS,
     architectures,
     check_decoder,
@@ -57,7 +56,6 @@ def _shape(config: Json) -> Shape:
 FAMILY = Family(
     name="llama",
     architectures=architectures("llama", "mistral"),
-    embedding=EMBEDDING,
     about="Llama, Mistral (sliding window) and every decoder of that layout",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
@@ -65,5 +63,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("llama", "LlamaForCausalLM"),
-    mlp=MLP,
+    body=BODY,
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from kvfold.contracts.family import Family, Json
 from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
-    EMBEDDING,
-    MLP,
+    BODY,
     QWEN,
     TENSORS,
     architectures,
@@ -25,7 +24,6 @@ def _shape(config: Json) -> Shape:
 FAMILY = Family(
     name="qwen2",
     architectures=architectures("qwen2"),
-    embedding=EMBEDDING,
     about="Qwen2 and Qwen2.5 (biases on q, k and v)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
@@ -33,5 +31,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen2", "Qwen2ForCausalLM"),
-    mlp=MLP,
+    body=BODY,
 )

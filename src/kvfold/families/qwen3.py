@@ -10,8 +10,7 @@ from kvfold.contracts.config import WIDTH, YES_NO, Rules
 from kvfold.contracts.family import Family, Json
 from kvfold.contracts.site import Shape
 from kvfold.families._decoder import (
-    EMBEDDING,
-    MLP,
+    BODY,
     QWEN,
     TENSORS,
     architectures,
@@ -41,7 +40,6 @@ def _shape(config: Json) -> Shape:
 FAMILY = Family(
     name="qwen3",
     architectures=architectures("qwen3"),
-    embedding=EMBEDDING,
     about="Qwen3 (q and k normed before RoPE)",
     attention={"self": "model.layers.{layer}.self_attn"},
     tensors=TENSORS,
@@ -49,5 +47,5 @@ FAMILY = Family(
     shape=_shape,
     fields=heads_fields,
     tiny=lambda: tiny_decoder("qwen3", "Qwen3ForCausalLM"),
-    mlp=MLP,
+    body=BODY,
 )

@@ -31,7 +31,7 @@ from kvfold.contracts.config import (
     one_of,
     whole,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json, stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.families._decoder import number
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
@@ -155,5 +155,6 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
+    body=Body(embedding=""),
     encoder_decoder=True,
 )

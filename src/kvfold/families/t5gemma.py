@@ -35,7 +35,7 @@ from kvfold.contracts.config import (
     check_tokens,
     decimal,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json, stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import number, rope_of
@@ -230,5 +230,6 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
+    body=Body(embedding=""),
     encoder_decoder=True,
 )

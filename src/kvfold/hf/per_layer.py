@@ -11,6 +11,7 @@ classes.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import transformers
@@ -18,7 +19,7 @@ import transformers
 from kvfold.contracts.family import own_type
 from kvfold.families._decoder import CLASSES
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant, sharing_modes
-from kvfold.hf.subclass import derive, register_decoder
+from kvfold.hf.subclass import attentions, derive, register_decoder
 
 _HEADS = "num_key_value_heads"
 
@@ -63,14 +64,16 @@ class _OwnLayers:
             config.per_layer_config = differing or None
         model: Any = self
         modes, sources = config.kv_sharing_modes or [None] * len(heads), config.kv_source_layers
-        layers = zip(model.base_model.layers, config.per_layer_config, modes, strict=True)
-        for number, (layer, own, mode) in enumerate(layers):
-            stock = type(layer.self_attn)
+        layers = zip(attentions(model), config.per_layer_config, modes, strict=True)
+        for number, ((path, attention), own, mode) in enumerate(layers):
+            stock: Any = type(attention)
             if mode is not None:
-                layer.self_attn = globals()[f"Kvfold{stock.__name__}"](own, number, sources[number])
-            elif own.num_key_value_heads != common:
-                layer.self_attn = stock(own, number)
-            layer.self_attn.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+                stock = partial(globals()[f"Kvfold{stock.__name__}"], source=sources[number])
+            elif own.num_key_value_heads == common:
+                continue
+            made = stock(own, number)
+            made.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+            model.base_model.set_submodule(path, made)
         if config.kv_sharing_modes is not None:
             model.base_model.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # draws the weights of what is new

@@ -83,11 +83,11 @@ def repair(
     """
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if not teacher.family.mlp and (inside := [role for role in roles if role in MLP]):
+    if absent := [role for role in roles if role in MLP and role not in teacher.family.body.mlp]:
         raise SettingError(
-            f"family {teacher.family.name} names no gated MLP to repair",
+            f"the MLP of family {teacher.family.name} has no {choices(absent)}",
             where="repair",
-            next=f"leave out {choices(inside)}",
+            next=f"leave out {choices(absent)}",
         )
     with ExitStack() as stack:
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
@@ -187,7 +187,7 @@ class _Pass:
                     self._repair_inner(learnt, role)
                 else:
                     {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
-                name = self._name(site, role)
+                name = self.target.family.tensor(site, role)
                 # what lies above must see the layer as it will be saved
                 found[name] = learnt.rounded(name, getattr(torch, self.target.spec(name).dtype))
                 if not bool(found[name].isfinite().all()):
@@ -196,10 +196,6 @@ class _Pass:
             self.learnt.write(row, student.run(self.learnt.read(row, count), row))
         self.taught, self.above = self.above, self.taught
         return found
-
-    def _name(self, site: Site, role: str) -> str:
-        family = self.target.family
-        return f"{family.mlp[role].format(layer=site.layer)}.weight" if role in MLP else family.tensor(site, role)
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         return self.taught.batches(self.settings.batch_tokens)
@@ -268,9 +264,7 @@ class _Parts:
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms == "pre_rope" else None
-        self.mlp: dict[str, Any] = {
-            part: layer.owner(path.format(layer=site.layer)) for part, path in family.mlp.items()
-        }
+        self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """What the attention does with these hidden states, of the rows from `row` on."""
