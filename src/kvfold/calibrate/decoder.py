@@ -295,6 +295,9 @@ class _Reading:
 
         def show(look: tuple[Site, str]) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+                packed = self.family.packed(look[1]) if look[1] in "qk" else None
+                if packed is not None:
+                    output = packed.part(output.movedim(-1, 0), look[1], self.shape.sites[look[0]]).movedim(0, -1)
                 seen[look] = inputs[0] if look[1] == "x" else output[1] if look[1] == "p" else output
 
             return hook

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from kvfold.calibrate.decoder import calibration_hash
 from kvfold.contracts.method import Method
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL
-from kvfold.contracts.site import Shape, Site, SiteTensors
+from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -128,12 +128,6 @@ def _least(method: Method[Any], config: Any, question: Alone, shape: Shape) -> A
     return _config(method, config, one, shape)
 
 
-def tensors_of(source: Checkpoint, site: Site) -> SiteTensors:
-    """What a method is handed of a site."""
-    attention = source.shape.sites[site]
-    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
-
-
 def _rows(tokens: TokenFile, length: int, count: int) -> Tensor:
     """Rows `ids_BT` spread evenly over a text, about `count` tokens of it."""
     length = min(length, len(tokens))
@@ -153,7 +147,7 @@ class _Folded:
 def _folded(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> _Folded:
     """Convert these sites alone: each shared head is written out as often as it is read."""
     alone, name = _config(method, config, question, source.shape), source.family.tensor
-    group = {site: tensors_of(source, site) for site in _sites(question)}
+    group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import Fields
-from kvfold.contracts.site import Shape, Site
+from kvfold.contracts.packed import Packed
+from kvfold.contracts.site import Attention, Roles, Shape, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = Mapping[str, Any]
 
@@ -45,7 +49,7 @@ class Family:
     architectures: Mapping[str, str]  # model_type -> the class of that name in transformers or `kvfold.hf`
     about: str
     attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
-    tensors: Mapping[str, str]  # role -> tensor name below that module
+    tensors: Mapping[str, str | Packed]  # role -> tensor below that module, its own or one that several roles share
     check: Callable[[Fields], None]  # refuses fields that the family cannot take: see `kvfold.contracts.config`
     shape: Callable[[Json], Shape]  # a checked config.json -> Shape; raises UnsupportedModel
     fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> its fields of config.json: see `with_fields`
@@ -71,7 +75,33 @@ class Family:
         """Name of the tensor of a role, of the layer's MLP too; a role that no source has is named after itself."""
         if role in self.body.mlp:
             return f"{self.body.inside(site.layer, self.body.mlp[role])}.weight"
-        return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight')}"
+        found = self.tensors.get(role, f"{role}.weight")
+        return f"{self.module(site)}.{found if isinstance(found, str) else found.name}"
+
+    def packed(self, role: str) -> Packed | None:
+        """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
+        found = self.tensors.get(role)
+        return found if isinstance(found, Packed) else None
+
+    def stored(self, site: Site, attention: Attention) -> dict[str, tuple[str, ...]]:
+        """The tensors of a site of this shape by name, and the roles that each holds."""
+        found: dict[str, tuple[str, ...]] = {}
+        for role in attention.roles():
+            name = self.tensor(site, role)
+            found[name] = (*found.get(name, ()), role)
+        return found
+
+    def joined(self, attention: Attention, roles: Roles) -> Tensor:
+        """The tensor that holds these roles."""
+        role = next(iter(roles))
+        packed = self.packed(role)
+        return roles[role] if packed is None else packed.whole(roles, attention)
+
+    def form(self, attention: Attention, roles: tuple[str, ...]) -> tuple[int, ...]:
+        """The shape of a tensor that holds these roles."""
+        shapes = {role: attention.roles()[role] for role in roles}
+        packed = self.packed(roles[0])
+        return shapes[roles[0]] if packed is None else packed.form(shapes)
 
 
 def with_fields(config: Json, fields: Json) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kvfold import methods
 from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL, Question, RecallDrop, Reckoned, Request
-from kvfold.contracts.site import QUERIES, REPAIRABLE, WHOLE, Site, SiteTensors
+from kvfold.contracts.site import QUERIES, REPAIRABLE, WHOLE, Site
 from kvfold.convert.crew import CREW, Crew
 from kvfold.disk.checkpoint import Checkpoint, TensorSpec, Writer, carry_over, content_hash, natural
 from kvfold.disk.finite import check_finite
@@ -287,7 +287,7 @@ class _Calibration:
         progress.start("reckoning", len(asked), "sites")
         try:
             for site in asked:
-                found[Reckoned(site)] = method.reckon(site, _tensors(source, site), answers, config)
+                found[Reckoned(site)] = method.reckon(site, source.roles(site), answers, config)
                 progress.advance(1)
         finally:
             progress.stop()
@@ -368,11 +368,13 @@ class _Job:
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
         specs = {name: source.spec(name) for name in source.names()}
         for site in (site for group in groups for site in group):
-            old = {role: source.family.tensor(site, role) for role in source.shape.sites[site].roles()}
-            kinds = {role: specs.pop(name).dtype for role, name in old.items()}
-            for role, shape in student.shape.sites[site].roles().items():
-                kind = "int64" if role in WHOLE else kinds.get(role, kinds["q"])
-                specs[source.family.tensor(site, role)] = TensorSpec(shape, kind)
+            stored, before, after = source.family.stored, source.shape.sites[site], student.shape.sites[site]
+            kinds: dict[str, str] = {}
+            for name, roles in stored(site, before).items():
+                kinds |= dict.fromkeys(roles, specs.pop(name).dtype)
+            for name, roles in stored(site, after).items():
+                kind = "int64" if roles[0] in WHOLE else kinds.get(roles[0], kinds["q"])
+                specs[name] = TensorSpec(source.family.form(after, roles), kind)
         if dtype != "source":
             specs = {
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
@@ -410,27 +412,28 @@ class _Job:
 
     def _convert(self, group: Sequence[Site], writer: Writer, crew: Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
-        name = self.source.family.tensor
-        given = {site: _tensors(self.source, site) for site in group}
+        family, source = self.source.family, self.source
+        given = {site: source.roles(site) for site in group}
         for site, tensors in given.items():
             for role, tensor in tensors.roles.items():
-                check_finite(tensor, "float64", name(site, role), self.source.path)
+                check_finite(tensor, "float64", family.tensor(site, role), source.path)
         converted, told = self.method.fold(given, self.answers, self.config)
         if told:  # before the tensors: what is written is not converted again by work that goes on
             write_json(self.notes, {**self.found(), **{str(site): what for site, what in told.items()}})
         for site in group:
-            old, new = given[site].roles, converted[site]
-            for role, tensor in old.items():
-                if new.get(role) is not tensor:
-                    crew.give(self._note, name(site, role), tensor)
-            for role, tensor in new.items():
-                if name(site, role) in writer.digests:
+            old, new, attention = given[site].roles, converted[site], self.student.shape.sites[site]
+            before, after = family.stored(site, source.shape.sites[site]), family.stored(site, attention)
+            same = {name for name, held in before.items() if all(new.get(role) is old[role] for role in held)}
+            for name in before.keys() - same:
+                crew.give(self._note, name, source.read(name))
+            for name, held in after.items():
+                if name in writer.digests:
                     continue
-                if tensor is old.get(role):
-                    crew.give(self._copy, name(site, role), tensor, writer)
+                if name in same:
+                    crew.give(self._copy, name, source.read(name), writer)
                 else:
-                    writer.write(name(site, role), tensor)
-                    progress.advance(self.specs[name(site, role)].nbytes)
+                    writer.write(name, family.joined(attention, {role: new[role] for role in held}))
+                    progress.advance(self.specs[name].nbytes)
 
     def found(self) -> dict[str, Any]:
         """What the method told of the sites that are converted, also before the work was stopped."""
@@ -459,9 +462,3 @@ class _Job:
         if name not in self.source.digests:
             self.source.digests[name] = digest(tensor)
         return 0
-
-
-def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
-    """What a method is handed of a site."""
-    attention = source.shape.sites[site]
-    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})

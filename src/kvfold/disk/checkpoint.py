@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import check_generation
 from kvfold.contracts.family import Family
-from kvfold.contracts.site import WHOLE, Shape
+from kvfold.contracts.site import WHOLE, Shape, Site, SiteTensors
 from kvfold.disk import sidecar
 from kvfold.disk.foreign import check_folder, check_names
 from kvfold.disk.headers import FLOATS, TensorSpec
@@ -166,6 +166,16 @@ class Checkpoint:
         """A tensor, mapped from its file: pages come in when they are looked at, and go with the tensor."""
         return self._entry(name).read()
 
+    def roles(self, site: Site) -> SiteTensors:
+        """The shape and the tensors of a site by role; roles that share a tensor are views of it."""
+        attention, found = self.shape.sites[site], {}
+        for name, roles in self.family.stored(site, attention).items():
+            tensor = self.read(name)
+            for role in roles:
+                packed = self.family.packed(role)
+                found[role] = tensor if packed is None else packed.part(tensor, role, attention)
+        return SiteTensors(attention, found)
+
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({stored.file for stored in self._stored.values()})
@@ -277,12 +287,14 @@ class Checkpoint:
     def _verify(self) -> None:
         """Check names, shapes and dtypes against the family, from headers alone."""
         for site, attention in self.shape.sites.items():
-            for role, shape in attention.roles().items():
-                name = self.family.tensor(site, role)
+            for name, roles in self.family.stored(site, attention).items():
                 if name not in self._stored:
                     raise CheckpointError(
-                        f"tensor {name} is missing ({role} of {site})", where=self.path, next=self._hint(name)
+                        f"tensor {name} is missing ({', '.join(roles)} of {site})",
+                        where=self.path,
+                        next=self._hint(name),
                     )
+                shape = self.family.form(attention, roles)
                 spec = self._stored[name].spec
                 if spec.shape != shape:
                     raise CheckpointError(
@@ -291,7 +303,7 @@ class Checkpoint:
                         got=spec.shape,
                         allowed=shape,
                     )
-                if not spec.floating and role not in WHOLE:
+                if not spec.floating and roles[0] not in WHOLE:
                     raise CheckpointError(
                         f"tensor {name} is not of floating numbers",
                         where=self._stored[name].file,

@@ -139,7 +139,7 @@ class _Fewer:
             holder = decoder.get_submodule(path)
             module = getattr(holder, name)
             module.num_key_value_groups = attention.query_group  # by this, transformers' own attention knows of groups
-            names = {role: family.tensors[role].removesuffix(".weight") for role in "qkvo"}
+            names = {role: family.tensor(site, role).split(".")[-2] for role in "qkvo"}
             for role in ("k", "v"):
                 narrow(module, names[role], attention)
             if attention.kept is not None:

@@ -83,6 +83,12 @@ def repair(
     """
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
+    if packed := [role for role in roles if teacher.family.packed(role)]:
+        raise SettingError(
+            f"family {teacher.family.name} keeps {choices(packed)} in one tensor with other roles",
+            where="repair",
+            next=f"leave out {choices(packed)}",
+        )
     if absent := [role for role in roles if role in MLP and role not in teacher.family.body.mlp]:
         raise SettingError(
             f"the MLP of family {teacher.family.name} has no {choices(absent)}",
