@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, windows by name": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED}),
     "qwen3, normed q and k": ("qwen3", {"num_key_value_heads": 2}),
+    "olmo2, normed behind": ("olmo2", {"num_key_value_heads": 2}),
 }
 
 

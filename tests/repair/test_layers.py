@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped": ("qwen2", {"num_key_value_heads": 2}),
     "windowed": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5}),
     "normed": ("qwen3", {}),
+    "normed behind": ("olmo2", {}),
 }
 
 
@@ -95,7 +96,7 @@ class Watch:
         handles = [
             module.register_forward_pre_hook(self._keep(path))
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) or path.endswith("post_attention_layernorm")
+            if isinstance(module, nn.Linear) or path.endswith("layernorm")
         ]
         with torch.inference_mode():
             run = model(ids_BT, output_hidden_states=True, output_attentions=True)
@@ -109,6 +110,12 @@ class Watch:
             self.inputs[path] = given[0]
 
         return hook
+
+
+def middle_of(seen: Watch, path: str) -> Tensor:
+    """The residual stream after attention: what the MLP reads, or what the norm before it does."""
+    norms_behind = f"{path}.post_feedforward_layernorm" in seen.inputs
+    return seen.inputs[f"{path}.mlp.up_proj" if norms_behind else f"{path}.post_attention_layernorm"]
 
 
 def outputs(model: Any, ids_BT: Tensor) -> list[Tensor]:
@@ -135,6 +142,12 @@ def lstsq(linear: Any, z: Tensor, target: Tensor, damping: float) -> Tensor:
     return torch.linalg.lstsq(left, right).solution.T.float()
 
 
+def behind(norm: nn.Module, output: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """What is to be put out for `wanted` to come out of an RMS norm at the length of `output`, and 1 / that length."""
+    length = (output.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # rms_norm_eps
+    return length * wanted / norm.get_parameter("weight"), 1 / length
+
+
 def put(model: Any, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -159,15 +172,20 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
         assert set(found[number]) == {q, o, up, gate, down}
         put(model, {q: found[number][q]})
         seen = Watch(model, ids_BT)
-        middle = taught.inputs[f"{path}.post_attention_layernorm"]
-        target = middle - seen.hidden[number]
-        expected = lstsq(layer.self_attn.o_proj, seen.inputs[f"{path}.self_attn.o_proj"], target, SETTINGS.damping)
+        target = middle_of(taught, path) - seen.hidden[number]
+        z_BTN, share = seen.inputs[f"{path}.self_attn.o_proj"], torch.ones(1)
+        if kind == "normed behind":
+            target, share = behind(layer.post_attention_layernorm, layer.self_attn.o_proj(z_BTN), target)
+        expected = lstsq(layer.self_attn.o_proj, z_BTN * share, target * share, SETTINGS.damping)
         torch.testing.assert_close(found[number][o], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(expected, layer.self_attn.o_proj.weight, atol=1e-2)
         put(model, {name: found[number][name] for name in (o, up, gate)})
         seen = Watch(model, ids_BT)
-        target = above[number] - seen.inputs[f"{path}.post_attention_layernorm"]
-        expected = lstsq(layer.mlp.down_proj, seen.inputs[f"{path}.mlp.down_proj"], target, SETTINGS.damping)
+        target = above[number] - middle_of(seen, path)
+        z_BTN, share = seen.inputs[f"{path}.mlp.down_proj"], torch.ones(1)
+        if kind == "normed behind":
+            target, share = behind(layer.post_feedforward_layernorm, layer.mlp.down_proj(z_BTN), target)
+        expected = lstsq(layer.mlp.down_proj, z_BTN * share, target * share, SETTINGS.damping)
         torch.testing.assert_close(found[number][down], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(expected, layer.mlp.down_proj.weight, atol=1e-2)
         put(model, {down: found[number][down]})

@@ -308,7 +308,7 @@ class _Reading:
             elif what == "x":
                 name = self.family.tensor(site, "q" if self.shape.sites[site].source is not None else "k")
             else:
-                role = f"{what}_norm" if self.shape.sites[site].norms == "pre_rope" else what
+                role = f"{what}_norm" if self.shape.sites[site].norms != "none" else what
                 name = self.family.tensor(site, role)
             layer.owner(name).register_forward_hook(show((site, what)))
 

@@ -153,7 +153,7 @@ def _folded(source: Checkpoint, method: Method[Any], config: Any, question: Alon
     for site, roles in method.convert(group, answers, alone).items():
         before, after = source.shape.sites[site], student.sites[site]
         for role, tensor in roles.items():
-            if role in ("k", "v", "k_bias", "v_bias"):
+            if role[0] in "kv" and len(tensor) < before.roles()[role][0]:  # shared by several heads
                 heads = tensor.shape[0] // before.head_dim
                 blocks = tensor.view(heads, before.head_dim, *tensor.shape[1:])
                 tensor = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)

@@ -56,13 +56,13 @@ TENSORS = {
 GATED = {**{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}, "act": "mlp.act_fn"}
 BODY = Body(mlp=GATED)
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"}
 """Stock model types that can have layers of their own, and what transformers' classes for them begin with."""
 
 LATENT = frozenset({"llama", "mistral", "qwen2"})
 """Those of them that can have latent keys and values: no norm stands between a key and its latent."""
 
-LINEAR = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LINEAR = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
 """Those of them that can have linear attention."""
 
 LINEAR_LAYER = "kvfold_linear"
@@ -222,7 +222,7 @@ def decoder_shape(
     biases: frozenset[str],
     mlp_biases: bool,
     windows: Sequence[int | None],
-    norms: Literal["none", "pre_rope"] = "none",
+    norms: Literal["none", "pre_rope", "all_heads"] = "none",
 ) -> Shape:
     """Shape of a decoder of this layout: rotary, RMS-normed, with a gated MLP."""
     hidden, heads, layers = (
