@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
@@ -32,7 +33,7 @@ HEADS = (4, 2, 1, 2)
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
-    **{f"{name}, own": (name, {}, OWN, HEADS) for name, family in all_families().items() if not family.encoder_decoder},
+    **{f"{name}, own": (name, {}, OWN, HEADS) for name in all_families() if name in LAYERS.models},
     "windows, own": ("qwen3", {**WINDOWS, "attention_bias": True, "tie_word_embeddings": True}, OWN, HEADS),
     "llama": ("llama", {}, PAIRS, (4, 4, 4, 4)),
     "one owner": ("llama", {"attention_bias": True}, (0, 0, 0, 0), (2, 2, 2, 2)),
@@ -348,7 +349,7 @@ def test_a_config_that_cannot_be_is_refused(said: object, told: str, config: dic
 
 def test_a_stock_architecture_does_not_share(config: dict[str, Any]) -> None:
     stock = {**all_families()["llama"].tiny(), "kv_source_layers": [0, 0, 2, 2]}
-    with pytest.raises(UnsupportedModel, match="llama has no layers that share"):
+    with pytest.raises(UnsupportedModel, match="transformers builds every layer of llama alike"):
         family_of(stock).shape(stock)
     mixed = {**config, "per_layer_config": {"1": {"num_key_value_heads": 2}}}
     with pytest.raises(UnsupportedModel, match="layer 1 reads keys and values of layer 0, and differs"):

@@ -26,7 +26,7 @@ from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families import all_families
 from kvfold.methods import gqa
 from kvfold.predict.plan import PlanSettings, plan
@@ -55,8 +55,9 @@ def takes(method: str, family: str) -> bool:
     """Does the method take this family? What it refuses is told in its own tests."""
     shape = shape_of(family)
     try:
-        METHODS[method].lossless(shape).check(shape)
-    except SettingError:
+        for settings in (METHODS[method].lossless, METHODS[method].example):
+            methods.check(method, settings(shape), shape)
+    except (SettingError, UnsupportedModel):
         return False
     return True
 

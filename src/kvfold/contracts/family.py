@@ -42,6 +42,23 @@ class Body:
 
 
 @dataclass(frozen=True)
+class Expressed:
+    """A tensor as a function of tensors of another architecture; without `make`, the one that `sources` names."""
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    make: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Rehoused:
+    """The same function in another stock architecture: its config.json, and its tensors by name."""
+
+    config: Json
+    tensors: Mapping[str, Expressed]
+
+
+@dataclass(frozen=True)
 class Family:
     """Where one architecture keeps its weights, and how `config.json` describes them."""
 
@@ -57,6 +74,8 @@ class Family:
     body: Body = Body()
     aliases: tuple[str, ...] = ()  # older names of the architectures
     encoder_decoder: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -77,6 +96,16 @@ class Family:
             return f"{self.body.inside(site.layer, self.body.mlp[role])}.weight"
         found = self.tensors.get(role, f"{role}.weight")
         return f"{self.module(site)}.{found if isinstance(found, str) else found.name}"
+
+    def on_disk(self, name: str) -> str:
+        """The name under which a checkpoint stores a parameter of the model."""
+        found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
+        return name if found is None else self.renamed[found] + name.removeprefix(found)
+
+    def rehoused(self, config: Json) -> Rehoused:
+        """The same function in the architecture that students are written in. Raises UnsupportedModel."""
+        assert self.rehouse is not None
+        return self.rehouse(config)
 
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
@@ -111,14 +140,3 @@ def with_fields(config: Json, fields: Json) -> dict[str, Any]:
         part, _, own = name.rpartition(".")
         made |= {part: {**made[part], own: value}} if part else {own: value}
     return made
-
-
-def own_type(model_type: str) -> str:
-    """The kvfold model type of a stock architecture."""
-    return f"kvfold_{model_type}"
-
-
-def stock_type(config: Json) -> str:
-    """The stock architecture of a config.json of any kind."""
-    name = str(config["model_type"]).removeprefix(own_type(""))
-    return name.removeprefix("latent_").removeprefix("linear_")

@@ -41,11 +41,12 @@ from kvfold.disk.output import (
     tidy,
     write_json,
 )
+from kvfold.disk.rehoused import Rehoused
 from kvfold.disk.shards import JOURNAL, digest
 from kvfold.disk.sidecar import carried
 from kvfold.errors import CheckpointError, DataError, Interrupted, OutputError, SettingError, choices
 from kvfold.predict.plan import rooted
-from kvfold.predict.student_config import student_config
+from kvfold.predict.student_config import rehoused, student_config
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import SEEDS, check_range, decode
 
@@ -121,6 +122,9 @@ def convert(
         settings = {**chosen.without_text, **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
     methods.check(method, config, source.shape)
+    if rehoused(source.config, source.family, source.shape, chosen.student(config, source.shape)):
+        source = Rehoused(source)
+        source.shape = rooted(source.shape, source.lineage)
     _config(source, chosen.student(config, source.shape), method, options.dtype)  # these two refuse before any work
     carried(source.path)
     options = replace(options, repair=_repairs(chosen, config, source, options))
@@ -163,7 +167,7 @@ def convert(
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
             lineage = descend(
-                source,
+                source.origin,
                 inputs=_inputs(source, asked),
                 stage="convert",
                 settings={**_settings(method, resolved, options), **how},
@@ -179,7 +183,7 @@ def convert(
             hashed = content_hash(made, job.specs, writer.digests)
             write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
             output.commit()
-            remember(source)
+            remember(source.origin)
     except KeyboardInterrupt:
         raise Interrupted("stopped", where=dst, next="the same command continues") from None
     return output.path

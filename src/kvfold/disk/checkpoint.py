@@ -158,6 +158,20 @@ class Checkpoint:
         """Names of the tensors, in order of layers and not of letters."""
         return sorted(self._stored, key=natural)
 
+    @property
+    def origin(self) -> Checkpoint:
+        """The checkpoint that is stored: this one, unless it is a view of another."""
+        return self
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor in the files: its own, or that of the model's parameter."""
+        alike = (each for each in self._stored if self.family.on_disk(each) == self.family.on_disk(name))
+        return name if name in self._stored else next(alike, name)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name).file
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
         return self._entry(name).spec

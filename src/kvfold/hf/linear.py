@@ -37,8 +37,8 @@ from kvfold.attention.linear import (
     normed,
     slopes,
 )
+from kvfold.contracts.runtimes import LINEAR, LINEAR_LAYER, STEMS
 from kvfold.errors import SettingError
-from kvfold.families._decoder import CLASSES, LINEAR, LINEAR_LAYER, linear_type
 from kvfold.hf.attention import NAME_FP8, through_fp8
 from kvfold.hf.shared_layers import normed_heads
 from kvfold.hf.subclass import attentions, derive, register_decoder
@@ -484,7 +484,7 @@ def _register(model_type: str, name: str) -> None:
     register_decoder(
         __name__,
         _ABOUT,
-        linear_type(model_type),
+        LINEAR.model_type(model_type),
         (name, f"KvfoldLinear{name}"),
         _Linear,
         config=(_Settings,),
@@ -493,5 +493,5 @@ def _register(model_type: str, name: str) -> None:
     )
 
 
-for _model_type in sorted(LINEAR):
-    _register(_model_type, CLASSES[_model_type])
+for _model_type in sorted(LINEAR.models):
+    _register(_model_type, STEMS[_model_type])

@@ -16,8 +16,7 @@ from typing import Any
 
 import transformers
 
-from kvfold.contracts.family import own_type
-from kvfold.families._decoder import CLASSES
+from kvfold.contracts.runtimes import LAYERS, STEMS
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant, sharing_modes
 from kvfold.hf.subclass import attentions, derive, register_decoder
 
@@ -98,8 +97,9 @@ def _register(model_type: str, name: str) -> None:
     stock = getattr(module, f"{name}Attention")
     derive(__name__, _ABOUT, stock, f"Kvfold{name}Attention", SharedAttention, architecture=module)
     names = (name, f"Kvfold{name}")
-    register_decoder(__name__, _ABOUT, own_type(model_type), names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
+    ours = LAYERS.model_type(model_type)
+    register_decoder(__name__, _ABOUT, ours, names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
 
 
-for _model_type, _name in CLASSES.items():
-    _register(_model_type, _name)
+for _model_type in sorted(LAYERS.models):
+    _register(_model_type, STEMS[_model_type])

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvfold.contracts.family import stock_type
+from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import divisors, per_kind
 from kvfold.contracts.requests import Answers, AttentionGram, FoldedKL, InputGram, QueryGram, Question
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import KINDS, REPAIRABLE, Attention, Kind, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
 from kvfold.solve import budget as budgets
@@ -77,6 +78,13 @@ class Config:
                     "kv_heads auto is measured on decoders alone",
                     where="gqa",
                     next="say how many heads each kind keeps",
+                )
+            if shape.model_type not in LAYERS.models:
+                raise SettingError(
+                    f"kv_heads auto gives layers heads of their own, and {shape.model_type} has no classes for those",
+                    where="gqa",
+                    allowed=choices(sorted(LAYERS.models)),
+                    next="give one number for all layers",
                 )
             budgets.check(self.budget, shape, "gqa")
             return
