@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kvfold import hf
+from kvfold.calibrate.decoder import CalibrationSettings, read
+from kvfold.contracts.requests import QueryGram, SampledPairs
+from kvfold.contracts.site import Site
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.rehoused import Rehoused
@@ -52,6 +55,18 @@ def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str
     mask_BT[0, :6] = 0  # left padding
     padded = [logits(model, attention_mask=mask_BT)[0, 6:] for model in (phi, teacher)]
     torch.testing.assert_close(*padded, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_and_keys_of_a_packed_map_are_those_of_the_view(tiny_checkpoint: Make) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gpt_neox"))
+    requests = [QueryGram(Site(2)), SampledPairs(Site(2), 20)]
+    answers = [
+        read(each, requests, [IDS_BT], CalibrationSettings(), total=IDS_BT.numel())
+        for each in (source, Rehoused(source))
+    ]
+    for request in requests:
+        for name, expected in answers[0][request].items():
+            torch.testing.assert_close(answers[1][request][name], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
