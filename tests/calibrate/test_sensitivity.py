@@ -38,6 +38,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": {"tie_word_embeddings": True},
+    "olmo2": {},
 }
 
 

@@ -11,6 +11,7 @@ import transformers
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Attention, Site
 from kvfold.errors import UnsupportedModel
 from kvfold.families import all_families, family_of
@@ -23,7 +24,7 @@ GEMMA = FAMILIES["t5gemma"].tiny()
 WIDE = {"encoder": {**GEMMA["encoder"], "hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2}}
 MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
-DECODERS = [name for name, family in FAMILIES.items() if not family.encoder_decoder]
+DECODERS = [name for name in FAMILIES if name in LAYERS.models]  # with classes for layers that differ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     **{f"{name}, grouped": (name, {"num_key_value_heads": 2}) for name in DECODERS},
@@ -53,6 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for model_type in ("llama", "mistral", "qwen2")
     },
+    "phi, grouped": ("phi", {"num_key_value_heads": 2}),
+    "phi, tied": ("phi", {"tie_word_embeddings": True}),
+    "gpt_neox, tied": ("gpt_neox", {"tie_word_embeddings": True}),
+    "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    "olmo2, biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
     "mistral": ("llama", {**MISTRAL, "num_key_value_heads": 2}),
@@ -126,7 +132,7 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
     tensors = {name: tuple(tensor.shape) for name, tensor in stored}
     for site, attention in shape.sites.items():
-        named = {family.tensor(site, role): form for role, form in attention.roles().items()}
+        named = {name: family.form(attention, roles) for name, roles in family.stored(site, attention).items()}
         below = {name: form for name, form in tensors.items() if name.startswith(f"{family.module(site)}.")}
         assert named == below, f"the roles of {site} are not the parameters of {family.module(site)}"
         assert attention.parameters == sum(
@@ -136,7 +142,7 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
         name
         for name, module in model.named_modules()
         if re.fullmatch(
-            r"[A-Z]\w*\dAttention|[A-Z]+[a-z]+Attention|T5Gemma(Self|Cross)Attention|KvfoldLatent\w+Attention|LatentAttention",
+            r"[A-Z]\w*\dAttention|GPTNeoXAttention|[A-Z]+[a-z]+Attention|T5Gemma(Self|Cross)Attention|KvfoldLatent\w+Attention|LatentAttention",
             type(module).__name__,
         )
     }

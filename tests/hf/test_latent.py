@@ -223,8 +223,8 @@ def test_a_latent_student_is_a_source_of_its_own_kind(make: Callable[..., tuple[
     ("changes", "told"),
     [
         ({"rope_chunks": [1, 1]}, "rope_chunks must be a list of 4 numbers"),
-        ({"latent_dims": 8}, "latent_dims must be a list of whole numbers or null"),
-        ({"latent_dims": [8, 8, 0, 8]}, "latent_dims must be a positive whole number"),
+        ({"latent_dims": 8}, "latent_dims must be a list of positive whole numbers or null"),
+        ({"latent_dims": [8, 8, 0, 8]}, "latent_dims must be a list of positive whole numbers or null"),
     ],
 )
 def test_a_config_that_says_too_little_is_refused(

@@ -43,6 +43,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, windows by name": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED}),
     "qwen3, normed q and k": ("qwen3", {"num_key_value_heads": 2}),
+    "olmo2, normed behind": ("olmo2", {"num_key_value_heads": 2}),
+    "phi, side by side": ("phi", {"num_key_value_heads": 2}),
+    "gpt_neox, side by side": ("gpt_neox", {}),
+    "gpt_neox, in sequence": ("gpt_neox", {"use_parallel_residual": False}),
 }
 
 
@@ -61,9 +65,8 @@ def whole(source: Checkpoint, dtype: str = "float32", attention: str = "sdpa") -
         source.path, dtype=getattr(torch, dtype), attn_implementation=attention
     )
     found: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda module, given: found.append(given[0]))
-    model.model.norm.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+    for path in (*map(source.family.body.inside, range(source.shape.num_layers)), source.family.body.norm):
+        model.get_submodule(path).register_forward_pre_hook(lambda module, given: found.append(given[0]))
     with torch.inference_mode():
         model(IDS_BT)
     return found
@@ -154,7 +157,9 @@ def test_attention_probabilities_are_shown(source: Checkpoint) -> None:
     for number in range(len(layers)):
         layer = layers.open(number)
         shown: list[torch.Tensor] = []
-        layer.module("self_attn").register_forward_hook(lambda module, given, out, to=shown: to.append(out[1]))
+        layer.owner(source.family.module(Site(number))).register_forward_hook(
+            lambda module, given, out, to=shown: to.append(out[1])
+        )
         hidden_BTD = layer.run(hidden_BTD)
         assert torch.equal(shown[0], expected[number])
 

@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
 }
 
 
@@ -60,9 +61,12 @@ def test_all_that_is_seen_is_what_transformers_computes(source: Checkpoint) -> N
     for number, layer in enumerate(model.model.layers):
         hidden_BTD, shape, part = run.hidden_states[number], source.shape.sites[Site(number)], layer.self_attn
         seen = look(layers, number, hidden_BTD)
-        x_BTD = layer.input_layernorm(hidden_BTD)
+        x_BTD = hidden_BTD if shape.norms == "all_heads" else layer.input_layernorm(hidden_BTD)
         close(seen.input_BTD, x_BTD)
-        q, k, v = (each(x_BTD).view(3, 24, -1, 8) for each in (part.q_proj, part.k_proj, part.v_proj))
+        q, k, v = (each(x_BTD) for each in (part.q_proj, part.k_proj, part.v_proj))
+        if shape.norms == "all_heads":
+            q, k = part.q_norm(q), part.k_norm(k)
+        q, k, v = (each.view(3, 24, -1, 8) for each in (q, k, v))
         if shape.norms == "pre_rope":
             q, k = part.q_norm(q), part.k_norm(k)
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos_BTE, sin_BTE)
@@ -95,7 +99,7 @@ def test_looking_changes_nothing_and_computes_no_more_than_attention(source: Che
     layer, site = layers.open(1), Site(1)
     attention, o = layer.owner(source.family.module(site)), layer.owner(source.family.tensor(site, "o"))
     down: list[object] = []
-    layer.owner(source.family.mlp["down"].format(layer=1)).register_forward_hook(lambda *given: down.append(given))
+    layer.owner(source.family.tensor(site, "down")).register_forward_hook(lambda *given: down.append(given))
     first = hf.attend(layer, attention, o, hidden_BTD)
     assert not down
     expected_BTD = plain.open(1).run(hidden_BTD)

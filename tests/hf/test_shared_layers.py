@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
@@ -32,7 +33,7 @@ HEADS = (4, 2, 1, 2)
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
-    **{f"{name}, own": (name, {}, OWN, HEADS) for name, family in all_families().items() if not family.encoder_decoder},
+    **{f"{name}, own": (name, {}, OWN, HEADS) for name in all_families() if name in LAYERS.models},
     "windows, own": ("qwen3", {**WINDOWS, "attention_bias": True, "tie_word_embeddings": True}, OWN, HEADS),
     "llama": ("llama", {}, PAIRS, (4, 4, 4, 4)),
     "one owner": ("llama", {"attention_bias": True}, (0, 0, 0, 0), (2, 2, 2, 2)),
@@ -41,7 +42,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
     "mistral": ("llama", MISTRAL, PAIRS, (4, 4, 2, 2)),
     "qwen2": ("qwen2", WINDOWS, PAIRS, (2, 2, 4, 4)),
     "qwen3": ("qwen3", {}, PAIRS, (4, 4, 1, 1)),
+    "olmo2": ("olmo2", {"attention_bias": True}, PAIRS, (4, 4, 1, 1)),
 }
+NORMS = ("input", "post_attention", "post_feedforward")
 SHARED = [kind for kind, (_, _, sources, _) in MODELS.items() if sources != OWN]
 
 
@@ -77,14 +80,18 @@ def textbook(folder: Path, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Ten
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     for layer, source in enumerate(sources_of(folder)):
         name, site = f"model.layers.{layer}", shape.sites[Site(layer)]
-        h_BTD = _norm(x_BTD, weights[f"{name}.input_layernorm.weight"], config["rms_norm_eps"])
+        norms = {each: weights.get(f"{name}.{each}_layernorm.weight") for each in NORMS}
+        h_BTD = _norm(x_BTD, norms["input"], config["rms_norm_eps"])
         made = {}
         for role in "qkv" if source == layer else "q":
             flat = h_BTD @ weights[f"{name}.self_attn.{role}_proj.weight"].T
             flat = flat + weights.get(f"{name}.self_attn.{role}_proj.bias", torch.zeros(1))
+            weight = weights.get(f"{name}.self_attn.{role}_norm.weight", torch.zeros(0))
+            if len(weight) > site.head_dim:  # over all heads
+                flat = _norm(flat, weight, config["rms_norm_eps"])
             heads = flat.view(*ids_BT.shape, -1, site.head_dim)
-            if f"{name}.self_attn.{role}_norm.weight" in weights:
-                heads = _norm(heads, weights[f"{name}.self_attn.{role}_norm.weight"], config["rms_norm_eps"])
+            if len(weight) == site.head_dim:
+                heads = _norm(heads, weight, config["rms_norm_eps"])
             made[role] = heads if role == "v" else _turn(heads)
         if source == layer:
             kept[layer] = made["k"], made["v"]
@@ -97,16 +104,19 @@ def textbook(folder: Path, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Ten
             seen = (s <= t) & (t - s < (site.window or 10**6))
             rows.append(softmax(logits.masked_fill(~seen, -torch.inf), -1) @ values[:, :, mine])
         o_BTD = torch.cat(rows, -1) @ weights[f"{name}.self_attn.o_proj.weight"].T
-        x_BTD = x_BTD + o_BTD + weights.get(f"{name}.self_attn.o_proj.bias", torch.zeros(1))
-        h_BTD = _norm(x_BTD, weights[f"{name}.post_attention_layernorm.weight"], config["rms_norm_eps"])
+        o_BTD = o_BTD + weights.get(f"{name}.self_attn.o_proj.bias", torch.zeros(1))
+        behind = norms["post_feedforward"] is not None  # attention and MLP are normed behind, not before
+        x_BTD = x_BTD + _norm(o_BTD, norms["post_attention"] if behind else None, config["rms_norm_eps"])
+        h_BTD = _norm(x_BTD, None if behind else norms["post_attention"], config["rms_norm_eps"])
         gate, up, down = (weights[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
-        x_BTD = x_BTD + (silu(h_BTD @ gate.T) * (h_BTD @ up.T)) @ down.T
+        made_BTD = (silu(h_BTD @ gate.T) * (h_BTD @ up.T)) @ down.T
+        x_BTD = x_BTD + _norm(made_BTD, norms["post_feedforward"], config["rms_norm_eps"])
     head_VD = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
     return _norm(x_BTD, weights["model.norm.weight"], config["rms_norm_eps"]) @ head_VD.T
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def _turn(heads_BTHE: Tensor) -> Tensor:
@@ -339,7 +349,7 @@ def test_a_config_that_cannot_be_is_refused(said: object, told: str, config: dic
 
 def test_a_stock_architecture_does_not_share(config: dict[str, Any]) -> None:
     stock = {**all_families()["llama"].tiny(), "kv_source_layers": [0, 0, 2, 2]}
-    with pytest.raises(UnsupportedModel, match="llama has no layers that share"):
+    with pytest.raises(UnsupportedModel, match="transformers builds every layer of llama alike"):
         family_of(stock).shape(stock)
     mixed = {**config, "per_layer_config": {"1": {"num_key_value_heads": 2}}}
     with pytest.raises(UnsupportedModel, match="layer 1 reads keys and values of layer 0, and differs"):

@@ -32,7 +32,7 @@ from kvfold.contracts.method import Method
 from kvfold.contracts.site import Shape, Site
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families import all_families, family_of
 from tolerance import assert_same
 
@@ -103,8 +103,11 @@ def _takes(case: str, source: str) -> bool:
     found = all_families()[family]
     method, shape = METHODS[case.split()[0]], found.shape({**found.tiny(), **changes})
     try:
-        method.lossless(shape).check(shape)
-    except SettingError:
+        lossless = method.lossless(shape)
+        methods.check(case.split()[0], lossless, shape)
+        folded = method.Config(**FOLDED[case](shape)) if case in FOLDED else lossless
+        methods.check(case.split()[0], folded, shape)
+    except (SettingError, UnsupportedModel):
         return False
     return True
 

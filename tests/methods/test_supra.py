@@ -101,7 +101,7 @@ def test_the_published_layer_from_its_formula(tiny_checkpoint: Callable[..., Pat
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 def test_without_features_it_is_the_teacher_behind_a_mask(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -111,7 +111,7 @@ def test_without_features_it_is_the_teacher_behind_a_mask(
     seen_TT = (step_TT >= 0) & ((step_TT < 4) | (torch.arange(21) < 2))
     whole: Any = hf.load(teacher, attention="eager")
     mask_11TT = torch.zeros(21, 21).masked_fill(~seen_TT, -torch.inf)[None, None]
-    given = mask_11TT if family == "llama" else {"full_attention": mask_11TT}
+    given = mask_11TT if family != "qwen3" else {"full_attention": mask_11TT}
     expected = whole(ids(1, 21), attention_mask=given).logits
     assert_same(student(ids(1, 21)).logits, expected)
     assert not any("phi" in name or "window_gate" in name for name in student.state_dict())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvfold import hf
+from kvfold.contracts.family import MLP, Body
 from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.convert.conversion import convert
 from kvfold.disk import spool
@@ -33,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped": ("qwen2", {"num_key_value_heads": 2}),
     "windowed": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5}),
     "normed": ("qwen3", {}),
+    "normed behind": ("olmo2", {}),
+    "side by side": ("phi", {"num_key_value_heads": 2}),
 }
 
 
@@ -53,6 +56,7 @@ def ids_of(text: TokenFile, length: int = LENGTH) -> Tensor:
     return torch.from_numpy(text.tokens.astype(np.int64)).view(-1, length)
 
 
+SHARPER = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "o_proj", "dense", "down_proj", "fc2"))
 Pair = tuple[Checkpoint, Checkpoint]
 
 
@@ -66,7 +70,7 @@ def pair(tiny_checkpoint: Make, tmp_path: Path) -> Callable[..., Pair]:
         file = teacher / "model.safetensors"
         tensors = load_file(file)
         for name in tensors:
-            if any(part in name for part in ("q_proj.weight", "k_proj.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(SHARPER):
                 tensors[name] *= 3
         save_file(tensors, file, metadata={"format": "pt"})
         settings = {} if method == "identity" else {"kv_heads": 1}
@@ -79,6 +83,7 @@ def repaired(
     pair: Pair, roles: tuple[str, ...] = REPAIRABLE, text: TokenFile | None = None, **changes: Any
 ) -> list[Any]:
     settings = replace(SETTINGS, **changes)
+    roles = tuple(role for role in roles if role in ("q", "o", *pair[0].family.body.mlp))
     return list(repair(*pair, roles, text or tokens(), settings))
 
 
@@ -94,7 +99,7 @@ class Watch:
         handles = [
             module.register_forward_pre_hook(self._keep(path))
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) or path.endswith("post_attention_layernorm")
+            if isinstance(module, nn.Linear) or path.endswith("layernorm")
         ]
         with torch.inference_mode():
             run = model(ids_BT, output_hidden_states=True, output_attentions=True)
@@ -110,6 +115,15 @@ class Watch:
         return hook
 
 
+def middle_of(model: Any, seen: Watch, number: int) -> Tensor:
+    """The residual stream after attention: what the MLP or the norm before it reads, or the sum where neither does."""
+    layer, path = model.model.layers[number], f"model.layers.{number}"
+    if hasattr(layer.self_attn, "dense"):
+        return seen.hidden[number] + layer.self_attn.dense(seen.inputs[f"{path}.self_attn.dense"])
+    norms_behind = f"{path}.post_feedforward_layernorm" in seen.inputs
+    return seen.inputs[f"{path}.mlp.up_proj" if norms_behind else f"{path}.post_attention_layernorm"]
+
+
 def outputs(model: Any, ids_BT: Tensor) -> list[Tensor]:
     """The residual stream behind every layer."""
     found: list[Tensor] = []
@@ -123,15 +137,21 @@ def outputs(model: Any, ids_BT: Tensor) -> list[Tensor]:
     return found
 
 
-def lstsq(linear: Any, z: Tensor, target: Tensor, damping: float) -> Tensor:
-    """Ridge towards what the module was, as rows of one least squares in float64."""
+def lstsq(linear: Any, z: Tensor, target: Tensor, damping: float, share: Tensor) -> Tensor:
+    """Ridge towards what the module was, as rows of one least squares in float64; `share` weighs tokens already."""
     z_TN, y_TM = z.flatten(0, 1).double(), target.flatten(0, 1).double()
     if linear.bias is not None:
-        y_TM = y_TM - linear.bias.double()
+        y_TM = y_TM - (share * linear.bias).expand_as(target).flatten(0, 1).double()
     pull = (damping * len(z_TN) * z_TN.square().mean()) ** 0.5
     left = torch.cat([z_TN, pull * torch.eye(z_TN.shape[1]).double()])
     right = torch.cat([y_TM, pull * linear.weight.double().T])
     return torch.linalg.lstsq(left, right).solution.T.float()
+
+
+def behind(norm: nn.Module, output: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """What is to be put out for `wanted` to come out of an RMS norm at the length of `output`, and 1 / that length."""
+    length = (output.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # rms_norm_eps
+    return length * wanted / norm.get_parameter("weight"), 1 / length
 
 
 def put(model: Any, tensors: dict[str, Tensor]) -> None:
@@ -148,28 +168,35 @@ def put(model: Any, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: Callable[..., Pair]) -> None:
     teacher, student = pair(kind)
-    ids_BT = ids_of(tokens())
+    ids_BT, family = ids_of(tokens()), teacher.family
     found = repaired((teacher, student))
-    model, taught, above = stock(student), Watch(stock(teacher), ids_BT), outputs(stock(teacher), ids_BT)
+    model, above = stock(student), outputs(stock(teacher), ids_BT)
+    taught = Watch(stock(teacher), ids_BT)
     for number, layer in enumerate(model.model.layers):
-        path = f"model.layers.{number}"
-        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
-        q, o, up, gate, down = (f"{path}.{name}.weight" for name in names)
-        assert set(found[number]) == {q, o, up, gate, down}
-        put(model, {q: found[number][q]})
+        names = {
+            role: family.tensor(Site(number), role) for role in ("q", "o", *(set(MLP) & set(family.body.mlp) - {"act"}))
+        }
+        assert set(found[number]) == set(names.values())
+        o, down = (model.get_submodule(names[role].removesuffix(".weight")) for role in ("o", "down"))
+        put(model, {names["q"]: found[number][names["q"]]})
         seen = Watch(model, ids_BT)
-        middle = taught.inputs[f"{path}.post_attention_layernorm"]
-        target = middle - seen.hidden[number]
-        expected = lstsq(layer.self_attn.o_proj, seen.inputs[f"{path}.self_attn.o_proj"], target, SETTINGS.damping)
-        torch.testing.assert_close(found[number][o], expected, rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(expected, layer.self_attn.o_proj.weight, atol=1e-2)
-        put(model, {name: found[number][name] for name in (o, up, gate)})
+        target = middle_of(stock(teacher), taught, number) - seen.hidden[number]
+        z_BTN, share = seen.inputs[names["o"].removesuffix(".weight")], torch.ones(1)
+        if kind == "normed behind":
+            target, share = behind(layer.post_attention_layernorm, o(z_BTN), target)
+        expected = lstsq(o, z_BTN * share, target * share, SETTINGS.damping, share)
+        torch.testing.assert_close(found[number][names["o"]], expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(expected, o.weight, atol=1e-2)
+        put(model, {names[role]: found[number][names[role]] for role in names if role != "down"})
         seen = Watch(model, ids_BT)
-        target = above[number] - seen.inputs[f"{path}.post_attention_layernorm"]
-        expected = lstsq(layer.mlp.down_proj, seen.inputs[f"{path}.mlp.down_proj"], target, SETTINGS.damping)
-        torch.testing.assert_close(found[number][down], expected, rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(expected, layer.mlp.down_proj.weight, atol=1e-2)
-        put(model, {down: found[number][down]})
+        target = above[number] - middle_of(model, seen, number)
+        z_BTN, share = seen.inputs[names["down"].removesuffix(".weight")], torch.ones(1)
+        if kind == "normed behind":
+            target, share = behind(layer.post_feedforward_layernorm, down(z_BTN), target)
+        expected = lstsq(down, z_BTN * share, target * share, SETTINGS.damping, share)
+        torch.testing.assert_close(found[number][names["down"]], expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(expected, down.weight, atol=1e-2)
+        put(model, {names["down"]: found[number][names["down"]]})
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -346,9 +373,11 @@ def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.
     teacher, student = pair()
     with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o, gate, up or down"):
         next(repair(teacher, student, ("q", "v"), tokens()))
-    monkeypatch.setattr(teacher, "family", replace(teacher.family, mlp={}))
+    monkeypatch.setattr(teacher, "family", replace(teacher.family, body=Body()))
     monkeypatch.setattr(student, "family", teacher.family)
-    with pytest.raises(SettingError, match="repair: family llama names no gated MLP to repair; leave out"):
+    with pytest.raises(
+        SettingError, match="repair: the MLP of family llama has no gate, up or down; leave out gate, up or down"
+    ):
         next(repair(teacher, student, REPAIRABLE, tokens()))
     assert len(next(repair(teacher, student, ("q", "o"), tokens(), SETTINGS))) == 2
     monkeypatch.setattr(spool, "free_bytes", lambda path: 4 * ROWS * LENGTH * 32 * 4 - 1)

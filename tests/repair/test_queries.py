@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import functional as autograd
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk import spool
 from kvfold.errors import OutputError
 from kvfold.hf import Attended
-from kvfold.repair.queries import LogitFit
+from kvfold.repair.queries import LogitFit, Turn
 
 ROWS, LENGTH, HIDDEN, WIDTH = 6, 12, 10, 8
 DAMPING = 1e-2
@@ -291,6 +292,26 @@ def test_a_student_of_a_stretched_teacher_is_stretched_back() -> None:
         stretched = replace(made, taught=taught, learnt=replace(made.learnt, key_BGSE=keys_BGSE))
         found_HED = solve(stretched, steps=120, damping=1e-4)
         torch.testing.assert_close(found_HED, weight_HED / 2, rtol=0, atol=2e-3)
+
+
+def test_a_norm_over_all_heads_is_differentiated_as_a_whole() -> None:
+    """Its derivative and the transpose of that, against autograd through transformers' own norm."""
+    made, norm = case(), LlamaRMSNorm(4 * WIDTH, eps=0).requires_grad_(False).double()
+    norm.weight.copy_(1 + 0.3 * drawn(4 * WIDTH, seed=4))
+    own, change, pulled = (drawn(ROWS, 4, LENGTH, WIDTH, seed=seed).double() for seed in (5, 6, 7))
+    cos_TE, sin_TE = made.learnt.cos_TE, made.learnt.sin_TE
+    assert cos_TE is not None
+    assert sin_TE is not None
+
+    def whole(own_BHTE: Tensor) -> Tensor:
+        heads_BHTE = norm(own_BHTE.transpose(1, 2).flatten(2)).view(ROWS, LENGTH, 4, WIDTH).transpose(1, 2)
+        turned: Tensor = apply_rotary_pos_emb(heads_BHTE, heads_BHTE, cos_TE[None], sin_TE[None])[0]
+        return turned
+
+    turn, close = Turn(made.learnt, norm, own), {"rtol": 1e-4, "atol": 1e-5}  # the norm computes in float32
+    torch.testing.assert_close(turn.whole(own), whole(own), **close)
+    torch.testing.assert_close(turn.change(change), autograd.jvp(whole, own, change)[1], **close)
+    torch.testing.assert_close(turn.back(pulled), autograd.vjp(whole, own, pulled)[1], **close)
 
 
 @pytest.mark.parametrize("saturated", [slice(0, 1), slice(0, 4)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from kvfold.contracts.config import Fields, check_rope
 from kvfold.contracts.site import Rope
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families._decoder import rope_of
@@ -165,14 +166,14 @@ def test_what_config_json_leaves_out_of_a_rotation_is_what_transformers_takes(sa
     [
         (
             {"type": "su", "short_factor": [1.0], "long_factor": [1.0]},
-            '\'su\' is not known .*write "rope_type": "longrope',
+            'rope_type is not known here .*write "rope_type": "longrope',
         ),
-        ({"type": "cubic", "factor": 2.0}, "'cubic' is not known to transformers; allowed: default, linear"),
-        ({"type": ["yarn"]}, "is not known to transformers"),
-        ({"type": "yarn"}, "yarn has no factor"),
-        ({"type": "llama3", "factor": 2.0}, "llama3 has no low_freq_factor, high_freq_factor"),
+        ({"type": "cubic", "factor": 2.0}, r"rope_type is not known here \(got 'cubic'\); allowed: default, linear"),
+        ({"type": ["yarn"]}, "is not known here"),
+        ({"type": "yarn"}, "rope_scaling.factor must be a number"),
+        ({"type": "llama3", "factor": 2.0}, "rope_scaling.low_freq_factor must be a number"),
     ],
 )
 def test_rotations_that_transformers_would_not_load(scaling: dict[str, Any], what: str) -> None:
     with pytest.raises(UnsupportedModel, match=what):
-        rope_of({"rope_scaling": scaling}, 32)
+        check_rope(Fields({"rope_scaling": scaling}), 32)

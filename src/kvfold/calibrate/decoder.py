@@ -127,10 +127,9 @@ def check_enough(
         for site, _ in looks(each)
     ]
     for role in repaired:
-        if role in MLP and role not in source.family.mlp:
+        if role in MLP and role not in source.family.body.mlp:
             continue  # the repair refuses it
-        name = f"{source.family.mlp[role]}.weight" if role in MLP else source.family.tensor(Site(0), role)
-        widths.append(source.spec(name.format(layer=0)).shape[1])
+        widths.append(source.spec(source.family.tensor(Site(0), role)).shape[1])
     needed = max(widths, default=0)
     if tokens.read_tokens < needed:
         raise SettingError(
@@ -296,6 +295,9 @@ class _Reading:
 
         def show(look: tuple[Site, str]) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+                packed = self.family.packed(look[1]) if look[1] in "qk" else None
+                if packed is not None:
+                    output = packed.part(output.movedim(-1, 0), look[1], self.shape.sites[look[0]]).movedim(0, -1)
                 seen[look] = inputs[0] if look[1] == "x" else output[1] if look[1] == "p" else output
 
             return hook
@@ -306,7 +308,7 @@ class _Reading:
             elif what == "x":
                 name = self.family.tensor(site, "q" if self.shape.sites[site].source is not None else "k")
             else:
-                role = f"{what}_norm" if self.shape.sites[site].norms == "pre_rope" else what
+                role = f"{what}_norm" if self.shape.sites[site].norms != "none" else what
                 name = self.family.tensor(site, role)
             layer.owner(name).register_forward_hook(show((site, what)))
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from kvfold.calibrate.decoder import calibration_hash
 from kvfold.contracts.method import Method
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL
-from kvfold.contracts.site import Shape, Site, SiteTensors
+from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -128,12 +128,6 @@ def _least(method: Method[Any], config: Any, question: Alone, shape: Shape) -> A
     return _config(method, config, one, shape)
 
 
-def tensors_of(source: Checkpoint, site: Site) -> SiteTensors:
-    """What a method is handed of a site."""
-    attention = source.shape.sites[site]
-    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})
-
-
 def _rows(tokens: TokenFile, length: int, count: int) -> Tensor:
     """Rows `ids_BT` spread evenly over a text, about `count` tokens of it."""
     length = min(length, len(tokens))
@@ -153,13 +147,13 @@ class _Folded:
 def _folded(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> _Folded:
     """Convert these sites alone: each shared head is written out as often as it is read."""
     alone, name = _config(method, config, question, source.shape), source.family.tensor
-    group = {site: tensors_of(source, site) for site in _sites(question)}
+    group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():
         before, after = source.shape.sites[site], student.sites[site]
         for role, tensor in roles.items():
-            if role in ("k", "v", "k_bias", "v_bias"):
+            if role[0] in "kv" and len(tensor) < before.roles()[role][0]:  # shared by several heads
                 heads = tensor.shape[0] // before.head_dim
                 blocks = tensor.view(heads, before.head_dim, *tensor.shape[1:])
                 tensor = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
@@ -179,11 +173,12 @@ class _Reading:
 
         self.through = hf.Through
         model: Any = hf.load(source.path, device=device)
-        self.base, self.head = model.base_model, model.get_output_embeddings()
+        self.base, self.head, self.body = model.base_model, model.get_output_embeddings(), source.family.body
         self.prefix = f"{model.base_model_prefix}."
-        self.layers, self.norm = list(self.base.layers), self.base.norm
+        self.shown = model.get_submodule(self.body.layers)
+        self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)
         rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * source.shape.vocab_size))
-        self.hidden = [self.base.embed_tokens(ids_BT.to(device)) for ids_BT in torch.split(rows_BT, rows)]
+        self.hidden = [model.get_input_embeddings()(ids_BT.to(device)) for ids_BT in torch.split(rows_BT, rows)]
         self.final = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
         self.at = 0
 
@@ -208,8 +203,8 @@ class _Reading:
     def _show(self, first: int, end: int, norm: nn.Module) -> None:
         """Let hidden states pass through all layers but those from `first` on, before `end`."""
         for number, layer in enumerate(self.layers):
-            self.base.layers[number] = layer if first <= number < end else self.through()
-        self.base.norm = norm
+            self.shown[number] = layer if first <= number < end else self.through()
+        self.base.set_submodule(self.body.norm.removeprefix(self.prefix), norm)
 
     def _run(self, hidden_BTD: Tensor, made: _Folded = _Folded({}, {})) -> Tensor:
         """The layers shown, with other tensors in place of the teacher's."""

@@ -281,6 +281,7 @@ _FACTOR = number(1, 1e6)
 _TURNS = number(1e-6, 1e6).or_null
 _LENGTH = whole(1, (1 << 31) - 1)
 _WHOLE_HEADS = Rule(Annotated[float, pydantic.Field(ge=1, le=1)], "1: this architecture rotates whole heads")
+_PART = number(1e-3, 1)
 _ROPE: Rules = {
     "rope_theta": Rule(Annotated[float, pydantic.Field(gt=1, le=1e15)], "a number", allowed="above 1, at most 1e15"),
     "attention_factor": number(1e-6, 1e6).or_null,
@@ -289,7 +290,6 @@ _ROPE: Rules = {
     "mscale": number(0, 1e3).or_null,
     "mscale_all_dim": number(0, 1e3).or_null,
     "truncate": YES_NO,
-    "partial_rotary_factor": _WHOLE_HEADS,
     "original_max_position_embeddings": _LENGTH,
 }
 _FACTORS = Rule(list[Annotated[float, pydantic.Field(gt=0, le=1e9)]], "a list of positive numbers").needed
@@ -307,8 +307,13 @@ _KINDS: Mapping[str, Rules] = {
 }
 
 
-def check_rope(fields: Fields, head_dim: int) -> None:
-    """Check the rotation: `rope_parameters`, or `rope_scaling` and `rope_theta` of older configs."""
+def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0) -> None:
+    """Check the rotation: `rope_parameters`, or `rope_scaling` and `rope_theta` of older configs.
+
+    `rotated` is the part of a head that an architecture rotates where its config is silent, 1 of one that knows no
+    other.
+    """
+    part = _WHOLE_HEADS if rotated == 1 else _PART
     a_mapping = Rule(dict[str, Any], "a mapping").or_null
     fields.check({"rope_parameters": a_mapping, "rope_scaling": a_mapping})
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
@@ -319,11 +324,14 @@ def check_rope(fields: Fields, head_dim: int) -> None:
     name = "rope_parameters" if new else "rope_scaling"
     rope = Fields(new or old or {}, fields.where, f"{fields.part}{name}.")
     fields.check({key: _ROPE[key] for key in ("rope_theta", "original_max_position_embeddings")})
-    fields.check({"partial_rotary_factor": _WHOLE_HEADS.or_null})
+    fields.check({"partial_rotary_factor": part.or_null})
+    rope.check({"partial_rotary_factor": part})
+    said = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", rotated))
+    head_dim = int(head_dim * said)
     for key, value in rope.config.items():
         if isinstance(value, dict):
             raise rope.refusal(f"{key} holds a rotation for one type of layer, and this architecture has one for all")
-    if head_dim % 2:
+    if head_dim % 2 or not head_dim:
         raise fields.refusal(f"heads of {head_dim} coordinates cannot be rotated in pairs", next="is head_dim right?")
     _check_scaling(rope, fields, head_dim)
 
@@ -332,7 +340,13 @@ def _check_scaling(rope: Fields, fields: Fields, head_dim: int) -> None:
     """Check the numbers of one kind of scaling."""
     kind = rope.config.get("rope_type", rope.config.get("type", "default"))
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise rope.refusal("rope_type is not known here", got=repr(kind), allowed=choices(_KINDS))
+        longrope = '"su" is the older name of longrope: write "rope_type": "longrope"'
+        raise rope.refusal(
+            "rope_type is not known here",
+            got=repr(kind),
+            allowed=choices(_KINDS),
+            next=longrope if kind == "su" else None,
+        )
     rope.check({**_ROPE, **_KINDS[kind]})
     original = fields.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings", fields.get("max_position_embeddings", 2)

@@ -1,75 +1,142 @@
-"""The contract of a family: where an architecture keeps its attention, and what config.json says of it."""
+"""The contract of a family: where an architecture keeps its weights, and how config.json describes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import Fields
-from kvfold.contracts.site import Shape, Site
+from kvfold.contracts.packed import Packed
+from kvfold.contracts.site import Attention, Roles, Shape, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = Mapping[str, Any]
 
 
 MLP = ("gate", "up", "act", "down")
+"""The modules of an MLP: `down(act(gate x) * up x)`, or `down(act(up x))` without a gate."""
 
-"""The modules of a gated MLP, `down(act(gate x) * up x)`: paths with {layer} in `Family.mlp`."""
+
+@dataclass(frozen=True)
+class Body:
+    """Module paths of what is not attention, as `named_modules` of transformers spells them.
+
+    `embedding` names the tensor that a tied output projection equals; it is empty where transformers ties more than
+    these two. `layers` and `norm` are those of a decoder alone. Paths of `mlp` and `after` are relative to a layer:
+    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known;
+    `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    mlp: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, layer: int, path: str = "") -> str:
+        """Path of a layer, or of a module in it."""
+        return f"{self.layers}.{layer}.{path}".rstrip(".")
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """A tensor as a function of tensors of another architecture; without `make`, the one that `sources` names."""
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    make: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Rehoused:
+    """The same function in another stock architecture: its config.json, and its tensors by name."""
+
+    config: Json
+    tensors: Mapping[str, Expressed]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where one architecture keeps the tensors of its attention, and what `config.json` says of them."""
+    """Where one architecture keeps its weights, and how `config.json` describes them."""
 
     name: str
-    architectures: Mapping[str, str]  # model_type -> the class of that name that transformers or `kvfold.hf` has
+    architectures: Mapping[str, str]  # model_type -> the class of that name in transformers or `kvfold.hf`
     about: str
     attention: Mapping[str, str]  # kind -> module path of a site, with {layer}
-    tensors: Mapping[str, str]  # role -> tensor name below that module
-    check: Callable[
-        [Fields], None
-    ]  # is every field of config.json that is read what it may be? see `kvfold.contracts.config`
+    tensors: Mapping[str, str | Packed]  # role -> tensor below that module, its own or one that several roles share
+    check: Callable[[Fields], None]  # refuses fields that the family cannot take: see `kvfold.contracts.config`
     shape: Callable[[Json], Shape]  # a checked config.json -> Shape; raises UnsupportedModel
-    fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> what says it in config.json: see `with_fields`
+    fields: Callable[[Shape], dict[str, Any]]  # a student's Shape -> its fields of config.json: see `with_fields`
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
-    mlp: Mapping[str, str] = field(default_factory=dict)  # modules of a gated MLP: see `MLP`; none: it has no such
-    embedding: str = ""  # what `lm_head.weight` equals where it is tied; none: transformers says so of two matrices too
-    aliases: tuple[str, ...] = ()  # what older config.json call one of the architectures
-    encoder_decoder: bool = False  # does it read one text and write another? Its inputs are then two rows of ids
+    body: Body = Body()
+    aliases: tuple[str, ...] = ()  # older names of the architectures
+    encoder_decoder: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """What `config.json` calls its architectures."""
+        """The `model_type` of each of its architectures."""
         return tuple(self.architectures)
 
     def tied(self, config: Json) -> bool:
-        """Is the decoder's embedding the output matrix too? Where config.json is silent: as transformers takes it."""
+        """Whether the output projection is the decoder's embedding; the default is that of transformers."""
         return bool(config.get("tie_word_embeddings", self.encoder_decoder))
 
     def module(self, site: Site) -> str:
-        """Path of the site's attention module, as `named_modules` of transformers spells it."""
+        """Path of the attention module of a site."""
         return self.attention[site.kind].format(layer=site.layer)
 
     def tensor(self, site: Site, role: str) -> str:
-        """Name of the tensor that plays this role; a role that no source has is named after itself."""
-        return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight')}"
+        """Name of the tensor of a role, of the layer's MLP too; a role that no source has is named after itself."""
+        if role in self.body.mlp:
+            return f"{self.body.inside(site.layer, self.body.mlp[role])}.weight"
+        found = self.tensors.get(role, f"{role}.weight")
+        return f"{self.module(site)}.{found if isinstance(found, str) else found.name}"
+
+    def on_disk(self, name: str) -> str:
+        """The name under which a checkpoint stores a parameter of the model."""
+        found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
+        return name if found is None else self.renamed[found] + name.removeprefix(found)
+
+    def rehoused(self, config: Json) -> Rehoused:
+        """The same function in the architecture that students are written in. Raises UnsupportedModel."""
+        assert self.rehouse is not None
+        return self.rehouse(config)
+
+    def packed(self, role: str) -> Packed | None:
+        """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
+        found = self.tensors.get(role)
+        return found if isinstance(found, Packed) else None
+
+    def stored(self, site: Site, attention: Attention) -> dict[str, tuple[str, ...]]:
+        """The tensors of a site of this shape by name, and the roles that each holds."""
+        found: dict[str, tuple[str, ...]] = {}
+        for role in attention.roles():
+            name = self.tensor(site, role)
+            found[name] = (*found.get(name, ()), role)
+        return found
+
+    def joined(self, attention: Attention, roles: Roles) -> Tensor:
+        """The tensor that holds these roles."""
+        role = next(iter(roles))
+        packed = self.packed(role)
+        return roles[role] if packed is None else packed.whole(roles, attention)
+
+    def form(self, attention: Attention, roles: tuple[str, ...]) -> tuple[int, ...]:
+        """The shape of a tensor that holds these roles."""
+        shapes = {role: attention.roles()[role] for role in roles}
+        packed = self.packed(roles[0])
+        return shapes[roles[0]] if packed is None else packed.form(shapes)
 
 
 def with_fields(config: Json, fields: Json) -> dict[str, Any]:
-    """A config.json with these fields; `decoder.num_key_value_heads` is one of its part `decoder`."""
+    """A config.json with these fields; `decoder.num_key_value_heads` is a field of the part `decoder`."""
     made = dict(config)
     for name, value in fields.items():
         part, _, own = name.rpartition(".")
         made |= {part: {**made[part], own: value}} if part else {own: value}
     return made
-
-
-def own_type(model_type: str) -> str:
-    """The model type of ours for a stock architecture whose stock classes cannot be what a student is."""
-    return f"kvfold_{model_type}"
-
-
-def stock_type(config: Json) -> str:
-    """The stock architecture of a config.json of any kind."""
-    name = str(config["model_type"]).removeprefix(own_type(""))
-    return name.removeprefix("latent_").removeprefix("linear_")

@@ -1,10 +1,399 @@
-"""The shapes of students whose attention is not that of grouped heads: latents, encoder latents, linear attention."""
+"""Runtimes: what a student's attention caches, the classes that compute it, and the fields of config.json that say so.
+
+A student of the source's own architecture with other numbers is stock. Others have a model type of kvfold's own, whose
+name begins with the runtime's prefix: `kvfold_llama`, `kvfold_latent_llama`. `Shape.model_type` is the stock
+architecture for all. `kvfold.hf` registers the classes of these tables with transformers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
 
-from kvfold.contracts.site import Attention, Linear
+import pydantic
+
+from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
+from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
+from kvfold.errors import UnsupportedModel
+
+Json = Mapping[str, Any]
+Sites = dict[Site, Attention]
+
+OWN = "kvfold_"
+
+STEMS = {
+    **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
+    **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
+    **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
+}
+"""Stock model types, and the first part of the names of transformers' classes for them."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A kind of attention, the architectures that have it, and how config.json describes it."""
+
+    name: str
+    prefix: str  # of the model type
+    stem: str  # of the classes' names
+    models: frozenset[str]  # stock model types
+    holds: Callable[[Shape], bool]  # does a student of this shape need it?
+    fields: Callable[[Shape], dict[str, Any]]  # the fields of its config.json
+    read: Callable[[Json, Sites], Sites]  # the inverse: sites with what these fields say
+    rules: Rules = field(default_factory=dict)
+
+    def model_type(self, stock: str) -> str:
+        """The model type for a stock architecture."""
+        return f"{self.prefix}{stock}"
+
+    def architecture(self, stock: str, end: str) -> str:
+        """The class of a stock architecture."""
+        return f"{self.stem}{STEMS[stock]}{end}"
+
+
+def stock_type(config: Json) -> str:
+    """The stock architecture of a config.json of any runtime."""
+    name = str(config["model_type"])
+    longest = max((each.prefix for each in RUNTIMES if name.startswith(each.prefix)), key=len)
+    return name.removeprefix(longest)
+
+
+def architectures(runtimes: Iterable[Runtime], end: str, *stock: str) -> dict[str, str]:
+    """The class of each model type of these runtimes and stock architectures."""
+    return {
+        each.model_type(name): each.architecture(name, end)
+        for each in runtimes
+        for name in stock
+        if name in each.models
+    }
+
+
+def read(config: Json, sites: Sites, runtimes: Iterable[Runtime]) -> Sites:
+    """The sites of a config.json, from those of its stock architecture. Raises UnsupportedModel."""
+    stock = stock_type(config)
+    runtime = next(each for each in runtimes if each.model_type(stock) == config["model_type"])
+    found = runtime.read(config, sites)
+    for attention in found.values():
+        if attention.num_attention_heads % attention.num_key_value_heads:
+            raise UnsupportedModel(
+                f"config.json: {attention.num_key_value_heads} key/value heads do not divide "
+                f"{attention.num_attention_heads} query heads"
+            )
+    return found
+
+
+def runtime_for(shape: Shape, runtimes: Iterable[Runtime], where: str | None = None) -> Runtime:
+    """The first runtime that holds a student. Raises UnsupportedModel where its architecture does not have it."""
+    found = next(each for each in runtimes if each.holds(shape))
+    if shape.model_type not in found.models:
+        raise UnsupportedModel(
+            f"{shape.model_type} has no classes for {found.name}",
+            where=where,
+            allowed=", ".join(sorted(found.models)),
+            next="choose another method",
+        )
+    return found
+
+
+def check(student: Shape, method: str) -> None:
+    """Refuse a student of a method for which no classes exist, with UnsupportedModel."""
+    paired = any(site.kind == "cross" for site in student.sites)
+    runtime_for(student, ENCODER_DECODERS if paired else DECODERS, method)
+
+
+def fields(shape: Shape, runtimes: Iterable[Runtime], end: str) -> dict[str, Any]:
+    """The fields of a student's config.json. Raises UnsupportedModel where no classes exist for it."""
+    found = runtime_for(shape, runtimes)
+    return {
+        "model_type": found.model_type(shape.model_type),
+        "architectures": [found.architecture(shape.model_type, end)],
+        **found.fields(shape),
+    }
+
+
+# --- decoders -------------------------------------------------------------------------------------------------------
+
+HEADS = "num_key_value_heads"
+PER_LAYER, SOURCES = "per_layer_config", "kv_source_layers"
+PLANES, WIDTHS = "rope_chunks", "latent_dims"
+TYPES, SETTINGS = "layer_types", "linear_attention"
+
+LINEAR_LAYER = "kvfold_linear"
+"""The name of a layer of linear attention in `layer_types`, and of its cache layer in transformers' caches."""
+
+_COUNTS = Rule(list[Annotated[int, pydantic.Field(ge=1)]], "a list of positive whole numbers").or_null
+_LINEAR_FIELDS: Rules = {
+    "features": one_of("relu", "hedgehog", "none").needed,
+    "feature_dim": whole(0, 1 << 16).needed,
+    "rope": one_of("before", "after").needed,
+    "norm": one_of("groupnorm", "denominator").needed,
+    "decay": one_of("none", "slopes", "retnet").needed,
+    "window": whole(0, 1 << 31).needed,
+    "sinks": whole(0, 1 << 31).needed,
+}
+
+
+def _heads(shape: Shape) -> dict[str, Any]:
+    """One number of key/value heads, that of the first layer."""
+    return {HEADS: next(iter(shape.sites.values())).num_key_value_heads}
+
+
+def _as_they_are(config: Json, sites: Sites) -> Sites:
+    for name in (PER_LAYER, SOURCES):
+        if config.get(name):
+            raise UnsupportedModel(
+                f"config.json: {name}, and transformers builds every layer of {config['model_type']} alike",
+                next=f"is its model_type {OWN}{config['model_type']}?",
+            )
+    return sites
+
+
+def _heads_by_layer(shape: Shape) -> dict[str, Any]:
+    """The commonest number of heads, the larger of two, for all layers, and those of the others in `per_layer_config`.
+
+    `kv_source_layers` names the owner of each layer's keys and values, where layers share.
+    """
+    heads = {site.layer: attention.num_key_value_heads for site, attention in shape.sites.items()}
+    times = Counter(heads.values())
+    common = max(times, key=lambda count: (times[count], count))
+    found: dict[str, Any] = {HEADS: common}
+    if len(times) > 1:
+        found[PER_LAYER] = {str(layer): {HEADS: count} for layer, count in heads.items() if count != common}
+    if shape.owners:
+        sources = {site.layer: attention.source for site, attention in shape.sites.items()}
+        found[SOURCES] = [layer if source is None else source for layer, source in sources.items()]
+    return found
+
+
+def _read_layers(config: Json, sites: Sites) -> Sites:
+    """Sites with the heads of `per_layer_config` and the owners of `kv_source_layers`."""
+    found = dict(sites)
+    for layer, changes in (config.get(PER_LAYER) or {}).items():
+        if not str(layer).isdecimal() or int(layer) >= len(sites):
+            raise UnsupportedModel(f"config.json: {PER_LAYER} of layer {layer}", allowed=f"0 to {len(sites) - 1}")
+        if other := sorted(set(changes) - {HEADS}):
+            raise UnsupportedModel(
+                f"config.json: {PER_LAYER} changes {', '.join(other)} of layer {layer}", allowed=HEADS
+            )
+        Fields(changes, part=f"{PER_LAYER}.{layer}.").check({HEADS: WIDTH.needed})
+        found[Site(int(layer))] = replace(found[Site(int(layer))], num_key_value_heads=changes[HEADS])
+    said = config.get(SOURCES)
+    said = list(range(len(sites))) if said is None else said
+    if len(said) != len(sites):
+        raise UnsupportedModel(f"config.json: {SOURCES} must name a layer for each of {len(sites)}", got=repr(said))
+    for layer, source in enumerate(said):
+        if not 0 <= source <= layer or said[source] != source:
+            raise UnsupportedModel(f"config.json: layer {layer} cannot read keys and values of layer {source!r}")
+        mine, theirs = found[Site(layer)], found[Site(source)]
+        if (mine.num_key_value_heads, mine.window) != (theirs.num_key_value_heads, theirs.window):
+            raise UnsupportedModel(
+                f"config.json: layer {layer} reads keys and values of layer {source}, "
+                "and differs from it in key/value heads or window"
+            )
+    return {
+        site: replace(attention, source=None if said[site.layer] == site.layer else said[site.layer])
+        for site, attention in found.items()
+    }
+
+
+def _latent_fields(shape: Shape) -> dict[str, Any]:
+    """Planes and latent width of each layer."""
+    kept = [attention.kept or {} for attention in shape.sites.values()]
+    heads = _heads(shape)
+    return {
+        **heads,
+        PLANES: [each["rotated"] // (2 * heads[HEADS]) for each in kept],
+        WIDTHS: [each["latent"] for each in kept],
+    }
+
+
+def _read_latent(config: Json, sites: Sites) -> Sites:
+    for name in (PLANES, WIDTHS):
+        values = config.get(name)
+        if not isinstance(values, list) or len(values) != len(sites):
+            raise UnsupportedModel(f"config.json: {name} must be a list of {len(sites)} numbers", got=repr(values))
+    found = {}
+    for (site, attention), planes, width in zip(sites.items(), config[PLANES], config[WIDTHS], strict=True):
+        if planes > attention.head_dim // 2:
+            raise UnsupportedModel(f"config.json: {PLANES} must not be above {attention.head_dim // 2}", got=planes)
+        found[site] = with_latent(attention, planes, width)
+    return found
+
+
+def _linear_fields(shape: Shape) -> dict[str, Any]:
+    """The layers of linear attention, and its settings."""
+    linear = next(each.linear for each in shape.sites.values() if each.linear is not None)
+    kinds = ["full_attention" if each.linear is None else LINEAR_LAYER for each in shape.sites.values()]
+    return {**_heads(shape), TYPES: kinds, SETTINGS: asdict(linear)}
+
+
+def _read_linear(config: Json, sites: Sites) -> Sites:
+    said = Fields(config).inside(SETTINGS)
+    said.check(_LINEAR_FIELDS)
+    if other := sorted(set(said.config) - set(_LINEAR_FIELDS)):
+        raise said.refusal(f"{other[0]} is not known", allowed=", ".join(_LINEAR_FIELDS))
+    linear, kinds = Linear(**said.config), config.get(TYPES) or [LINEAR_LAYER] * len(sites)
+    if any(attention.window is not None for attention in sites.values()):
+        raise UnsupportedModel(
+            "config.json: sliding_window bounds the cache of layers that are linear", next="set it to null"
+        )
+    if problem := _contradiction(linear, next(iter(sites.values())).head_dim):
+        raise said.refusal(problem)
+    return {
+        site: with_linear(attention, linear) if kinds[site.layer] == LINEAR_LAYER else attention
+        for site, attention in sites.items()
+    }
+
+
+def _contradiction(linear: Linear, head_dim: int) -> str | None:
+    """What settings of linear attention do not go together."""
+    features, width, window = linear.features, linear.feature_dim, linear.window
+    if (features == "none") != (width == 0):
+        return f"feature_dim {width} cannot be of features {features}"
+    if features == "hedgehog" and width % 2:
+        return f"feature_dim {width} is odd, and hedgehog takes both signs of each number"
+    if (features == "none" or linear.sinks) and not window:
+        return "features none and sinks need a window, and window is 0"
+    if features != "none" and linear.norm == "groupnorm" and window:
+        return f"norm groupnorm has no denominator that a window of {window} could share"
+    if features != "none" and linear.rope == "after" and linear.norm == "denominator":
+        return "norm denominator needs positive scores, and with rope after features they have either sign"
+    if features != "none" and linear.rope == "after" and width != head_dim:
+        return f"feature_dim {width} cannot be rotated as heads of {head_dim} are"
+    return None
+
+
+_LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
+
+STOCK = Runtime("grouped heads", "", "", _LAYOUT | {"phi", "gpt_neox"}, lambda shape: True, _heads, _as_they_are)
+LAYERS = Runtime(
+    "layers that differ in their key/value heads, or share keys and values",
+    OWN,
+    "Kvfold",
+    _LAYOUT,
+    lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
+    _heads_by_layer,
+    _read_layers,
+    {
+        PER_LAYER: Rule(dict[str, dict[str, Any]], "a mapping of layers to fields").or_null,
+        SOURCES: Rule(list[int], "a list of whole numbers").or_null,
+    },
+)
+LATENT = Runtime(
+    "latent keys and values",
+    f"{OWN}latent_",
+    "KvfoldLatent",
+    frozenset({"llama", "mistral", "qwen2"}),  # no norm stands between a key and its latent
+    lambda shape: any(each.kept is not None and each.linear is None for each in shape.sites.values()),
+    _latent_fields,
+    _read_latent,
+    {PLANES: _COUNTS, WIDTHS: _COUNTS},
+)
+LINEAR = Runtime(
+    "linear attention",
+    f"{OWN}linear_",
+    "KvfoldLinear",
+    _LAYOUT,
+    lambda shape: any(each.linear is not None for each in shape.sites.values()),
+    _linear_fields,
+    _read_linear,
+    {SETTINGS: Rule(dict[str, Any], "a mapping").or_null},
+)
+DECODERS = (LINEAR, LATENT, LAYERS, STOCK)
+
+
+# --- encoder-decoders -----------------------------------------------------------------------------------------------
+
+HEADS_BY_KIND: Mapping[Kind, str] = {"self": HEADS, "cross": f"cross_{HEADS}"}
+ENCODER_LATENT = "cross_latent_dim"
+"""The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
+
+
+def _read_none(config: Json, sites: Sites) -> Sites:
+    for name in (*HEADS_BY_KIND.values(), ENCODER_LATENT):
+        if config.get(name) is not None:
+            raise UnsupportedModel(
+                f"config.json: {name}, and transformers ignores it in {config['model_type']}",
+                next=f"is its model_type {OWN}{config['model_type']}?",
+            )
+    return sites
+
+
+def _heads_by_kind(shape: Shape) -> dict[str, Any]:
+    """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
+    kept, found = shape.sites[Site(0, "cross")].kept, {}
+    for kind, name in HEADS_BY_KIND.items():
+        counts = [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
+        found[name] = counts[0] if len(set(counts)) == 1 else counts
+    return {**found, **({} if kept is None else {ENCODER_LATENT: kept["latent"]})}
+
+
+def _read_kinds(config: Json, sites: Sites) -> Sites:
+    found = dict(sites)
+    layers = sum(site.kind == "cross" for site in sites)
+    for kind, name in HEADS_BY_KIND.items():
+        said = config.get(name)
+        counts = said if isinstance(said, list) else [said] * layers
+        if len(counts) != layers:
+            raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {layers} decoder layers")
+        for layer, count in enumerate(counts):
+            have = sites[Site(layer, kind)].num_key_value_heads
+            if count is not None and count > have:
+                raise UnsupportedModel(
+                    f"config.json: {name} cannot be more than the decoder's", got=count, allowed=have
+                )
+            found[Site(layer, kind)] = replace(sites[Site(layer, kind)], num_key_value_heads=count or have)
+    width = config.get(ENCODER_LATENT)
+    if width is None:
+        return found
+    for layer in range(layers):
+        cross = found[Site(layer, "cross")]
+        if width > cross.input_width:
+            raise UnsupportedModel(
+                f"config.json: {ENCODER_LATENT} is wider than the model", got=width, allowed=cross.input_width
+            )
+        found[Site(layer, "cross")] = with_encoder_latent(cross, width, layer)
+    return found
+
+
+_COUNT = Annotated[int, pydantic.Field(ge=1)]
+_PAIRED = frozenset({"t5", "mt5", "bart", "mbart", "t5gemma"})
+
+PAIRS_STOCK = Runtime(
+    "heads of their own",
+    "",
+    "",
+    _PAIRED,
+    lambda shape: True,
+    lambda shape: {},
+    _read_none,
+)
+PAIRS = Runtime(
+    "fewer key/value heads in the decoder, or a latent of the encoder's output",
+    OWN,
+    "Kvfold",
+    _PAIRED,
+    lambda shape: (
+        shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
+    ),
+    _heads_by_kind,
+    _read_kinds,
+    {
+        **dict.fromkeys(HEADS_BY_KIND.values(), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null),
+        ENCODER_LATENT: WIDTH.or_null,
+    },
+)
+ENCODER_DECODERS = (PAIRS, PAIRS_STOCK)
+
+RUNTIMES = (*DECODERS, *ENCODER_DECODERS)
+
+ADDED = frozenset({name for each in DECODERS for name in each.rules} | {TYPES})
+"""Fields of config.json that a decoder's runtimes add to the stock architecture's."""
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
 
 
 def with_latent(attention: Attention, planes: int, width: int) -> Attention:

@@ -83,7 +83,7 @@ class Attention:
     num_key_value_heads: int
     head_dim: int
     biases: frozenset[str] = frozenset()  # of "q", "k", "v", "o"
-    norms: Literal["none", "pre_rope", "post_rope"] = "none"  # where q and k are normed
+    norms: Literal["none", "pre_rope", "all_heads"] = "none"  # q and k before rotation: each head, or all at once
     rope: Rope | None = None
     window: int | None = None  # tokens that a query may look back on, itself included
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
@@ -118,7 +118,8 @@ class Attention:
         shapes: dict[str, tuple[int, ...]] = {role: (out, columns[role]) for role, out in rows.items()}
         shapes |= {f"{role}_bias": (rows[role],) for role in rows if role in self.biases}
         if self.norms != "none":
-            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+            each = self.norms == "pre_rope"
+            shapes |= {f"{role}_norm": (self.head_dim,) if each else (rows[role],) for role in "qk"}
         if self.source is not None:
             shapes = {role: shape for role, shape in shapes.items() if role[0] not in "kv"}
         return {role: shape for role, shape in shapes.items() if role not in self.without} | dict(self.extra)

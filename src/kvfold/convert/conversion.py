@@ -21,7 +21,7 @@ from kvfold import methods
 from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL, Question, RecallDrop, Reckoned, Request
-from kvfold.contracts.site import QUERIES, REPAIRABLE, WHOLE, Site, SiteTensors
+from kvfold.contracts.site import QUERIES, REPAIRABLE, WHOLE, Site
 from kvfold.convert.crew import CREW, Crew
 from kvfold.disk.checkpoint import Checkpoint, TensorSpec, Writer, carry_over, content_hash, natural
 from kvfold.disk.finite import check_finite
@@ -41,11 +41,12 @@ from kvfold.disk.output import (
     tidy,
     write_json,
 )
+from kvfold.disk.rehoused import Rehoused
 from kvfold.disk.shards import JOURNAL, digest
 from kvfold.disk.sidecar import carried
 from kvfold.errors import CheckpointError, DataError, Interrupted, OutputError, SettingError, choices
 from kvfold.predict.plan import rooted
-from kvfold.predict.student_config import student_config
+from kvfold.predict.student_config import rehoused, student_config
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import SEEDS, check_range, decode
 
@@ -121,6 +122,9 @@ def convert(
         settings = {**chosen.without_text, **(settings or {})}
     config = decode(chosen.Config, settings or {}, method)
     methods.check(method, config, source.shape)
+    if rehoused(source.config, source.family, source.shape, chosen.student(config, source.shape)):
+        source = Rehoused(source)
+        source.shape = rooted(source.shape, source.lineage)
     _config(source, chosen.student(config, source.shape), method, options.dtype)  # these two refuse before any work
     carried(source.path)
     options = replace(options, repair=_repairs(chosen, config, source, options))
@@ -163,7 +167,7 @@ def convert(
             # not before: work that is stopped until then starts from repaired tensors, and would repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
             lineage = descend(
-                source,
+                source.origin,
                 inputs=_inputs(source, asked),
                 stage="convert",
                 settings={**_settings(method, resolved, options), **how},
@@ -179,7 +183,7 @@ def convert(
             hashed = content_hash(made, job.specs, writer.digests)
             write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
             output.commit()
-            remember(source)
+            remember(source.origin)
     except KeyboardInterrupt:
         raise Interrupted("stopped", where=dst, next="the same command continues") from None
     return output.path
@@ -287,7 +291,7 @@ class _Calibration:
         progress.start("reckoning", len(asked), "sites")
         try:
             for site in asked:
-                found[Reckoned(site)] = method.reckon(site, _tensors(source, site), answers, config)
+                found[Reckoned(site)] = method.reckon(site, source.roles(site), answers, config)
                 progress.advance(1)
         finally:
             progress.stop()
@@ -341,7 +345,7 @@ def _repairs(method: Method[Any], config: Any, source: Checkpoint, options: Conv
     wanted = method.repairs(config)
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
-    return tuple(role for role in wanted if role not in MLP or source.family.mlp)
+    return tuple(role for role in wanted if role not in MLP or role in source.family.body.mlp)
 
 
 # --- the pass over the tensors --------------------------------------------------------------------------------------
@@ -368,11 +372,13 @@ class _Job:
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
         specs = {name: source.spec(name) for name in source.names()}
         for site in (site for group in groups for site in group):
-            old = {role: source.family.tensor(site, role) for role in source.shape.sites[site].roles()}
-            kinds = {role: specs.pop(name).dtype for role, name in old.items()}
-            for role, shape in student.shape.sites[site].roles().items():
-                kind = "int64" if role in WHOLE else kinds.get(role, kinds["q"])
-                specs[source.family.tensor(site, role)] = TensorSpec(shape, kind)
+            stored, before, after = source.family.stored, source.shape.sites[site], student.shape.sites[site]
+            kinds: dict[str, str] = {}
+            for name, roles in stored(site, before).items():
+                kinds |= dict.fromkeys(roles, specs.pop(name).dtype)
+            for name, roles in stored(site, after).items():
+                kind = "int64" if roles[0] in WHOLE else kinds.get(roles[0], kinds["q"])
+                specs[name] = TensorSpec(source.family.form(after, roles), kind)
         if dtype != "source":
             specs = {
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
@@ -410,27 +416,28 @@ class _Job:
 
     def _convert(self, group: Sequence[Site], writer: Writer, crew: Crew, progress: Progress) -> None:
         """Convert one group of sites; what the method hands back untouched is copied."""
-        name = self.source.family.tensor
-        given = {site: _tensors(self.source, site) for site in group}
+        family, source = self.source.family, self.source
+        given = {site: source.roles(site) for site in group}
         for site, tensors in given.items():
             for role, tensor in tensors.roles.items():
-                check_finite(tensor, "float64", name(site, role), self.source.path)
+                check_finite(tensor, "float64", family.tensor(site, role), source.path)
         converted, told = self.method.fold(given, self.answers, self.config)
         if told:  # before the tensors: what is written is not converted again by work that goes on
             write_json(self.notes, {**self.found(), **{str(site): what for site, what in told.items()}})
         for site in group:
-            old, new = given[site].roles, converted[site]
-            for role, tensor in old.items():
-                if new.get(role) is not tensor:
-                    crew.give(self._note, name(site, role), tensor)
-            for role, tensor in new.items():
-                if name(site, role) in writer.digests:
+            old, new, attention = given[site].roles, converted[site], self.student.shape.sites[site]
+            before, after = family.stored(site, source.shape.sites[site]), family.stored(site, attention)
+            same = {name for name, held in before.items() if all(new.get(role) is old[role] for role in held)}
+            for name in before.keys() - same:
+                crew.give(self._note, name, source.read(name))
+            for name, held in after.items():
+                if name in writer.digests:
                     continue
-                if tensor is old.get(role):
-                    crew.give(self._copy, name(site, role), tensor, writer)
+                if name in same:
+                    crew.give(self._copy, name, source.read(name), writer)
                 else:
-                    writer.write(name(site, role), tensor)
-                    progress.advance(self.specs[name(site, role)].nbytes)
+                    writer.write(name, family.joined(attention, {role: new[role] for role in held}))
+                    progress.advance(self.specs[name].nbytes)
 
     def found(self) -> dict[str, Any]:
         """What the method told of the sites that are converted, also before the work was stopped."""
@@ -459,9 +466,3 @@ class _Job:
         if name not in self.source.digests:
             self.source.digests[name] = digest(tensor)
         return 0
-
-
-def _tensors(source: Checkpoint, site: Site) -> SiteTensors:
-    """What a method is handed of a site."""
-    attention = source.shape.sites[site]
-    return SiteTensors(attention, {role: source.read(source.family.tensor(site, role)) for role in attention.roles()})

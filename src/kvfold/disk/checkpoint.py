@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import check_generation
 from kvfold.contracts.family import Family
-from kvfold.contracts.site import WHOLE, Shape
+from kvfold.contracts.site import WHOLE, Shape, Site, SiteTensors
 from kvfold.disk import sidecar
 from kvfold.disk.foreign import check_folder, check_names
 from kvfold.disk.headers import FLOATS, TensorSpec
@@ -158,6 +158,20 @@ class Checkpoint:
         """Names of the tensors, in order of layers and not of letters."""
         return sorted(self._stored, key=natural)
 
+    @property
+    def origin(self) -> Checkpoint:
+        """The checkpoint that is stored: this one, unless it is a view of another."""
+        return self
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor in the files: its own, or that of the model's parameter."""
+        alike = (each for each in self._stored if self.family.on_disk(each) == self.family.on_disk(name))
+        return name if name in self._stored else next(alike, name)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name).file
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
         return self._entry(name).spec
@@ -165,6 +179,16 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from its file: pages come in when they are looked at, and go with the tensor."""
         return self._entry(name).read()
+
+    def roles(self, site: Site) -> SiteTensors:
+        """The shape and the tensors of a site by role; roles that share a tensor are views of it."""
+        attention, found = self.shape.sites[site], {}
+        for name, roles in self.family.stored(site, attention).items():
+            tensor = self.read(name)
+            for role in roles:
+                packed = self.family.packed(role)
+                found[role] = tensor if packed is None else packed.part(tensor, role, attention)
+        return SiteTensors(attention, found)
 
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -237,8 +261,8 @@ class Checkpoint:
 
         Raises CheckpointError.
         """
-        embedding = self.family.embedding
-        if TIED not in self._stored or not embedding or not self.family.tied(self.config):
+        embedding = f"{self.family.body.embedding}.weight"
+        if TIED not in self._stored or not self.family.body.embedding or not self.family.tied(self.config):
             return
         embeddings = [name for name in self._stored if name == embedding or "embed" in name]
         if not any(self._equal(TIED, name) for name in embeddings):
@@ -277,12 +301,14 @@ class Checkpoint:
     def _verify(self) -> None:
         """Check names, shapes and dtypes against the family, from headers alone."""
         for site, attention in self.shape.sites.items():
-            for role, shape in attention.roles().items():
-                name = self.family.tensor(site, role)
+            for name, roles in self.family.stored(site, attention).items():
                 if name not in self._stored:
                     raise CheckpointError(
-                        f"tensor {name} is missing ({role} of {site})", where=self.path, next=self._hint(name)
+                        f"tensor {name} is missing ({', '.join(roles)} of {site})",
+                        where=self.path,
+                        next=self._hint(name),
                     )
+                shape = self.family.form(attention, roles)
                 spec = self._stored[name].spec
                 if spec.shape != shape:
                     raise CheckpointError(
@@ -291,7 +317,7 @@ class Checkpoint:
                         got=spec.shape,
                         allowed=shape,
                     )
-                if not spec.floating and role not in WHOLE:
+                if not spec.floating and roles[0] not in WHOLE:
                     raise CheckpointError(
                         f"tensor {name} is not of floating numbers",
                         where=self._stored[name].file,

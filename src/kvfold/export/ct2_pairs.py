@@ -57,9 +57,9 @@ def specification(source: Checkpoint, model: Any) -> Any:
 
 def fill(spec: Any, reader: Any, model: Any) -> None:
     """Read the weights into a specification."""
-    reader.set_stack(spec.encoder, model.encoder)
-    reader.set_stack(spec.decoder, model.decoder, is_decoder=True)
-    reader.set_linear(spec.decoder.projection, model.lm_head)
+    reader.set_stack(spec.encoder, model.get_encoder())
+    reader.set_stack(spec.decoder, model.get_decoder(), is_decoder=True)
+    reader.set_linear(spec.decoder.projection, model.get_output_embeddings())
     if getattr(model.config, "scale_decoder_outputs", False):
         spec.decoder.scale_outputs = np.float32(model.config.d_model**-0.5)
 

@@ -74,8 +74,8 @@ def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[st
         else:
             loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
             spec = _specification(source)
-            loader.set_decoder(spec.decoder, model.model)
-            loader.set_linear(spec.decoder.projection, model.lm_head)
+            loader.set_decoder(spec.decoder, model.base_model)
+            loader.set_linear(spec.decoder.projection, model.get_output_embeddings())
             spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
         loader.set_config(spec.config, model, tokenizer)
         spec.config.unk_token = spec.config.unk_token or ""  # which a tokenizer of bytes has none of

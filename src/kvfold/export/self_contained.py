@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from kvfold.contracts.family import stock_type
+from kvfold.contracts.runtimes import stock_type
 from kvfold.disk.checkpoint import Checkpoint, content_hash
 from kvfold.disk.output import read_json, write_json
 from kvfold.disk.sidecar import AUTO_MAP, without_code

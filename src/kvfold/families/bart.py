@@ -24,10 +24,11 @@ from kvfold.contracts.config import (
     check_tokens,
     decimal,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json
+from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
-from kvfold.families._decoder import number
+from kvfold.families._decoder import dtype_of
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
 
 PARTS = ("encoder", "decoder")
@@ -67,10 +68,9 @@ def _check(fields: Fields) -> None:
 def _shape(config: Json) -> Shape:
     if config.get("tie_word_embeddings") is False:
         raise UnsupportedModel("config.json: tie_word_embeddings false, and every BART published has one embedding")
-    hidden, vocab, positions = (number(config, name) for name in ("d_model", "vocab_size", "max_position_embeddings"))
+    hidden, vocab, positions = (config[name] for name in ("d_model", "vocab_size", "max_position_embeddings"))
     layers, heads, inner = (
-        {part: number(config, f"{part}_{name}") for part in ("encoder", "decoder")}
-        for name in ("layers", "attention_heads", "ffn_dim")
+        {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
     )
     alone = {part: _attention(hidden, heads[part]) for part in heads}
     sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
@@ -89,7 +89,7 @@ def _shape(config: Json) -> Shape:
         vocab_size=vocab,
         num_layers=layers["decoder"],
         parameters=vocab * hidden + encoder + decoder,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=dtype_of(config),
         max_positions=positions,
         encoder_parameters=encoder,
     )
@@ -102,7 +102,6 @@ def _attention(hidden: int, heads: int) -> Attention:
 FAMILY = Family(
     name="bart",
     architectures=architectures("bart", "mbart"),
-    embedding="model.shared.weight",
     about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
@@ -135,5 +134,6 @@ FAMILY = Family(
         "forced_eos_token_id": None,
         "dtype": "float32",
     },
+    body=Body(embedding="model.shared"),
     encoder_decoder=True,
 )

@@ -1,29 +1,18 @@
-"""llama: decoders that keep q, k, v and o apart, rotate half-split, and gate their MLP.
+"""llama: decoders with q, k, v and o apart, half-split rotation, RMS norms and a gated MLP.
 
-Llama, Mistral (whose sliding window bounds the cache) and every model that shares the layout.
+Llama, Mistral (whose sliding window bounds the cache) and every model of that layout.
 """
 
 from __future__ import annotations
 
 from kvfold.contracts.config import HEADS, POSITIONS, YES_NO, Fields, Rule, Rules, whole
-from kvfold.contracts.family import Family, Json, stock_type
-from kvfold.contracts.site import Shape
-from kvfold.families._decoder import (
-    EMBEDDING,
-    MLP,
-    TENSORS,
-    architectures,
-    check_decoder,
-    decoder_shape,
-    heads_fields,
-    number,
-    tiny_decoder,
-)
+from kvfold.contracts.family import Json
+from kvfold.contracts.runtimes import stock_type
+from kvfold.families._decoder import Layout, decoder
 
-WINDOW = 4096  # of a Mistral that does not say
+WINDOW = 4096  # of a Mistral whose config.json is silent
 
 _LLAMA: Rules = {
-    "num_key_value_heads": HEADS.or_null,
     "attention_bias": YES_NO,
     "mlp_bias": YES_NO,
     "sliding_window": Rule(None, "null: this architecture has no windows"),
@@ -33,37 +22,26 @@ _MISTRAL: Rules = {"num_key_value_heads": HEADS.needed, "sliding_window": POSITI
 
 
 def _check(fields: Fields) -> None:
-    if stock_type(fields.config) == "llama":
-        check_decoder(fields, _LLAMA, {"full_attention"})
+    mistral = stock_type(fields.config) == "mistral"
+    fields.check(_MISTRAL if mistral else _LLAMA)
+    if not mistral:
         fields.check_divides("num_attention_heads", "hidden_size")
-    else:
-        window = fields.config.get("sliding_window", WINDOW)
-        check_decoder(fields, _MISTRAL, {"full_attention" if window is None else "sliding_attention"}, window)
 
 
-def _shape(config: Json) -> Shape:
-    mistral = stock_type(config) == "mistral"  # which has no biases, and none of llama's fields for them
-    attention = frozenset("qkvo") if config.get("attention_bias") and not mistral else frozenset[str]()
-    window = config.get("sliding_window", WINDOW) if mistral else None
-    return decoder_shape(
-        config,
-        "llama",
-        biases=attention,
-        mlp_biases=bool(config.get("mlp_bias")) and not mistral,
-        windows=[window] * number(config, "num_hidden_layers"),
-    )
+def _layout(config: Json) -> Layout:
+    if stock_type(config) == "mistral":  # which has no biases, and none of llama's fields for them
+        window = config.get("sliding_window", WINDOW)
+        kind = "full_attention" if window is None else "sliding_attention"
+        return Layout(windows=[window] * config["num_hidden_layers"], kinds=(kind,))
+    return Layout(biases="qkvo" if config.get("attention_bias") else "", mlp_biases=bool(config.get("mlp_bias")))
 
 
-FAMILY = Family(
-    name="llama",
-    architectures=architectures("llama", "mistral"),
-    embedding=EMBEDDING,
-    about="Llama, Mistral (sliding window) and every decoder of that layout",
-    attention={"self": "model.layers.{layer}.self_attn"},
-    tensors=TENSORS,
+FAMILY = decoder(
+    "llama",
+    "Llama, Mistral (sliding window) and every decoder of that layout",
+    "llama",
+    "mistral",
+    rules={},
     check=_check,
-    shape=_shape,
-    fields=heads_fields,
-    tiny=lambda: tiny_decoder("llama", "LlamaForCausalLM"),
-    mlp=MLP,
+    layout=_layout,
 )

@@ -6,48 +6,16 @@ The norm does not commute with sums of heads, so a pooled head is not the mean o
 
 from __future__ import annotations
 
-from kvfold.contracts.config import WIDTH, YES_NO, Rules
-from kvfold.contracts.family import Family, Json
-from kvfold.contracts.site import Shape
-from kvfold.families._decoder import (
-    EMBEDDING,
-    MLP,
-    QWEN,
-    TENSORS,
-    architectures,
-    check_qwen,
-    decoder_shape,
-    heads_fields,
-    tiny_decoder,
-    upper_windows,
-)
+from kvfold.contracts.config import WIDTH, YES_NO
+from kvfold.families._decoder import Layout, decoder
+from kvfold.families._windows import RULES, upper_windows
 
-HEAD_DIM = 128  # where config.json does not say: the architecture's own, whatever the width
-
-_RULES: Rules = {**QWEN, "head_dim": WIDTH, "attention_bias": YES_NO}
-
-
-def _shape(config: Json) -> Shape:
-    return decoder_shape(
-        {**config, "head_dim": config.get("head_dim") or HEAD_DIM},
-        "qwen3",
-        biases=frozenset("qkvo") if config.get("attention_bias") else frozenset(),
-        mlp_biases=False,
-        windows=upper_windows(config),
-        norms="pre_rope",
-    )
-
-
-FAMILY = Family(
-    name="qwen3",
-    architectures=architectures("qwen3"),
-    embedding=EMBEDDING,
-    about="Qwen3 (q and k normed before RoPE)",
-    attention={"self": "model.layers.{layer}.self_attn"},
-    tensors=TENSORS,
-    check=lambda fields: check_qwen(fields, _RULES, HEAD_DIM),
-    shape=_shape,
-    fields=heads_fields,
-    tiny=lambda: tiny_decoder("qwen3", "Qwen3ForCausalLM"),
-    mlp=MLP,
+FAMILY = decoder(
+    "qwen3",
+    "Qwen3 (q and k normed before RoPE)",
+    "qwen3",
+    rules={**RULES, "head_dim": WIDTH, "attention_bias": YES_NO},
+    layout=lambda config: Layout(
+        biases="qkvo" if config.get("attention_bias") else "", norms="pre_rope", head_dim=128, **upper_windows(config)
+    ),
 )

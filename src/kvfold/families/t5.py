@@ -31,9 +31,10 @@ from kvfold.contracts.config import (
     one_of,
     whole,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json
+from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import number
+from kvfold.families._decoder import dtype_of
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
 
 POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
@@ -96,9 +97,9 @@ def _gated(config: Json) -> bool:
 
 def _shape(config: Json) -> Shape:
     hidden, width, heads, layers, inner, vocab = (
-        number(config, name) for name in ("d_model", "d_kv", "num_heads", "num_layers", "d_ff", "vocab_size")
+        config[name] for name in ("d_model", "d_kv", "num_heads", "num_layers", "d_ff", "vocab_size")
     )
-    decoders = number(config, "num_decoder_layers") if config.get("num_decoder_layers") is not None else layers
+    decoders = config.get("num_decoder_layers") or layers
     alone = Attention(hidden, heads, heads, width, scale=1.0, permutable=False)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
     sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
@@ -116,7 +117,7 @@ def _shape(config: Json) -> Shape:
         vocab_size=vocab,
         num_layers=decoders,
         parameters=vocab * hidden * (2 if config.get("tie_word_embeddings") is False else 1) + encoder + decoder,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=dtype_of(config),
         max_positions=POSITIONS,
         encoder_parameters=encoder,
     )
@@ -155,5 +156,6 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
+    body=Body(embedding=""),
     encoder_decoder=True,
 )

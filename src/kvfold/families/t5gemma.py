@@ -35,11 +35,12 @@ from kvfold.contracts.config import (
     check_tokens,
     decimal,
 )
-from kvfold.contracts.family import Family, Json, stock_type
+from kvfold.contracts.family import Body, Family, Json
+from kvfold.contracts.runtimes import ENCODER_DECODERS, fields, stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
-from kvfold.families._decoder import number, rope_of
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, own_fields, parameters, stock_fields
+from kvfold.families._decoder import dtype_of, rope_of
+from kvfold.families._encoder_decoder import END, PAIRED, architectures, decoder_sites, parameters
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
 """What a part that does not say means."""
@@ -98,9 +99,9 @@ def _check(fields: Fields) -> None:
 
 
 def _shape(config: Json) -> Shape:
-    encoder, decoder = (_part(config, name) for name in ("encoder", "decoder"))
-    hidden, vocab, read = number(decoder, "hidden_size"), number(decoder, "vocab_size"), number(encoder, "hidden_size")
-    if number(encoder, "vocab_size") != vocab:
+    encoder, decoder = ({**STATED, **config[name]} for name in ("encoder", "decoder"))
+    hidden, vocab, read = decoder["hidden_size"], decoder["vocab_size"], encoder["hidden_size"]
+    if encoder["vocab_size"] != vocab:
         raise UnsupportedModel(
             "config.json: encoder and decoder have different vocabularies", got=f"{encoder['vocab_size']} and {vocab}"
         )
@@ -123,40 +124,32 @@ def _shape(config: Json) -> Shape:
         vocab_size=vocab,
         num_layers=len(windows),
         parameters=reading + writing,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=dtype_of(config),
         max_positions=min(int(part.get("max_position_embeddings") or 8192) for part in (encoder, decoder)),
         encoder_parameters=reading,
     )
 
 
-def _part(config: Json, name: str) -> dict[str, Any]:
-    """One of the two parts, with what it leaves unsaid. Raises UnsupportedModel where there is none."""
-    said = config.get(name)
-    if not isinstance(said, dict):
-        raise UnsupportedModel(f"config.json: {name} must be a part with settings of its own", got=repr(said))
-    return {**STATED, **said}
-
-
 def _attention(part: Json) -> Attention:
     """A self-attention of a part, without its window."""
-    heads, groups, width = (number(part, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    heads, groups, width = (part[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % groups:
         raise UnsupportedModel(f"config.json: {groups} key/value heads do not divide {heads} query heads")
     return Attention(
-        number(part, "hidden_size"),
+        part["hidden_size"],
         heads,
         groups,
         width,
         biases=frozenset("qkvo") if part.get("attention_bias") else frozenset(),
         rope=replace(rope_of(part, width), dims=width),  # no part of a head is left as it is
-        scale=number(part, "query_pre_attn_scalar") ** -0.5,
+        scale=part["query_pre_attn_scalar"] ** -0.5,
         softcap=part["attn_logit_softcapping"],
     )
 
 
 def _windows(part: Json) -> list[int | None]:
     """The window of each layer: every other one has one where the layers are not named."""
-    layers = number(part, "num_hidden_layers")
+    layers = part["num_hidden_layers"]
     kinds = part.get("layer_types") or [KINDS[layer % 2] for layer in range(layers)]
     if len(kinds) != layers or set(kinds) - set(KINDS):
         raise UnsupportedModel(
@@ -168,9 +161,9 @@ def _windows(part: Json) -> list[int | None]:
 def _outside(part: Json, norms: int) -> int:
     """Parameters of a part besides its attentions: embedding, gated MLPs, norms of each layer and the last."""
     hidden, inner, layers, vocab = (
-        number(part, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        part[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     )
-    return vocab * hidden + layers * (3 * hidden * inner + norms * hidden) + hidden
+    return int(vocab * hidden + layers * (3 * hidden * inner + norms * hidden) + hidden)
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
@@ -178,7 +171,8 @@ def _fields(shape: Shape) -> dict[str, Any]:
     decoder = [attention for site, attention in shape.sites.items() if site.kind != "encoder"]
     counts = {attention.num_key_value_heads for attention in decoder}
     alike = len(counts) == 1 and all(attention.kept is None for attention in decoder)
-    return {**(stock_fields if alike else own_fields)(shape), "decoder.num_key_value_heads": max(counts)}
+    ours, stock = ENCODER_DECODERS
+    return {**fields(shape, (stock if alike else ours,), END), "decoder.num_key_value_heads": max(counts)}
 
 
 def _tiny_part() -> dict[str, Any]:
@@ -230,5 +224,6 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
+    body=Body(embedding=""),
     encoder_decoder=True,
 )

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from kvfold.attention.latent import absorbed_attention, absorbs
-from kvfold.contracts.family import own_type
+from kvfold.contracts.runtimes import PAIRS, STEMS
 from kvfold.contracts.site import Attention
 from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
-from kvfold.families._encoder_decoder import CLASSES
 from kvfold.hf.shared_layers import STATES, hand_out
 from kvfold.hf.subclass import derive
 
@@ -139,7 +138,7 @@ class _Fewer:
             holder = decoder.get_submodule(path)
             module = getattr(holder, name)
             module.num_key_value_groups = attention.query_group  # by this, transformers' own attention knows of groups
-            names = {role: family.tensors[role].removesuffix(".weight") for role in "qkvo"}
+            names = {role: family.tensor(site, role).split(".")[-2] for role in "qkvo"}
             for role in ("k", "v"):
                 narrow(module, names[role], attention)
             if attention.kept is not None:
@@ -161,7 +160,7 @@ _derived = partial(derive, __name__, "with fewer key/value heads in the decoder,
 
 def _register(model_type: str, name: str) -> None:
     """Derive the classes of one stock architecture and tell transformers of them."""
-    ours = own_type(model_type)
+    ours = PAIRS.model_type(model_type)
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
@@ -174,5 +173,5 @@ def _register(model_type: str, name: str) -> None:
         auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))
 
 
-for _model_type, _name in CLASSES.items():
-    _register(_model_type, _name)
+for _model_type in sorted(PAIRS.models):
+    _register(_model_type, STEMS[_model_type])

@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
-from kvfold.families._decoder import CLASSES, LATENT, latent_type
+from kvfold.contracts.runtimes import LATENT, STEMS
 from kvfold.hf.attention import NAME, NAME_FP8, through_fp8
-from kvfold.hf.subclass import derive, register_decoder
+from kvfold.hf.subclass import attentions, derive, register_decoder
 
 
 class LatentAttention(nn.Module):
@@ -126,8 +126,8 @@ class _Latent:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
-        for layer in model.base_model.layers:
-            layer.self_attn = self.latent_attention(config, layer.self_attn)
+        for path, stock in attentions(model):
+            model.base_model.set_submodule(path, self.latent_attention(config, stock))
         model.post_init()  # draws the weights of what is new
 
 
@@ -142,8 +142,10 @@ def _register(model_type: str, name: str) -> None:
         __name__, _ABOUT, stock._can_record_outputs["attentions"], f"KvfoldLatent{name}Attention", LatentAttention
     )
     names = (name, f"KvfoldLatent{name}")
-    register_decoder(__name__, _ABOUT, latent_type(model_type), names, _Latent, fields={}, latent_attention=attention)
+    register_decoder(
+        __name__, _ABOUT, LATENT.model_type(model_type), names, _Latent, fields={}, latent_attention=attention
+    )
 
 
-for _model_type in sorted(LATENT):
-    _register(_model_type, CLASSES[_model_type])
+for _model_type in sorted(LATENT.models):
+    _register(_model_type, STEMS[_model_type])

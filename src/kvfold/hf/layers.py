@@ -29,8 +29,8 @@ from kvfold.hf.shared_layers import STATES
 class Layers:
     """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)` from `embed` on.
 
-    For decoders that transformers builds as `embed_tokens`, `layers` and `norm`, and in which nothing else touches the
-    hidden states; UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
+    For decoders in which nothing but the embedding, the layers and the last norm touches the hidden states;
+    UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
     the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`. `lengths` are those of the
     rows that will be read: a model whose layers share keys and values must know them, and is a context manager then.
     """
@@ -48,19 +48,21 @@ class Layers:
         with torch.device("meta"):
             whole = build(source.config, seed=0, attention=attention, dtype=dtype)
         self.dtype = next(whole.parameters()).dtype
-        self._base = cast(Any, whole).base_model.eval()
+        self._base, self._body = cast(Any, whole).base_model.eval(), source.family.body
         self.prefix = f"{cast(Any, whole).base_model_prefix}."
-        if not all(hasattr(self._base, part) for part in ("embed_tokens", "layers", "norm")):
+        if source.family.encoder_decoder:
             raise UnsupportedModel(
-                f"{source.config['model_type']} has no embed_tokens, layers and norm: it cannot be read layer by layer",
+                f"{source.config['model_type']} is no decoder alone: it cannot be read layer by layer",
                 where=source.path,
             )
         self._verify()
-        self._unread: list[nn.Module] = list(self._base.layers)  # on the meta device
-        self._plain = type(self._base.embed_tokens) is nn.Embedding
-        self._base.embed_tokens = self._base.norm = nn.Identity()
+        self._plain = type(whole.get_submodule(self._body.embedding)) is nn.Embedding
+        for path in (self._body.embedding, self._body.norm):
+            whole.set_submodule(path, nn.Identity())
+        self._layers = cast(nn.ModuleList, whole.get_submodule(self._body.layers))
+        self._unread = list(self._layers)  # on the meta device
         for number in range(len(self)):
-            self._base.layers[number] = Through()
+            self._layers[number] = Through()
         self._fill_buffers(self._base)
         self._probe()
         self._open = ExitStack()
@@ -77,7 +79,7 @@ class Layers:
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The input of layer 0, `hidden_BTD`; of the embedding only the rows asked for come into memory."""
-        weight_VD = self.source.read(f"{self.prefix}embed_tokens.weight")
+        weight_VD = self.source.read(f"{self._body.embedding}.weight")
         return weight_VD[ids_BT.to(weight_VD.device)].to(self.device, self.dtype)
 
     def open(self, number: int) -> Layer:
@@ -87,11 +89,11 @@ class Layers:
         """
         unread = self._unread[number]
         module = copy.deepcopy(unread, {id(self._base.config): self._base.config}).to_empty(device=self.device)
-        path = f"{self.prefix}layers.{number}."
+        path = f"{self._body.inside(number)}."
         for name, tensor in module.state_dict().items():
             tensor.copy_(self.source.read(path + name))
         self._fill_buffers(module)
-        return Layer(self._base, number, path, module.requires_grad_(False).eval(), self._shared)
+        return Layer(self._base, self._layers, number, path, module.requires_grad_(False).eval(), self._shared)
 
     def _verify(self) -> None:
         """Compare the names and shapes of the weights with the architecture's, from headers alone."""
@@ -146,8 +148,11 @@ class Layers:
 class Layer:
     """One layer in memory; others of the same `Layers` may be open too."""
 
-    def __init__(self, base: Any, number: int, path: str, module: nn.Module, shared: _Shared | None) -> None:
-        self._base, self.number, self.path, self._module, self._shared = base, number, path, module, shared
+    def __init__(
+        self, base: Any, layers: nn.ModuleList, number: int, path: str, module: nn.Module, shared: _Shared | None
+    ) -> None:
+        self._base, self._layers, self.number, self.path = base, layers, number, path
+        self._module, self._shared = module, shared
 
     def run(self, hidden_BTD: Tensor, row: int = 0) -> Tensor:
         """The next hidden states of rows without padding, `hidden_BTD`, causal by the layer's own window.
@@ -156,8 +161,8 @@ class Layer:
         """
         first = next(self._module.parameters())
         hidden_BTD = hidden_BTD.to(first.device, first.dtype)
-        through = self._base.layers[self.number]
-        self._base.layers[self.number] = self._module
+        through = self._layers[self.number]
+        self._layers[self.number] = self._module
         try:
             if self._shared is None:
                 return _forward(self._base, hidden_BTD)
@@ -166,7 +171,7 @@ class Layer:
             self._shared.write(self.number, row, states)
             return above_BTD
         finally:
-            self._base.layers[self.number] = through
+            self._layers[self.number] = through
 
     def module(self, path: str) -> nn.Module:
         """The module at a path below the layer: `self_attn`, `mlp.down_proj`. Raises SettingError for none."""

@@ -37,11 +37,11 @@ from kvfold.attention.linear import (
     normed,
     slopes,
 )
+from kvfold.contracts.runtimes import LINEAR, LINEAR_LAYER, STEMS
 from kvfold.errors import SettingError
-from kvfold.families._decoder import CLASSES, LINEAR, LINEAR_LAYER, linear_type
 from kvfold.hf.attention import NAME_FP8, through_fp8
 from kvfold.hf.shared_layers import normed_heads
-from kvfold.hf.subclass import derive, register_decoder
+from kvfold.hf.subclass import attentions, derive, register_decoder
 
 SEEN = "kvfold_seen"
 """The name under which the mask of a batch with padding goes through a forward: `(B, S)`, False for padding."""
@@ -415,7 +415,7 @@ def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         ids, like = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if like is None:
             assert ids is not None
-            like = body.embed_tokens.weight.new_empty(*ids.shape, 0)
+            like = body.get_input_embeddings().weight.new_empty(*ids.shape, 0)
         made = create_causal_mask(
             config=body.config,
             inputs_embeds=like,
@@ -454,9 +454,9 @@ class _Linear:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
-        for layer, kind in zip(model.base_model.layers, config.layer_types, strict=True):
-            if kind == LINEAR_LAYER and not isinstance(layer.self_attn, LinearAttention):
-                layer.self_attn = self.linear_attention(config, layer.self_attn)
+        for (path, stock), kind in zip(attentions(model), config.layer_types, strict=True):
+            if kind == LINEAR_LAYER and not isinstance(stock, LinearAttention):
+                model.base_model.set_submodule(path, self.linear_attention(config, stock))
         model.base_model.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # draws the weights of what is new
 
@@ -484,7 +484,7 @@ def _register(model_type: str, name: str) -> None:
     register_decoder(
         __name__,
         _ABOUT,
-        linear_type(model_type),
+        LINEAR.model_type(model_type),
         (name, f"KvfoldLinear{name}"),
         _Linear,
         config=(_Settings,),
@@ -493,5 +493,5 @@ def _register(model_type: str, name: str) -> None:
     )
 
 
-for _model_type in sorted(LINEAR):
-    _register(_model_type, CLASSES[_model_type])
+for _model_type in sorted(LINEAR.models):
+    _register(_model_type, STEMS[_model_type])

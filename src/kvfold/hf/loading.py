@@ -22,12 +22,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kvfold.contracts.family import stock_type
+from kvfold.contracts.runtimes import ADDED, stock_type
 from kvfold.disk.checkpoint import Checkpoint, locate
 from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
 from kvfold.families import all_families
-from kvfold.families._decoder import OURS
 from kvfold.hf.attention import NAME
 from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
 
@@ -196,7 +195,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig | None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config or stock_type(config) == config["model_type"]:
         return None
-    same = {key: value for key, value in config.items() if key not in ("model_type", *OURS)}
+    same = {key: value for key, value in config.items() if key not in ("model_type", *ADDED)}
     return AutoConfig.for_model(stock_type(config), **same)
 
 

@@ -11,14 +11,14 @@ classes.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import transformers
 
-from kvfold.contracts.family import own_type
-from kvfold.families._decoder import CLASSES
+from kvfold.contracts.runtimes import LAYERS, STEMS
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant, sharing_modes
-from kvfold.hf.subclass import derive, register_decoder
+from kvfold.hf.subclass import attentions, derive, register_decoder
 
 _HEADS = "num_key_value_heads"
 
@@ -63,14 +63,16 @@ class _OwnLayers:
             config.per_layer_config = differing or None
         model: Any = self
         modes, sources = config.kv_sharing_modes or [None] * len(heads), config.kv_source_layers
-        layers = zip(model.base_model.layers, config.per_layer_config, modes, strict=True)
-        for number, (layer, own, mode) in enumerate(layers):
-            stock = type(layer.self_attn)
+        layers = zip(attentions(model), config.per_layer_config, modes, strict=True)
+        for number, ((path, attention), own, mode) in enumerate(layers):
+            stock: Any = type(attention)
             if mode is not None:
-                layer.self_attn = globals()[f"Kvfold{stock.__name__}"](own, number, sources[number])
-            elif own.num_key_value_heads != common:
-                layer.self_attn = stock(own, number)
-            layer.self_attn.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+                stock = partial(globals()[f"Kvfold{stock.__name__}"], source=sources[number])
+            elif own.num_key_value_heads == common:
+                continue
+            made = stock(own, number)
+            made.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
+            model.base_model.set_submodule(path, made)
         if config.kv_sharing_modes is not None:
             model.base_model.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # draws the weights of what is new
@@ -95,8 +97,9 @@ def _register(model_type: str, name: str) -> None:
     stock = getattr(module, f"{name}Attention")
     derive(__name__, _ABOUT, stock, f"Kvfold{name}Attention", SharedAttention, architecture=module)
     names = (name, f"Kvfold{name}")
-    register_decoder(__name__, _ABOUT, own_type(model_type), names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
+    ours = LAYERS.model_type(model_type)
+    register_decoder(__name__, _ABOUT, ours, names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
 
 
-for _model_type, _name in CLASSES.items():
-    _register(_model_type, _name)
+for _model_type in sorted(LAYERS.models):
+    _register(_model_type, STEMS[_model_type])

@@ -82,7 +82,10 @@ class SharedAttention:
 def normed_heads(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
     """Heads behind the norm of this name, or as they are where the attention has none."""
     norm: Any = getattr(attention, name, None)
-    return heads if norm is None else norm(heads)
+    if norm is None:
+        return heads
+    over_all = norm.weight.numel() > heads.shape[-1]
+    return norm(heads.flatten(-2)).view(heads.shape) if over_all else norm(heads)  # type: ignore[no-any-return]
 
 
 def sharing_modes(sources: list[int] | None) -> list[str | None] | None:

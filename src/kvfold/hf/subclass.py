@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from kvfold.contracts.runtimes import stock_type
+from kvfold.contracts.site import Site
+from kvfold.families import all_families
 
 
 def derive(module: str, about: str, stock: type, name: str, *before: type, **fields: Any) -> type:
@@ -16,6 +21,15 @@ def derive(module: str, about: str, stock: type, name: str, *before: type, **fie
     made = type(name, (*before, stock), {**said, **fields})
     setattr(sys.modules[module], name, made)
     return made
+
+
+def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Path below `model.base_model` and module of each attention of a decoder, in order of layers."""
+    stock = stock_type({"model_type": model.config.model_type})
+    family = next(each for each in all_families().values() if stock in each.architectures)
+    for layer in range(model.config.num_hidden_layers):
+        path = family.module(Site(layer)).removeprefix(f"{model.base_model_prefix}.")
+        yield path, model.base_model.get_submodule(path)
 
 
 def register_decoder(

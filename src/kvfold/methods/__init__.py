@@ -11,6 +11,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+from kvfold.contracts import runtimes
 from kvfold.contracts.method import Method
 from kvfold.contracts.site import Shape
 from kvfold.errors import SettingError, did_you_mean
@@ -47,7 +48,8 @@ def get(name: str) -> Method[Any]:
 def check(name: str, config: Any, shape: Shape) -> None:
     """Refuse a source that this method cannot take with these settings.
 
-    Raises SettingError, also for sites whose keys and values another method has replaced already.
+    Raises SettingError, also for sites whose keys and values another method has replaced already; UnsupportedModel for
+    a student for which no classes exist.
     """
     for site in (site for group in get(name).groups(config, shape) for site in group if site in shape.sites):
         if shape.sites[site].kept is not None:
@@ -57,3 +59,6 @@ def check(name: str, config: Any, shape: Shape) -> None:
                 next="convert the checkpoint that it was made from",
             )
     config.check(shape)
+    student = get(name).student(config, shape)
+    if student.model_type is None:
+        runtimes.check(student.shape, name)

@@ -220,6 +220,7 @@ def _groups(sources: Sequence[int]) -> list[tuple[Site, ...]]:
 
 def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
     """Fit a group by the moments of what the teacher read."""
+    from kvfold.solve.normed_heads import share_normed
     from kvfold.solve.shared_layers import Reader, share
 
     owner = min(group)
@@ -232,7 +233,7 @@ def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
         readers.append(
             Reader(tensors.attention, tensors.roles, seen["gram_DD"], seen["mean_D"], cross["gram_DD"], queries)
         )
-    return share(readers)
+    return share_normed(readers) if readers[0].attention.norms == "all_heads" else share(readers)
 
 
 def _owned(group: Mapping[Site, SiteTensors], config: Config) -> Roles:
@@ -243,7 +244,7 @@ def _owned(group: Mapping[Site, SiteTensors], config: Config) -> Roles:
     new = dict(owner.roles)
     for role in ("k", "v", "k_bias", "v_bias", "k_norm"):
         if role in new:
-            heads = 1 if role == "k_norm" else owner.attention.num_key_value_heads
+            heads = len(owner.roles[role]) // owner.attention.head_dim
             pooled = [_pooled(tensors.roles[role], tensors.attention.head_dim, heads) for tensors in group.values()]
             new[role] = sum(pooled[1:], pooled[0]) / len(pooled)
     return new

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import divisors, per_kind
 from kvfold.contracts.requests import Answers, AttentionGram, FoldedKL, InputGram, QueryGram, Question
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import KINDS, REPAIRABLE, Attention, Kind, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
 from kvfold.solve import budget as budgets
@@ -77,6 +78,13 @@ class Config:
                     "kv_heads auto is measured on decoders alone",
                     where="gqa",
                     next="say how many heads each kind keeps",
+                )
+            if shape.model_type not in LAYERS.models:
+                raise SettingError(
+                    f"kv_heads auto gives layers heads of their own, and {shape.model_type} has no classes for those",
+                    where="gqa",
+                    allowed=choices(sorted(LAYERS.models)),
+                    next="give one number for all layers",
                 )
             budgets.check(self.budget, shape, "gqa")
             return
@@ -151,10 +159,12 @@ def _merge(
     site: Site, tensors: SiteTensors, heads: int, answers: Answers, config: Config
 ) -> tuple[Roles, dict[str, Any]]:
     """Merge by the moments of what the teacher read."""
+    from kvfold.solve.normed_heads import merge
     from kvfold.solve.shared_heads import losses, merge_site, moments_of
 
     how = cast(Literal["fit", "align", "align-norm"], config.init)
-    roles, lost = merge_site(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
+    made = merge if tensors.attention.norms == "all_heads" else merge_site
+    roles, lost = made(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
     return roles, losses(lost, tensors.roles["k"])
 
 
@@ -265,9 +275,10 @@ class GQA(Method[Config]):
                 converted[site], told[site] = _merge(site, tensors, heads, answers, config)
                 continue
             new = dict(tensors.roles)
-            for role in ("k", "v", "k_bias", "v_bias"):
-                if role in new:
-                    new[role] = _pool(new[role], tensors.attention, heads, config, salt=f"{site} {role}")
+            for role in ("k", "v", "k_bias", "v_bias", "k_norm"):
+                if role in new and len(new[role]) > tensors.attention.head_dim:
+                    drawn = replace(config, init="mean") if role == "k_norm" and config.init == "random" else config
+                    new[role] = _pool(new[role], tensors.attention, heads, drawn, salt=f"{site} {role}")
             converted[site] = new
         return converted, told
 

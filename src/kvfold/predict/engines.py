@@ -41,10 +41,11 @@ class _Known:
 
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_STOCK = _LAYOUT | {"olmo2", "phi", "gpt_neox"}
 _LLAMA = frozenset({"llama"})
 
 _KNOWN = (
-    _Known("transformers", "AutoModelForCausalLM, without kvfold", _LAYOUT, _LAYOUT, "loaded in the tests"),
+    _Known("transformers", "AutoModelForCausalLM, without kvfold", _STOCK, _STOCK, "loaded in the tests"),
     _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
     _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
@@ -52,7 +53,7 @@ _KNOWN = (
 )
 
 _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
-    _Known("transformers", "with kvfold installed", _LAYOUT, _LAYOUT, "loaded in the tests"),
+    _Known("transformers", "with kvfold installed", _LAYOUT | {"olmo2"}, _LAYOUT | {"olmo2"}, "loaded in the tests"),
     _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),

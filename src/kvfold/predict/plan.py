@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from kvfold import methods
 from kvfold.contracts.cache import CacheSpec, grouped_cache
+from kvfold.contracts.family import Family
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.checkpoint import locate, read_config
@@ -23,7 +24,7 @@ from kvfold.families import family_of, source_family
 from kvfold.formats import count, size
 from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, Step, cache_share, decode_step, hardware
-from kvfold.predict.student_config import student_config
+from kvfold.predict.student_config import rehoused, student_config
 from kvfold.settings import decode
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 masters and the two moments of AdamW
@@ -230,15 +231,15 @@ def plan(
     shape = rooted(family.shape(config), lineage)
     before_all, read = shape, config
     for name, first in after:
-        _, _, student = _student(shape, name, first)
+        read, family, shape, (_, _, student) = _housed(read, family, shape, name, first)
         read = student_config(read, family, shape, student, method=name)
         shape = student.shape
         root_elements = before_all.root_elements or grouped_cache(before_all).elements(1, 1)
         shape = replace(shape, root_elements=root_elements)
-    chosen, made, student = _student(shape, method, settings or {})
+    read, family, shape, (chosen, made, student) = _housed(read, family, shape, method, settings or {})
     made_config = student_config(read, family, shape, student, method=method)
     device = hardware(options.hardware)
-    use = _Use(options, before_all, device, tied=family.tied(config))
+    use = _Use(options, before_all, device, tied=family.tied(read))
     before = use.side(before_all, grouped_cache(before_all), config["model_type"])
     folded = use.side(student.shape, chosen.cache_spec(made, shape), made_config["model_type"])
     uptraining = _uptraining(options, device, before_all, student.shape)
@@ -262,12 +263,24 @@ def plan(
         uptraining=uptraining,
         disk=disk,
         calibration_bytes=sum(request.bytes(shape) for request in set(chosen.needs(made, shape))),
-        engines=engines(student, config),
+        engines=engines(student, read),
         warnings=(
             *use.warnings(before_all, student.shape, before, folded),
             *chosen.notes(made, shape),
         ),
     )
+
+
+def _housed(
+    config: dict[str, Any], family: Family, shape: Shape, name: str, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], Family, Shape, tuple[Method[Any], Any, Student]]:
+    """A source as it is converted, in another architecture where its student needs that, and what comes out."""
+    made = _student(shape, name, settings)
+    if other := rehoused(config, family, shape, made[2]):
+        config, family = dict(other), source_family(other)
+        shape = replace(family.shape(config), root_elements=shape.root_elements)
+        made = _student(shape, name, settings)
+    return config, family, shape, made
 
 
 def _student(shape: Shape, name: str, settings: Mapping[str, Any]) -> tuple[Method[Any], Any, Student]:

@@ -38,6 +38,15 @@ def student_config(
     return made
 
 
+def rehoused(config: Mapping[str, Any], family: Family, shape: Shape, student: Student) -> Mapping[str, Any] | None:
+    """The source's config.json in the architecture that its student needs, where that is another; else None.
+
+    Raises UnsupportedModel for a source whose function has no form there.
+    """
+    changed = family.rehouse is not None and student.shape != shape
+    return family.rehoused(config).config if changed else None
+
+
 def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, method: str) -> dict[str, Any]:
     """The source's config.json with what is other in the student."""
     try:

@@ -39,6 +39,7 @@ from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
+from kvfold.repair.residual import Residual
 from kvfold.solve.linalg import ridge
 
 if TYPE_CHECKING:
@@ -83,11 +84,17 @@ def repair(
     """
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if not teacher.family.mlp and (inside := [role for role in roles if role in MLP]):
+    if packed := [role for role in roles if teacher.family.packed(role)]:
         raise SettingError(
-            f"family {teacher.family.name} names no gated MLP to repair",
+            f"family {teacher.family.name} keeps {choices(packed)} in one tensor with other roles",
             where="repair",
-            next=f"leave out {choices(inside)}",
+            next=f"leave out {choices(packed)}",
+        )
+    if absent := [role for role in roles if role in MLP and role not in teacher.family.body.mlp]:
+        raise SettingError(
+            f"the MLP of family {teacher.family.name} has no {choices(absent)}",
+            where="repair",
+            next=f"leave out {choices(absent)}",
         )
     with ExitStack() as stack:
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
@@ -187,7 +194,7 @@ class _Pass:
                     self._repair_inner(learnt, role)
                 else:
                     {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
-                name = self._name(site, role)
+                name = self.target.family.tensor(site, role)
                 # what lies above must see the layer as it will be saved
                 found[name] = learnt.rounded(name, getattr(torch, self.target.spec(name).dtype))
                 if not bool(found[name].isfinite().all()):
@@ -196,10 +203,6 @@ class _Pass:
             self.learnt.write(row, student.run(self.learnt.read(row, count), row))
         self.taught, self.above = self.above, self.taught
         return found
-
-    def _name(self, site: Site, role: str) -> str:
-        family = self.target.family
-        return f"{family.mlp[role].format(layer=site.layer)}.weight" if role in MLP else family.tensor(site, role)
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         return self.taught.batches(self.settings.batch_tokens)
@@ -218,7 +221,11 @@ class _Pass:
         fit = _Ridge(learnt.o)
         for row, count in self._batches():
             hidden_BTD = self.learnt.read(row, count)
-            fit.add(learnt.attend(hidden_BTD, row).heads_BTN, self.middle.read(row, count) - hidden_BTD)
+            heads_BTN = learnt.attend(hidden_BTD, row).heads_BTN
+            missing_BTD, share = learnt.added["attention"].missing(
+                learnt.o(heads_BTN), self.middle.read(row, count) - hidden_BTD
+            )
+            fit.add(heads_BTN * share, missing_BTD * share)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
@@ -228,8 +235,9 @@ class _Pass:
         with InnerFit(learnt.mlp[role], learnt.mlp["down"], [self.length] * self.rows) as fit:
             for row, count in self._batches():
                 middle_BTD, x_BTD, inner_BTF = learnt.through(self.learnt.read(row, count), row)
-                missing_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD - learnt.mlp["down"](inner_BTF)
-                fit.add(row, x_BTD, learnt.slope(x_BTD, role), missing_BTD)
+                wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
+                missing_BTD, share = learnt.added["mlp"].missing(learnt.mlp["down"](inner_BTF), wanted_BTD)
+                fit.add(row, x_BTD, learnt.slope(x_BTD, role) * share, missing_BTD * share)
             fit.solve(steps=self.settings.inner_steps, damping=self.settings.inner_damping, batch=batch)
 
     @torch.inference_mode()
@@ -238,7 +246,9 @@ class _Pass:
         fit = _Ridge(learnt.mlp["down"])
         for row, count in self._batches():
             middle_BTD, _, inner_BTF = learnt.through(self.learnt.read(row, count), row)
-            fit.add(inner_BTF, self.above.read(row, count).to(middle_BTD) - middle_BTD)
+            wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
+            missing_BTD, share = learnt.added["mlp"].missing(learnt.mlp["down"](inner_BTF), wanted_BTD)
+            fit.add(inner_BTF * share, missing_BTD * share)
         fit.solve(self.settings.damping)
 
     @torch.inference_mode()
@@ -267,10 +277,12 @@ class _Parts:
         self.layer, self.attention = layer, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
-        self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms == "pre_rope" else None
-        self.mlp: dict[str, Any] = {
-            part: layer.owner(path.format(layer=site.layer)) for part, path in family.mlp.items()
-        }
+        self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
+        self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
+        after = {part: layer.module(path) for part, path in family.body.after.items()}
+        self.added = {"attention": Residual(self._module, after.get("attention"))}
+        if self.mlp:
+            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """What the attention does with these hidden states, of the rows from `row` on."""
@@ -279,7 +291,7 @@ class _Parts:
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
         added: list[Tensor] = []
-        handle = self._module.register_forward_hook(
+        handle = self.added["attention"].last.register_forward_hook(
             lambda module, args, result: added.append(result[0] if isinstance(result, tuple) else result)
         )
         try:
@@ -313,11 +325,14 @@ class _Parts:
         finally:
             for handle in handles:
                 handle.remove()
-        return above_BTD - self.mlp["down"](seen["down"]), seen["up"], seen["down"]
+        return above_BTD - self.added["mlp"].added(self.mlp["down"](seen["down"])), seen["up"], seen["down"]
 
     def slope(self, x_BTD: Tensor, role: str) -> Tensor:
         """What a row of up or gate is multiplied by on its way to `down`."""
-        return slope(self.mlp["act"], self.mlp["gate"](x_BTD), self.mlp["up"](x_BTD), role)
+        up_BTF = self.mlp["up"](x_BTD)
+        if "gate" not in self.mlp:
+            return slope(self.mlp["act"], up_BTF, torch.ones_like(up_BTF), "gate")
+        return slope(self.mlp["act"], self.mlp["gate"](x_BTD), up_BTF, role)
 
 
 class _Ridge:
@@ -330,9 +345,9 @@ class _Ridge:
         self.cross_NM = torch.zeros(wide, out, dtype=torch.float64, device=self.linear.weight.device)
         self.tokens = 0
 
-    def add(self, z: Tensor, target: Tensor) -> None:
-        """Take inputs of the module and what it should have made of them."""
-        z_TN, missing_TM = z.flatten(0, -2), (target.to(z) - self.linear(z)).flatten(0, -2)
+    def add(self, z: Tensor, missing: Tensor) -> None:
+        """Take inputs of the module and what its outputs lack."""
+        z_TN, missing_TM = z.flatten(0, -2), missing.flatten(0, -2)
         self.gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
         self.cross_NM += z_TN.T @ missing_TM
         self.tokens += len(z_TN)

@@ -80,7 +80,7 @@ class LogitFit:
         self.spreads_HE += spread_BHTE.clamp_min(0).double().sum((0, 2)).cpu()
         self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
         own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
-        turn = _Turn(learnt, self.norm, own_BHTE)
+        turn = Turn(learnt, self.norm, own_BHTE)
         products_BHTE = _covariances(
             attention_BHTS, mean_BHTE, key_BGSE, learnt.scale * turn.whole(own_BHTE), logits_BHTS
         )
@@ -133,12 +133,12 @@ class LogitFit:
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)
         # without a norm the derivative is the same for all that q puts out
-        turn = _Turn(self.seen, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
+        turn = Turn(self.seen, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
         moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
         products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
         return self._pull(products_BHTE, turn, x_BTD)
 
-    def _pull(self, products_BHTE: Tensor, turn: _Turn, x_BTD: Tensor) -> Tensor:
+    def _pull(self, products_BHTE: Tensor, turn: Turn, x_BTD: Tensor) -> Tensor:
         """From what is asked of queries to what is asked of W_q."""
         assert self.seen is not None
         pulled_BTN = _rows(turn.back(self.seen.scale * products_BHTE))
@@ -202,7 +202,7 @@ def _heads(rows_BTN: Tensor, width: int) -> Tensor:
     return rows_BTN.view(*rows_BTN.shape[:2], -1, width).transpose(1, 2)
 
 
-class _Turn:
+class Turn:
     """From what `q` puts out to what meets the keys: the norm, where there is one, and the rotation."""
 
     def __init__(self, seen: hf.Attended, norm: Any, own_BHTE: Tensor | None) -> None:
@@ -210,26 +210,33 @@ class _Turn:
         self.norm = norm
         if norm is not None:
             assert own_BHTE is not None
-            self.length_BHT1 = own_BHTE.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            wide, width = norm.weight.numel(), own_BHTE.shape[-1]
+            self.over = (-1,) if wide == width else (1, -1)  # one head, or all
+            self.weight_E = norm.weight if wide == width else norm.weight.view(-1, 1, width)
+            self.length_BHT1 = own_BHTE.square().mean(self.over, keepdim=True).sqrt().clamp_min(1e-12)
             self.unit_BHTE = own_BHTE / self.length_BHT1
 
     def whole(self, own_BHTE: Tensor) -> Tensor:
         """All of it."""
-        return self._rotate(own_BHTE if self.norm is None else self.norm(own_BHTE))
+        if self.norm is None:
+            return self._rotate(own_BHTE)
+        rows = own_BHTE if self.over == (-1,) else _rows(own_BHTE)
+        normed = self.norm(rows)
+        return self._rotate(normed if rows is own_BHTE else _heads(normed, own_BHTE.shape[-1]))
 
     def change(self, change_BHTE: Tensor) -> Tensor:
         """Its derivative in the direction of a change."""
-        return self._rotate(change_BHTE if self.norm is None else self._normed(change_BHTE) * self.norm.weight)
+        return self._rotate(change_BHTE if self.norm is None else self._normed(change_BHTE) * self.weight_E)
 
     def back(self, pulled_BHTE: Tensor) -> Tensor:
         """The transpose of `change`."""
         turned = pulled_BHTE if self.rotation is None else rotate(pulled_BHTE, self.rotation[0], -self.rotation[1])
-        return turned if self.norm is None else self._normed(turned * self.norm.weight)
+        return turned if self.norm is None else self._normed(turned * self.weight_E)
 
     def _rotate(self, heads_BHTE: Tensor) -> Tensor:
         return heads_BHTE if self.rotation is None else rotate(heads_BHTE, *self.rotation)
 
     def _normed(self, change_BHTE: Tensor) -> Tensor:
         """The derivative of `u / rms(u)`, which is its own transpose."""
-        along = (change_BHTE * self.unit_BHTE).mean(-1, keepdim=True)
+        along = (change_BHTE * self.unit_BHTE).mean(self.over, keepdim=True)
         return (change_BHTE - self.unit_BHTE * along) / self.length_BHT1

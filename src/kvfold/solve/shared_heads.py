@@ -13,7 +13,7 @@ of width 1 over the complex numbers. All functions are batched over planes in fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -197,6 +197,8 @@ def merge_site(attention: Attention, roles: Roles, heads: int, moments: Moments,
         read = slice(first * readers, (first + group) * readers)
         looks_JEE = moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1)
         shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how)
+        if attention.norms == "all_heads":
+            shared_ED, lifts = as_first(shared_ED, lifts)
         for head, queries_RED in enumerate(queries.rows_HED[read].view(group, readers, *queries.rows_HED.shape[1:])):
             lifts.fold(head, queries_RED)
         output_DJRE = output_DHE[:, read].view(attention.hidden_size, group, readers, attention.head_dim)
@@ -265,6 +267,18 @@ def shared_key(
         shared_ED[free], free_JFF = merged.shared_RD, merged.lift_JER
         lost = max(lost, merged.lost)
     return shared_ED, KeyLifts(planes_JP, free_JFF, rope), lost
+
+
+def as_first(key_ED: Tensor, lifts: KeyLifts) -> tuple[Tensor, KeyLifts]:
+    """The shared key in the phases of the first head, whose queries are not turned then.
+
+    A turn and the weights of the queries' norm do not commute where these differ within a plane.
+    """
+    if lifts.rope is None or lifts.planes_JP is None:
+        return key_ED, lifts
+    first_P, turned_ED = lifts.planes_JP[0].sgn(), key_ED.clone()
+    put_planes(turned_ED[None], first_P[:, None] * to_planes(key_ED[None], lifts.rope), lifts.rope)
+    return turned_ED, replace(lifts, planes_JP=lifts.planes_JP * first_P.conj())
 
 
 def plane_power(power_JE: Tensor, rope: Rope) -> Tensor:

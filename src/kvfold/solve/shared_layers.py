@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvfold.contracts.site import Attention, Roles, Rope
 from kvfold.solve.linalg import LEAST, ridge
-from kvfold.solve.rope import pairs, put_planes, to_planes
-from kvfold.solve.shared_heads import KeyLifts, Maps, plane_power, shared_key, shared_value, with_one
+from kvfold.solve.rope import pairs
+from kvfold.solve.shared_heads import KeyLifts, Maps, as_first, plane_power, shared_key, shared_value, with_one
 
 DAMPING = 1e-7  # of the mean moment of the owner's input: far below what is worth anything, above float32's noise
 ROUNDS = 4  # of matching and merging, at most
@@ -119,8 +119,8 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
     )
     looks_JEE, seen_JEE = (torch.stack([side.metric(role, unit) for *_, side, unit in found]) for role in "kv")
     key_ED, lifts, lost_key = shared_key(keys_JED, looks_JEE, grams["k"], sides[0].reader.attention, "fit")
-    if sides[0].reader.attention.norms == "pre_rope":
-        key_ED, lifts = _as_first(key_ED, lifts)
+    if sides[0].reader.attention.norms != "none":
+        key_ED, lifts = as_first(key_ED, lifts)
     merged = shared_value(values_JED, seen_JEE, grams["v"], "fit")
 
     def total(role: str, *, told: bool) -> float:
@@ -136,18 +136,6 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
         (wholes[0], wholes[1]),
         (wholes[0] - tolds[0] * (1 - lost_key), wholes[1] - tolds[1] * (1 - merged.lost)),
     )
-
-
-def _as_first(key_ED: Tensor, lifts: KeyLifts) -> tuple[Tensor, KeyLifts]:
-    """The shared key in the first reader's phases: the owner's queries stay as they are.
-
-    A turn and the weights of the queries' norm do not commute where these differ within a plane.
-    """
-    if lifts.rope is None or lifts.planes_JP is None:
-        return key_ED, lifts
-    first_P, turned_ED = lifts.planes_JP[0], key_ED.clone()
-    put_planes(turned_ED[None], first_P[:, None] * to_planes(key_ED[None], lifts.rope), lifts.rope)
-    return turned_ED, replace(lifts, planes_JP=lifts.planes_JP * first_P.conj())
 
 
 class _Side:

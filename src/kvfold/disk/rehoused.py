@@ -1,0 +1,62 @@
+"""A checkpoint read as the same function in another stock architecture, which has the fields that a student needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvfold.contracts.family import Expressed
+from kvfold.disk.checkpoint import Checkpoint, TensorSpec
+from kvfold.disk.shards import Stored
+from kvfold.families import source_family
+from kvfold.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rehoused(Checkpoint):
+    """A view of a checkpoint under the names of another architecture; tensors are made when they are read.
+
+    Its identity and its lineage are the source's, which `origin` is. Raises UnsupportedModel where the source's
+    function has no form in that architecture.
+    """
+
+    def __init__(self, origin: Checkpoint) -> None:
+        made = origin.family.rehoused(origin.config)
+        self._origin, self.path, self.name, self.lineage = origin, origin.path, origin.name, origin.lineage
+        self.config: dict[str, Any] = dict(made.config)
+        self.family = source_family(self.config, where=origin.path)
+        self.shape = self.family.shape(self.config)
+        self.digests, self._flaws = {}, {}
+        self._stored = {name: self._view(each) for name, each in made.tensors.items()}
+
+    @property
+    def origin(self) -> Checkpoint:
+        """The checkpoint that is stored."""
+        return self._origin
+
+    def _view(self, each: Expressed) -> Stored:
+        sources = [self.origin.stored_name(name) for name in each.sources]
+        dtype = self.origin.spec(sources[0]).dtype
+        return Stored(
+            TensorSpec(each.shape, dtype), self.origin.file_of(sources[0]), self._reader(sources, each, dtype)
+        )
+
+    def _reader(self, sources: list[str], each: Expressed, dtype: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            import torch
+
+            tensors = [self.origin.read(name) for name in sources]
+            made = tensors[0] if each.make is None else each.make(*tensors)
+            return made.to(getattr(torch, dtype))  # rounded once: what calibration reads is what is written
+
+        return read
+
+    def hash(self, progress: Progress = SILENT) -> str:
+        """The content hash of the source."""
+        return self.origin.hash(progress)
+
+    def require_finite(self, progress: Progress = SILENT) -> None:
+        """Refuse weights of the source that are NaN or infinite, with CheckpointError."""
+        self.origin.require_finite(progress)

@@ -1,0 +1,21 @@
+"""olmo2: the layout of llama with q and k RMS-normed over all heads at once, and norms behind attention and MLP.
+
+`norm(k) = w * k / rms(k)` has one weight for each coordinate of all heads (G E), and one mean square: a head's length
+counts against the others'. Nothing is normed before attention and MLP; what they add to the residual stream is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvfold.contracts.config import YES_NO
+from kvfold.families._decoder import BODY, Layout, decoder
+
+FAMILY = decoder(
+    "olmo2",
+    "OLMo 2 (q and k normed over all heads, norms behind attention and MLP)",
+    "olmo2",
+    rules={"attention_bias": YES_NO},
+    layout=lambda config: Layout(biases="qkvo" if config.get("attention_bias") else "", norms="all_heads"),
+    body=replace(BODY, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}),
+)

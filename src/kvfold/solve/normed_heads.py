@@ -1,0 +1,84 @@
+"""Heads behind a norm over all of them at once: maps without the norm, and the norm that goes with other maps.
+
+Such a norm (OLMo 2's) makes `w * (A x) / r(x)` of the heads' rows `A x`, with `r(x)^2` the mean square of all rows. On
+the second moments of the input the closed forms take `r` for its root mean square: `absorb` gives the maps
+`w * A / r`, and `restore` writes other maps as rows and weights again. The rows of each plane then have the mean square
+of the source's, so that `r(x)` stays what it was, token by token where heads that become one were alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvfold.contracts.site import Attention, Roles
+from kvfold.solve.linalg import LEAST
+from kvfold.solve.rope import pairs
+from kvfold.solve.shared_heads import How, Maps, Moments, merge_site, with_one
+from kvfold.solve.shared_layers import Reader, Shared, share
+
+
+def merge(attention: Attention, roles: Roles, heads: int, moments: Moments, how: How) -> tuple[Roles, list[float]]:
+    """Merge the heads of a site as `merge_site` does, with q and k behind such norms."""
+    source = {role: tensor.double() for role, tensor in roles.items()}
+    seen = moments.gram_DD, moments.mean_D
+    new, lost = merge_site(attention, absorb(source, attention, *seen), heads, moments, how)
+    for role in "qk":
+        restore(new, role, source, attention, *seen)
+    return new, lost
+
+
+def share_normed(readers: Sequence[Reader]) -> Shared:
+    """Let the first of these layers own the keys and values of all as `share` does, with q and k behind such norms."""
+    sources = [{role: tensor.double() for role, tensor in reader.roles.items()} for reader in readers]
+    plain = [
+        replace(reader, roles=absorb(roles, reader.attention, reader.gram_DD, reader.mean_D))
+        for reader, roles in zip(readers, sources, strict=True)
+    ]
+    shared = share(plain)
+    for reader, source, new, order in zip(readers, sources, shared.roles, shared.queries, strict=True):
+        heads = Maps.of(source, "q", reader.attention)
+        Maps(heads.rows_HED[order], heads.biased).put(source, "q")
+        source["q_norm"] = source["q_norm"].view(len(order), -1)[order].flatten()
+        for role in ("q", "k") if "k" in new else ("q",):
+            restore(new, role, source, reader.attention, reader.gram_DD, reader.mean_D)
+    return shared
+
+
+def absorb(roles: Roles, attention: Attention, gram_DD: Tensor, mean_D: Tensor) -> Roles:
+    """The roles of a site, in float64, whose `q` and `k` have taken their norms in."""
+    new = dict(roles)
+    for role in "qk":
+        maps = Maps.of(roles, role, attention)
+        power_HE = _power(maps, gram_DD, mean_D)
+        weight_HE1 = new.pop(f"{role}_norm").view(-1, attention.head_dim, 1)
+        Maps(maps.rows_HED * weight_HE1 / power_HE.mean().clamp_min(LEAST).sqrt(), maps.biased).put(new, role)
+    return new
+
+
+def restore(new: Roles, role: str, source: Roles, attention: Attention, gram_DD: Tensor, mean_D: Tensor) -> None:
+    """Write maps that have taken a norm in as rows and weights, in place; `source` has the roles before `absorb`.
+
+    `attention` is the source's. Fewer heads than its own stand for groups of neighbours, whose mean powers they keep.
+    """
+    width = attention.head_dim
+    old, made = Maps.of(source, role, attention), Maps.of(new, role, attention)
+    groups, power_HE = len(made.rows_HED), _power(old, gram_DD, mean_D)
+    weight_GE1 = source[f"{role}_norm"].view(groups, -1, width).square().mean(1).sqrt()[..., None]
+    rows_GED = torch.where(weight_GE1 > 0, made.rows_HED / weight_GE1, 0.0)
+    wanted_GE, found_GE = power_HE.view(groups, -1, width).mean(1), _power(Maps(rows_GED, made.biased), gram_DD, mean_D)
+    if attention.rope:  # one number for both coordinates of a plane: its rows are turned together
+        real, imaginary = pairs(attention.rope)
+        for power_GE in (wanted_GE, found_GE):
+            power_GE[:, real] = power_GE[:, imaginary] = power_GE[:, real] + power_GE[:, imaginary]
+    scale_GE1 = torch.where(found_GE > 0, found_GE / wanted_GE.clamp_min(LEAST), 1.0).sqrt()[..., None]
+    Maps(rows_GED / scale_GE1, made.biased).put(new, role)
+    new[f"{role}_norm"] = (weight_GE1 * scale_GE1).flatten() * power_HE.mean().sqrt()
+
+
+def _power(maps: Maps, gram_DD: Tensor, mean_D: Tensor) -> Tensor:
+    """`E |row x|^2` of each row, `(H, E)`."""
+    return ((maps.rows_HED @ with_one(gram_DD, mean_D, maps.biased)) * maps.rows_HED).sum(-1)
