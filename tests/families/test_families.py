@@ -275,7 +275,7 @@ def test_a_model_type_belongs_to_one_family() -> None:
         ),
         (
             {"per_layer_config": {"1": {"num_key_value_heads": 2}}},
-            "config.json: per_layer_config, and transformers builds every layer of llama alike; is its model_type kvf",
+            "config.json: per_layer_config, and transformers builds all layers alike in llama; is its model_type kvf",
         ),
         (
             {"model_type": "kvfold_llama", "per_layer_config": {"1": {"num_key_value_heads": 2, "hidden_size": 8}}},

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from kvfold import hf
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
@@ -24,7 +25,7 @@ from kvfold.predict.plan import PlanSettings, plan
 HEADS = (4, 2, 1, 2)
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name, family in all_families().items() if not family.encoder_decoder},
+    **{name: (name, {}) for name in all_families() if name in LAYERS.models},
     "llama, biases": ("llama", {"attention_bias": True, "head_dim": 16}),
     "mistral": (
         "llama",
@@ -60,9 +61,10 @@ def written_out(folder: Path) -> Any:
     assert overrides == {"0": {"num_key_value_heads": 4}, "2": {"num_key_value_heads": 1}}
     config |= {"model_type": config["model_type"].removeprefix("kvfold_"), "num_key_value_heads": 4}
     model, tensors = hf.build(config, seed=1, attention="eager").eval(), load_file(folder / "model.safetensors")
+    shared = ("k_proj", "v_proj", *(("k_norm",) if config["model_type"] == "olmo2" else ()))  # normed over all heads
     for layer, heads in enumerate(HEADS):
         for name in tensors:
-            if f"layers.{layer}.self_attn.k_proj" in name or f"layers.{layer}.self_attn.v_proj" in name:
+            if any(f"layers.{layer}.self_attn.{part}" in name for part in shared):
                 rows = tensors[name].unflatten(0, (heads, -1))
                 tensors[name] = torch.stack([rows[query // (4 // heads)] for query in range(4)]).flatten(0, 1)
     missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -349,7 +349,7 @@ def test_a_config_that_cannot_be_is_refused(said: object, told: str, config: dic
 
 def test_a_stock_architecture_does_not_share(config: dict[str, Any]) -> None:
     stock = {**all_families()["llama"].tiny(), "kv_source_layers": [0, 0, 2, 2]}
-    with pytest.raises(UnsupportedModel, match="transformers builds every layer of llama alike"):
+    with pytest.raises(UnsupportedModel, match="transformers builds all layers alike in llama"):
         family_of(stock).shape(stock)
     mixed = {**config, "per_layer_config": {"1": {"num_key_value_heads": 2}}}
     with pytest.raises(UnsupportedModel, match="layer 1 reads keys and values of layer 0, and differs"):

@@ -102,11 +102,6 @@ class Family:
         found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
         return name if found is None else self.renamed[found] + name.removeprefix(found)
 
-    def rehoused(self, config: Json) -> Rehoused:
-        """The same function in the architecture that students are written in. Raises UnsupportedModel."""
-        assert self.rehouse is not None
-        return self.rehouse(config)
-
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
         found = self.tensors.get(role)

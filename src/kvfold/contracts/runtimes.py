@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pydantic
 
@@ -123,15 +124,11 @@ TYPES, SETTINGS = "layer_types", "linear_attention"
 LINEAR_LAYER = "kvfold_linear"
 """The name of a layer of linear attention in `layer_types`, and of its cache layer in transformers' caches."""
 
-_COUNTS = Rule(list[Annotated[int, pydantic.Field(ge=1)]], "a list of positive whole numbers").or_null
+_COUNT = Annotated[int, pydantic.Field(ge=1)]
+_COUNTS = Rule(list[_COUNT], "a list of positive whole numbers").or_null
 _LINEAR_FIELDS: Rules = {
-    "features": one_of("relu", "hedgehog", "none").needed,
-    "feature_dim": whole(0, 1 << 16).needed,
-    "rope": one_of("before", "after").needed,
-    "norm": one_of("groupnorm", "denominator").needed,
-    "decay": one_of("none", "slopes", "retnet").needed,
-    "window": whole(0, 1 << 31).needed,
-    "sinks": whole(0, 1 << 31).needed,
+    name: (whole(0, 1 << 31) if kind is int else one_of(*get_args(kind))).needed
+    for name, kind in get_type_hints(Linear).items()
 }
 
 
@@ -140,11 +137,12 @@ def _heads(shape: Shape) -> dict[str, Any]:
     return {HEADS: next(iter(shape.sites.values())).num_key_value_heads}
 
 
-def _as_they_are(config: Json, sites: Sites) -> Sites:
-    for name in (PER_LAYER, SOURCES):
-        if config.get(name):
+def _without(names: Iterable[str], why: str, config: Json, sites: Sites) -> Sites:
+    """The sites as they are, of a config.json without these fields."""
+    for name in names:
+        if config.get(name) not in (None, {}):
             raise UnsupportedModel(
-                f"config.json: {name}, and transformers builds every layer of {config['model_type']} alike",
+                f"config.json: {name}, and transformers {why} {config['model_type']}",
                 next=f"is its model_type {OWN}{config['model_type']}?",
             )
     return sites
@@ -179,13 +177,12 @@ def _read_layers(config: Json, sites: Sites) -> Sites:
             )
         Fields(changes, part=f"{PER_LAYER}.{layer}.").check({HEADS: WIDTH.needed})
         found[Site(int(layer))] = replace(found[Site(int(layer))], num_key_value_heads=changes[HEADS])
-    said = config.get(SOURCES)
-    said = list(range(len(sites))) if said is None else said
+    said = list(range(len(sites))) if config.get(SOURCES) is None else config[SOURCES]
     if len(said) != len(sites):
         raise UnsupportedModel(f"config.json: {SOURCES} must name a layer for each of {len(sites)}", got=repr(said))
     for layer, source in enumerate(said):
         if not 0 <= source <= layer or said[source] != source:
-            raise UnsupportedModel(f"config.json: layer {layer} cannot read keys and values of layer {source!r}")
+            raise UnsupportedModel(f"config.json: layer {layer} cannot read keys and values of layer {source}")
         mine, theirs = found[Site(layer)], found[Site(source)]
         if (mine.num_key_value_heads, mine.window) != (theirs.num_key_value_heads, theirs.window):
             raise UnsupportedModel(
@@ -202,11 +199,8 @@ def _latent_fields(shape: Shape) -> dict[str, Any]:
     """Planes and latent width of each layer."""
     kept = [attention.kept or {} for attention in shape.sites.values()]
     heads = _heads(shape)
-    return {
-        **heads,
-        PLANES: [each["rotated"] // (2 * heads[HEADS]) for each in kept],
-        WIDTHS: [each["latent"] for each in kept],
-    }
+    planes = [each["rotated"] // (2 * heads[HEADS]) for each in kept]
+    return {**heads, PLANES: planes, WIDTHS: [each["latent"] for each in kept]}
 
 
 def _read_latent(config: Json, sites: Sites) -> Sites:
@@ -267,7 +261,15 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
 
-STOCK = Runtime("grouped heads", "", "", _LAYOUT | {"phi", "gpt_neox"}, lambda shape: True, _heads, _as_they_are)
+STOCK = Runtime(
+    "grouped heads",
+    "",
+    "",
+    _LAYOUT | {"phi", "gpt_neox"},
+    lambda shape: True,
+    _heads,
+    partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
+)
 LAYERS = Runtime(
     "layers that differ in their key/value heads, or share keys and values",
     OWN,
@@ -311,16 +313,6 @@ ENCODER_LATENT = "cross_latent_dim"
 """The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
 
 
-def _read_none(config: Json, sites: Sites) -> Sites:
-    for name in (*HEADS_BY_KIND.values(), ENCODER_LATENT):
-        if config.get(name) is not None:
-            raise UnsupportedModel(
-                f"config.json: {name}, and transformers ignores it in {config['model_type']}",
-                next=f"is its model_type {OWN}{config['model_type']}?",
-            )
-    return sites
-
-
 def _heads_by_kind(shape: Shape) -> dict[str, Any]:
     """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
     kept, found = shape.sites[Site(0, "cross")].kept, {}
@@ -358,18 +350,10 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
     return found
 
 
-_COUNT = Annotated[int, pydantic.Field(ge=1)]
 _PAIRED = frozenset({"t5", "mt5", "bart", "mbart", "t5gemma"})
 
-PAIRS_STOCK = Runtime(
-    "heads of their own",
-    "",
-    "",
-    _PAIRED,
-    lambda shape: True,
-    lambda shape: {},
-    _read_none,
-)
+_ignored = partial(_without, (*HEADS_BY_KIND.values(), ENCODER_LATENT), "ignores it in")
+PAIRS_STOCK = Runtime("heads of their own", "", "", _PAIRED, lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
     OWN,

@@ -168,10 +168,6 @@ class Checkpoint:
         alike = (each for each in self._stored if self.family.on_disk(each) == self.family.on_disk(name))
         return name if name in self._stored else next(alike, name)
 
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._entry(name).file
-
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
         return self._entry(name).spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.family import Expressed
@@ -23,7 +22,8 @@ class Rehoused(Checkpoint):
     """
 
     def __init__(self, origin: Checkpoint) -> None:
-        made = origin.family.rehoused(origin.config)
+        assert origin.family.rehouse is not None
+        made = origin.family.rehouse(origin.config)
         self._origin, self.path, self.name, self.lineage = origin, origin.path, origin.name, origin.lineage
         self.config: dict[str, Any] = dict(made.config)
         self.family = source_family(self.config, where=origin.path)
@@ -38,20 +38,14 @@ class Rehoused(Checkpoint):
 
     def _view(self, each: Expressed) -> Stored:
         sources = [self.origin.stored_name(name) for name in each.sources]
-        dtype = self.origin.spec(sources[0]).dtype
-        return Stored(
-            TensorSpec(each.shape, dtype), self.origin.file_of(sources[0]), self._reader(sources, each, dtype)
-        )
+        first = self.origin._entry(sources[0])
 
-    def _reader(self, sources: list[str], each: Expressed, dtype: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            import torch
-
             tensors = [self.origin.read(name) for name in sources]
-            made = tensors[0] if each.make is None else each.make(*tensors)
-            return made.to(getattr(torch, dtype))  # rounded once: what calibration reads is what is written
+            made: Tensor = tensors[0] if each.make is None else each.make(*tensors)
+            return made.to(tensors[0].dtype)  # rounded once: what calibration reads is what is written
 
-        return read
+        return Stored(TensorSpec(each.shape, first.spec.dtype), first.file, read)
 
     def hash(self, progress: Progress = SILENT) -> str:
         """The content hash of the source."""

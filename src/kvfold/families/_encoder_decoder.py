@@ -10,23 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from kvfold.contracts import runtimes
 from kvfold.contracts.config import Rule, Rules, only
 from kvfold.contracts.family import Json
-from kvfold.contracts.runtimes import ENCODER_DECODERS, PAIRS
+from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read
+from kvfold.contracts.runtimes import architectures as architectures_of
+from kvfold.contracts.runtimes import fields as fields_of
 from kvfold.contracts.site import Attention, Site
 
 END = "ForConditionalGeneration"
 
-architectures = partial(runtimes.architectures, ENCODER_DECODERS, END)
-fields = partial(runtimes.fields, runtimes=ENCODER_DECODERS, end=END)
+architectures = partial(architectures_of, ENCODER_DECODERS, END)
+fields = partial(fields_of, runtimes=ENCODER_DECODERS, end=END)
 
 PAIRED: Rules = {
     "is_encoder_decoder": only(True, "true: an encoder alone caches nothing"),
     **PAIRS.rules,
     **dict.fromkeys(("rope_parameters", "rope_scaling"), Rule(None, "absent: the rotation is a part's, or none")),
     **dict.fromkeys(("sliding_window", "layer_types"), Rule(None, "absent: windows are a part's, or none")),
-    "per_layer_config": Rule(None, f"absent: {runtimes.HEADS} may be a list"),
+    "per_layer_config": Rule(None, f"absent: {HEADS} may be a list"),
 }
 """The fields of every encoder-decoder."""
 
@@ -36,7 +37,7 @@ def decoder_sites(config: Json, own: Attention, cross: Attention, layers: int) -
     alone = {
         site: each for layer in range(layers) for site, each in ((Site(layer), own), (Site(layer, "cross"), cross))
     }
-    return runtimes.read(config, alone, ENCODER_DECODERS)
+    return read(config, alone, ENCODER_DECODERS)
 
 
 def parameters(sites: Mapping[Site, Attention]) -> tuple[int, int]:

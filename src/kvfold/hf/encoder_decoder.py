@@ -126,8 +126,9 @@ class _Fewer:
         """Build the stock model, then what is narrower. Raises ValueError for numbers that cannot be."""
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
-        family, decoder = family_of(config.to_dict()), model.get_decoder()
+        decoder = model.get_decoder()
         try:
+            family = family_of(config.to_dict())
             shape = family.shape(config.to_dict())
         except UnsupportedModel as error:  # as transformers' own configs and models say it
             raise ValueError(str(error)) from error

@@ -43,8 +43,9 @@ def rehoused(config: Mapping[str, Any], family: Family, shape: Shape, student: S
 
     Raises UnsupportedModel for a source whose function has no form there.
     """
-    changed = family.rehouse is not None and student.shape != shape
-    return family.rehoused(config).config if changed else None
+    if family.rehouse is None or student.shape == shape:
+        return None
+    return family.rehouse(config).config
 
 
 def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, method: str) -> dict[str, Any]:
