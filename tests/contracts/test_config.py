@@ -89,7 +89,7 @@ def refusal(config: dict[str, Any]) -> str:
         (
             "t5",
             {"hidden_size": 7},
-            "hidden_size is another name of d_model, and says something else (got 7); allowed: 32",
+            "hidden_size is another name of d_model and has another value (got 7); allowed: 32",
         ),
         ("t5", {"is_gated_act": False}, "is_gated_act and feed_forward_proj differ (got False)"),
         ("bart", {"decoder_attention_heads": 3}, "decoder_attention_heads 3 does not divide d_model 32"),

@@ -334,7 +334,7 @@ def test_barts_that_cannot_be_taken() -> None:
     config = FAMILIES["bart"].tiny()
     for changes, line in (
         ({"num_key_value_heads": 2}, "config.json: num_key_value_heads, and transformers ignores it in bart; is its"),
-        ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings false"),
+        ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings is false"),
         ({"model_type": "whisper"}, "architecture 'whisper' is not supported"),
     ):
         with pytest.raises(UnsupportedModel, match=line):
@@ -381,13 +381,16 @@ def test_a_t5gemma_is_one_of_ours_only_where_its_attentions_differ() -> None:
         ),
         (
             {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 3}},
-            "config.json: 3 key/value heads do not divide 4 query heads",
+            "config.json: decoder.num_key_value_heads 3 does not divide num_attention_heads 4",
         ),
         (
             {"decoder": {**GEMMA["decoder"], "layer_types": ["chunked_attention"] * 4}},
-            "config.json: layer_types must name 4 layers (got ['chunked_attention', ",
+            "config.json: decoder.layer_types must name 4 layers (got ['chunked_attention', ",
         ),
-        ({"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"]}}, "config.json: layer_types must name 4"),
+        (
+            {"decoder": {**GEMMA["decoder"], "layer_types": ["full_attention"]}},
+            "config.json: decoder.layer_types must name 4",
+        ),
         (
             {
                 **OUR_GEMMA,

@@ -1,8 +1,7 @@
-"""What fields of `config.json` may be: checked once, when a checkpoint's family is found, before anything reads them.
+"""Rules for the fields of `config.json`, checked once, when a checkpoint's family is looked up.
 
-A config carries a hundred fields; those that kvfold or transformers' own config class reads have a rule here or in
-their family, by type and range. Others may be anything. Transformers is not loaded: `plan` stays light, and a test
-compares the rules with its classes.
+Every field that kvfold or transformers' config class reads has a type and a range, here or in its family. Other fields
+may have any value. transformers is not loaded, so that `plan` stays light; a test compares the rules with its classes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _STRICT = pydantic.ConfigDict(strict=True)
 
 @dataclass(frozen=True)
 class Rule:
-    """What one field may be: a type as pydantic has it, and the words for it."""
+    """The type of one field, as pydantic takes it, and its description in errors."""
 
     kind: Any
     words: str
@@ -40,7 +39,7 @@ class Rule:
         return pydantic.TypeAdapter(self.kind, config=_STRICT)
 
     def takes(self, value: Any) -> bool:
-        """Is the value of this kind? Booleans are no numbers, NaN and infinity are none either."""
+        """Whether a value has this type. Booleans, NaN and infinity are not numbers."""
         try:
             self._adapter.validate_python(value)
         except pydantic.ValidationError:
@@ -49,12 +48,12 @@ class Rule:
 
     @property
     def needed(self) -> Rule:
-        """The same rule for a field that must be there."""
+        """The same rule for a required field."""
         return replace(self, required=True)
 
     @property
     def or_null(self) -> Rule:
-        """The same rule for a field that may be null, which means what transformers takes without it."""
+        """The same rule for a field that may also be null, which stands for the default of transformers."""
         return replace(self, kind=self.kind | None, words=f"{self.words} or null")
 
 
@@ -82,13 +81,13 @@ def _has_point(value: Any) -> Any:
 
 
 def decimal(least: float, most: float) -> Rule:
-    """A finite number in a range that has a decimal point: transformers refuses `1` where it declares a float."""
+    """A finite number with a decimal point in a range: transformers refuses `1` where it declares a float."""
     kind = Annotated[float, pydantic.BeforeValidator(_has_point), pydantic.Field(ge=least, le=most)]
     return Rule(kind, "a number with a decimal point", allowed=f"{least:g} to {most:g}")
 
 
 def only(value: bool, words: str) -> Rule:
-    """This boolean, and neither the other nor the number that Python takes for it."""
+    """This boolean, and not the number that Python considers equal to it."""
 
     def check(found: bool) -> bool:
         if found is not value:
@@ -144,10 +143,10 @@ COMMON: Rules = {
     "attn_implementation": Rule(str, "text").or_null,
     "_attn_implementation": Rule(str, "text").or_null,
 }
-"""What transformers reads of every architecture's config."""
+"""Fields that transformers reads from the config of every architecture."""
 
 _PARTS = ("encoder", "decoder", "generator", "text_config", "text_encoder")
-"""Fields in which transformers looks for a config inside another."""
+"""Fields in which transformers looks for a nested config."""
 
 _LISTS = ("eos_token_id", "forced_eos_token_id")
 
@@ -167,7 +166,7 @@ RESERVED = frozenset(
         *("validate_layer_type", "validate_output_attentions", "validate_rope", "validate_token_ids"),
     }
 )
-"""What transformers' config classes have and no `config.json` may say: it would be put in a method's place."""
+"""Attributes of transformers' config classes that a field of `config.json` would overwrite."""
 
 _PRIVATE = (
     *("_check_", "_decode_", "_dict_", "_encode_", "_get_", "_getattr_", "_has", "_iter_", "_remove_"),
@@ -177,30 +176,30 @@ _PRIVATE = (
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a `config.json`, or of a part of it, as they are checked."""
+    """The fields of a `config.json`, or of a nested config."""
 
     config: Json
     where: object = "config.json"
-    part: str = ""  # what the names in an error begin with: `decoder.`
+    part: str = ""  # prefix of the names in errors: `decoder.`
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field; of one that is not there or null, the default."""
+        """The value of a field, or the default if it is absent or null."""
         value = self.config.get(name)
         return default if value is None else value
 
     def inside(self, name: str) -> Fields:
-        """The fields of a part. Raises UnsupportedModel where there is none."""
+        """The fields of a nested config. Raises UnsupportedModel if it is absent."""
         value = self.config.get(name)
         if not isinstance(value, dict):
             raise self.refusal(f"{name} must be a part with settings of its own", got=repr(value))
         return Fields(value, self.where, f"{self.part}{name}.")
 
     def refusal(self, what: str, **more: Any) -> UnsupportedModel:
-        """The error for something that cannot be."""
+        """The error for an invalid field."""
         return UnsupportedModel(self.part + what, where=self.where, **more)
 
     def check(self, rules: Rules) -> None:
-        """Raise UnsupportedModel for the first field that is not what its rule says."""
+        """Raise UnsupportedModel for the first field that breaks its rule."""
         for name, rule in rules.items():
             if name not in self.config and not rule.required:
                 continue
@@ -209,16 +208,16 @@ class Fields:
                 raise self.refusal(f"{name} must be {rule.words}", got=repr(value), allowed=rule.allowed)
 
     def check_divides(self, parts: str, whole: str) -> None:
-        """Raise UnsupportedModel unless the one number divides the other."""
+        """Raise UnsupportedModel unless one number divides the other."""
         if self.config[whole] % self.config[parts]:
             raise self.refusal(f"{parts} {self.config[parts]} does not divide {whole} {self.config[whole]}")
 
     def check_alias(self, alias: str, name: str) -> None:
-        """Raise UnsupportedModel for a second name of a field that says another number: transformers takes the last."""
+        """Raise UnsupportedModel if two names of one field have different values: transformers takes the last."""
         said, own = self.config.get(alias), self.config.get(name)
         if alias in self.config and (type(said) is not type(own) or said != own):
             raise self.refusal(
-                f"{alias} is another name of {name}, and says something else",
+                f"{alias} is another name of {name} and has another value",
                 got=repr(self.config[alias]),
                 allowed=self.config.get(name),
                 next="remove one of the two",
@@ -226,7 +225,7 @@ class Fields:
 
 
 def check_common(fields: Fields) -> None:
-    """Check what every architecture's config may say. Raises UnsupportedModel."""
+    """Check the fields that every architecture has. Raises UnsupportedModel."""
     fields.check(COMMON)
     check_names(fields)
     if fields.get("problem_type") == "single_label_classification" and _labels(fields) == 1:
@@ -238,7 +237,7 @@ def check_common(fields: Fields) -> None:
 
 
 def check_names(fields: Fields) -> None:
-    """Refuse a field that would take the place of a method of transformers' config class."""
+    """Refuse a field that would overwrite an attribute of transformers' config class, with UnsupportedModel."""
     for name in fields.config:
         if name in RESERVED or name.startswith(_PRIVATE):
             raise fields.refusal(f"{name!r} is a part of transformers' config class, not a setting", next="remove it")
@@ -250,7 +249,7 @@ def _labels(fields: Fields) -> int:
 
 
 def check_parts(fields: Fields, expected: Iterable[str] = ()) -> None:
-    """Refuse a config inside another where the architecture has none: transformers would read that one instead."""
+    """Refuse a nested config where the architecture has none: transformers would read that one instead."""
     for name in _PARTS:
         if name not in expected and fields.config.get(name) is not None:
             raise fields.refusal(
@@ -261,7 +260,7 @@ def check_parts(fields: Fields, expected: Iterable[str] = ()) -> None:
 
 
 def check_tokens(fields: Fields, vocabulary: int) -> None:
-    """Check the ids of special tokens. Negative ones are in use (`pad_token_id: -1`): they mean that there is none."""
+    """Check the ids of special tokens. A negative id (`pad_token_id: -1`) stands for no token."""
     one, several = _token_rules(vocabulary)
     names = [name for name in fields.config if name.endswith("_token_id")]
     fields.check({name: several if name in _LISTS else one for name in names})
@@ -269,7 +268,7 @@ def check_tokens(fields: Fields, vocabulary: int) -> None:
 
 @cache
 def _token_rules(vocabulary: int) -> tuple[Rule, Rule]:
-    """What one id may be, and what an id or a list of them."""
+    """The rules for one id, and for one id or a list of them."""
     one = whole(-(1 << 31), vocabulary - 1)
     several = replace(one, kind=one.kind | list[one.kind], words="a token id, a list of them")  # type: ignore[name-defined]
     return replace(one, words="a token id").or_null, several.or_null
@@ -310,8 +309,7 @@ _KINDS: Mapping[str, Rules] = {
 def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0) -> None:
     """Check the rotation: `rope_parameters`, or `rope_scaling` and `rope_theta` of older configs.
 
-    `rotated` is the part of a head that an architecture rotates where its config is silent, 1 of one that knows no
-    other.
+    `rotated` is the architecture's default for the part of a head that is rotated; 1 if it always rotates whole heads.
     """
     part = _WHOLE_HEADS if rotated == 1 else _PART
     a_mapping = Rule(dict[str, Any], "a mapping").or_null
@@ -391,7 +389,7 @@ _GENERATION: Rules = {
 
 
 def check_generation(folder: Path, vocabulary: int) -> None:
-    """Check the `generation_config.json` of a checkpoint, which is carried over, where there is one.
+    """Check the `generation_config.json` of a checkpoint, if it has one: students inherit it.
 
     Raises CheckpointError when it is no JSON, UnsupportedModel for a field that cannot be.
     """

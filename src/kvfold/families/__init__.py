@@ -1,4 +1,4 @@
-"""Families: where a model architecture keeps its attention. One file each, discovered by being here.
+"""Families: where a model architecture keeps its weights. One file each, discovered in this folder.
 
 A family is a module of this package with one frozen `FAMILY`. CONTRIBUTING.md walks through adding one.
 """
@@ -26,11 +26,11 @@ def all_families() -> dict[str, Family]:
 
 _QUANTISED = ("quantization_config", "compression_config", "quant_config", "quantization")
 
-"""Where config.json says that weights are quantised: transformers, compressed-tensors, AWQ of old, MLX."""
+"""Fields of config.json that describe quantised weights: transformers, compressed-tensors, older AWQ, MLX."""
 
 
 def _quantised(config: Json) -> str | None:
-    """How the weights of a config are quantised, also in its parts; None: they are not."""
+    """How the weights are quantised, also those of nested configs; None if they are not."""
     for name in _QUANTISED:
         if said := config.get(name):
             kind = said.get("quant_method") or said.get("quant_type") if isinstance(said, Mapping) else said
@@ -40,7 +40,7 @@ def _quantised(config: Json) -> str | None:
 
 
 def family_of(config: Json, where: object = "config.json") -> Family:
-    """The family that takes this `config.json`, whose fields it checks; `where` names the file in an error.
+    """The family of a `config.json`, whose fields are checked; `where` names the file in errors.
 
     Raises UnsupportedModel, also for quantised weights.
     """
@@ -67,9 +67,9 @@ def family_of(config: Json, where: object = "config.json") -> Family:
 
 
 def source_family(config: Json, where: object = None) -> Family:
-    """The family of a checkpoint that is to be read as a language model.
+    """The family of a checkpoint of a language model.
 
-    Raises UnsupportedModel as `family_of` does, and for an architecture with another head, or with none.
+    Raises UnsupportedModel as `family_of` does, and for an architecture without a language model's head.
     """
     family = family_of(config, where or "config.json")
     named = config.get("architectures") or []

@@ -59,19 +59,24 @@ TENSORS: Mapping[str, str | Packed] = {
 GATED = {**{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}, "act": "mlp.act_fn"}
 BODY = Body(mlp=GATED)
 
-_RULES: Rules = {
+MODEL: Rules = {
     "hidden_size": WIDTH.needed,
     "num_attention_heads": HEADS.needed,
     "num_hidden_layers": LAYERS.needed,
     "intermediate_size": WIDTH.needed,
     "vocab_size": VOCABULARY.needed,
-    "num_key_value_heads": HEADS.or_null,
-    "head_dim": WIDTH.or_null,
     "max_position_embeddings": POSITIONS,
-    "hidden_act": ACTIVATION,
     "rms_norm_eps": EPSILON,
     "initializer_range": decimal(0, 1),
     "attention_dropout": SHARE,
+}
+"""The fields of every model of this kind, also inside another."""
+
+_RULES: Rules = {
+    **MODEL,
+    "num_key_value_heads": HEADS.or_null,
+    "head_dim": WIDTH.or_null,
+    "hidden_act": ACTIVATION,
     "is_encoder_decoder": only(False, "false"),
     TYPES: TEXTS.or_null,
     "mlp_layer_types": TEXTS.or_null,
@@ -144,12 +149,15 @@ def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: 
         width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
     check_rope(fields, width, found.rotated)
     linear = fields.config["model_type"] == LINEAR.model_type(stock_type(fields.config))
-    layers = fields.config["num_hidden_layers"]
-    kinds = {"full_attention", LINEAR_LAYER} if linear else found.kinds
-    for name, known in ((TYPES, kinds), ("mlp_layer_types", ("dense",))):
-        said = fields.get(name)
-        if said is not None and (len(said) != layers or set(said) - set(known)):
-            raise fields.refusal(f"{name} must name {layers} layers", got=repr(said), allowed=", ".join(sorted(known)))
+    check_layers(fields, TYPES, {"full_attention", LINEAR_LAYER} if linear else found.kinds)
+    check_layers(fields, "mlp_layer_types", ("dense",))
+
+
+def check_layers(fields: Fields, name: str, kinds: Collection[str]) -> None:
+    """Refuse a list of other kinds of layers, or of more or fewer layers than there are, with UnsupportedModel."""
+    found, layers = fields.get(name), fields.config["num_hidden_layers"]
+    if found is not None and (len(found) != layers or set(found) - set(kinds)):
+        raise fields.refusal(f"{name} must name {layers} layers", got=repr(found), allowed=", ".join(sorted(kinds)))
 
 
 def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape:

@@ -12,10 +12,11 @@ from functools import partial
 
 from kvfold.contracts.config import Rule, Rules, only
 from kvfold.contracts.family import Json
-from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read
+from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read, stock_type
 from kvfold.contracts.runtimes import architectures as architectures_of
 from kvfold.contracts.runtimes import fields as fields_of
-from kvfold.contracts.site import Attention, Site
+from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.families._decoder import dtype_of
 
 END = "ForConditionalGeneration"
 
@@ -40,7 +41,33 @@ def decoder_sites(config: Json, own: Attention, cross: Attention, layers: int) -
     return read(config, alone, ENCODER_DECODERS)
 
 
-def parameters(sites: Mapping[Site, Attention]) -> tuple[int, int]:
-    """Parameters of the encoder's attentions, and of the decoder's."""
-    encoder = sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
-    return encoder, sum(each.parameters for each in sites.values()) - encoder
+def paired_shape(
+    config: Json,
+    family: str,
+    sites: Mapping[Site, Attention],
+    *,
+    width: int,
+    vocab: int,
+    positions: int,
+    embeddings: int,
+    encoder: int,
+    decoder: int,
+) -> Shape:
+    """The shape of a model of these attentions; `encoder` and `decoder` count their parameters outside of those.
+
+    `embeddings` counts those of both, and of the output projection.
+    """
+    read = encoder + sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
+    written = decoder + sum(each.parameters for site, each in sites.items() if site.kind != "encoder")
+    return Shape(
+        family=family,
+        model_type=stock_type(config),
+        sites=sites,
+        hidden_size=width,
+        vocab_size=vocab,
+        num_layers=sum(site.kind == "cross" for site in sites),
+        parameters=embeddings + read + written,
+        dtype=dtype_of(config),
+        max_positions=positions,
+        encoder_parameters=read,
+    )

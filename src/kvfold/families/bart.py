@@ -1,10 +1,8 @@
 """bart: encoder-decoders with learned positions and biases: BART and mBART.
 
-Every decoder layer attends twice, as a T5's does, and with the same caches; q, k, v and o have biases. Positions are
-added to the embeddings and are no matter of the attention: nothing comes between a key and its query, and heads may
-change places in both attentions. mBART norms before its layers and once more at the end of each stack. Encoder and
-decoder may have different numbers of heads. A student with fewer key/value heads is a `kvfold_bart`
-(`_encoder_decoder`).
+A decoder layer attends twice, with the caches of a T5; q, k, v and o have biases. Positions are added to the
+embeddings, so heads may change places in both attentions. mBART norms before attention and MLP, and at the end of each
+stack. Encoder and decoder may have different numbers of heads. A student with fewer key/value heads is a `kvfold_bart`.
 """
 
 from __future__ import annotations
@@ -28,11 +26,10 @@ from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
-from kvfold.families._decoder import dtype_of
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
 
 PARTS = ("encoder", "decoder")
-OFFSET = 2  # rows of the tables of positions that stand for none
+OFFSET = 2  # unused rows of the tables of positions
 
 _RULES: Rules = {
     **PAIRED,
@@ -67,36 +64,29 @@ def _check(fields: Fields) -> None:
 
 def _shape(config: Json) -> Shape:
     if config.get("tie_word_embeddings") is False:
-        raise UnsupportedModel("config.json: tie_word_embeddings false, and every BART published has one embedding")
+        raise UnsupportedModel("config.json: tie_word_embeddings is false, and a BART has one embedding")
     hidden, vocab, positions = (config[name] for name in ("d_model", "vocab_size", "max_position_embeddings"))
     layers, heads, inner = (
         {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
     )
-    alone = {part: _attention(hidden, heads[part]) for part in heads}
+    biases = frozenset("qkvo")
+    alone = {part: Attention(hidden, n, n, hidden // n, biases=biases) for part, n in heads.items()}
     sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
     sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
     final = 2 * hidden if stock_type(config) == "mbart" else 0
     outside = (positions + OFFSET) * hidden + 2 * hidden + final  # positions, their norm, and mBART's last
     forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
-    encoder, decoder = parameters(sites)
-    encoder += layers["encoder"] * (forward["encoder"] + 4 * hidden) + outside
-    decoder += layers["decoder"] * (forward["decoder"] + 6 * hidden) + outside
-    return Shape(
-        family="bart",
-        model_type=stock_type(config),
-        sites=sites,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        num_layers=layers["decoder"],
-        parameters=vocab * hidden + encoder + decoder,
-        dtype=dtype_of(config),
-        max_positions=positions,
-        encoder_parameters=encoder,
+    return paired_shape(
+        config,
+        "bart",
+        sites,
+        width=hidden,
+        vocab=vocab,
+        positions=positions,
+        embeddings=vocab * hidden,
+        encoder=layers["encoder"] * (forward["encoder"] + 4 * hidden) + outside,
+        decoder=layers["decoder"] * (forward["decoder"] + 6 * hidden) + outside,
     )
-
-
-def _attention(hidden: int, heads: int) -> Attention:
-    return Attention(hidden, heads, heads, hidden // heads, biases=frozenset("qkvo"))
 
 
 FAMILY = Family(

@@ -1,12 +1,11 @@
 """t5: encoder-decoders with relative position biases and no rotation: T5, T5.1.1, Flan-T5 and mT5.
 
-Every decoder layer attends twice: to what it wrote so far (`self`, cached per decoder token) and to the encoder's
-output (`cross`, cached per encoder token). The encoder reads its input once and caches nothing: its sites are listed as
-`encoder`, and no method folds them. Logits are not scaled. Nothing comes between a key and its query but a bias of
-their distance, a number for each head: its table lies in the first layer of each stack and serves all layers, so heads
-of a self-attention must keep their places; those of a cross-attention need not.
+A decoder layer attends to the tokens before (`self`, cached per decoder token) and to the encoder's output (`cross`,
+cached per encoder token). The encoder caches nothing, and no method folds its sites (`encoder`). Logits are not scaled.
+A bias of the distance, one number per head, is added to those of self-attention. Its table is in the first layer of
+each stack and serves all layers, so heads of self-attention keep their places; heads of cross-attention need not.
 
-A student with fewer key/value heads, or with a latent of the encoder's output, is a `kvfold_t5` (`_encoder_decoder`).
+A student with fewer key/value heads, or with a latent of the encoder's output, is a `kvfold_t5`.
 """
 
 from __future__ import annotations
@@ -34,11 +33,10 @@ from kvfold.contracts.config import (
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import dtype_of
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, parameters
+from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
 
-POSITIONS = 1 << 15  # distances have no end, and all beyond `relative_attention_max_distance` look alike
-BIAS = "relative_attention_bias"  # (buckets, H): the role that only the first self-attention of a stack has
+POSITIONS = 1 << 15  # texts have no limit: all distances above `relative_attention_max_distance` share a bucket
+BIAS = "relative_attention_bias"  # (buckets, H): a role of the first self-attention of a stack alone
 
 _ACTIVATIONS = get_args(ACTIVATION.kind)
 _RULES: Rules = {
@@ -90,7 +88,7 @@ def _check(fields: Fields) -> None:
 
 
 def _gated(config: Json) -> bool:
-    """Has the MLP a gate? Where config.json is silent: as transformers takes it."""
+    """Whether the MLP has a gate; the default is that of transformers."""
     silent = "gated-gelu" if stock_type(config) == "mt5" else "relu"
     return str(config.get("feed_forward_proj", silent)).startswith("gated-")
 
@@ -106,20 +104,16 @@ def _shape(config: Json) -> Shape:
     sites |= decoder_sites(config, alone, replace(alone, permutable=True), decoders)
     sites[Site(0)] = replace(sites[Site(0)], extra=table)
     forward = (3 if _gated(config) else 2) * hidden * inner
-    encoder, decoder = parameters(sites)
-    encoder += layers * (forward + 2 * hidden) + hidden
-    decoder += decoders * (forward + 3 * hidden) + hidden
-    return Shape(
-        family="t5",
-        model_type=stock_type(config),
-        sites=sites,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        num_layers=decoders,
-        parameters=vocab * hidden * (2 if config.get("tie_word_embeddings") is False else 1) + encoder + decoder,
-        dtype=dtype_of(config),
-        max_positions=POSITIONS,
-        encoder_parameters=encoder,
+    return paired_shape(
+        config,
+        "t5",
+        sites,
+        width=hidden,
+        vocab=vocab,
+        positions=POSITIONS,
+        embeddings=vocab * hidden * (2 if config.get("tie_word_embeddings") is False else 1),
+        encoder=layers * (forward + 2 * hidden) + hidden,
+        decoder=decoders * (forward + 3 * hidden) + hidden,
     )
 
 

@@ -1,14 +1,12 @@
 """t5gemma: encoder-decoders made of Gemma 2 (Zhang et al. 2025, arXiv 2504.06225).
 
-Two Gemmas, each with numbers of its own in the config's parts `encoder` and `decoder`; the one may be wider and deeper
-than the other. A decoder layer attends twice, as a T5's does. Self-attention is rotated, and every other layer of it
-sees a window; cross-attention is not rotated and always sees the whole input, so its cache has no window either. Logits
-`z` are scaled by `query_pre_attn_scalar^-1/2` and capped softly, `c tanh(z / c)`. What `o` puts out is normed before it
-is added to the residual stream.
+Encoder and decoder are Gemmas with configs of their own (`encoder`, `decoder`), and may differ in width and depth.
+Self-attention is rotated, and every other layer has a sliding window; cross-attention is not rotated and has no window.
+Logits `z` are scaled by `query_pre_attn_scalar^-1/2` and capped: `c tanh(z / c)`. The output of `o` is normed before it
+joins the residual stream.
 
-`decoder.num_key_value_heads` is one number for self- and cross-attention of all layers: a student that has one is a
-T5Gemma like any other, and one whose attentions differ a `kvfold_t5gemma` (`_encoder_decoder`). T5Gemma 2, which
-attends to both texts at once, is another architecture.
+`decoder.num_key_value_heads` is one number for self- and cross-attention of all layers. A student whose attentions
+differ is a `kvfold_t5gemma`. T5Gemma 2, which attends to both texts at once, is another architecture.
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ from typing import Any
 
 from kvfold.contracts.config import (
     ACTIVATION,
-    EPSILON,
     HEADS,
-    LAYERS,
     POSITIONS,
     SHARE,
     TEXTS,
@@ -36,18 +32,17 @@ from kvfold.contracts.config import (
     decimal,
 )
 from kvfold.contracts.family import Body, Family, Json
-from kvfold.contracts.runtimes import ENCODER_DECODERS, fields, stock_type
+from kvfold.contracts.runtimes import ENCODER_DECODERS, fields
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.errors import UnsupportedModel
-from kvfold.families._decoder import dtype_of, rope_of
-from kvfold.families._encoder_decoder import END, PAIRED, architectures, decoder_sites, parameters
+from kvfold.families._decoder import MODEL, check_layers, rope_of
+from kvfold.families._encoder_decoder import END, PAIRED, architectures, decoder_sites, paired_shape
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
-"""What a part that does not say means."""
+"""The defaults of a part."""
 
 KINDS = ("sliding_attention", "full_attention")
 
-VOCAB = 256_000  # where the whole does not say
+VOCAB = 256_000  # the default of the whole
 
 _WHOLE: Rules = {
     **PAIRED,
@@ -56,22 +51,15 @@ _WHOLE: Rules = {
     **dict.fromkeys(("dropout_rate", "classifier_dropout_rate", "attention_dropout"), SHARE),
 }
 _PART: Rules = {
-    "hidden_size": WIDTH.needed,
-    "intermediate_size": WIDTH.needed,
-    "num_hidden_layers": LAYERS.needed,
-    "num_attention_heads": HEADS.needed,
+    **MODEL,
     "num_key_value_heads": HEADS.needed,
-    "vocab_size": VOCABULARY.needed,
     "head_dim": WIDTH,
     "query_pre_attn_scalar": WIDTH,
     "sliding_window": POSITIONS.or_null,
     "attn_logit_softcapping": decimal(1e-6, 1e6).or_null,
     "final_logit_softcapping": decimal(1e-6, 1e6).or_null,
-    "max_position_embeddings": POSITIONS,
     "hidden_activation": ACTIVATION,
-    "rms_norm_eps": EPSILON,
-    "initializer_range": decimal(0, 1),
-    **dict.fromkeys(("attention_dropout", "dropout_rate"), SHARE),
+    "dropout_rate": SHARE,
     **dict.fromkeys(("attention_bias", "is_decoder"), YES_NO),
     "layer_types": TEXTS.or_null,
 }
@@ -87,11 +75,15 @@ def _check(fields: Fields) -> None:
         check_parts(part)
         check_tokens(part, part.config["vocab_size"])
         part.check_divides("num_attention_heads", "hidden_size")
+        part.check_divides("num_key_value_heads", "num_attention_heads")
+        check_layers(part, "layer_types", KINDS)
         check_rope(part, part.config.get("head_dim", STATED["head_dim"]))
         if part.config.get("sliding_window", 1) is None and None in _windows({**STATED, **part.config}):
             raise part.refusal("sliding_window must be a positive whole number", got=None)
     vocabulary = fields.config["decoder"]["vocab_size"]
     check_tokens(fields, vocabulary)
+    if (other := fields.config["encoder"]["vocab_size"]) != vocabulary:
+        raise fields.refusal("encoder and decoder have different vocabularies", got=f"{other} and {vocabulary}")
     if fields.config.get("vocab_size", VOCAB) != vocabulary:
         raise fields.refusal(
             "vocab_size is not the decoder's", got=fields.config.get("vocab_size", VOCAB), allowed=vocabulary
@@ -101,10 +93,6 @@ def _check(fields: Fields) -> None:
 def _shape(config: Json) -> Shape:
     encoder, decoder = ({**STATED, **config[name]} for name in ("encoder", "decoder"))
     hidden, vocab, read = decoder["hidden_size"], decoder["vocab_size"], encoder["hidden_size"]
-    if encoder["vocab_size"] != vocab:
-        raise UnsupportedModel(
-            "config.json: encoder and decoder have different vocabularies", got=f"{encoder['vocab_size']} and {vocab}"
-        )
     sites = {
         Site(layer, "encoder"): replace(_attention(encoder), window=window)
         for layer, window in enumerate(_windows(encoder))
@@ -113,48 +101,37 @@ def _shape(config: Json) -> Shape:
     cross = replace(own, rope=None, encoder_size=None if read == hidden else read)
     sites |= decoder_sites(config, own, cross, len(windows))
     sites |= {Site(layer): replace(sites[Site(layer)], window=window) for layer, window in enumerate(windows)}
-    reading, writing = parameters(sites)
-    reading += _outside(encoder, norms=4)
-    writing += _outside(decoder, norms=6) + (vocab * hidden if config.get("tie_word_embeddings") is False else 0)
-    return Shape(
-        family="t5gemma",
-        model_type=stock_type(config),
-        sites=sites,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        num_layers=len(windows),
-        parameters=reading + writing,
-        dtype=dtype_of(config),
-        max_positions=min(int(part.get("max_position_embeddings") or 8192) for part in (encoder, decoder)),
-        encoder_parameters=reading,
+    return paired_shape(
+        config,
+        "t5gemma",
+        sites,
+        width=hidden,
+        vocab=vocab,
+        positions=min(int(part.get("max_position_embeddings") or 8192) for part in (encoder, decoder)),
+        embeddings=vocab * hidden if config.get("tie_word_embeddings") is False else 0,
+        encoder=_outside(encoder, norms=4),
+        decoder=_outside(decoder, norms=6),
     )
 
 
 def _attention(part: Json) -> Attention:
     """A self-attention of a part, without its window."""
     heads, groups, width = (part[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    if heads % groups:
-        raise UnsupportedModel(f"config.json: {groups} key/value heads do not divide {heads} query heads")
     return Attention(
         part["hidden_size"],
         heads,
         groups,
         width,
         biases=frozenset("qkvo") if part.get("attention_bias") else frozenset(),
-        rope=replace(rope_of(part, width), dims=width),  # no part of a head is left as it is
+        rope=replace(rope_of(part, width), dims=width),  # whole heads
         scale=part["query_pre_attn_scalar"] ** -0.5,
         softcap=part["attn_logit_softcapping"],
     )
 
 
 def _windows(part: Json) -> list[int | None]:
-    """The window of each layer: every other one has one where the layers are not named."""
-    layers = part["num_hidden_layers"]
-    kinds = part.get("layer_types") or [KINDS[layer % 2] for layer in range(layers)]
-    if len(kinds) != layers or set(kinds) - set(KINDS):
-        raise UnsupportedModel(
-            f"config.json: layer_types must name {layers} layers", got=repr(kinds), allowed=", ".join(KINDS)
-        )
+    """The window of each layer: every other one has one where `layer_types` is absent."""
+    kinds = part.get("layer_types") or [KINDS[layer % 2] for layer in range(part["num_hidden_layers"])]
     return [part["sliding_window"] if kind == KINDS[0] else None for kind in kinds]
 
 
@@ -167,7 +144,7 @@ def _outside(part: Json, norms: int) -> int:
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
-    """One number of key/value heads for all attentions of the decoder, or an architecture of ours that has several."""
+    """One number of key/value heads for all attentions of the decoder, or a kvfold architecture that has several."""
     decoder = [attention for site, attention in shape.sites.items() if site.kind != "encoder"]
     counts = {attention.num_key_value_heads for attention in decoder}
     alike = len(counts) == 1 and all(attention.kept is None for attention in decoder)

@@ -1,8 +1,7 @@
 """The config.json of a student: the source's own with other fields, read back before a tensor is.
 
-A family reads a config.json and writes one. What it writes of a student must be read as that very student, and name a
-class that is there to load it: else a checkpoint would be written that nothing opens, or that is opened as another
-model. `plan` and `convert` both make the config here.
+The fields that a family writes for a student must describe that student when they are read, and name a class that
+exists. Otherwise the student would not load, or load as another model. `plan` and `convert` make the config here.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from kvfold.families import source_family
 def student_config(
     config: Mapping[str, Any], family: Family, shape: Shape, student: Student, *, method: str, dtype: str = "source"
 ) -> dict[str, Any]:
-    """The config.json of what `method` makes of a source of this `config`, `family` and `shape`.
+    """The config.json of the student that `method` makes of a source.
 
-    It is the source's, key for key, but for the fields that the method changes or drops, and for `auto_map`. Raises
-    UnsupportedModel when no architecture of the family expresses the student.
+    It is the source's except for the fields that the method changes or drops, and `auto_map`. Raises UnsupportedModel
+    if no architecture of the family expresses the student.
     """
     made = _changed(config, family, shape, student, method)
     _check_round_trip(made, family, student, method)
@@ -49,10 +48,10 @@ def rehoused(config: Mapping[str, Any], family: Family, shape: Shape, student: S
 
 
 def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, method: str) -> dict[str, Any]:
-    """The source's config.json with what is other in the student."""
+    """The source's config.json with the student's fields."""
     try:
         before, after = family.fields(shape), family.fields(student.shape) | dict(student.fields)
-    except (KeyError, AttributeError, TypeError) as error:  # a shape that the family has no words for
+    except (KeyError, AttributeError, TypeError) as error:  # a shape that the family cannot express
         raise _inexpressible(family, method, str(student.model_type or "no model type of it")) from error
     changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
     if student.model_type:
@@ -64,7 +63,7 @@ def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: S
 
 
 def _check_round_trip(made: Mapping[str, Any], family: Family, student: Student, method: str) -> None:
-    """Read a student's config.json back. Raises UnsupportedModel when it says another model, or one without a class."""
+    """Raise UnsupportedModel if a student's config.json describes another model, or names no known class."""
     model_type, named = str(made["model_type"]), made.get("architectures") or []
     if model_type not in family.architectures or any(name != family.architectures[model_type] for name in named):
         raise _inexpressible(family, method, f"{model_type}, {', '.join(map(str, named))}")
@@ -73,7 +72,7 @@ def _check_round_trip(made: Mapping[str, Any], family: Family, student: Student,
     except (UnsupportedModel, KeyError, TypeError, ValueError) as error:
         raise _inexpressible(family, method, f"{model_type}: {error}") from error
     if dataclasses.replace(found, dtype=student.shape.dtype) != student.shape:
-        raise _inexpressible(family, method, f"{model_type}, which says another model")
+        raise _inexpressible(family, method, f"{model_type}, which describes another model")
 
 
 def _inexpressible(family: Family, method: str, got: str) -> UnsupportedModel:
