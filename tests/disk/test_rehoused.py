@@ -21,6 +21,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.rehoused import Rehoused
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.predict.plan import plan
+from kvfold.solve.rope import frequencies
 from kvfold.text.tokens import token_file
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
@@ -47,6 +48,10 @@ def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str
     view, teacher = Rehoused(source), AutoModelForCausalLM.from_pretrained(source.path)
     assert view.shape.model_type == "phi"
     assert view.hash() == source.hash()
+    rotary = teacher.gpt_neox.rotary_emb
+    for attention in (source.shape.sites[Site(1)], view.shape.sites[Site(1)]):
+        assert attention.rope is not None
+        torch.testing.assert_close(frequencies(attention.rope)[0].float(), rotary.inv_freq, rtol=1e-6, atol=0)
     phi = hf.build(view.config, seed=0).eval()
     missing = phi.load_state_dict({name: view.read(name) for name in view.names()}, strict=False)
     assert missing == ((["lm_head.weight"] if kind == "tied" else []), [])

@@ -94,6 +94,7 @@ class Layout:
     windows: Sequence[int | None] | None = None  # by layer; None: no layer has a window
     head_dim: int | None = None  # where config.json is silent; None: hidden_size / num_attention_heads
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
+    theta: float = 10000.0  # the base of the rotation, where config.json is silent
     gated: bool = True  # the MLP
     mlp_biases: bool = False
     vectors: int = 2  # of the model's width in a layer's norms, weights and biases
@@ -169,7 +170,7 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     )
     width = config.get("head_dim") or found.head_dim or hidden // heads
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
-    rope, windows = rope_of(config, width, found.rotated), found.windows or [None] * layers
+    rope, windows = rope_of(config, width, found.rotated, found.theta), found.windows or [None] * layers
     sites = read(config, {Site(layer): Attention(*alone, rope, windows[layer]) for layer in range(layers)}, DECODERS)
     maps = 2 + found.gated
     layer = maps * hidden * inner + found.vectors * hidden
@@ -199,15 +200,14 @@ def dtype_of(config: Json) -> str:
 _ROPE_PRETRAINED = "original_max_position_embeddings"
 
 
-def rope_of(config: Json, head_dim: int, rotated: float = 1.0) -> Rope:
-    """The rotation that a checked config.json states, in the words of new and of old versions of transformers.
+def rope_of(config: Json, head_dim: int, rotated: float = 1.0, theta: float = 10000.0) -> Rope:
+    """The rotation of a checked config.json, with the field names of new or of old versions of transformers.
 
-    What is left out is what transformers takes: `rotated`, the part of a head, and the positions of pre-training, which
-    are the model's own.
+    `rotated` and `theta` are the architecture's defaults; those of scaling are transformers'.
     """
     # the older name goes first, as in transformers
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or theta)
     part = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or rotated
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind in ("llama3", "yarn", "longrope"):

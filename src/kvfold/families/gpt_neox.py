@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvfold.contracts.config import EPSILON, SHARE, YES_NO, Rule, number
+from kvfold.contracts.config import EPSILON, SHARE, YES_NO, Fields, Rule, number
 from kvfold.contracts.family import Body, Expressed, Json, Rehoused
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.runtimes import STEMS
@@ -38,12 +38,21 @@ _KEPT = (
 def _layout(config: Json) -> Layout:
     return Layout(
         biases="qkvo" if config.get("attention_bias", True) else "",
-        rotated=float(config.get("rotary_pct", 0.25)),
+        rotated=config.get("rotary_pct", 0.25),
+        theta=config.get("rotary_emb_base", 10000.0),
         gated=False,
         mlp_biases=True,
         vectors=4,
         last=2,
     )
+
+
+def _check(fields: Fields) -> None:
+    """Refuse other values under the names that transformers ignores here, and once saved beside its own."""
+    layout = _layout(fields.config)
+    for name, value in (("rope_theta", layout.theta), ("partial_rotary_factor", layout.rotated)):
+        if fields.get(name, value) != value:
+            raise fields.refusal(f"{name} is ignored in this architecture", got=fields.get(name), allowed=value)
 
 
 def _as_phi(config: Json) -> Rehoused:
@@ -69,13 +78,9 @@ def _as_phi(config: Json) -> Rehoused:
 
 
 def _rotation(config: Json) -> dict[str, Any]:
-    said = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    return {
-        "rope_type": said.pop("type", "default"),
-        "rope_theta": float(config.get("rotary_emb_base", config.get("rope_theta", 10000.0))),
-        "partial_rotary_factor": config.get("rotary_pct", 0.25),
-        **said,
-    }
+    found, layout = dict(config.get("rope_scaling") or config.get("rope_parameters") or {}), _layout(config)
+    kind = found.pop("type", "default")
+    return {"rope_type": kind, "rope_theta": layout.theta, "partial_rotary_factor": layout.rotated, **found}
 
 
 def _tensors(config: Json) -> dict[str, Expressed]:
@@ -91,10 +96,8 @@ def _tensors(config: Json) -> dict[str, Expressed]:
     for layer in range(config["num_hidden_layers"]):
         old, new = f"gpt_neox.layers.{layer}", f"model.layers.{layer}"
         first, second = f"{old}.input_layernorm", f"{old}.post_attention_layernorm"
-        found[f"{new}.input_layernorm.weight"] = Expressed(
-            (f"{first}.weight",), (hidden,), lambda g: g.new_ones(hidden)
-        )
-        found[f"{new}.input_layernorm.bias"] = Expressed((f"{first}.bias",), (hidden,), lambda b: b.new_zeros(hidden))
+        for end, plain in (("weight", _ones), ("bias", _zeros)):
+            found[f"{new}.input_layernorm.{end}"] = Expressed((f"{first}.{end}",), (hidden,), plain)
         for role in "qkv":
             cut = partial(PACKED[""].part, role=role, attention=attention)
             name, source = f"{new}.self_attn.{role}_proj", f"{old}.attention.query_key_value"
@@ -105,6 +108,14 @@ def _tensors(config: Json) -> dict[str, Expressed]:
     if config.get("tie_word_embeddings", False):
         del found["lm_head.weight"]
     return found
+
+
+def _ones(norm_D: Tensor) -> Tensor:
+    return norm_D.new_ones(norm_D.shape)
+
+
+def _zeros(norm_D: Tensor) -> Tensor:
+    return norm_D.new_zeros(norm_D.shape)
 
 
 def _linear(
@@ -147,6 +158,7 @@ FAMILY = decoder(
         **dict.fromkeys(("use_parallel_residual", "attention_bias", "is_decoder"), YES_NO),
         **dict.fromkeys(("hidden_dropout", "classifier_dropout"), SHARE),
     },
+    check=_check,
     layout=_layout,
     tiny={
         **dict.fromkeys(("num_key_value_heads", "head_dim")),
@@ -157,12 +169,7 @@ FAMILY = decoder(
         **{f"{role}{end}": packed for role in "qkv" for end, packed in PACKED.items()},
         **{"o": "dense.weight", "o_bias": "dense.bias"},
     },
-    body=Body(
-        embedding="gpt_neox.embed_in",
-        layers="gpt_neox.layers",
-        norm="gpt_neox.final_layer_norm",
-        mlp=MLP,
-    ),
+    body=Body("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", MLP),
     renamed={"lm_head.": "embed_out."},
     fields=lambda shape: {"model_type": "gpt_neox", "architectures": [f"{STEMS['gpt_neox']}{END}"]},
     rehouse=_as_phi,
