@@ -196,6 +196,24 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
         },
     ),
+    "Pythia 70M": (
+        70_426_624,
+        {
+            **{"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+            **{"num_hidden_layers": 6, "vocab_size": 50304, "layer_norm_eps": 1e-5, "max_position_embeddings": 2048},
+            **{"rotary_emb_base": 10000, "rotary_pct": 0.25, "use_parallel_residual": True, "torch_dtype": "float16"},
+            **{"rope_theta": 10000, "partial_rotary_factor": 0.25, "bos_token_id": 0, "eos_token_id": 0},
+        },
+    ),
+    "phi-2": (
+        2_779_683_840,
+        {
+            **{"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32},
+            **{"num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 51200, "hidden_act": "gelu_new"},
+            **{"partial_rotary_factor": 0.4, "qk_layernorm": False, "resid_pdrop": 0.1, "embd_pdrop": 0.0},
+            **{"layer_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float16"},
+        },
+    ),
     "flan-t5-small": (
         76_961_152,
         {

@@ -8,7 +8,7 @@ architecture for all. `kvfold.hf` registers the classes of these tables with tra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, get_args, get_type_hints
@@ -61,11 +61,11 @@ def stock_type(config: Json) -> str:
     return name.removeprefix(longest)
 
 
-def architectures(runtimes: Iterable[Runtime], end: str, *stock: str) -> dict[str, str]:
-    """The class of each model type of these runtimes and stock architectures."""
+def architectures(runtimes: Sequence[Runtime], end: str, *stock: str) -> dict[str, str]:
+    """The class of each model type of these runtimes and stock architectures, the stock ones first."""
     return {
         each.model_type(name): each.architecture(name, end)
-        for each in runtimes
+        for each in reversed(runtimes)
         for name in stock
         if name in each.models
     }
