@@ -113,6 +113,12 @@ class Attention:
         return {role: shape for role, shape in shapes.items() if role not in self.without} | dict(self.extra)
 
     @property
+    def head_roles(self) -> tuple[str, ...]:
+        """The roles with `head_dim` rows for each key/value head: `k`, `v`, their biases, a norm over all heads."""
+        names = ("k", "v", "k_bias", "v_bias", *(("k_norm",) if self.norms == "all_heads" else ()))
+        return tuple(role for role in names if role in self.roles())
+
+    @property
     def parameters(self) -> int:
         """Parameters of the site."""
         return sum(math.prod(shape) for role, shape in self.roles().items() if role not in WHOLE)

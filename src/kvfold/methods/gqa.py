@@ -220,10 +220,9 @@ def _pool(tensors: SiteTensors, heads: int, config: Config, salt: str) -> Roles:
     attention, new = tensors.attention, dict(tensors.roles)
     if heads == attention.num_key_value_heads:
         return new
-    for role in ("k", "v", "k_bias", "v_bias", "k_norm"):
-        if role in new and len(new[role]) > attention.head_dim:
-            init = "mean" if role == "k_norm" and config.init == "random" else config.init
-            new[role] = _pooled(new[role], heads, attention.head_dim, init, f"{config.init_seed} {salt} {role}")
+    for role in attention.head_roles:
+        init = "mean" if role == "k_norm" and config.init == "random" else config.init
+        new[role] = _pooled(new[role], heads, attention.head_dim, init, f"{config.init_seed} {salt} {role}")
     return new
 
 
