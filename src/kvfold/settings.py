@@ -20,6 +20,11 @@ from kvfold.inputs import LARGEST, load_yaml
 T = TypeVar("T")
 
 
+def setting(default: T, help: str) -> T:
+    """A field of a settings dataclass: its default, and the help of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 SEEDS = 2**32  # seeds are below this: generators take them, also times a million and a step
 
 
@@ -129,8 +134,14 @@ def describe(hint: Any) -> str:
         elif typing.get_origin(kind) is tuple:
             parts.append(f"{words.get(typing.get_args(kind)[0], 'a section').removeprefix('a ')}s between commas")
         else:
-            parts.append(words.get(kind, getattr(kind, "__name__", str(kind))))
+            parts.append(words.get(kind) or _in_words(kind))
     return " or ".join(parts)
+
+
+def _in_words(kind: Any) -> str:
+    """A type of kvfold's own: its docstring begins with what it holds."""
+    first = kind.__doc__.partition(".")[0]
+    return str(first[:1].lower() + first[1:])
 
 
 def metavar(hint: Any) -> str:

@@ -129,7 +129,7 @@ def test_what_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make, text: Pa
         calibrate(source, [InputGram(Site(0))], spans, CalibrationSettings(length=48, max_bytes=10_000))
     assert memory_bytes(source.shape, [], EXACT) > 8 * source.shape.parameters
     options = ConvertSettings(calibration=str(text))
-    with pytest.raises(SettingError, match="measured on decoders alone"):
+    with pytest.raises(SettingError, match="measured on decoder-only models"):
         convert(source.path, text.parent / "auto", "gqa", {"kv_heads": "auto", "budget": 0.5}, options=options)
     options = ConvertSettings(calibration=str(text), repair=("o",))
     with pytest.raises(SettingError, match="encoder-decoders are not repaired yet"):

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.contracts.cache import CacheSpec, Slot, grouped_cache
-from kvfold.contracts.per_layer import divisors, per_kind
+from kvfold.contracts.per_layer import PerSite, divisors, spelled
 from kvfold.contracts.requests import AttentionGram, CrossGram, InputGram, QueryGram, SampledPairs
 from kvfold.contracts.site import DTYPE_BYTES, KINDS, Attention, Kind, Shape, Site
 from kvfold.errors import SettingError
 from kvfold.families import all_families
 from kvfold.methods import gqa
+from kvfold.settings import decode
 
 kinds = st.lists(st.sampled_from(KINDS), min_size=1, unique=True)
 counts = st.integers(1, 10**6)
@@ -29,52 +31,95 @@ def of_heads(heads: int, kv_heads: int, layers: int = 2) -> Shape:
     return model({Site(layer): Attention(96, heads, kv_heads, 8) for layer in range(layers)})
 
 
-# --- settings that differ by kind -----------------------------------------------------------------------------------
+# --- settings that differ by layer and by kind ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Settings of one number by site."""
+
+    heads: PerSite | Literal["auto"]
+
+
+def decoded(value: object) -> PerSite | Literal["auto"]:
+    return decode(Numbers, {"heads": value}, "test").heads
 
 
 @given(counts, kinds)
-def test_one_number_holds_for_every_kind(number: int, known: list[Kind]) -> None:
-    assert per_kind(number, known, "kv_heads") == dict.fromkeys(known, number)
-    assert per_kind(f" {number} ", known, "kv_heads") == dict.fromkeys(known, number)
+def test_one_number_holds_for_every_site(number: int, known: list[Kind]) -> None:
+    sites = [Site(layer, kind) for kind in known for layer in range(3)]
+    for value in (number, f" {number} "):
+        made = decoded(value)
+        assert made.by_site(sites, "heads", "test") == dict.fromkeys(sites, number)
+        assert spelled(Numbers(made)) == {"heads": value}
 
 
-@given(st.dictionaries(st.sampled_from(KINDS), counts, min_size=1), st.randoms(), st.sampled_from(["", " "]))
-def test_kinds_are_named_in_any_order(wanted: dict[Kind, int], random: object, space: str) -> None:
-    pairs = [f"{space}{kind}{space}={space}{number}{space}" for kind, number in wanted.items()]
-    random.shuffle(pairs)  # type: ignore[attr-defined]
-    assert per_kind(",".join(pairs), list(wanted), "kv_heads") == wanted
+@given(
+    st.dictionaries(st.sampled_from(KINDS), counts | st.lists(counts, min_size=3, max_size=3), min_size=1),
+    st.randoms(),
+    st.sampled_from(["", " "]),
+)
+def test_kinds_are_named_in_any_order(wanted: dict[Kind, Any], random: Any, space: str) -> None:
+    rows = {kind: row if isinstance(row, list) else [row] * 3 for kind, row in wanted.items()}
+    parts = [
+        f"{space}{kind}{space}={space}{'/'.join(map(str, row if isinstance(row, list) else [row]))}{space}"
+        for kind, row in wanted.items()
+    ]
+    random.shuffle(parts)
+    made = decoded(",".join(parts))
+    by_site = {Site(layer, kind): row[layer] for kind, row in rows.items() for layer in range(3)}
+    assert made.by_site(by_site, "heads", "test") == by_site
+    assert {site: made.at(site) for site in by_site} == by_site
+    again = PerSite.of(by_site)
+    assert again.by_site(by_site, "heads", "test") == by_site
+    assert PerSite.parse(again.spelled()) == again
+    assert PerSite.parse(made.spelled()) == made
 
 
-@pytest.mark.slow
-@given(st.text(alphabet="selfcroind=,0123456789 -.²٣x") | st.text(), kinds)
-def test_any_text_is_read_or_refused_in_one_line(text: str, known: list[Kind]) -> None:
+def test_the_spelling_of_a_file_is_kept() -> None:
+    for value in (8, "4/2/2/1", "self=8,cross=4", "self=4/2,cross=1", "auto"):
+        assert spelled(Numbers(decoded(value))) == {"heads": value}
+    assert decoded("8") == decoded(8)
+    assert spelled(Numbers(decoded("8"))) == {"heads": "8"}, "a hash of settings tells them apart, as it always did"
+
+
+@given(st.text(alphabet="selfcroind=,/0123456789 -.²٣x") | st.text() | st.integers() | st.booleans() | st.floats())
+def test_any_value_is_read_or_refused_in_one_line(value: Any) -> None:
     try:
-        found = per_kind(text, known, "kv_heads")
+        made = decoded(value)
     except SettingError as error:
         line = str(error)
     else:
-        assert set(found) == set(known)
-        assert min(found.values()) >= 1
+        assert made == "auto" or min(map(min, made.numbers.values())) >= 1
         return
-    assert line.startswith("kv_heads: ")
+    assert line.startswith("test: heads cannot be ")
+    assert "; allowed: a whole number, or one for each layer (4/2/2/1), or for each kind of site" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "text", ["slef=4,cross=2", "self=4,cross=0", "self=4,self=2", "0", "4,2", "4,self=2", "4/2/", "4/x"]
+)
+def test_what_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="heads cannot be"):
+        decoded(text)
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("slef=4,cross=2", "kv_heads: cannot read 'slef=4,cross=2'; allowed: a whole number, or self=N,cross=N; did"),
-        ("self=4", "kv_heads: nothing said for cross (got 'self=4')"),
-        ("self=4,cross=0", "kv_heads: '0' is not a positive whole number"),
-        ("self=4,self=2,cross=1", "kv_heads: self is said twice (got 'self=4,self=2,cross=1')"),
-        ("0", "kv_heads: '0' is not a positive whole number"),
-        ("4,2", "kv_heads: cannot read '4,2'; allowed: a whole number, or self=N,cross=N"),
+        (
+            "self=4",
+            "test: heads needs a number for self or cross (got self=4); allowed: a whole number, or self=N,cross=N",
+        ),
+        ("4/2", "test: heads has 2 numbers for 3 layers (got 4/2); give one for each layer, or one for all"),
     ],
 )
-def test_what_cannot_be_read(text: str, line: str) -> None:
+def test_a_number_for_each_site_or_a_refusal(text: str, line: str) -> None:
+    sites = [Site(layer, kind) for layer in range(3) for kind in ("self", "cross")]
     with pytest.raises(SettingError) as caught:
-        per_kind(text, ["self", "cross"], "kv_heads")
-    assert str(caught.value).startswith(line)
+        decoded(text).by_site(sites, "heads", "test")
+    assert str(caught.value) == line
 
 
 # --- cache arithmetic -----------------------------------------------------------------------------------------------

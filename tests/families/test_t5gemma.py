@@ -260,9 +260,9 @@ def test_it_is_not_pretrained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "line"),
     [
-        ("cla", {}, "cla: layers share in decoders alone"),
-        ("elitekv", {"ratio": 0.5}, "elitekv: layer 0 (encoder): latents of heads are for decoders alone"),
-        ("supra", {}, "supra: layer 0 (encoder) cannot be linear: only the causal self-attention of a decoder"),
+        ("cla", {}, "cla: layer 0 (encoder): only layers of a decoder-only model can share"),
+        ("elitekv", {"ratio": 0.5}, "elitekv: layer 0 (encoder): only decoder-only models can have latents of heads"),
+        ("supra", {}, "supra: layer 0 (encoder): only causal self-attention with RoPE can be linear"),
     ],
 )
 def test_what_cannot_honour_it_says_so(method: str, settings: dict[str, Any], line: str) -> None:
@@ -274,5 +274,5 @@ def test_what_cannot_honour_it_says_so(method: str, settings: dict[str, Any], li
     plain = all_families()["llama"].shape(all_families()["llama"].tiny())
     methods.check(method, made, plain)
     capped = plain.with_sites({site: replace(each, softcap=50.0) for site, each in plain.sites.items()})
-    with pytest.raises(SettingError, match="logits are capped softly.*choose gqa"):
+    with pytest.raises(SettingError, match="logits have a soft cap.*choose gqa"):
         methods.check(method, made, capped)

@@ -215,7 +215,7 @@ def test_a_latent_student_is_a_source_of_its_own_kind(make: Callable[..., tuple[
     assert Checkpoint.open(kept).hash() == Checkpoint.open(student).hash()
     for method, settings in (("gqa", {"kv_heads": 2}), ("elitekv", SPLIT)):
         for work in (lambda *given: convert(student, tmp_path / "no", *given), lambda *given: plan(student, *given)):
-            with pytest.raises(SettingError, match="layer 0 keeps rotated and latent already"):
+            with pytest.raises(SettingError, match="layer 0 caches rotated and latent already"):
                 work(method, settings)
 
 

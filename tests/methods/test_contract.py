@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from examples import example
 from kvfold import hf, methods
 from kvfold.calibrate.decoder import calibrate
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.method import Method, Student
+from kvfold.contracts.per_layer import PerSite, spelled
 from kvfold.contracts.requests import Answers, AttentionGram, CrossGram, InputGram, QueryGram, Request
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
@@ -38,7 +40,7 @@ AUTO = {
     name: AutoModelForSeq2SeqLM if family.encoder_decoder else AutoModelForCausalLM
     for name, family in all_families().items()
 }
-SIMPLE = (str, int, float, bool, type(None))
+SIMPLE = (str, int, float, bool, type(None), PerSite)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,7 @@ def test_the_words_of_a_method_agree_with_each_other(name: str, family: str) -> 
     config.check(shape)
     assert all(request.bytes(shape) > 0 for request in method.needs(config, shape))
     assert method.resolve(config, shape, {}) == method.resolve(method.resolve(config, shape, {}), shape, {})
-    json.dumps(dataclasses.asdict(method.resolve(config, shape, {})))
+    json.dumps(spelled(method.resolve(config, shape, {})))
     grouped = [site for group in method.groups(config, shape) for site in group]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) <= set(shape.sites)
@@ -143,7 +145,7 @@ def test_the_lossless_student_is_the_teacher(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = Checkpoint.open(tiny_checkpoint(family, tokenizer=False))
-    settings = dataclasses.asdict(METHODS[name].lossless(teacher.shape))
+    settings = spelled(METHODS[name].lossless(teacher.shape))
     student = convert(teacher.path, tmp_path / "student", name, settings)
     ids_BT = torch.arange(14).view(2, 7)
     with torch.inference_mode():
@@ -159,24 +161,13 @@ def inputs(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids_BT, **({"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {})}
 
 
-def example(name: str, family: str) -> dict[str, Any]:
-    """The settings that a method's example gives, as a user would: those that differ from their defaults."""
-    found = all_families()[family]
-    made = METHODS[name].example(found.shape(found.tiny()))
-    return {
-        each.name: getattr(made, each.name)
-        for each in dataclasses.fields(made)
-        if getattr(made, each.name) != each.default
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_what_is_planned_is_what_a_student_caches(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = tiny_checkpoint(family, tokenizer=False)
-    settings = example(name, family)
+    settings = example(METHODS[name], shape_of(family))
     planned = plan(teacher, name, settings, options=PlanSettings(context=9, batch=2))
     student = convert(teacher, tmp_path / "student", name, settings)
     model: Any = hf.load(student)

@@ -29,7 +29,7 @@ from kvfold.families import all_families, family_of
 from kvfold.methods import crosslatent
 from kvfold.predict.plan import PlanSettings, plan
 from kvfold.predict.roofline import decode_step
-from kvfold.solve.encoder_latent import Reader, Shared, share
+from kvfold.solve.encoder_latent import CrossAttention, EncoderLatent, fit_latent
 from kvfold.solve.shared_heads import Moments
 from tolerance import assert_same
 
@@ -250,7 +250,7 @@ def test_the_latent_survives_sharding_and_pickling(
 # --- how the latent is found ----------------------------------------------------------------------------------------
 
 
-def drawn(layers: int, groups: int = 2) -> list[Reader]:
+def drawn(layers: int, groups: int = 2) -> list[CrossAttention]:
     """Cross-attentions of 4 heads of 3 over a width of 12, and moments in which averages have a third of the spread."""
     generator = torch.Generator().manual_seed(0)
 
@@ -271,14 +271,14 @@ def drawn(layers: int, groups: int = 2) -> list[Reader]:
             own_D,
         )
         roles = {role: normal(*form) for role, form in attention.roles().items()}
-        readers.append(Reader(attention, roles, moments))
+        readers.append(CrossAttention(attention, roles, moments))
     return readers
 
 
-def fitted(readers: list[Reader], width: int) -> Shared:
+def fitted(readers: list[CrossAttention], width: int) -> EncoderLatent:
     moments = readers[0].moments
     assert moments is not None
-    return share(readers, width, (moments.gram_DD, moments.mean_D))
+    return fit_latent(readers, width, (moments.gram_DD, moments.mean_D))
 
 
 def test_the_fit_is_the_principal_components_of_all_layers() -> None:
@@ -329,7 +329,7 @@ def test_keys_keep_theirs_where_a_cap_would_feel_it() -> None:
 
 def test_without_moments_it_is_the_svd_of_the_weights() -> None:
     readers = [replace(each, moments=None) for each in drawn(3)]
-    found = share(readers, 4, None)
+    found = fit_latent(readers, 4, None)
     stacked = torch.cat([each.roles[role] for each in readers for role in "kv"])
     kept = torch.cat([each[role] @ found.down_RD for each in found.roles for role in "kv"])
     left, values, right = torch.linalg.svd(stacked, full_matrices=False)
@@ -342,7 +342,7 @@ def test_whitened_by_inputs_keys_and_values_count_alike() -> None:
     readers = drawn(3)
     assert readers[0].moments is not None
     seen = readers[0].moments.gram_DD, readers[0].moments.mean_D
-    found = share([replace(each, moments=None) for each in readers], 4, seen)
+    found = fit_latent([replace(each, moments=None) for each in readers], 4, seen)
     root_DD = torch.linalg.cholesky(seen[0] - torch.outer(seen[1], seen[1]))
     white = [torch.cat([each.roles[role] for each in readers]) @ root_DD for role in "kv"]
     white = [each / each.norm() for each in white]
@@ -400,7 +400,7 @@ def test_self_attention_is_folded_first(tiny_checkpoint: Make, text: ConvertSett
     assert grouped_cache(shape).bytes_per_token() == 2 * 4 * 2 * 2 * 8
     assert grouped_cache(shape).bytes_per_encoder_token() == 2 * 32
     for method, settings in (("gqa", {"kv_heads": 1}), ("crosslatent", {})):
-        with pytest.raises(SettingError, match=r"layer 0 \(cross\) keeps latent already"):
+        with pytest.raises(SettingError, match=r"layer 0 \(cross\) caches latent already"):
             convert(student, tmp_path / "again", method, settings)
 
 
@@ -408,7 +408,7 @@ def test_self_attention_is_folded_first(tiny_checkpoint: Make, text: ConvertSett
     ("family", "changes", "width", "line"),
     [
         ("llama", {}, None, "there is no cross-attention whose cache layers could share (got family llama)"),
-        ("t5", {}, 33, "cross_latent_dim cannot be (got 33); allowed: 1 to 32: not wider"),
+        ("t5", {}, 33, "cross_latent_dim is out of range (got 33); allowed: 1 to 32: at most"),
         ("t5", {**SHARED, "cross_num_key_value_heads": 1, "num_decoder_layers": 1}, None, "allowed: 1 to 15"),
     ],
 )

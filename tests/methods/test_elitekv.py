@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
-from kvfold.contracts.requests import AttentionGram, InputGram, QueryGram, Reckoned, SampledPairs
+from kvfold.contracts.per_layer import PerSite
+from kvfold.contracts.requests import AttentionGram, Computed, InputGram, QueryGram, SampledPairs
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, SiteTensors
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -80,7 +81,7 @@ def test_it_asks_for_what_it_reads() -> None:
     assert asked(**split, search="uniform") == moments
     assert asked(**split, metric="inputs", search="uniform") == {InputGram(site)}
     assert asked(**split, metric="weights") == {pairs}
-    assert asked(ratio=0.5) == {pairs, *moments, Reckoned(site)}
+    assert asked(ratio=0.5) == {pairs, *moments, Computed(site)}
     assert asked(ratio=0.5, metric="weights", search="uniform") == set()
     assert not elitekv.METHOD.needs(elitekv.METHOD.lossless(shape), shape)
 
@@ -152,9 +153,9 @@ def test_a_wider_latent_loses_less_and_one_latent_no_more_than_two(metric: Any) 
     assert joint[-1] < 1e-12
 
 
-def test_what_is_reckoned_falls_with_both_and_ends_at_nothing() -> None:
+def test_the_expected_error_falls_with_both_and_ends_at_nothing() -> None:
     attention, roles, moments, sample = site_of()
-    error_CR = latent.reckoned(attention, roles, "elite", [1, 2, 3, 4], sample, moments)
+    error_CR = latent.split_errors(attention, roles, "elite", [1, 2, 3, 4], sample, moments)
     assert error_CR.shape == (4, 33)
     assert bool((error_CR.diff(dim=1) <= 1e-12).all())
     assert bool((error_CR[:, -1].diff() < 0).all())
@@ -203,7 +204,7 @@ def test_a_ratio_is_kept_to_the_byte(
     assert 0.8 * ratio * whole <= kept <= ratio * whole
     planned = plan(teacher, "elitekv", settings)
     assert planned.after.cache_bytes_per_token <= ratio * whole
-    assert "how each layer splits its part is reckoned" in " ".join(planned.warnings)
+    assert "chooses how each layer splits its part" in " ".join(planned.warnings)
     step = json.loads((student / "kvfold.json").read_text())["steps"][-1]
     assert step["settings"]["ratio"] is None
     assert step["settings"]["repair"] == list(REPAIRABLE)
@@ -295,7 +296,7 @@ def test_convert_is_exact_in_the_corner_for_wide_heads() -> None:
     """More value coordinates than inputs: the latent is the input itself."""
     shape = shape_of(head_dim=16)
     config = elitekv.METHOD.resolve(elitekv.METHOD.lossless(shape), shape, {})
-    assert (config.rope_chunks, config.latent_dim) == (8, 32)
+    assert (config.rope_chunks, config.latent_dim) == (PerSite.parse(8), PerSite.parse(32))
     attention = shape.sites[Site(0)]
     roles = {role: drawn(*form, seed=n) for n, (role, form) in enumerate(attention.roles().items())}
     made = elitekv.METHOD.convert({Site(0): SiteTensors(attention, roles)}, {}, config)[Site(0)]

@@ -273,9 +273,13 @@ def test_a_plan_says_below_which_length_the_state_is_larger(tiny_checkpoint: Cal
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("t5", {}, "only the causal self-attention of a decoder with RoPE"),
-        ("llama", {"model_type": "mistral", "sliding_window": 16}, "a sliding window of 16 tokens bounds its cache"),
-        ("llama", {"model_type": "kvfold_llama", "kv_source_layers": [0, 0, 2, 2]}, "those of layer 0"),
+        ("t5", {}, "only causal self-attention with RoPE"),
+        ("llama", {"model_type": "mistral", "sliding_window": 16}, "a sliding window bounds its cache"),
+        (
+            "llama",
+            {"model_type": "kvfold_llama", "kv_source_layers": [0, 0, 2, 2]},
+            "layer 1: it reads the keys and values of another layer",
+        ),
     ],
 )
 def test_attention_that_bounds_itself_is_refused(family: str, changes: dict[str, Any], message: str) -> None:

@@ -355,6 +355,8 @@ def test_the_page_shows_what_the_command_says(saved: Callable[..., Path]) -> Non
 
 def test_a_plan_says_what_norms_before_the_rotation_leave_to_merge(saved: Callable[..., Path]) -> None:
     normed = saved(all_families()["qwen3"].tiny())
-    assert any("turned plane by plane" in line for line in plan(normed, settings={"kv_heads": 2}).warnings)
+    assert any(
+        "matched by a rotation of each plane" in line for line in plan(normed, settings={"kv_heads": 2}).warnings
+    )
     assert not any("turned" in line for line in plan(normed, settings={"kv_heads": 2, "init": "mean"}).warnings)
     assert not any("turned" in line for line in plan(saved(LLAMA_2_7B), settings={"kv_heads": 8}).warnings)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kvfold.contracts.requests import AttentionGram, InputGram, QueryGram
 from kvfold.contracts.site import Attention, Roles, Rope, Site
-from kvfold.solve.shared_heads import How, Merged, Moments, aligned, low_rank, merge_site, moments_of
+from kvfold.solve import Merge
+from kvfold.solve.shared_heads import Merged, Moments, aligned, low_rank, merge_site, moments_of
 
-HOWS: tuple[How, ...] = get_args(How)
+HOWS: tuple[Merge, ...] = get_args(Merge)
 WIDTH, HIDDEN, TOKENS = 8, 12, 60
 ROPES: dict[str, Rope | None] = {
     "half-split": Rope(WIDTH, 100.0),
@@ -218,7 +219,7 @@ def moments(roles: Roles, x_ND: Tensor, y_ND: Tensor) -> Moments:
 
 
 def merge(
-    shape: Attention, roles: Roles, heads: int, how: How = "fit", seed: int = 10
+    shape: Attention, roles: Roles, heads: int, how: Merge = "fit", seed: int = 10
 ) -> tuple[Attention, Roles, list[float]]:
     """The merged site on samples of its own."""
     found, lost = merge_site(shape, roles, heads, moments(roles, samples(seed), samples(seed + 5)), how)
@@ -347,7 +348,7 @@ def test_a_fit_is_of_the_function_and_not_of_its_gauge(rope: str, heads: tuple[i
 
 @pytest.mark.parametrize("how", ["align", "align-norm"])
 @pytest.mark.parametrize(("rope", "heads", "biased"), SHAPES)
-def test_turned_copies_align_without_loss(how: How, rope: str, heads: tuple[int, int], biased: bool) -> None:
+def test_turned_copies_align_without_loss(how: Merge, rope: str, heads: tuple[int, int], biased: bool) -> None:
     """Of one norm, so that keeping it changes nothing."""
     shape = attention(rope, heads, biased)
     roles, x_ND = alike(shape, site(shape), 2, orthogonal=True), samples(20)
@@ -372,7 +373,7 @@ def test_align_norm_keeps_the_norm_of_each_plane(rope: str) -> None:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_nothing_else_moves(how: How) -> None:
+def test_nothing_else_moves(how: Merge) -> None:
     """Groups do not see one another, heads keep their order, and what was given is left as it was."""
     shape = attention("half-split", (8, 4), biased=True)
     roles = site(shape)
@@ -422,7 +423,7 @@ def normed(weight_E: Tensor) -> tuple[Attention, Roles]:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_normed_heads_of_any_length_that_are_turned_lose_nothing(how: How) -> None:
+def test_normed_heads_of_any_length_that_are_turned_lose_nothing(how: Merge) -> None:
     """Where the norm weighs both coordinates of a plane alike, a phase passes through it; lengths never do."""
     weight_E = (1 + 0.3 * drawn(WIDTH // 2)).repeat(2)
     shape, roles = normed(weight_E)
@@ -436,7 +437,7 @@ def test_normed_heads_of_any_length_that_are_turned_lose_nothing(how: How) -> No
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_normed_queries_are_turned_and_not_stretched(how: How) -> None:
+def test_normed_queries_are_turned_and_not_stretched(how: Merge) -> None:
     shape, roles = normed(1 + 0.3 * drawn(WIDTH))
     _, merged, _ = merge(shape, roles, 2, how)
     before, after = (planes_of(each["q"].view(-1, WIDTH, HIDDEN).mT, shape.rope)[0] for each in (roles, merged))
@@ -454,7 +455,7 @@ def test_normed_queries_are_turned_and_not_stretched(how: How) -> None:
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("norms", ["none", "pre_rope"])
 @pytest.mark.parametrize("dead", ["key", "keys", "plane", "values", "query", "output"])
-def test_heads_that_were_pruned_stay_numbers(how: How, norms: Any, dead: str) -> None:
+def test_heads_that_were_pruned_stay_numbers(how: Merge, norms: Any, dead: str) -> None:
     """Pruned and padded models hold rows of zeros."""
     shape = replace(attention("half-split", (4, 4)), norms=norms)
     roles = site(shape)

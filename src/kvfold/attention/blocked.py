@@ -1,9 +1,9 @@
-"""Causal attention for training on a CPU, by blocks of queries: what lies above the diagonal is never multiplied.
+"""Causal attention for training on a CPU, by blocks of queries: logits above the diagonal are not computed.
 
     o_i = softmax(scale * q_i k_{<= i}^T) v_{<= i},    queries in N blocks: (N + 1) / 2N of the full T x T logits
 
 PyTorch's own fused attention spends most of a small model's training time in its bf16 backward on a CPU; plain matrix
-products with the probabilities kept are about twice as fast there, at the price of `B H T T (N + 1) / 2N` numbers.
+products that keep the probabilities are about twice as fast there, and hold `B H T T (N + 1) / 2N` numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LONGEST = 1024  # tokens: beyond, the kept probabilities cost more than they sav
 
 
 def working_dtype(q_BHTE: Tensor) -> torch.dtype:
-    """What a matrix product of this tensor is in: its own dtype, or that of autocast."""
+    """The dtype of matrix products with this tensor: its own, or that of autocast."""
     kind = q_BHTE.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q_BHTE.dtype
 
 
 def worthwhile(q_BHTE: Tensor, k_BGSE: Tensor) -> bool:
-    """Is a causal attention of these better done here than by PyTorch's own? In bf16 on a CPU, up to `LONGEST`."""
+    """Whether this is faster than PyTorch's own kernel: in bf16 on a CPU, up to `LONGEST` tokens."""
     tokens, keys = q_BHTE.shape[2], k_BGSE.shape[2]
     return q_BHTE.is_cpu and 1 < tokens == keys <= LONGEST and working_dtype(q_BHTE) == torch.bfloat16
 
@@ -32,8 +32,8 @@ def worthwhile(q_BHTE: Tensor, k_BGSE: Tensor) -> bool:
 def blocked_attention(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, *, scale: float | None = None) -> Tensor:
     """Causal attention of grouped heads, `o_BHTE`, with gradients.
 
-    Logits and probabilities are in the inputs' dtype, or in that of autocast where it is on. `scale` is 1 / sqrt(E)
-    unless given. Query heads of a group are rows of one matrix, so that keys are not repeated.
+    Logits and probabilities have the inputs' dtype, or that of autocast. The default `scale` is 1 / sqrt(E). Query
+    heads of a group are rows of one matrix, so keys are not repeated.
     """
     dtype = working_dtype(q_BHTE)
     q_BHTE, k_BGTE, v_BGTE = q_BHTE.to(dtype), k_BGTE.to(dtype), v_BGTE.to(dtype)

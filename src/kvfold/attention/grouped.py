@@ -2,8 +2,8 @@
 
     o_h = softmax(scale * q_h k_g^T + mask) v_g,    g = h // (H / G)
 
-Query heads of a group read the same keys, so when one token is decoded they become the rows of one small matrix:
-`q (B, H, 1, E) -> (B, G, H/G, E)`. Keys and values are then read once for the whole group, and never repeated.
+Query heads of a group read the same keys. When one token is decoded, they become the rows of one small matrix,
+`q (B, H, 1, E) -> (B, G, H/G, E)`, so keys and values are read once for the whole group and never repeated.
 
 Gemma's models cap their logits z softly, before the mask: `c tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2).
 """
@@ -30,22 +30,21 @@ def grouped_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of grouped heads, `o_BHTE`; on a CPU the keys and values of a group are never repeated in memory.
+    """Attention of grouped heads, `o_BHTE`. On a CPU the keys and values of a group are never repeated in memory.
 
-    `mask` broadcasts to (B, H, T, S): bool (True: look at it) or float (added to the logits). `causal` lets the last
-    query see every key, also when S > T. `scale` is 1 / sqrt(E) unless given. A query that may look at nothing gets 0.
-    With a `softcap` the logits stand in memory in full: no fused kernel has one.
+    `mask` broadcasts to (B, H, T, S): bool (True: visible) or float (added to the logits). `causal` aligns the last
+    query with the last key, also when S > T. The default `scale` is 1 / sqrt(E). The output of a query that sees no key
+    is 0. With a `softcap` all logits are in memory at once: no fused kernel has one.
     """
     heads, tokens, width = q_BHTE.shape[1:]
     groups, keys = k_BGSE.shape[1:3]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if tokens == 1 and not dropout and softcap is None:
+        return _decode(q_BHTE, k_BGSE, v_BGSE, mask, scale)
+    if causal and (mask is not None or keys != tokens or softcap is not None):
+        mask, causal = with_causal(mask, tokens, keys, q_BHTE.device), False
     if softcap is not None:
-        if causal:
-            mask = _with_causal(mask, tokens, keys, q_BHTE.device)
-        return _capped(q_BHTE, k_BGSE, v_BGSE, mask, 1 / math.sqrt(width) if scale is None else scale, softcap, dropout)
-    if tokens == 1 and not dropout:
-        return _decode(q_BHTE, k_BGSE, v_BGSE, mask, 1 / math.sqrt(width) if scale is None else scale)
-    if causal and (mask is not None or keys != tokens):
-        mask, causal = _with_causal(mask, tokens, keys, q_BHTE.device), False
+        return _capped(q_BHTE, k_BGSE, v_BGSE, mask, scale, softcap, dropout)
     if causal and not dropout and worthwhile(q_BHTE, k_BGSE):
         return blocked_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale)
     if heads != groups and mask is not None and q_BHTE.is_cuda:
@@ -63,12 +62,21 @@ def grouped_attention(
     )
 
 
-def _with_causal(mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
-    """The mask of a causal model whose last query sees every key, joined to another mask."""
+def with_causal(mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """A mask of earlier keys, `(T, S)`, whose last query sees every key, joined with another mask."""
     causal_TS = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
     if mask is None:
         return causal_TS
     return mask & causal_TS if mask.dtype == torch.bool else mask.masked_fill(~causal_TS, -math.inf)
+
+
+def masked_softmax(logits_BHTS: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The softmax over the keys that a mask shows, computed in `dtype`. A row without any is 0."""
+    if mask is None or mask.dtype != torch.bool:
+        return (logits_BHTS if mask is None else logits_BHTS + mask).softmax(-1, dtype=dtype)
+    # the lowest number and not -inf: a row without any visible key keeps finite gradients
+    logits_BHTS = logits_BHTS.masked_fill(~mask, torch.finfo(logits_BHTS.dtype).min)
+    return logits_BHTS.softmax(-1, dtype=dtype).masked_fill(~mask, 0.0)
 
 
 def _decode(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -79,19 +87,18 @@ def _decode(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None,
     if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
         mask = mask.reshape(mask.shape[0], groups, heads // groups, mask.shape[-1])
     if _matmul_is_faster(q_BGRE, k_BGSE):
-        o_BGRE = _by_matmul(q_BGRE * scale, k_BGSE, v_BGSE, mask)
+        o_BGRE = masked_softmax((q_BGRE * scale) @ k_BGSE.mT, mask) @ v_BGSE
     else:
         o_BGRE = scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale)
     return o_BGRE.reshape(batch, heads, 1, v_BGSE.shape[-1])
 
 
 def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
-    """Whether two matrix products are taken, and not the fused kernel; measured (`benchmarks/decode.py`).
+    """Whether two matrix products beat the fused kernel, as measured by `benchmarks/decode.py`.
 
-    One row of bfloat16 takes the fused kernel 4 times as long as matmul on an AMD EPYC, and 0.7 times on a Xeon with
-    AMX. One row of float32 and many keys: 1.3 times and 1.0. Four rows of a group in float32: it takes 0.87 of
-    matmul's time on the Xeon (keys not in cache); it writes no logits to memory, and its single parallel region
-    suffers least when something else runs on a core.
+    One row of bfloat16: the fused kernel takes 4 times as long as matmul on an AMD EPYC, and 0.7 times on a Xeon with
+    AMX. One row of float32 and many keys: 1.3 times and 1.0. Four rows of a group in float32: 0.87 times on the Xeon
+    (keys not in cache); it writes no logits to memory, and its single parallel region suffers least from other load.
     """
     rows = q_BGRE.shape[2]
     if k_BGSE.device.type != "cpu":
@@ -101,39 +108,16 @@ def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
     return rows == 1 and k_BGSE.numel() >= 1 << 19
 
 
-def _by_matmul(q_BGRE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits, softmax and weighted sum as separate products, the logits in full; `q` is scaled already."""
-    logits_BGRS = q_BGRE @ k_BGSE.mT
-    if mask is None or mask.dtype != torch.bool:
-        return (logits_BGRS if mask is None else logits_BGRS + mask).softmax(-1) @ v_BGSE
-    # the lowest number and not -inf: a row without any visible key keeps finite gradients, and then gets 0
-    logits_BGRS = logits_BGRS.masked_fill(~mask, torch.finfo(logits_BGRS.dtype).min)
-    return logits_BGRS.softmax(-1).masked_fill(~mask, 0.0) @ v_BGSE
-
-
 def _capped(
-    q_BHTE: Tensor,
-    k_BGSE: Tensor,
-    v_BGSE: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout: float,
+    q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout: float
 ) -> Tensor:
-    """Attention with capped logits, its softmax in float32 at least; heads of a group are rows of one matrix."""
+    """Attention with capped logits, its softmax in float32 at least. Heads of a group are rows of one matrix."""
     batch, heads, tokens, width = q_BHTE.shape
     q_BGXE = q_BHTE.reshape(batch, k_BGSE.shape[1], -1, width)  # X: the heads of a group, and their tokens
     logits_BHTS = (q_BGXE @ k_BGSE.mT).view(batch, heads, tokens, -1) * scale
     logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
-    hidden = None
-    if mask is not None and mask.dtype == torch.bool:
-        hidden, mask = ~mask, None
-        logits_BHTS = logits_BHTS.masked_fill(hidden, torch.finfo(logits_BHTS.dtype).min)
-    if mask is not None:
-        logits_BHTS = logits_BHTS + mask
-    p_BHTS = logits_BHTS.softmax(-1, dtype=torch.promote_types(logits_BHTS.dtype, torch.float32)).to(v_BGSE.dtype)
-    if hidden is not None:
-        p_BHTS = p_BHTS.masked_fill(hidden, 0.0)
+    wide = torch.promote_types(logits_BHTS.dtype, torch.float32)
+    p_BHTS = masked_softmax(logits_BHTS, mask, wide).to(v_BGSE.dtype)
     if dropout:
         p_BHTS = torch.dropout(p_BHTS, dropout, train=True)
     return (p_BHTS.reshape(*q_BGXE.shape[:3], -1) @ v_BGSE).reshape(batch, heads, tokens, v_BGSE.shape[-1])
@@ -149,7 +133,7 @@ def reference(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The textbook: one head after the other, logits in full. Same arguments and answer as `grouped_attention`."""
+    """The textbook: one head after the other, all logits at once. Same arguments and result as `grouped_attention`."""
     heads, tokens, keys = q_BHTE.shape[1], q_BHTE.shape[2], k_BGSE.shape[2]
     group = heads // k_BGSE.shape[1]
     scale = 1 / math.sqrt(q_BHTE.shape[-1]) if scale is None else scale

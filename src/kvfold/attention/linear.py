@@ -1,21 +1,19 @@
-"""Linear attention with a softmax window: one formula in three forms, for heads in query groups.
+"""Linear attention with a softmax window, for heads in query groups.
 
-A query t looks at the last w tokens and at the first n (sinks) as softmax attention does, at all others through
-features phi, weighed by a decay gamma per key head (arXiv 2405.06640, eq. 3-5; the window's share as in arXiv
-2410.10254, eq. 6):
+A query t sees the last w tokens and the first n (sinks) by softmax, and all others through features phi, weighed by a
+decay gamma per key head (arXiv 2405.06640, eq. 3-5; the window's share as in arXiv 2410.10254, eq. 6):
 
     a_tj = exp(scale q_t.k_j - max),  j in the window or a sink        b_tj = gamma^(t-j) phi(q_t).phi(k_j), all others
     o_t  = (g sum a_tj v_j + sum b_tj v_j) / (g sum a_tj + sum b_tj)
 
-g is a number for each head. Not `normalised`, o_t is the second sum alone, and some other norm follows. Without
-features it is the window alone. What lies behind the window enters as two sums that do not grow,
+g is a number per head. Unless `normalised`, o_t is the second sum alone, and some other norm follows. Without features
+it is the window alone. The tokens behind the window enter as two sums of fixed size,
 
     S_c = sum_{j<=c} gamma^(c-j) phi(k_j) v_j^T  (G F E numbers),      z_c = sum_{j<=c} gamma^(c-j) phi(k_j)  (G F)
 
-the same for all query heads of a group, so they are held once for each key head. Keys thus reach the sums w tokens late
-(and faded by that), and the rest is plain linear attention: `parallel` writes all weights out, `chunked` takes matrix
-products within chunks and carries the sums between them (on a GPU by flash-linear-attention where that is installed),
-`recurrent` goes token by token.
+which all query heads of a group share. Keys reach the sums w tokens late, faded by w steps; the rest is plain linear
+attention. `linear_attention` takes matrix products within chunks and carries the sums between them (on a GPU by
+flash-linear-attention where that is installed); `decode` reads the sums for one token. Textbook: tests/attention.
 """
 
 from __future__ import annotations
@@ -33,16 +31,17 @@ from torch.nn.functional import pad
 
 from kvfold.attention.blocked import working_dtype
 
-Form = Literal["chunked", "parallel", "recurrent"]
+Part = tuple[Tensor, Tensor]
+"""One part of the output by head: the weighted sum of values, `(B, H, T, E)`, and the sum of weights, `(B, H, T)`."""
 
-CHUNK = 64  # tokens: what a chunk costs within itself and what its sums cost are about alike at heads of 64
-LEAST = 1e-6  # a sum of weights is never less, where there is no window to hold it up
+CHUNK = 64  # tokens: at heads of 64, a chunk costs about as much within itself as its sums cost
+LEAST = 1e-6  # lower bound of a sum of weights, where no window adds to it
 EPSILON = 1e-5  # of `normed`
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of all tokens behind the window, counted back from the last of them; `mass` where it is divided."""
+    """The sums over all tokens behind the window, relative to the last of them; `mass` where outputs are divided."""
 
     state_BGFE: Tensor
     mass_BGF: Tensor | None
@@ -50,7 +49,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Sinks:
-    """Tokens that every later query sees: number `i` of row b is token `at_BN[b, i]`, below 0 if it came before."""
+    """Tokens that every later query sees. Sink i of row b is token `at_BN[b, i]`, below 0 if it came before."""
 
     k_BGNE: Tensor
     v_BGNE: Tensor
@@ -59,7 +58,7 @@ class Sinks:
 
 @dataclass(frozen=True)
 class Past:
-    """What a query has behind it besides keys and values: `free_BS` is False for keys that are padding or sinks."""
+    """What precedes the given keys and values. `free_BS` is False for keys that are padding or sinks."""
 
     sums: Sums | None = None
     sinks: Sinks | None = None
@@ -68,13 +67,13 @@ class Past:
 
 @dataclass(frozen=True)
 class Weights:
-    """What decides how much the parts count."""
+    """How the parts are weighed."""
 
     window: int
     normalised: bool
     scale: float
-    log_decay_G: Tensor | None = None  # None: nothing is forgotten
-    gate_H: Tensor | None = None  # what the window's weights are multiplied by; None: 1
+    log_decay_G: Tensor | None = None  # None: no decay
+    gate_H: Tensor | None = None  # factor of the window's weights; None: 1
 
 
 def linear_attention(
@@ -85,18 +84,15 @@ def linear_attention(
     phi_k_BGCF: Tensor | None,
     weights: Weights,
     past: Past = Past(),
-    *,
-    form: Form = "chunked",
 ) -> Tensor:
-    """Attention of the last T of S tokens, `o_BHTE`; tokens before those S are in the sums of the `past`.
+    """Attention of the last T of S tokens, `o_BHTE`. Tokens before those S are in the sums of the `past`.
 
-    `phi_k_BGCF` are features of the first C = S - window keys, those that the last query has behind its window; without
-    features there is no such part. A query that may look at nothing gets a number that means nothing. Sums are carried
-    in float32 at least.
+    `phi_k_BGCF` are features of the first C = S - window keys, those that are behind the last query's window; None
+    without features. The output of a query that sees no key is undefined. Sums are carried in float32 at least.
     """
     dtype = working_dtype(q_BHTE)
     q_BHTE, k_BGSE, v_BGSE = q_BHTE.to(dtype), k_BGSE.to(dtype), v_BGSE.to(dtype)
-    told = None
+    far = None
     if phi_q_BHTF is not None and phi_k_BGCF is not None:
         phi_q_BHTF, phi_k_BGCF = phi_q_BHTF.to(dtype), phi_k_BGCF.to(dtype)
         keys = phi_k_BGCF.shape[2]
@@ -106,15 +102,10 @@ def linear_attention(
             phi_k_BGCF = phi_k_BGCF * _powers(weights.log_decay_G, torch.tensor([weights.window])).to(dtype)[:, :, None]
         late = pad(phi_k_BGCF, (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
         values = pad(v_BGSE[:, :, :keys], (0, 0, weights.window, 0))[:, :, -k_BGSE.shape[2] :]
-        summed = _by_kernels if form == "chunked" and kernels(q_BHTE.device) is not None else _SUMMED[form]
-        told = summed(phi_q_BHTF, late, values, weights, past.sums)
-    if not weights.window:
-        assert told is not None
-        heads_BHTE, mass_BHT = told
-        return heads_BHTE / mass_BHT.clamp_min(LEAST)[..., None] if weights.normalised else heads_BHTE
-    looks = _banded if form == "chunked" else _whole
-    near_BHTE, share_BHT = looks(q_BHTE * weights.scale, k_BGSE, v_BGSE, weights.window, past)
-    return near_BHTE if told is None else _mixed(near_BHTE, share_BHT, *told, weights.gate_H)
+        summed = _chunked if kernels(q_BHTE.device) is None else _by_kernels
+        far = summed(phi_q_BHTF, late, values, weights, past.sums)
+    near = _banded(q_BHTE * weights.scale, k_BGSE, v_BGSE, weights.window, past) if weights.window else None
+    return _joined(near, far, weights)
 
 
 def decode(
@@ -125,16 +116,30 @@ def decode(
     weights: Weights,
     past: Past = Past(),
 ) -> Tensor:
-    """The same for one token whose window is the S tokens given and all before it in the sums: time without a T."""
-    told = None
+    """The same for one token whose window is the given S tokens, with all before them in the sums.
+
+    The cost does not depend on the length of the text.
+    """
+    far = None
     if phi_q_BH1F is not None and past.sums is not None:
-        told = _read(phi_q_BH1F, past.sums, weights.log_decay_G, weights.window)
-    if not weights.window:
-        assert told is not None
-        heads_BH1E, mass_BH1 = told
-        return heads_BH1E / mass_BH1.clamp_min(LEAST)[..., None] if weights.normalised else heads_BH1E
-    near_BH1E, share_BH1 = _whole(q_BH1E * weights.scale, k_BGSE, v_BGSE, weights.window, past)
-    return near_BH1E if told is None else _mixed(near_BH1E, share_BH1, *told, weights.gate_H)
+        far = _read(phi_q_BH1F, past.sums, weights)
+    near = _one_row(q_BH1E * weights.scale, k_BGSE, v_BGSE, weights.window, past) if weights.window else None
+    return _joined(near, far, weights)
+
+
+def _joined(near: Part | None, far: Part | None, weights: Weights) -> Tensor:
+    """Both parts under one denominator."""
+    if near is None:
+        assert far is not None
+        far_BHTE, mass_BHT = far
+        return far_BHTE / mass_BHT.clamp_min(LEAST)[..., None] if weights.normalised else far_BHTE
+    if far is None:
+        return near[0]
+    (near_BHTE, share_BHT), (far_BHTE, mass_BHT) = near, far
+    if weights.gate_H is not None:
+        share_BHT = share_BHT * weights.gate_H.to(share_BHT)[:, None]
+    total_BHT1 = (share_BHT + mass_BHT)[..., None]
+    return near_BHTE * (share_BHT[..., None] / total_BHT1) + far_BHTE / total_BHT1
 
 
 def absorbed(sums: Sums | None, phi_k_BGCF: Tensor, v_BGCE: Tensor, weights: Weights) -> Sums:
@@ -157,14 +162,13 @@ def absorbed(sums: Sums | None, phi_k_BGCF: Tensor, v_BGCE: Tensor, weights: Wei
 
 def normed(heads_BHTE: Tensor) -> Tensor:
     """Each head's output with mean 0 and variance 1 over its width: GroupNorm of H groups, without weights."""
-    width = heads_BHTE.shape[-1]
-    return torch.nn.functional.layer_norm(heads_BHTE, (width,), eps=EPSILON)
+    return torch.nn.functional.layer_norm(heads_BHTE, heads_BHTE.shape[-1:], eps=EPSILON)
 
 
 def slopes(kind: Literal["slopes", "retnet"], groups: int) -> list[float]:
     """Natural logarithms of the decay of each key head.
 
-    `slopes` are those of ALiBi (arXiv 2108.12409), as SUPRA's code has them, for any number of heads; `retnet` is
+    `slopes` are those of ALiBi (arXiv 2108.12409) as in SUPRA's code, for any number of heads; `retnet` is
     `gamma = 1 - 2^(-5-i)` (arXiv 2307.08621, eq. 8).
     """
     if kind == "slopes":
@@ -172,7 +176,7 @@ def slopes(kind: Literal["slopes", "retnet"], groups: int) -> list[float]:
     return [math.log1p(-(2.0 ** (-5 - head))) for head in range(groups)]
 
 
-# --- what lies behind the window -------------------------------------------------------------------------------------
+# --- tokens behind the window -----------------------------------------------------------------------------------------
 
 
 def _powers(log_decay_G: Tensor, steps: Tensor) -> Tensor:
@@ -181,53 +185,30 @@ def _powers(log_decay_G: Tensor, steps: Tensor) -> Tensor:
     return (log_decay_G.view(-1, *[1] * steps.dim()) * steps).exp()
 
 
-def _read(phi_q_BHTF: Tensor, sums: Sums, log_decay_G: Tensor | None, ago: int) -> tuple[Tensor, Tensor]:
-    """What queries `ago` tokens behind the last of the sums make of them: values, and the sum of weights."""
-    batch, heads, tokens, width = phi_q_BHTF.shape
-    groups = sums.state_BGFE.shape[1]
-    phi_BGXF = phi_q_BHTF.reshape(batch, groups, -1, width).to(sums.state_BGFE.dtype)
-    if log_decay_G is not None and ago:
-        phi_BGXF = phi_BGXF * _powers(log_decay_G, torch.tensor([ago]))[:, :, None]
-    heads_BHTE = (phi_BGXF @ sums.state_BGFE).view(batch, heads, tokens, -1)
-    mass_BHT = heads_BHTE[..., 0]
+def _read(phi_q_BH1F: Tensor, sums: Sums, weights: Weights) -> Part:
+    """The sums as a query reads them whose window ends where they begin."""
+    batch, heads, _, width = phi_q_BH1F.shape
+    phi_BGXF = phi_q_BH1F.reshape(batch, sums.state_BGFE.shape[1], -1, width).to(sums.state_BGFE.dtype)
+    if weights.log_decay_G is not None and weights.window:
+        phi_BGXF = phi_BGXF * _powers(weights.log_decay_G, torch.tensor([weights.window]))[:, :, None]
+    heads_BH1E = (phi_BGXF @ sums.state_BGFE).view(batch, heads, 1, -1)
+    mass_BH1 = heads_BH1E[..., 0]
     if sums.mass_BGF is not None:
-        mass_BHT = (phi_BGXF @ sums.mass_BGF[..., None]).view(batch, heads, tokens)
-    return heads_BHTE.to(phi_q_BHTF.dtype), mass_BHT.to(phi_q_BHTF.dtype)
+        mass_BH1 = (phi_BGXF @ sums.mass_BGF[..., None]).view(batch, heads, 1)
+    return heads_BH1E.to(phi_q_BH1F.dtype), mass_BH1.to(phi_q_BH1F.dtype)
 
 
-def _parallel(
-    phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
-) -> tuple[Tensor, Tensor]:
-    """All weights written out."""
-    batch, heads, tokens, width = phi_q_BHTF.shape
-    groups, keys = late_BGSF.shape[1:3]
-    phi_BGRTF = phi_q_BHTF.reshape(batch, groups, -1, tokens, width)
-    steps_TS = torch.arange(keys - tokens, keys)[:, None] - torch.arange(keys)
-    b_BGRTS = phi_BGRTF @ late_BGSF[:, :, None].mT * _faded(weights, steps_TS, phi_q_BHTF)[:, None]
-    heads_BHTE = (b_BGRTS @ v_BGSE[:, :, None]).view(batch, heads, tokens, -1)
-    mass_BHT = b_BGRTS.sum(-1).view(batch, heads, tokens)
-    if sums is not None:
-        for token in range(tokens):
-            ago = keys - tokens + token + 1
-            more = _read(phi_q_BHTF[:, :, token : token + 1], sums, weights.log_decay_G, ago)
-            heads_BHTE[:, :, token : token + 1] += more[0]
-            mass_BHT[:, :, token : token + 1] += more[1]
-    return heads_BHTE, mass_BHT
-
-
-def _faded(weights: Weights, steps: Tensor, like: Tensor) -> Tensor:
-    """What a weight has left after so many steps, (G or 1, ...); nothing where there is no such past."""
-    seen = (steps >= 0).to(like)[None]
+def _decayed(weights: Weights, steps_CC: Tensor, like: Tensor) -> Tensor:
+    """The decay of a weight over these steps, (G or 1, C, C); 0 for steps into the future."""
+    seen = (steps_CC >= 0).to(like)[None]
     if weights.log_decay_G is None:
         return seen.to(like.device)
-    faded = _powers(weights.log_decay_G, steps.clamp_min(0)).to(like)
-    return faded * seen.to(faded.device)
+    decayed = _powers(weights.log_decay_G, steps_CC.clamp_min(0)).to(like)
+    return decayed * seen.to(decayed.device)
 
 
-def _chunked(
-    phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
-) -> tuple[Tensor, Tensor]:
-    """Matrix products within chunks of N, and the sums carried from one to the next."""
+def _chunked(phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None) -> Part:
+    """Matrix products within chunks of CHUNK tokens, and the sums carried from one to the next."""
     heads, tokens = phi_q_BHTF.shape[1:3]
     groups, keys = late_BGSF.shape[1:3]
     chunk = min(CHUNK, keys)
@@ -237,9 +218,9 @@ def _chunked(
     phi_BGNXF = _by_chunk(phi_q_BHTF, groups, chunk)  # X: the heads of a group, and a chunk's tokens
     late_BGNCF, v_BGNCE = (_chunks(each, chunk) for each in (late_BGSF, v_BGSE))
     place_C = torch.arange(chunk)
-    faded_GCC = _faded(weights, place_C[:, None] - place_C, late_BGSF)
+    decayed_GCC = _decayed(weights, place_C[:, None] - place_C, late_BGSF)
     b_BGNXC = phi_BGNXF @ late_BGNCF.mT
-    b_BGNXC = _by_token(b_BGNXC, faded_GCC[:, None, None])
+    b_BGNXC = _by_token(b_BGNXC, decayed_GCC[:, None, None])
     heads_BGNXE, mass_BGNX = b_BGNXC @ v_BGNCE, b_BGNXC.sum(-1)
     if count > 1 or sums is not None:
         decay = weights.log_decay_G
@@ -260,14 +241,14 @@ def _chunked(
 
 
 def _chunks(rows_BGSE: Tensor, chunk: int) -> Tensor:
-    """Rows in chunks, `(B, G, N, C, E)`; the last is filled up with 0."""
+    """Rows in chunks, `(B, G, N, C, E)`; the last is padded with 0."""
     batch, groups, keys, width = rows_BGSE.shape
     count = -(-keys // chunk)
     return pad(rows_BGSE, (0, 0, 0, count * chunk - keys)).view(batch, groups, count, chunk, width)
 
 
 def _by_token(rows_BGNXF: Tensor, factor: Tensor) -> Tensor:
-    """Rows of chunks times a factor that heads of a group share: `(G, 1, 1, C, F)` or what broadcasts to it."""
+    """Rows of chunks times a factor that heads of a group share, which broadcasts to `(G, 1, 1, C, F)`."""
     shape = rows_BGNXF.shape
     return (rows_BGNXF.view(*shape[:3], -1, factor.shape[-2], shape[-1]) * factor).view(shape)
 
@@ -280,14 +261,14 @@ def _by_chunk(rows_BHTF: Tensor, groups: int, chunk: int) -> Tensor:
 
 
 def _by_head(rows_BGNXE: Tensor, heads: int, chunk: int) -> Tensor:
-    """The other way: `(B, H, T, E)`."""
+    """The inverse of `_by_chunk`: `(B, H, T, E)`."""
     batch, groups, count, _, width = rows_BGNXE.shape
     split = rows_BGNXE.view(batch, groups, count, heads // groups, chunk, width)
     return split.transpose(2, 3).reshape(batch, heads, count * chunk, width)
 
 
 def _carried(own_BGNX: Tensor, fade_G: Tensor | None, first_BGX: Tensor | None) -> Tensor:
-    """What each chunk finds: the sums of those before it, faded by one chunk for each; in float32 on the way."""
+    """The sums before each chunk: those of earlier chunks, faded by one chunk for each; in float32 on the way."""
     wide = torch.promote_types(own_BGNX.dtype, torch.float32)
     before_BGNX = own_BGNX[:, :, :-1].to(wide)
     start_BGX = own_BGNX[:, :, 0].to(wide) * 0 if first_BGX is None else first_BGX.to(wide)
@@ -300,33 +281,16 @@ def _carried(own_BGNX: Tensor, fade_G: Tensor | None, first_BGX: Tensor | None) 
     return torch.stack(found, dim=2).to(own_BGNX.dtype)
 
 
-def _recurrent(
-    phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
-) -> tuple[Tensor, Tensor]:
-    """Token by token: keys arrive as their window ends."""
-    tokens, keys = phi_q_BHTF.shape[2], late_BGSF.shape[2]
-    told = []
-    for token in range(keys):
-        here = slice(token, token + 1)
-        sums = absorbed(sums, late_BGSF[:, :, here], v_BGSE[:, :, here], weights)
-        if token >= keys - tokens:
-            query = token - (keys - tokens)
-            told.append(_read(phi_q_BHTF[:, :, query : query + 1], sums, weights.log_decay_G, 0))
-    return torch.cat([each[0] for each in told], dim=2), torch.cat([each[1] for each in told], dim=2)
-
-
 @cache
 def kernels(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The chunked form of flash-linear-attention, where it is installed and the tensors are on a GPU; else None."""
+    """The chunked form of flash-linear-attention, if it is installed and the device is a GPU, else None."""
     if device.type != "cuda" or importlib.util.find_spec("fla") is None:
         return None
     return cast(Callable[..., tuple[Tensor, Tensor]], importlib.import_module("fla.ops.simple_gla").chunk_simple_gla)
 
 
-def _by_kernels(
-    phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None
-) -> tuple[Tensor, Tensor]:
-    """The same by those kernels, which want as many key heads as query heads; the sum of weights is a value of 1."""
+def _by_kernels(phi_q_BHTF: Tensor, late_BGSF: Tensor, v_BGSE: Tensor, weights: Weights, sums: Sums | None) -> Part:
+    """The same by those kernels. They take as many key heads as query heads; a value of 1 gives the sum of weights."""
     chunk = kernels(phi_q_BHTF.device)
     assert chunk is not None
     (heads, tokens), (groups, keys) = phi_q_BHTF.shape[1:3], late_BGSF.shape[1:3]
@@ -351,18 +315,7 @@ def _by_kernels(
     return both_BHTE[..., :-1], both_BHTE[..., -1]
 
 
-_SUMMED = {"chunked": _chunked, "parallel": _parallel, "recurrent": _recurrent}
-
-
 # --- the window and the sinks ----------------------------------------------------------------------------------------
-
-
-def _mixed(near_BHTE: Tensor, share_BHT: Tensor, far_BHTE: Tensor, mass_BHT: Tensor, gate_H: Tensor | None) -> Tensor:
-    """Both parts under one denominator."""
-    if gate_H is not None:
-        share_BHT = share_BHT * gate_H.to(share_BHT)[:, None]
-    total_BHT1 = (share_BHT + mass_BHT)[..., None]
-    return near_BHTE * (share_BHT[..., None] / total_BHT1) + far_BHTE / total_BHT1
 
 
 def _weighed(z_BGNXS: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -374,14 +327,14 @@ def _weighed(z_BGNXS: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(seen: Tensor, like: Tensor) -> Tensor:
-    """What is added to logits: the lowest number where nothing may be seen, so that a row without keys stays finite."""
+    """A bias of logits: very low for hidden keys, but finite, so that a row without visible keys stays finite."""
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(
         ~seen.to(like.device), torch.finfo(like.dtype).min / 2
     )
 
 
-def _banded(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> tuple[Tensor, Tensor]:
-    """The window's part by chunks no shorter than it: a chunk looks at itself, at the one before, and at the sinks."""
+def _banded(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> Part:
+    """The window's part by chunks no shorter than it: a chunk sees itself, the one before, and the sinks."""
     sinks, free_BS = past.sinks, past.free_BS
     (heads, tokens), (groups, keys) = q_BHTE.shape[1:3], k_BGSE.shape[1:3]
     chunk = max(window, min(CHUNK, keys))
@@ -424,26 +377,24 @@ def _with_before(rows_BGSE: Tensor, chunk: int) -> Tensor:
     return torch.cat([before_BGNCE, own_BGNCE], dim=3)
 
 
-def _whole(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> tuple[Tensor, Tensor]:
-    """The window's part with all logits written out."""
+def _one_row(q_BH1E: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, window: int, past: Past) -> Part:
+    """The window's part of the last query."""
     sinks, free_BS = past.sinks, past.free_BS
-    (batch, heads, tokens, width), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
-    q_BGXE = q_BHTE.reshape(batch, groups, -1, width)
-    z_BGXS = q_BGXE @ k_BGSE.mT
+    (batch, heads, _, width), (groups, keys) = q_BH1E.shape, k_BGSE.shape[1:3]
+    q_BGRE = q_BH1E.reshape(batch, groups, -1, width)
+    z_BGRS = q_BGRE @ k_BGSE.mT
     hidden = None
-    if tokens > 1 or keys > window or free_BS is not None or sinks is not None:
-        at_T = torch.arange(keys - tokens, keys, device=q_BHTE.device)
-        step_TS = at_T[:, None] - torch.arange(keys, device=q_BHTE.device)
-        seen_BTS = ((step_TS >= 0) & (step_TS < window))[None]
+    if keys > window or free_BS is not None or sinks is not None:
+        seen_BS = (torch.arange(keys - 1, -1, -1, device=q_BH1E.device) < window)[None]
         if free_BS is not None:
-            seen_BTS = seen_BTS & free_BS[:, None].to(seen_BTS.device)
+            seen_BS = seen_BS & free_BS.to(seen_BS.device)
         if sinks is not None:
-            z_BGXS = torch.cat([q_BGXE @ sinks.k_BGNE.to(q_BGXE.dtype).mT, z_BGXS], dim=-1)
-            there_BTN = sinks.at_BN[:, None] <= at_T[:, None].to(sinks.at_BN.device)
-            seen_BTS = torch.cat([there_BTN, seen_BTS.expand(len(there_BTN), -1, -1)], dim=-1)
-        hidden = _hidden(seen_BTS, q_BHTE)[:, None].repeat(1, 1, heads // groups, 1)
-    p_BGXS, share_BGX = _weighed(z_BGXS, hidden)
-    near_BGXE = p_BGXS[..., -keys:] @ v_BGSE
+            z_BGRS = torch.cat([q_BGRE @ sinks.k_BGNE.to(q_BGRE.dtype).mT, z_BGRS], dim=-1)
+            there_BN = (sinks.at_BN < keys).to(seen_BS.device)
+            seen_BS = torch.cat([there_BN, seen_BS.expand(len(there_BN), -1)], dim=-1)
+        hidden = _hidden(seen_BS, q_BH1E)[:, None, None]
+    p_BGRS, share_BGR = _weighed(z_BGRS, hidden)
+    near_BGRE = p_BGRS[..., -keys:] @ v_BGSE
     if sinks is not None:
-        near_BGXE = near_BGXE + p_BGXS[..., :-keys] @ sinks.v_BGNE.to(p_BGXS.dtype)
-    return near_BGXE.view(batch, heads, tokens, -1), share_BGX.view(batch, heads, tokens)
+        near_BGRE = near_BGRE + p_BGRS[..., :-keys] @ sinks.v_BGNE.to(p_BGRS.dtype)
+    return near_BGRE.view(batch, heads, 1, -1), share_BGR.view(batch, heads, 1)

@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from kvfold.calibrate.decoder import calibration_hash
 from kvfold.contracts.method import Method
+from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ def measure(
     device = best_device()
     same = [
         type(config).__module__,
-        *({repr(asdict(_least(method, config, each, source.shape))) for each in questions}),
+        *({repr(spelled(_least(method, config, each, source.shape))) for each in questions}),
     ]
     identity = [FORMAT, source.hash(progress), calibration_hash(tokens), asdict(settings), device, same]
     path = cache_folder() / "sensitivity" / f"{fingerprint(identity)[:32]}.json"

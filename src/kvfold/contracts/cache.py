@@ -9,7 +9,7 @@ from kvfold.contracts.site import Attention, Linear, Shape
 
 @dataclass(frozen=True)
 class Slot:
-    """One thing that a site keeps while decoding, in elements; slots of one `storage` are counted once."""
+    """One tensor that a site caches, in elements. Slots with the same `storage` are counted once."""
 
     storage: str
     per_token: int = 0
@@ -19,14 +19,14 @@ class Slot:
     wide: bool = False  # at least 4 bytes an element, whatever the format of the cache
 
     def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
-        """Elements that one sequence of `tokens` keeps alive here."""
+        """Elements for one sequence of `tokens`."""
         held = tokens if self.window is None else min(tokens, self.window)
         return self.constant + self.per_token * held + self.per_encoder_token * encoder_tokens
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a model's cache holds: bytes = constant + per decoder token + per encoder token."""
+    """The cache of a model, to the byte."""
 
     slots: tuple[Slot, ...]
 
@@ -34,27 +34,27 @@ class CacheSpec:
         return list({slot.storage: slot for slot in self.slots}.values())
 
     def elements(self, tokens: int, encoder_tokens: int = 0) -> int:
-        """Elements that one sequence of `tokens` keeps alive."""
+        """Elements for one sequence of `tokens`."""
         return sum(slot.elements(tokens, encoder_tokens) for slot in self._unique())
 
     def bytes(self, tokens: int, *, batch: int = 1, itemsize: int = 2, encoder_tokens: int = 0) -> int:
-        """Bytes of the cache of `batch` sequences of `tokens` at `itemsize` bytes an element."""
+        """Bytes for `batch` sequences of `tokens`, at `itemsize` bytes an element."""
         return batch * sum(
             slot.elements(tokens, encoder_tokens) * (max(itemsize, 4) if slot.wide else itemsize)
             for slot in self._unique()
         )
 
     def bytes_per_token(self, itemsize: int = 2, tokens: int = 1) -> int:
-        """The decoder's cache by the token of a text of `tokens`, over which windows and constants are spread."""
+        """Bytes per decoder token of a sequence of `tokens`: windows and constants are spread over all of them."""
         return round(self.bytes(tokens, itemsize=itemsize) / tokens)
 
     def bytes_per_encoder_token(self, itemsize: int = 2) -> int:
-        """Bytes that one more token of an encoder's input adds."""
+        """Bytes that one more encoder token adds."""
         return itemsize * sum(slot.per_encoder_token for slot in self._unique())
 
 
 def _linear_slots(name: str, attention: Attention, linear: Linear) -> list[Slot]:
-    """What linear attention keeps: the last tokens, the first, and the sums of all others."""
+    """The last tokens, the first tokens, and the sums over the others."""
     both = 2 * attention.num_key_value_heads * attention.head_dim
     slots = [
         Slot(f"{name}.{part}", per_token=both, window=count)
@@ -67,14 +67,10 @@ def _linear_slots(name: str, attention: Attention, linear: Linear) -> list[Slot]
 
 
 def grouped_cache(shape: Shape) -> CacheSpec:
-    """The cache of a model whose shape tells it: per site keys and values of its heads, or what else it keeps.
-
-    Sites that read another layer's share its storage.
-    """
+    """The cache that a shape describes. Sites that read another layer's keys and values share its storage."""
     slots: list[Slot] = []
-    for site, attention in shape.sites.items():
-        if site.kind == "encoder":
-            continue
+    for site in shape.cached_sites:
+        attention = shape.sites[site]
         if attention.linear is not None:
             slots += _linear_slots(f"{site.kind}.{site.layer}", attention, attention.linear)
             continue
@@ -86,3 +82,8 @@ def grouped_cache(shape: Shape) -> CacheSpec:
                 # transformers shows `window - 1` tokens of a sliding layer, as a view of a storage that holds `window`
                 slots.append(Slot(name, per_token=width, window=attention.window))
     return CacheSpec(tuple(slots))
+
+
+def root_elements(shape: Shape) -> int:
+    """Elements per token that the root teacher caches: the whole of a budget."""
+    return shape.root_elements or grouped_cache(shape).elements(1, 1)

@@ -1,16 +1,17 @@
-"""The contract of a method: a class that says how an attention is made cheaper."""
+"""The contract of a method: a class that makes an attention cheaper."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.requests import Answers, Question
-from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
+from kvfold.contracts.site import Attention, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
+from kvfold.errors import SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,18 +29,22 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Student:
-    """What a conversion will produce: the new shape, and what `config.json` must say beyond the head counts."""
+    """The result of a conversion: its shape, and the fields of `config.json` that follow from nothing else."""
 
     shape: Shape
     fields: Mapping[str, Any] = field(default_factory=dict)
     model_type: str | None = None  # None: the source's own architecture, which stock engines load
 
 
+Folded = tuple[Mapping[Site, Roles], Mapping[Site, Any]]
+"""The new roles of a group of sites, and measurements of each site for kvfold.json."""
+
+
 class Method(Generic[C]):
-    """A way to make attention cheaper. A subclass defines `Config`, `student`, `convert` and `lossless`, and
+    """A way to make attention cheaper. A subclass defines `student`, `convert` (or `fold`) and `lossless`, and
     `example` where `lossless` changes nothing.
 
-    Everything that a caller may ask of a method is here, with a default. An instance holds no state.
+    All that a caller uses of a method is here, with a default. An instance holds no state.
     """
 
     Config: type[C]
@@ -73,7 +78,7 @@ class Method(Generic[C]):
 
     def groups(self, config: C, shape: Shape) -> Sequence[tuple[Site, ...]]:
         """The sites that are converted together, in order. A site in no group is copied as it is."""
-        return [(site,) for site in shape.sites if site.kind != "encoder"]
+        return [(site,) for site in shape.cached_sites]
 
     def notes(self, config: C, shape: Shape) -> Sequence[str]:
         """Warnings for the plan."""
@@ -84,7 +89,7 @@ class Method(Generic[C]):
         raise NotImplementedError
 
     def example(self, shape: Shape) -> C:
-        """Small settings that change this shape: what the contract tests fold with."""
+        """Small settings that change this shape. The contract tests convert with them."""
         return self.lossless(shape)
 
     # --- calibration
@@ -93,16 +98,16 @@ class Method(Generic[C]):
         """The requests that calibration must answer."""
         return ()
 
-    def reckon(self, site: Site, tensors: SiteTensors, answers: Answers, config: C) -> Mapping[str, Tensor]:
-        """The answer to a `Reckoned` request: what the method computes for a site before `resolve`."""
+    def compute(self, site: Site, tensors: SiteTensors, answers: Answers, config: C) -> Mapping[str, Tensor]:
+        """The answer to `Computed(site)`: what the method computes for a site before `resolve`."""
         raise NotImplementedError
 
     def with_heads(self, config: C, heads: int) -> C:
-        """Settings under which one site is folded to `heads` key/value heads, to answer `FoldedKL`."""
+        """Settings with `heads` key/value heads at every site. FoldedKL is measured under them, site by site."""
         raise NotImplementedError
 
     def alone(self, config: C, shape: Shape, sites: Sequence[Site]) -> C:
-        """Settings under which only these sites are converted, to answer `ConvertedKL`."""
+        """Settings that convert these sites together and no others. ConvertedKL is measured under them."""
         raise NotImplementedError
 
     def resolve(self, config: C, shape: Shape, answers: Answers) -> C:
@@ -117,16 +122,14 @@ class Method(Generic[C]):
 
     def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: C) -> Mapping[Site, Roles]:
         """The new roles of one group of sites: pure, deterministic, float64 inside."""
-        raise NotImplementedError
+        return self.fold(group, answers, config)[0]
 
-    def fold(
-        self, group: Mapping[Site, SiteTensors], answers: Answers, config: C
-    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-        """What `convert` returns, and measurements of each site for kvfold.json."""
+    def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: C) -> Folded:
+        """The roles of `convert`, and measurements of each site for kvfold.json. Define it in place of `convert`."""
         return self.convert(group, answers, config), {}
 
     def repairs(self, config: C) -> Sequence[str]:
-        """The roles that are refitted after conversion, unless the user says otherwise."""
+        """The roles that are refitted after conversion, unless the user names others."""
         return ()
 
     def stages(self, config: C) -> Sequence[Stage]:
@@ -135,3 +138,37 @@ class Method(Generic[C]):
 
     def end(self, finish: str, student: nn.Module, config: C) -> None:
         """Change the model at the end of a stage that names a `finish`."""
+
+
+Limit = tuple[str, Callable[[Site, Attention], bool]]
+"""A fact of a site that a method does not support: the reason, and whether the site has it."""
+
+
+def refuse(shape: Shape, where: str, limits: Sequence[Limit], *, next: str = "choose gqa") -> None:
+    """Raise SettingError for the first site that a limit holds for."""
+    for site, attention in shape.sites.items():
+        for reason, holds in limits:
+            if holds(site, attention):
+                raise SettingError(f"{site}: {reason}", where=where, next=next)
+
+
+def refuse_mixed_heads(shape: Shape, where: str) -> None:
+    """Raise SettingError for a shape whose sites differ in their key/value heads."""
+    heads = {attention.num_key_value_heads for attention in shape.sites.values()}
+    if len(heads) > 1:
+        raise SettingError(
+            "layers differ in their key/value heads",
+            where=where,
+            got=f"{min(heads)} to {max(heads)}",
+            next="convert a checkpoint with one number for all layers",
+        )
+
+
+def note_normed_keys(shape: Shape, init: str) -> list[str]:
+    """The note on merging keys that are normed before the rotation, for a shape that has them."""
+    if all(attention.norms != "pre_rope" for attention in shape.sites.values()):
+        return []
+    return [
+        f"init {init}: keys are normed before they are rotated, so merged keys are matched by a rotation of each plane "
+        "and no scale; values, o and repair are as in other models"
+    ]

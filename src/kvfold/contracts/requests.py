@@ -1,4 +1,4 @@
-"""What a method may ask of calibration, as typed requests with bounded bytes."""
+"""What a method can request from calibration. Every request bounds the bytes of its answer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvfold.contracts.site import Shape, Site
+
 if TYPE_CHECKING:
     from torch import Tensor
-from kvfold.contracts.site import Shape, Site
 
 
 @dataclass(frozen=True)
-class InputGram:
-    """Second moments `E[x x^T]` of the input of the site's k and v, q's too but in cross-attention: `gram_DD`, with
-    `mean_D`."""
-
+class _Moments:
     site: Site
 
     def bytes(self, shape: Shape) -> int:
-        """Bytes of the float64 answer."""
-        return 8 * (shape.sites[self.site].input_width + 1) * shape.sites[self.site].input_width
+        """Bytes of the float64 answer: a matrix and a mean."""
+        width = shape.sites[self.site].input_width
+        return 8 * (width + 1) * width
+
+
+class InputGram(_Moments):
+    """Second moments `E[x x^T]` of the input that keys and values are made of: `gram_DD`, with `mean_D`.
+
+    It is the input of the queries too, except in cross-attention.
+    """
+
+
+class AttentionGram(_Moments):
+    """Second moments of the inputs averaged by attention, over all heads: `gram_DD`, with `mean_D`.
+
+    One matrix for each head would take `H` times the memory, and improved no student (docs/log.md).
+    """
 
 
 @dataclass(frozen=True)
@@ -33,20 +46,6 @@ class QueryGram:
         """Bytes of the float64 answer."""
         attention = shape.sites[self.site]
         return 8 * attention.num_attention_heads * attention.head_dim**2
-
-
-@dataclass(frozen=True)
-class AttentionGram:
-    """Second moments of the inputs averaged by attention, by that of each head in turn: `gram_DD`, with `mean_D`.
-
-    Heads apart would be `H` times the memory, and made no student better (docs/log.md).
-    """
-
-    site: Site
-
-    def bytes(self, shape: Shape) -> int:
-        """Bytes of the float64 answer."""
-        return 8 * (shape.sites[self.site].input_width + 1) * shape.sites[self.site].input_width
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class CrossGram:
 
 @dataclass(frozen=True)
 class SampledPairs:
-    """`count` sampled tokens of a site before rotation: `q_NHE`, `k_NGE`, `row_N` of the text and `position_N` in
-    it."""
+    """`count` sampled tokens before rotation: `q_NHE`, `k_NGE`, `row_N` of the text and `position_N` in the row."""
 
     site: Site
     count: int
@@ -77,56 +75,35 @@ class SampledPairs:
 
 
 Request = InputGram | QueryGram | AttentionGram | CrossGram | SampledPairs
+"""What one pass over the calibration text answers. The other questions are answered after it."""
 
-"""What one pass over a text answers."""
+
+class _Number:
+    def bytes(self, shape: Shape) -> int:
+        """Bytes of the float64 answer."""
+        return 8
 
 
 @dataclass(frozen=True)
-class FoldedKL:
-    """KL to the teacher in nats per token when this site alone is folded to `heads` key/value heads: `kl`.
-
-    For methods that have `with_heads`; measured once the requests are answered.
-    """
+class FoldedKL(_Number):
+    """KL to the teacher in nats per token with this site alone at `heads` key/value heads: `kl`. See `with_heads`."""
 
     site: Site
     heads: int
 
-    def bytes(self, shape: Shape) -> int:
-        """Bytes of the float64 answer."""
-        return 8
-
 
 @dataclass(frozen=True)
-class ConvertedKL:
-    """KL to the teacher in nats per token when these sites are converted together, and no others: `kl`.
-
-    For methods that have `alone(config, shape, sites)`; measured once the requests are answered.
-    """
+class ConvertedKL(_Number):
+    """KL to the teacher in nats per token with these sites alone converted, together: `kl`. See `Method.alone`."""
 
     sites: tuple[Site, ...]
 
-    def bytes(self, shape: Shape) -> int:
-        """Bytes of the float64 answer."""
-        return 8
-
 
 @dataclass(frozen=True)
-class Reckoned:
-    """What a method itself reckons of a site, from its tensors and the answers: what its `reckon` returns."""
+class RecallDrop(_Number):
+    """How much the loss of copying rises when this site sees a window and sinks alone: `drop`, in nats per token.
 
-    site: Site
-
-    def bytes(self, shape: Shape) -> int:
-        """Bytes of the answer: a table of a few numbers for each coordinate of the input."""
-        attention = shape.sites[self.site]
-        return 8 * attention.hidden_size * attention.head_dim
-
-
-@dataclass(frozen=True)
-class RecallDrop:
-    """How much worse copies are when this site sees `window` tokens and the first `sinks` alone: `drop`, nats a token.
-
-    Measured on rows whose end repeats their beginning, `tokens` in all, once the requests are answered.
+    It is measured on `tokens` tokens, in rows whose end repeats their beginning.
     """
 
     site: Site
@@ -134,12 +111,19 @@ class RecallDrop:
     sinks: int
     tokens: int
 
+
+@dataclass(frozen=True)
+class Computed:
+    """What `Method.compute` returns for a site, from its tensors and the other answers."""
+
+    site: Site
+
     def bytes(self, shape: Shape) -> int:
-        """Bytes of the float64 answer."""
-        return 8
+        """Bytes of the answer: a few numbers for each coordinate of the input."""
+        attention = shape.sites[self.site]
+        return 8 * attention.hidden_size * attention.head_dim
 
 
-Question = Request | FoldedKL | ConvertedKL | Reckoned | RecallDrop
-
+Question = Request | FoldedKL | ConvertedKL | Computed | RecallDrop
 
 Answers = Mapping[Question, Mapping[str, "Tensor"]]

@@ -1,4 +1,4 @@
-"""Sites, roles and shapes: the words in which methods and families speak of an attention, without a tensor."""
+"""Sites, roles and shapes: what methods and families know of an attention, without its tensors."""
 
 from __future__ import annotations
 
@@ -10,32 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 Kind = Literal["self", "cross", "encoder"]
-
 
 KINDS: tuple[Kind, ...] = ("self", "cross", "encoder")
 
-
 Roles = dict[str, "Tensor"]
-
 """The tensors of one site by role: `q` (HE, D), `k` and `v` (GE, D), `o` (D, HE), `q_bias`, `k_norm`, ..."""
 
-
 REPAIRABLE = ("q", "o", "gate", "up", "down")
-
 """The weights of a layer that a repair can refit, in its order (`kvfold.repair.layers`)."""
 
-
 QUERIES = "queries"
-
-"""What `fold` tells of a site whose query heads it reordered: in each place, the head of the source."""
-
+"""Key of a site's measurements, where `fold` reordered query heads: in each place, the head of the source."""
 
 WHOLE = frozenset({"planes"})
-
-"""Roles of whole numbers: saved as int64, never trained, and counted with no parameters."""
-
+"""Roles of whole numbers: saved as int64, never trained, not counted as parameters."""
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -53,7 +42,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a site: rotated head dims, base, layout and scaling as the config states them."""
+    """Rotary positions of a site: number of rotated coordinates, base, layout, and scaling as the config states it."""
 
     dims: int
     theta: float
@@ -63,54 +52,53 @@ class Rope:
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear attention of a site: `attention.linear` has the formula that these are the settings of."""
+    """Linear attention of a site. `kvfold.attention.linear` has the formula."""
 
     features: Literal["relu", "hedgehog", "none"]
-    feature_dim: int  # numbers of a feature vector; 0 without features
-    rope: Literal["before", "after"]  # rotated before or after its features
+    feature_dim: int  # 0 without features
+    rope: Literal["before", "after"]  # rotated before or after the feature map
     norm: Literal["groupnorm", "denominator"]
     decay: Literal["none", "slopes", "retnet"]
-    window: int  # last tokens, itself included, that a query sees by softmax
-    sinks: int  # first tokens that all see so
+    window: int  # last tokens that a query sees by softmax, itself included
+    sinks: int  # first tokens that every query sees by softmax
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The shape of one site: head counts, widths, and the facts that bound what a method may do."""
+    """The shape of one site: head counts, widths, and the facts that limit a method."""
 
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     biases: frozenset[str] = frozenset()  # of "q", "k", "v", "o"
-    norms: Literal["none", "pre_rope", "all_heads"] = "none"  # q and k before rotation: each head, or all at once
+    norms: Literal["none", "pre_rope", "all_heads"] = "none"  # of q and k before rotation: each head, or all at once
     rope: Rope | None = None
-    window: int | None = None  # tokens that a query may look back on, itself included
+    window: int | None = None  # tokens that a query sees, itself included
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
-    softcap: float | None = None  # logits z are `c tanh(z / c)`; None: as they are
-    permutable: bool = True  # may heads change places? (T5's decoder self-attention: no)
-    source: int | None = None  # layer whose keys and values it reads, with that layer's heads; None: its own
+    softcap: float | None = None  # c in logits `c tanh(z / c)`; None: no cap
+    source: int | None = None  # layer whose keys and values it reads, with that layer's head count; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
     without: frozenset[str] = frozenset()  # roles that another runtime does not have
-    kept: Mapping[str, int] | None = None  # elements of a token in its cache, by name; None: keys and values of heads
-    read: int | None = None  # of these, what one query head multiplies with; None: `2 head_dim`
-    linear: Linear | None = None  # what it does with tokens behind a window; None: softmax over all
+    kept: Mapping[str, int] | None = None  # elements per token in the cache, by name; None: keys and values of heads
+    read: int | None = None  # elements per token that one query head multiplies with; None: `2 head_dim`
+    linear: Linear | None = None  # attention to tokens behind a window; None: softmax over all
     encoder_size: int | None = None  # of cross-attention: width of the encoder's output; None: `hidden_size`
 
     @property
     def input_width(self) -> int:
-        """Width of what keys and values are made of."""
+        """Width of the input of keys and values."""
         return self.hidden_size if self.encoder_size is None else self.encoder_size
 
     @property
     def query_group(self) -> int:
-        """How many query heads read one key/value head."""
+        """Query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     def roles(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the site's tensors by role, as a checkpoint stores them (out, in).
 
-        One that reads another layer's keys and values has none for making its own.
+        A site that reads another layer's keys and values has no roles for its own.
         """
         wide, narrow = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         rows = {"q": wide, "k": narrow, "v": narrow, "o": self.hidden_size}
@@ -125,17 +113,23 @@ class Attention:
         return {role: shape for role, shape in shapes.items() if role not in self.without} | dict(self.extra)
 
     @property
+    def head_roles(self) -> tuple[str, ...]:
+        """The roles with `head_dim` rows for each key/value head: `k`, `v`, their biases, a norm over all heads."""
+        names = ("k", "v", "k_bias", "v_bias", *(("k_norm",) if self.norms == "all_heads" else ()))
+        return tuple(role for role in names if role in self.roles())
+
+    @property
     def parameters(self) -> int:
         """Parameters of the site."""
         return sum(math.prod(shape) for role, shape in self.roles().items() if role not in WHOLE)
 
     @property
     def logit_scale(self) -> float:
-        """What inner products of queries and keys are multiplied by."""
+        """Factor of the inner products of queries and keys."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def multiplied(self, context: int) -> int:
-        """Cached numbers that one query head multiplies with for a token after `context` others."""
+        """Cached elements that one query head multiplies with, for a token after `context` others."""
         if self.linear is None:
             return (self.read or 2 * self.head_dim) * min(context, self.window or context)
         near = min(context, self.linear.window + self.linear.sinks)
@@ -143,9 +137,14 @@ class Attention:
 
     @property
     def cached(self) -> Mapping[str, int]:
-        """Elements that the site keeps of a token, by name."""
+        """Elements per token in the cache, by name."""
         width = self.num_key_value_heads * self.head_dim
         return {"k": width, "v": width} if self.kept is None else self.kept
+
+    @property
+    def cached_elements(self) -> int:
+        """Elements per token in the cache."""
+        return sum(self.cached.values())
 
 
 @dataclass(frozen=True)
@@ -161,12 +160,17 @@ class Shape:
     parameters: int
     dtype: str
     max_positions: int
-    encoder_parameters: int = 0  # of all parameters: read once for an input, and not for each token that is written
+    encoder_parameters: int = 0  # of all parameters: read once per input, not once per generated token
     root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
 
     @property
+    def cached_sites(self) -> list[Site]:
+        """The sites that have a cache: all but those of an encoder."""
+        return [site for site in self.sites if site.kind != "encoder"]
+
+    @property
     def owners(self) -> dict[int, int]:
-        """Layers whose keys and values others read too, with the elements of both for one token; most models: none."""
+        """Layers whose keys and values other layers read too -> elements per token. Empty in most models."""
         return {
             attention.source: 2 * attention.num_key_value_heads * attention.head_dim
             for attention in self.sites.values()
@@ -175,15 +179,13 @@ class Shape:
 
     def with_sites(self, changed: Mapping[Site, Attention]) -> Shape:
         """The same model with other attentions at these sites; the parameter count follows."""
-        parameters = self.parameters
-        for site, attention in changed.items():
-            parameters += attention.parameters - self.sites[site].parameters
-        return replace(self, sites={**self.sites, **changed}, parameters=parameters)
+        more = sum(attention.parameters - self.sites[site].parameters for site, attention in changed.items())
+        return replace(self, sites={**self.sites, **changed}, parameters=self.parameters + more)
 
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """What a method is handed of one site: its shape, and its tensors by role."""
+    """One site as a method receives it: its shape, and its tensors by role."""
 
     attention: Attention
     roles: Roles

@@ -8,20 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of uptraining.
-
-    `share` is its part of all tokens (the shares of a method add up to 1); `losses` weighs `ce`, `kl` and
-    `attention` (matching of attention outputs); `trainable` names roles, or is empty for every parameter; `converted`
-    leaves out sites that the conversion did not touch, and all that is no attention; `rates` multiplies the learning
-    rate by role; `finish` names the `end` of the method to call when it is over. `taught` lets attentions read what the
-    teacher's did, where only their outputs are matched.
-    """
+    """One stage of uptraining."""
 
     name: str
-    share: float
-    losses: Mapping[str, float]
-    trainable: tuple[str, ...] = ()
-    converted: bool = False
-    rates: Mapping[str, float] = field(default_factory=dict)
-    finish: str | None = None
-    taught: bool = False
+    share: float  # of all tokens: the shares of a method's stages add up to 1
+    losses: Mapping[str, float]  # weights of `ce`, `kl` and `attention` (the distance between attention outputs)
+    trainable: tuple[str, ...] = ()  # roles; empty: every parameter
+    converted: bool = False  # train only the attention that the conversion changed
+    rates: Mapping[str, float] = field(default_factory=dict)  # role -> factor of the learning rate
+    finish: str | None = None  # passed to `Method.end` when the stage is over
+    taught: bool = False  # each attention reads the teacher's input of that attention, with the loss `attention` alone

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvfold import methods
 from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
-from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL, Question, RecallDrop, Reckoned, Request
+from kvfold.contracts.per_layer import spelled
+from kvfold.contracts.requests import Answers, Computed, ConvertedKL, FoldedKL, Question, RecallDrop, Request
 from kvfold.contracts.site import QUERIES, REPAIRABLE, WHOLE, Site
 from kvfold.convert.crew import CREW, Crew
 from kvfold.disk.checkpoint import Checkpoint, TensorSpec, Writer, carry_over, content_hash, natural
@@ -196,7 +197,7 @@ def _settings(method: str, config: Any, options: ConvertSettings) -> dict[str, A
     """The settings that decide a student, in one flat mapping."""
     return {
         "method": method,
-        **dataclasses.asdict(config),
+        **spelled(config),
         "dtype": options.dtype,
         "shard_size": options.shard_size,
         "repair": list(options.repair or ()),
@@ -278,20 +279,20 @@ class _Calibration:
             from kvfold.calibrate.recall import measure_recall
 
             answers = {**answers, **measure_recall(source, recalls, self.text(), progress=progress)}
-        return {**answers, **self._reckoned(source, method, config, answers, progress)}
+        return {**answers, **self._computed(source, method, config, answers, progress)}
 
-    def _reckoned(
+    def _computed(
         self, source: Checkpoint, method: Method[Any], config: Any, answers: Answers, progress: Progress
     ) -> Answers:
         """What the method makes of sites before anything is resolved, one after the other."""
         found: dict[Question, Mapping[str, Tensor]] = {}
-        asked = sorted(each.site for each in self.questions if isinstance(each, Reckoned))
+        asked = sorted(each.site for each in self.questions if isinstance(each, Computed))
         if not asked:
             return found
-        progress.start("reckoning", len(asked), "sites")
+        progress.start("computing", len(asked), "sites")
         try:
             for site in asked:
-                found[Reckoned(site)] = method.reckon(site, source.roles(site), answers, config)
+                found[Computed(site)] = method.compute(site, source.roles(site), answers, config)
                 progress.advance(1)
         finally:
             progress.stop()

@@ -98,10 +98,10 @@ def _shape(config: Json) -> Shape:
         config[name] for name in ("d_model", "d_kv", "num_heads", "num_layers", "d_ff", "vocab_size")
     )
     decoders = config.get("num_decoder_layers") or layers
-    alone = Attention(hidden, heads, heads, width, scale=1.0, permutable=False)
+    alone = Attention(hidden, heads, heads, width, scale=1.0)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
     sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
-    sites |= decoder_sites(config, alone, replace(alone, permutable=True), decoders)
+    sites |= decoder_sites(config, alone, alone, decoders)
     sites[Site(0)] = replace(sites[Site(0)], extra=table)
     forward = (3 if _gated(config) else 2) * hidden * inner
     return paired_shape(

@@ -1,7 +1,6 @@
-"""Methods: how an attention is made cheaper. One file each, discovered by being here.
+"""Methods: how an attention is made cheaper. Each file of this package is one, with its instance `METHOD`.
 
-A method is a module of this package (or one handed to `register`, as plug-ins and tests do) whose `METHOD`
-is a `Method`. CONTRIBUTING.md walks through adding one.
+`register` adds one from elsewhere. CONTRIBUTING.md walks through writing a method.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ def get(name: str) -> Method[Any]:
 
 
 def check(name: str, config: Any, shape: Shape) -> None:
-    """Refuse a source that this method cannot take with these settings.
+    """Raise SettingError for a source that this method cannot convert with these settings.
 
-    Raises SettingError, also for sites whose keys and values another method has replaced already; UnsupportedModel for
-    a student for which no classes exist.
+    Sites whose keys and values another method has replaced are such a source. Raises UnsupportedModel for a student
+    for which no classes exist.
     """
     for site in (site for group in get(name).groups(config, shape) for site in group if site in shape.sites):
         if shape.sites[site].kept is not None:
             raise SettingError(
-                f"{site} keeps {' and '.join(shape.sites[site].cached)} already, and no keys and values of heads",
+                f"{site} caches {' and '.join(shape.sites[site].cached)} already, not keys and values of heads",
                 where=name,
                 next="convert the checkpoint that it was made from",
             )

@@ -1,89 +1,86 @@
 """cla: cross-layer attention, one layer's keys and values for several layers, from a trained checkpoint.
 
-Of a group of layers the lowest owns keys and values; the others, its consumers, attend to the owner's with queries of
-their own (Brandon et al. 2024, arXiv 2405.12981, section 3). Which layers make a group is a `layout`. Inits:
+In a group of layers the lowest is the owner: it makes keys and values. The others, its consumers, attend to the owner's
+with queries of their own (Brandon et al. 2024, arXiv 2405.12981, section 3). `layout` names the groups, and `init` what
+the owner starts from:
 
-    fit    heads of owner and consumer are matched, the owner's head is the best that all who read it can be read off,
-           and what each needs for that is folded into its q and o: closed forms (ours: docs/methods/cla.md, `sharing`)
-    copy   the owner's, as they are
+    fit    heads of owner and consumers are matched, the owner's head is the best one from which all its readers' heads
+           can be reconstructed, each reconstruction folded into the reader's q and o  (ours: docs/methods/cla.md)
+    copy   the owner's own, as they are
     mean   W_K = 1/n * sum of the group's W_K, W_V and biases alike (arXiv 2410.14442; 2406.09297)
 
 `copy` and `mean` read weights alone and leave q and o as they are. Cached per token: `2 G E` elements for each owner.
-A decode step reads as much as before: room is saved, not reads. Lossless where no layer shares; for `fit` also where
-consumers' keys and values are linear images of the owner's (under RoPE: one complex factor for each plane of a key).
+Each layer still reads a cache of that size, so memory shrinks and decoding does not speed up. Lossless where no layer
+shares; for `fit` also where consumers' keys and values are linear images of the owner's (under RoPE: one complex factor
+for each plane of a key). It loses most where inputs change much between the layers of a group, as in the first layers.
 
-`layout auto` lets the teacher read with one group of neighbours sharing at a time, and takes of all cuts within the
-`budget` the one of the smallest predicted KL, the sum over groups, by dynamic programming. The budget is a part of the
-root teacher's cache, so a student of `gqa`, also one with heads of each layer's own, spends what is left of the same.
+`layout auto` converts one group of neighbours at a time, measures the KL to the teacher, and takes the partition within
+the `budget` of the smallest predicted KL, the sum over groups, by dynamic programming. The budget is a part of the root
+teacher's cache, so a student of `gqa`, also one with different heads by layer, spends what is left of the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from kvfold.contracts.method import Method, Student
+from pydantic.dataclasses import dataclass
+
+from kvfold.contracts.cache import root_elements
+from kvfold.contracts.method import Folded, Limit, Method, Student, note_normed_keys, refuse
 from kvfold.contracts.requests import Answers, ConvertedKL, CrossGram, InputGram, QueryGram, Question, Request
 from kvfold.contracts.site import QUERIES, REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
+from kvfold.settings import setting
 from kvfold.solve import budget as budgets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvfold.solve.shared_layers import Shared
-
 AUTO = "auto"
 LAYOUTS = ("pairs", "keep_ends", "trailing", "sandwich")
-SPAN = 4  # layers of the largest group that `auto` looks at
+SPAN = 4  # layers of the largest group that `auto` tries
+LIMITS: Sequence[Limit] = (
+    ("only layers of a decoder-only model can share", lambda site, _: site.kind != "self"),
+    ("logits have a soft cap, and attention that shares has none", lambda _, attention: attention.softcap is not None),
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Which layers share, and what they start from."""
 
-    share: int | None = field(
-        default=None,
-        metadata={"help": "Layers to one owner: 2, 3, 4, and 1 for none. Default 2; for --layout auto at most 4."},
+    share: int | None = setting(
+        None, "Layers per owner; 1: no layer shares. Default 2. For --layout auto: at most this many, default 4."
     )
-    layout: str = field(
-        default="pairs",
-        metadata={
-            "help": "pairs (neighbours), keep_ends, trailing, sandwich, auto (by what sharing costs), or the layer "
-            "that each layer reads: 0,0,2,2,4."
-        },
+    layout: str = setting(
+        "pairs",
+        "Which layers share: pairs (neighbours), keep_ends, trailing, sandwich, auto (measured, within --budget), "
+        "or the layer that each layer reads, e.g. 0,0,2,2,4.",
     )
-    init: Literal["fit", "copy", "mean"] = field(
-        default="fit",
-        metadata={"help": "What owners start from; without --calibration: copy, which reads weights alone."},
+    init: Literal["fit", "copy", "mean"] = setting(
+        "fit", "What owners start from. Without --calibration: copy, which reads weights alone."
     )
-    budget: float | None = field(
-        default=None, metadata={"help": "For --layout auto: cache bytes, as a part of the root teacher's (0.25)."}
+    budget: float | None = setting(
+        None, "For --layout auto: cache bytes as a fraction of the root teacher's, e.g. 0.25."
     )
 
     def check(self, shape: Shape) -> None:
-        """Refuse groups that cannot be, layers that cannot share, and a budget that no groups fit."""
+        """Refuse layers that cannot share, groups that do not fit the model, and a budget that no groups fit."""
         if shape.owners:
             raise SettingError("layers of the source share already", where="cla", next="convert what it was made from")
-        if any(site.kind != "self" for site in shape.sites):
-            raise SettingError("layers share in decoders alone", where="cla", got=f"family {shape.family}")
-        if any(attention.softcap is not None for attention in shape.sites.values()):
-            raise SettingError(
-                "logits are capped softly, and attention that shares has no cap", where="cla", next="choose gqa"
-            )
+        refuse(shape, "cla", LIMITS)
         if self.share is not None and not 1 <= self.share <= shape.num_layers:
-            raise SettingError("share cannot be met", where="cla", got=self.share, allowed=f"1 to {shape.num_layers}")
-        if self.layout != AUTO and self.budget is not None:
-            raise SettingError(
-                f"budget says nothing about layout {self.layout}",
-                where="cla",
-                got=f"{self.budget:g}",
-                next="say --layout auto, or leave out --budget",
-            )
+            raise SettingError("share is out of range", where="cla", got=self.share, allowed=f"1 to {shape.num_layers}")
         if self.layout == AUTO:
-            _check_budget(self, shape)
+            span = self.share or SPAN
+            fewest = set(cheapest(math.inf, shape, lambda group: _elements(shape, group[:1]), span))
+            least, smallest = _elements(shape, fewest), f"{span} layers to an owner"
+            budgets.check(self.budget, shape, least, where="cla", setting="layout", smallest=smallest)
+        else:
+            budgets.refuse(self.budget, where="cla", setting="layout", value=self.layout)
         for layer, source in enumerate(sources_of(self, shape)):
             if differs := _difference(shape, layer, source):
                 raise SettingError(
@@ -98,37 +95,37 @@ class Config:
 
 
 def sources_of(config: Config, shape: Shape) -> list[int]:
-    """The layer whose keys and values each layer reads; `auto`, before anything is measured, as alike as can be.
+    """The layer whose keys and values each layer reads. Of `auto`, unmeasured: groups as even as the budget allows.
 
-    Raises SettingError for a layout that is no layout of so many layers.
+    Raises SettingError for a layout that does not fit the number of layers.
     """
     layers = shape.num_layers
     if config.layout == AUTO:
         return cheapest(config.budget or 1, shape, lambda group: (len(group) - 1) ** 2, config.share or SPAN)
     if config.layout not in LAYOUTS:
-        return _said(config, layers)
+        return _listed(config, layers)
     share = config.share or 2
     owners = -(-layers // share)
     if config.layout == "pairs":
         return [layer - layer % share for layer in range(layers)]
     if config.layout == "keep_ends":
         return [0, *(layer - (layer - 1) % share for layer in range(1, layers))]
-    first = owners - 1 if config.layout == "trailing" else owners // 2  # the lowest of the one group
+    first = owners - 1 if config.layout == "trailing" else owners // 2  # the lowest layer of the one group
     above = layers if config.layout == "trailing" else layers - (owners - 1) // 2
     return [first if first < layer < above else layer for layer in range(layers)]
 
 
-def _said(config: Config, layers: int) -> list[int]:
+def _listed(config: Config, layers: int) -> list[int]:
     """Read `0,0,2,2,4`."""
     parts = [part.strip() for part in config.layout.split(",")]
     if not all(part.isdecimal() for part in parts) or len(parts) != layers:
         raise SettingError(
-            f"layout {config.layout!r} is none of {layers} layers",
+            f"layout {config.layout!r} does not fit {layers} layers",
             where="cla",
             allowed=f"{choices([*LAYOUTS, AUTO])}, or the layer that each layer reads: 0,0,2,2",
         )
     if config.share is not None:
-        raise SettingError(f"layout {config.layout} says already who shares", where="cla", got=f"share {config.share}")
+        raise SettingError(f"layout {config.layout} names the groups already", where="cla", got=f"share {config.share}")
     sources = [int(part) for part in parts]
     for layer, source in enumerate(sources):
         if source > layer or sources[source] != source:
@@ -141,17 +138,17 @@ def _said(config: Config, layers: int) -> list[int]:
 
 
 def _difference(shape: Shape, layer: int, source: int) -> str | None:
-    """What keeps a layer from reading another's keys and values."""
+    """The fact that keeps a layer from reading another's keys and values."""
     mine, theirs = shape.sites[Site(layer)], shape.sites[Site(source)]
-    same = ("window", "rope", "head_dim", "num_attention_heads", "permutable", "norms", "biases")
+    same = ("window", "rope", "head_dim", "num_attention_heads", "norms", "biases")
     return next((name for name in same if getattr(mine, name) != getattr(theirs, name)), None)
 
 
 def cheapest(budget: float, shape: Shape, price: Callable[[range], float], span: int) -> list[int]:
-    """The cut into groups of neighbouring layers, of at most `span`, of the smallest price within the budget.
+    """The partition into groups of neighbouring layers, of at most `span`, of the smallest price within the budget.
 
-    The price of a cut is the sum of its groups'; of equal prices the one of the fewest bytes is taken. Exact: the
-    best cut of the layers below each layer is kept for every number of bytes (Bellman 1957).
+    The price of a partition is the sum of its groups'; among equal prices, the fewest bytes win. Exact: the best
+    partition of the layers below each layer is kept for every number of bytes (Bellman 1957).
     """
     best: list[dict[int, tuple[float, list[int]]]] = [{0: (0.0, [])}]  # elements spent -> price and sources
     room = budgets.room(budget, shape)
@@ -160,54 +157,28 @@ def cheapest(budget: float, shape: Shape, price: Callable[[range], float], span:
         for first in range(max(0, end - span), end):
             if any(_difference(shape, layer, first) for layer in range(first, end)):
                 continue
-            asked, size = price(range(first, end)), _elements(shape, first)
+            more, size = price(range(first, end)), _elements(shape, [first])
             for spent, (paid, sources) in best[first].items():
                 whole = spent + size
-                if whole <= room and (whole not in found or paid + asked < found[whole][0]):
-                    found[whole] = paid + asked, [*sources, *[first] * (end - first)]
+                if whole <= room and (whole not in found or paid + more < found[whole][0]):
+                    found[whole] = paid + more, [*sources, *[first] * (end - first)]
         best.append(found)
     return min(((paid, spent, sources) for spent, (paid, sources) in best[-1].items()), default=(0.0, 0, []))[2]
 
 
-def _elements(shape: Shape, layer: int) -> int:
-    """What a layer that owns keys and values caches of a token."""
-    attention = shape.sites[Site(layer)]
-    return 2 * attention.num_key_value_heads * attention.head_dim
-
-
-def _part(shape: Shape, sources: Sequence[int]) -> float:
-    """What owners cache of a token, as a part of the root teacher's."""
-    return sum(_elements(shape, layer) for layer in set(sources)) / budgets.whole(shape)
-
-
-def _check_budget(config: Config, shape: Shape) -> None:
-    span = config.share or SPAN
-    least = cheapest(math.inf, shape, lambda group: _elements(shape, group[0]), span)
-    smallest = math.ceil(1e4 * _part(shape, least)) / 1e4
-    allowed = f"{smallest:g} ({span} layers to an owner) to 1, as a part of the root teacher's cache"
-    if config.budget is None:
-        raise SettingError("layout auto needs a budget", where="cla", next=f"add --budget, {allowed}")
-    if not smallest <= config.budget <= 1:
-        raise SettingError("budget cannot be met", where="cla", got=f"{config.budget:g}", allowed=allowed)
-
-
-# --- the contract ----------------------------------------------------------------------------------------------------
-
-
-def _moments(group: Sequence[Site]) -> list[Request]:
-    """What the fit of a group reads."""
-    alone: list[Request] = [request(site) for site in group for request in (InputGram, QueryGram)]
-    return [*alone, *(CrossGram(group[0], site) for site in group[1:])]
+def _elements(shape: Shape, owners: Iterable[int]) -> int:
+    """Elements per token that these layers cache."""
+    return sum(shape.sites[Site(layer)].cached_elements for layer in owners)
 
 
 def _measured(config: Config, shape: Shape, answers: Answers) -> list[int]:
-    return cheapest(
-        config.budget or 1, shape, lambda group: _price(tuple(map(Site, group)), answers), config.share or SPAN
-    )
+    """The layout that `auto` chooses."""
+    span = config.share or SPAN
+    return cheapest(config.budget or 1, shape, lambda group: _price(tuple(map(Site, group)), answers), span)
 
 
 def _price(group: tuple[Site, ...], answers: Answers) -> float:
-    """What a group costs in nats per token; one layer alone costs nothing."""
+    """The KL of a group in nats per token; 0 for one layer alone."""
     return float(answers[ConvertedKL(group)]["kl"]) if len(group) > 1 else 0.0
 
 
@@ -218,29 +189,42 @@ def _groups(sources: Sequence[int]) -> list[tuple[Site, ...]]:
     ]
 
 
-def _shared(group: Mapping[Site, SiteTensors], answers: Answers) -> Shared:
-    """Fit a group by the moments of what the teacher read."""
+def _spelled(sources: Sequence[int]) -> str:
+    return ",".join(map(str, sources))
+
+
+# --- the owner's keys and values -------------------------------------------------------------------------------------
+
+
+def _moments(group: Sequence[Site]) -> list[Request]:
+    """The requests that the fit of a group reads."""
+    alone: list[Request] = [request(site) for site in group for request in (InputGram, QueryGram)]
+    return [*alone, *(CrossGram(group[0], site) for site in group[1:])]
+
+
+def _fitted(group: Mapping[Site, SiteTensors], answers: Answers) -> Folded:
+    """The roles of a group by the moments of calibration, and the measurements of each site."""
     from kvfold.solve.normed_heads import share_normed
+    from kvfold.solve.shared_heads import reported  # loads torch: a plan works without
     from kvfold.solve.shared_layers import Reader, share
 
-    owner = min(group)
+    sites = sorted(group)
+    owner = sites[0]
     readers = []
-    for site in sorted(group):
-        seen = answers[InputGram(site)]
+    for site in sites:
+        seen, queries = answers[InputGram(site)], answers[QueryGram(site)]["gram_HEE"]
         cross = seen if site == owner else answers[CrossGram(owner, site)]
-        queries = answers[QueryGram(site)]["gram_HEE"]
-        tensors = group[site]
-        readers.append(
-            Reader(tensors.attention, tensors.roles, seen["gram_DD"], seen["mean_D"], cross["gram_DD"], queries)
-        )
-    return share_normed(readers) if readers[0].attention.norms == "all_heads" else share(readers)
+        attention, roles = group[site].attention, group[site].roles
+        readers.append(Reader(attention, roles, seen["gram_DD"], seen["mean_D"], cross["gram_DD"], queries))
+    made = (share_normed if readers[0].attention.norms == "all_heads" else share)(readers)
+    orders = {site: {QUERIES: order} for site, order in zip(sites[1:], made.queries[1:], strict=True)}
+    lost = reported(made.heads, group[owner].roles["k"])
+    return dict(zip(sites, made.roles, strict=True)), {owner: lost, **orders}
 
 
-def _owned(group: Mapping[Site, SiteTensors], config: Config) -> Roles:
-    """The owner's roles: its own, or keys and values that are the mean of the group's."""
+def _mean(group: Mapping[Site, SiteTensors]) -> Roles:
+    """The owner's roles with keys and values that are the mean of the group's."""
     owner = group[min(group)]
-    if config.init == "copy":
-        return owner.roles
     new = dict(owner.roles)
     for role in ("k", "v", "k_bias", "v_bias", "k_norm"):
         if role in new:
@@ -251,7 +235,7 @@ def _owned(group: Mapping[Site, SiteTensors], config: Config) -> Roles:
 
 
 def _pooled(rows: Tensor, width: int, heads: int) -> Tensor:
-    """So many heads in float64: the mean of neighbours, or each as often as it is needed."""
+    """Rows of any number of heads as rows of `heads`, float64: means of neighbours, or repeated."""
     have = rows.shape[0] // width
     blocks = rows.double().view(have, width, *rows.shape[1:])
     finer = math.lcm(have, heads)
@@ -263,112 +247,94 @@ class CLA(Method[Config]):
     """Cross-layer attention: layers read the keys and values of another layer."""
 
     without_text: ClassVar = {"init": "copy"}
-    published: ClassVar = ({"init": "copy"}, {"init": "mean"})  # what others start from
+    published: ClassVar = ({"init": "copy"}, {"init": "mean"})
 
     def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
         """Second moments of each group's inputs and queries; under `auto`, the cost of each group too."""
+        groups, costs = self.groups(config, shape), list[ConvertedKL]()
         if config.layout == AUTO:
             span = config.share or SPAN
-            tried = [
+            groups = [
                 tuple(map(Site, range(first, end)))
                 for first in range(shape.num_layers)
                 for end in range(first + 2, min(first + span, shape.num_layers) + 1)
                 if not any(_difference(shape, layer, first) for layer in range(first, end))
             ]
-            requests = [request for group in tried if config.init == "fit" for request in _moments(group)]
-            return [*dict.fromkeys(requests), *map(ConvertedKL, tried)]
-        if config.init != "fit":
-            return ()
-        return [request for group in self.groups(config, shape) for request in _moments(group)]
+            costs = [ConvertedKL(group) for group in groups]
+        moments = [request for group in groups for request in _moments(group)] if config.init == "fit" else []
+        return [*dict.fromkeys(moments), *costs]
 
     def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
         """Write out the layer that each layer reads."""
         sources = _measured(config, shape, answers) if config.layout == AUTO and answers else sources_of(config, shape)
-        return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
+        return replace(config, share=None, layout=_spelled(sources), budget=None)
 
     def found(self, config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
-        """What `auto` chose and on what grounds, beside groups as alike as the budget allows."""
+        """The groups that `auto` chose, beside groups as even as the budget allows."""
         if config.layout != AUTO:
             return {}
-        told = {}
+        chosen = {}
         for name, sources in (("chosen", _measured(config, shape, answers)), ("alike", sources_of(config, shape))):
+            part = _elements(shape, set(sources)) / root_elements(shape)
             kl = sum(_price(group, answers) for group in _groups(sources))
-            told[name] = {"layout": ",".join(map(str, sources)), "cache": _part(shape, sources), "kl": kl}
+            chosen[name] = {"layout": _spelled(sources), "cache": part, "kl": kl}
         prices = {
             f"{each.sites[0].layer} to {each.sites[-1].layer}": float(answer["kl"])
             for each, answer in answers.items()
             if isinstance(each, ConvertedKL)
         }
-        return {"budget": config.budget, **told, "kl": prices}
+        return {"budget": config.budget, **chosen, "kl": prices}
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
-        """What a plan must say of groups that are not chosen yet, and of keys that cannot be fitted freely."""
-        said = []
+        """Warn of groups that are not chosen yet, and of keys that cannot be fitted freely."""
+        notes = []
         if config.layout == AUTO:
-            said.append(
-                f"layout auto: shown is a budget of {config.budget:g} with groups as alike as can be; which layers "
-                "share is measured when it is converted"
+            notes.append(
+                f"layout auto: the plan spends a budget of {config.budget:g} on groups as even as can be; the "
+                "conversion measures which layers share"
             )
-        if config.init == "fit" and any(attention.norms == "pre_rope" for attention in shape.sites.values()):
-            said.append(
-                "init fit: keys are normed before they are rotated, so consumers read them under a turn of each plane "
-                "and no scale; values, o and what is repaired are as in other models"
-            )
-        return said
+        return [*notes, *(note_normed_keys(shape, config.init) if config.init == "fit" else ())]
 
     def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
-        """Take each owner with its consumers; a layer that neither reads nor is read is left out."""
+        """Each owner with its consumers. A layer that shares with none is in no group."""
         return [group for group in _groups(sources_of(config, shape)) if len(group) > 1]
 
     def student(self, config: Config, shape: Shape) -> Student:
-        """The model in which consumers make no keys and values. For `auto`: groups of equal size."""
+        """The model in which consumers make no keys and values."""
         changed = {}
-        for group in self.groups(config, shape):
-            heads = shape.sites[group[0]].num_key_value_heads
-            for site in group[1:]:
-                changed[site] = replace(shape.sites[site], source=group[0].layer, num_key_value_heads=heads)
+        for owner, *consumers in self.groups(config, shape):
+            heads = shape.sites[owner].num_key_value_heads
+            for site in consumers:
+                changed[site] = replace(shape.sites[site], source=owner.layer, num_key_value_heads=heads)
         return Student(shape.with_sites(changed))
 
-    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-        """Make the keys and values of a group those of its lowest layer."""
-        return self.fold(group, answers, config)[0]
+    def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Folded:
+        """Make keys and values for the lowest layer, and remove those of the others.
 
-    def fold(
-        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-        """Convert, and say of the owner what each of its heads lost of all that is read off it, and which lost nothing.
-
-        Lost is a share of the weighted second moment; nothing means within rounding to the weights' format.
-        Of a consumer it says which of the source's query heads stands in each place.
+        Measurements of a fit: of the owner, what each head lost of all that reads it, and which heads lost nothing (a
+        share of the weighted second moment; nothing is what rounding to the weights' format can lose); of a consumer,
+        which of the source's query heads stands in each place.
         """
-        owner, *consumers = sorted(group)
-        if config.init != "fit":
-            new = {
-                site: {role: each for role, each in group[site].roles.items() if role[0] not in "kv"}
-                for site in consumers
-            }
-            return {owner: _owned(group, config), **new}, {}
-        from kvfold.solve.shared_heads import losses
-
-        made = _shared(group, answers)
-        told: dict[Site, Any] = {site: {QUERIES: made.queries[number]} for number, site in enumerate(consumers, 1)}
-        return dict(zip(sorted(group), made.roles, strict=True)), {
-            owner: losses(made.heads, group[owner].roles["k"]),
-            **told,
+        if config.init == "fit":
+            return _fitted(group, answers)
+        new = {
+            site: {role: tensor for role, tensor in tensors.roles.items() if role[0] not in "kv"}
+            for site, tensors in group.items()
         }
+        return {**new, min(group): group[min(group)].roles if config.init == "copy" else _mean(group)}, {}
 
     def repairs(self, config: Config) -> Sequence[str]:
-        """Ask for everything to be repaired after a fit; what others publish is left as they publish it."""
+        """Everything after a fit; published starts are left as published."""
         return REPAIRABLE if config.init == "fit" else ()
 
     def alone(self, config: Config, shape: Shape, sites: Sequence[Site]) -> Config:
-        """The same settings with one group and no other: under these ConvertedKL is measured."""
+        """The same settings with one group and no other."""
         layers = [site.layer for site in sites]
         sources = [layers[0] if layer in layers else layer for layer in range(shape.num_layers)]
-        return replace(config, share=None, layout=",".join(map(str, sources)), budget=None)
+        return replace(config, share=None, layout=_spelled(sources), budget=None)
 
     def lossless(self, shape: Shape) -> Config:
-        """Let every layer own its keys and values."""
+        """Every layer owns its keys and values."""
         return Config(share=1)
 
     def example(self, shape: Shape) -> Config:

@@ -1,241 +1,196 @@
 """elitekv: RoPE kept where each head needs it, and one low-rank latent for all other keys and all values.
 
-Zhou et al. 2025, arXiv 2503.01586. A key head rotates its planes by position; most of them do not need it. Of each head
-`rope_chunks` planes stay rotated and are cached as they are; the others are left unrotated, and together with the
-values of all heads become linear images of one latent of `latent_dim` numbers:
+Zhou et al. 2025, arXiv 2503.01586. RoPE rotates each plane (pair of coordinates) of a key head by position, and most
+planes do not need it. Of each head `rope_chunks` planes stay rotated and are cached as they are. The others are left
+unrotated, and together with the values of all heads become linear maps of one latent of `latent_dim` numbers:
 
     k_g = [rotate(R_g x) | U_g c],   v_g = W_g c + b_g,   c = A x
 
-    search   elite         the planes whose rotation the logits miss most (RoPElite, 3.2; `planes`)
+    search   elite         the planes whose rotation the logits miss most (RoPElite, section 3.2)
              contribution  the planes that add most to a logit           (arXiv 2410.08703)
              uniform       spread evenly over the frequencies
     metric   outputs       errors of k in logits, of v behind o, on what attention reads      (ours)
              inputs        whitened by the inputs, K and V balanced   (arXiv 2407.21118, 2502.07864)
              weights       plain SVD of the weights                                         (the paper's)
-    factor   joint         one latent for keys and values (J-LRD, 3.3)
+    factor   joint         one latent for keys and values (J-LRD, section 3.3)
              separate      one for each, side by side (S-LRD)
 
-`uniform` and `weights` read weights alone; the others need the teacher to read a little text. Cached per token and
-layer: `2 rope_chunks G + latent_dim` elements, and decoding reads them as they lie (`attention.latent`). A constant
-part of unrotated keys moves all logits of a query alike, so biases of such keys are dropped; the values' mean and bias
-become `b`. Lossless when all planes are kept and the latent is as wide as what it stands for, `min(D, G E)`.
+`uniform` and `weights` read weights alone; the others read calibration text. Cached per token and layer:
+`2 rope_chunks G + latent_dim` elements, which decoding reads as they are (`attention.latent`). A constant part of
+unrotated keys shifts all logits of a query alike, so their biases are dropped; the mean and bias of the values become
+`b`. Lossless when all planes are kept and the latent is as wide as the values it stands for, `min(D, G E)`. It loses
+most where a layer's logits depend on position in every plane, and it needs keys without norms.
 
-`ratio` says what may be cached as a part of the root teacher's cache, in each layer as much. How a layer splits its
-part between planes and latent is chosen by what either is reckoned to lose behind `o`; of splits that lose about as
-little, the one with the narrower latent, which decodes faster. Without a text, and in other metrics, it is a quarter
-for planes in every layer.
+`ratio` sets the cache as a part of the root teacher's, the same for each layer. Each layer splits its part between
+planes and latent by the least expected error behind `o`; among splits within a few percent of it, the narrowest latent
+wins, because it decodes fastest. Without calibration text, and in other metrics, planes get a quarter in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvfold.contracts.cache import grouped_cache
-from kvfold.contracts.method import Method, Student
-from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram, Question, Reckoned, SampledPairs
+from pydantic.dataclasses import dataclass
+
+from kvfold.contracts.cache import root_elements
+from kvfold.contracts.method import Folded, Limit, Method, Student, refuse, refuse_mixed_heads
+from kvfold.contracts.per_layer import PerSite
+from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question, SampledPairs
 from kvfold.contracts.runtimes import with_latent
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError
+from kvfold.settings import setting
+from kvfold.solve import Factor, Metric, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Search = Literal["elite", "contribution", "uniform"]
-Metric = Literal["outputs", "inputs", "weights"]
-Factor = Literal["joint", "separate"]
+LIMITS: Sequence[Limit] = (
+    ("only decoder-only models can have latents of heads", lambda site, _: site.kind != "self"),
+    ("keys are not rotated, so there are no planes to choose", lambda _, attention: attention.rope is None),
+    ("it reads the keys and values of another layer", lambda _, attention: attention.source is not None),
+    (
+        "keys are normed head by head, and no normed key is a linear map of a latent",
+        lambda _, attention: attention.norms != "none",
+    ),
+    ("logits have a soft cap, and attention over latents has none", lambda _, attention: attention.softcap is not None),
+    (
+        "planes are of neighbouring coordinates",
+        lambda _, attention: attention.rope is not None and not attention.rope.half_split,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What stays rotated, how wide the latent is, and what decides both."""
+    """How many planes stay rotated, how wide the latent is, and how both are chosen."""
 
-    ratio: float | None = field(
-        default=None,
-        metadata={"help": "Cache bytes, as a part of the root teacher's (0.25); chooses rope_chunks and latent_dim."},
+    ratio: float | None = setting(
+        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; chooses rope_chunks and latent_dim."
     )
-    rope_chunks: str | int | None = field(
-        default=None,
-        metadata={"help": "Planes (pairs of coordinates) of each key head that stay rotated: 4, or 4/4/2/3."},
+    rope_chunks: PerSite | None = setting(
+        None, "Rotated planes (pairs of coordinates) per key head, e.g. 4. By layer: 4/4/2/3."
     )
-    latent_dim: str | int | None = field(
-        default=None, metadata={"help": "Width of the latent of unrotated keys and values: 256, or layer by layer."}
+    latent_dim: PerSite | None = setting(
+        None, "Width of the latent of unrotated keys and values, e.g. 256. By layer: 256/128."
     )
-    search: Search = field(default="elite", metadata={"help": "Which planes; without --calibration: uniform."})
-    metric: Metric = field(
-        default="outputs", metadata={"help": "What an error of the latent costs; without --calibration: weights."}
-    )
-    factor: Factor = field(default="joint", metadata={"help": "One latent for keys and values, or one for each."})
-    samples: int = field(default=2048, metadata={"help": "Tokens whose queries and keys are paired for --search."})
+    search: Search = setting("elite", "How rotated planes are chosen. Without --calibration: uniform.")
+    metric: Metric = setting("outputs", "How errors of the latent are weighed. Without --calibration: weights.")
+    factor: Factor = setting("joint", "One latent for keys and values (joint), or one for each (separate).")
+    samples: int = setting(2048, "Sampled tokens whose queries and keys --search compares.")
 
     def check(self, shape: Shape) -> None:
-        """Refuse sources without planes or with normed keys, and splits that cannot be, naming what can."""
-        for site, attention in shape.sites.items():
-            _check_site(site, attention)
-        heads = {attention.num_key_value_heads for attention in shape.sites.values()}
-        if len(heads) > 1:
-            raise SettingError(
-                "layers differ in their key/value heads",
-                where="elitekv",
-                got=f"{min(heads)} to {max(heads)}",
-                next="convert a checkpoint with one number for all layers",
-            )
+        """Refuse sources without planes or with normed keys, and splits that are out of range, with the range."""
+        refuse(shape, "elitekv", LIMITS)
+        refuse_mixed_heads(shape, "elitekv")
         if self.samples < 2:
             raise SettingError("samples must be at least 2", where="elitekv", got=self.samples)
         if self.ratio is not None:
-            _check_ratio(self, shape)
+            _check_ratio(self.ratio, self, shape)
             return
-        if self.rope_chunks is None or self.latent_dim is None:
-            missing = "rope_chunks" if self.rope_chunks is None else "latent_dim"
-            raise SettingError(f"{missing} is not said", where="elitekv", next="add it, or say --ratio 0.25 instead")
+        for name, value in (("rope_chunks", self.rope_chunks), ("latent_dim", self.latent_dim)):
+            if value is None:
+                raise SettingError(f"{name} is missing", where="elitekv", next="add it, or set --ratio 0.25 instead")
         for site, (planes, width) in splits(self, shape).items():
             attention = shape.sites[site]
-            for name, value, most in (
+            for name, number, most in (
                 ("rope_chunks", planes, planes_of(attention)),
                 ("latent_dim", width, widest(attention, min(planes, planes_of(attention)))),
             ):
-                if not 1 <= value <= most:
-                    raise SettingError(f"{name} {value} cannot be at {site}", where="elitekv", allowed=f"1 to {most}")
+                if number > most:
+                    raise SettingError(
+                        f"{name} {number} is out of range at {site}", where="elitekv", allowed=f"1 to {most}"
+                    )
 
 
-def _check_site(site: Site, attention: Attention) -> None:
-    problem = None
-    if site.kind != "self":
-        problem = "latents of heads are for decoders alone"
-    elif attention.rope is None:
-        problem = "keys are not rotated, so there are no planes to choose"
-    elif attention.source is not None:
-        problem = f"keys and values are those of layer {attention.source}"
-    elif attention.norms != "none":
-        problem = "keys are normed head by head, and no normed key is a linear image of a latent"
-    elif attention.softcap is not None:
-        problem = "logits are capped softly, and its attention has no cap"
-    elif not attention.rope.half_split:
-        problem = "planes are of neighbouring coordinates"
-    if problem:
-        raise SettingError(f"{site}: {problem}", where="elitekv", next="choose gqa")
+def _check_ratio(ratio: float, config: Config, shape: Shape) -> None:
+    """Refuse a ratio beside the settings that it chooses, one below a plane of each head, and one above the whole."""
+    for name, value in (("rope_chunks", config.rope_chunks), ("latent_dim", config.latent_dim)):
+        if value is not None:
+            raise SettingError(f"ratio {ratio:g} chooses {name}", where="elitekv", next="leave out one of them")
+    whole = root_elements(shape)
+    needed = max(2 * attention.num_key_value_heads + 1 for attention in shape.sites.values()) * len(shape.sites)
+    if not needed / whole <= ratio <= 1:
+        raise SettingError(
+            "ratio is out of range",
+            where="elitekv",
+            got=f"ratio {ratio:g}",
+            allowed=f"{-(-needed * 10_000 // whole) / 10_000:g} (one plane of each head and a latent of 1) to 1",
+        )
 
 
-# --- how much stays --------------------------------------------------------------------------------------------------
+# --- planes and widths ------------------------------------------------------------------------------------------------
 
 
 def planes_of(attention: Attention) -> int:
-    """The rotary planes of a key head; none where keys are not rotated."""
+    """The rotary planes of a key head; 0 where keys are not rotated."""
     return attention.rope.dims // 2 if attention.rope else 0
 
 
 def widest(attention: Attention, planes: int) -> int:
-    """The latent that holds everything beside so many rotated planes."""
+    """The latent width that holds everything beside `planes` rotated planes of each head."""
     free = attention.num_key_value_heads * (2 * attention.head_dim - 2 * planes)
     return min(attention.hidden_size, free)
 
 
 def splits(config: Config, shape: Shape) -> dict[Site, tuple[int, int]]:
-    """Rotated planes and latent width of each site; of a ratio, before anything is reckoned, alike in all layers.
-
-    Raises SettingError when there are more or fewer numbers than layers.
-    """
-    sites = sorted(shape.sites)
+    """Rotated planes and latent width of each site. Of a ratio, unmeasured: the same in all layers."""
     if config.ratio is not None:
-        return {site: _alike(shape.sites[site], _part(config.ratio, shape)) for site in sites}
-    chunks, widths = (
-        _said(value, len(sites), name)
-        for value, name in ((config.rope_chunks, "rope_chunks"), (config.latent_dim, "latent_dim"))
-    )
-    return dict(zip(sites, zip(chunks, widths, strict=True), strict=True))
+        room = _room(config.ratio, shape)
+        return {site: _quartered(shape.sites[site], room) for site in sorted(shape.sites)}
+    assert config.rope_chunks is not None
+    assert config.latent_dim is not None
+    chunks = config.rope_chunks.by_site(shape.sites, "rope_chunks", "elitekv")
+    widths = config.latent_dim.by_site(shape.sites, "latent_dim", "elitekv")
+    return {site: (chunks[site], widths[site]) for site in sorted(shape.sites)}
 
 
-def _said(value: str | int | None, layers: int, name: str) -> list[int]:
-    """Read `4` or `4/4/2/3` as a number for each layer."""
-    words = str(value).strip().split("/")
-    if not all(word.isdecimal() for word in words):
-        raise SettingError(f"cannot read {name}", where="elitekv", got=repr(value), allowed="a number, or 4/4/2/3")
-    if len(words) not in (1, layers):
-        raise SettingError(
-            f"{name} has {len(words)} numbers for {layers} layers",
-            where="elitekv",
-            got=repr(value),
-            next="give one for each layer, or one for all",
-        )
-    return [int(words[layer % len(words)]) for layer in range(layers)]
+def _room(ratio: float, shape: Shape) -> int:
+    """Elements per token that a ratio leaves to each layer."""
+    return int(ratio * root_elements(shape) * (1 + 1e-12)) // len(shape.sites)
 
 
-def _of(value: str | int | None, site: Site) -> int:
-    """The number of one layer in what was resolved."""
-    words = str(value).split("/")
-    return int(words[site.layer % len(words)])
-
-
-def _spelled(numbers: Sequence[int]) -> str | int:
-    return numbers[0] if len(set(numbers)) == 1 else "/".join(map(str, numbers))
-
-
-def _part(ratio: float, shape: Shape) -> int:
-    """Elements of a token that a ratio leaves to each layer."""
-    whole = shape.root_elements or grouped_cache(shape).elements(1, 1)
-    return int(ratio * whole * (1 + 1e-12)) // len(shape.sites)
-
-
-def _alike(attention: Attention, elements: int) -> tuple[int, int]:
-    """A split of so many elements with a quarter of them rotated."""
+def _quartered(attention: Attention, elements: int) -> tuple[int, int]:
+    """A split of these elements with a quarter of them rotated."""
     groups = attention.num_key_value_heads
     planes = min(max(1, round(elements / (8 * groups))), planes_of(attention))
     return planes, max(1, min(elements - 2 * planes * groups, widest(attention, planes)))
 
 
-def _check_ratio(config: Config, shape: Shape) -> None:
-    """Refuse a ratio beside what it chooses, one below a plane of each head, and one above the whole."""
-    assert config.ratio is not None
-    for name in ("rope_chunks", "latent_dim"):
-        if getattr(config, name) is not None:
-            raise SettingError(f"ratio {config.ratio:g} chooses {name}", where="elitekv", next="leave out one of them")
-    whole = shape.root_elements or grouped_cache(shape).elements(1, 1)
-    needed = max(2 * attention.num_key_value_heads + 1 for attention in shape.sites.values()) * len(shape.sites)
-    if not needed / whole <= config.ratio <= 1:
-        raise SettingError(
-            "ratio cannot be met",
-            where="elitekv",
-            got=f"ratio {config.ratio:g}",
-            allowed=f"{-(-needed * 10_000 // whole) / 10_000:g} (one plane of each head and a latent of 1) to 1",
-        )
-
-
-# --- the contract ----------------------------------------------------------------------------------------------------
-
-
-def _numbers(attention: Attention) -> list[int]:
-    """Numbers of rotated planes that are tried: each up to 4, then in steps of a third or a half, and all."""
+def _candidates(attention: Attention) -> list[int]:
+    """Numbers of rotated planes to try: each up to 4, then in steps of a third or a half, and all."""
     steps = [1, *(2**power * part for power in range(8) for part in (2, 3))]
     most = planes_of(attention)
     return sorted({number for number in steps if number < most} | {most})
 
 
-def _reckons(config: Config) -> bool:
-    """Is there anything to choose, and on what?"""
+def _optimises(config: Config) -> bool:
+    """Whether each layer's split is chosen by its expected error."""
     return config.ratio is not None and config.metric == "outputs"
 
 
-def _reckoned(config: Config, shape: Shape, answers: Answers) -> dict[Site, tuple[int, int]]:
-    """The splits that lose least, each layer within its part of the ratio."""
-    import torch
+def _optimal(config: Config, shape: Shape, answers: Answers) -> dict[Site, tuple[int, int]]:
+    """The splits of the least expected error, each layer within its part of the ratio."""
+    import torch  # a plan works without
 
     from kvfold.solve.latent import best_split
 
     assert config.ratio is not None
-    found, room = {}, _part(config.ratio, shape)
+    found, room = {}, _room(config.ratio, shape)
     for site in sorted(shape.sites):
         attention = shape.sites[site]
-        numbers_C1 = torch.tensor(_numbers(attention))[:, None]
-        most_C1 = torch.tensor([widest(attention, int(number)) for number in numbers_C1])[:, None]
+        candidates = _candidates(attention)
+        numbers_C1 = torch.tensor(candidates)[:, None]
+        most_C1 = torch.tensor([widest(attention, number) for number in candidates])[:, None]
         width_R = torch.arange(attention.hidden_size + 1)
-        error_CR = answers[Reckoned(site)]["error_CR"]
         row, width = best_split(
-            error_CR.masked_fill((width_R < 1) | (width_R > most_C1), torch.inf),
+            answers[Computed(site)]["error_CR"].masked_fill((width_R < 1) | (width_R > most_C1), torch.inf),
             2 * attention.num_key_value_heads * numbers_C1 + width_R,
             room,
         )
-        found[site] = _numbers(attention)[row], width
+        found[site] = candidates[row], width
     return found
 
 
@@ -243,99 +198,97 @@ class EliteKV(Method[Config]):
     """EliteKV: a few rotated planes of each key head, and one latent for the rest of keys and for values."""
 
     without_text: ClassVar = {"search": "uniform", "metric": "weights"}
-    published: ClassVar = ({"search": "uniform", "metric": "weights"},)  # what others start from
+    published: ClassVar = ({"search": "uniform", "metric": "weights"},)
 
     def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
-        """Ask for pairs of queries and keys to search by, and for the moments that the metric is made of."""
-        asked: list[Question] = []
+        """Pairs of queries and keys for the search, and the moments of the metric."""
+        questions: list[Question] = []
         for site in shape.sites:
-            if config.search != "uniform" or _reckons(config):
-                asked.append(SampledPairs(site, config.samples))
+            if config.search != "uniform" or _optimises(config):
+                questions.append(SampledPairs(site, config.samples))
             if config.metric != "weights":
-                asked.append(InputGram(site))
+                questions.append(InputGram(site))
             if config.metric == "outputs":
-                asked += [QueryGram(site), AttentionGram(site)]
-            if _reckons(config):
-                asked.append(Reckoned(site))
-        return asked
+                questions += [QueryGram(site), AttentionGram(site)]
+            if _optimises(config):
+                questions.append(Computed(site))
+        return questions
 
     def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
-        """The split of every layer; under a ratio, those with the least expected loss."""
-        found = _reckoned(config, shape, answers) if _reckons(config) else splits(config, shape)
-        chunks, widths = ([split[part] for split in found.values()] for part in (0, 1))
-        return replace(config, ratio=None, rope_chunks=_spelled(chunks), latent_dim=_spelled(widths))
+        """Write out the split of every layer; under a ratio, those of the least expected error."""
+        found = _optimal(config, shape, answers) if _optimises(config) else splits(config, shape)
+        chunks, widths = (PerSite.of({site: split[part] for site, split in found.items()}) for part in (0, 1))
+        return replace(config, ratio=None, rope_chunks=chunks, latent_dim=widths)
 
-    def reckon(self, site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
-        """The expected loss of each split of a site: `error_CR` for C `_numbers` of planes and latents of 0 to D."""
-        from kvfold.solve.latent import reckoned
+    def compute(self, site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
+        """The expected error of each split of a site: `error_CR`, C candidates for planes, R from 0 to D."""
+        from kvfold.solve.latent import split_errors
         from kvfold.solve.shared_heads import moments_of
 
         sample, moments = answers[SampledPairs(site, config.samples)], moments_of(site, answers)
-        attention, search = tensors.attention, config.search
-        return {"error_CR": reckoned(attention, tensors.roles, search, _numbers(attention), sample, moments)}
+        attention = tensors.attention
+        errors_CR = split_errors(attention, tensors.roles, config.search, _candidates(attention), sample, moments)
+        return {"error_CR": errors_CR}
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
-        """What a plan must say of splits that are not chosen yet."""
+        """Warn of splits that are not chosen yet."""
         if config.ratio is None:
             return ()
         return (
-            f"ratio {config.ratio:g}: shown is a quarter of it for rotated planes, the same in all layers; how each "
-            "layer splits its part is reckoned when it is converted, within the same bytes",
+            f"ratio {config.ratio:g}: the plan gives rotated planes a quarter of it in all layers; the conversion "
+            "chooses how each layer splits its part, within the same bytes",
         )
 
     def student(self, config: Config, shape: Shape) -> Student:
-        """The same model with latent attention in every layer, an architecture of our own."""
-        return Student(
-            shape.with_sites(
-                {site: with_latent(shape.sites[site], *split) for site, split in splits(config, shape).items()}
-            )
-        )
+        """The same model with latent attention in every layer, an architecture of kvfold's own."""
+        latents = {site: with_latent(shape.sites[site], *split) for site, split in splits(config, shape).items()}
+        return Student(shape.with_sites(latents))
 
-    def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-        """Choose planes and factorise what is left of each site."""
-        return self.fold(group, answers, config)[0]
+    def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Folded:
+        """Choose planes and factorise the rest of each site.
 
-    def fold(
-        self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config
-    ) -> tuple[Mapping[Site, Roles], Mapping[Site, Any]]:
-        """Convert, and report for each site which planes its key heads keep and what logits and latent lose."""
-        from kvfold.solve.latent import cut_site, survey  # loads torch: a plan is made without
+        Measurements of each site: the planes of its key heads, and what the logits and the latent lose.
+        """
+        from kvfold.solve.latent import cut_site, survey  # loads torch: a plan works without
         from kvfold.solve.shared_heads import moments_of
 
+        assert config.rope_chunks is not None
+        assert config.latent_dim is not None
         converted: dict[Site, Roles] = {}
-        told: dict[Site, dict[str, Any]] = {}
+        measured: dict[Site, dict[str, Any]] = {}
         for site, tensors in group.items():
-            attention = tensors.attention
-            kept, width = _of(config.rope_chunks, site), _of(config.latent_dim, site)
+            kept = config.rope_chunks.at(site)
             sample = None if config.search == "uniform" else answers[SampledPairs(site, config.samples)]
-            found = survey(attention, config.search, [kept], sample)
-            roles, lost = cut_site(
-                attention,
+            found = survey(tensors.attention, config.search, [kept], sample)
+            planes_GK = found.planes[kept]
+            converted[site], lost = cut_site(
+                tensors.attention,
                 tensors.roles,
-                found.planes[kept],
-                width,
+                planes_GK,
+                config.latent_dim.at(site),
                 metric=config.metric,
                 factor=config.factor,
                 moments=moments_of(site, answers) if config.metric == "outputs" else None,
                 gram_DD=answers[InputGram(site)]["gram_DD"] if config.metric == "inputs" else None,
             )
-            converted[site] = roles
-            told[site] = {"planes": found.planes[kept].tolist(), "logits": list(found.left.get(kept, ())), "lost": lost}
-        return converted, told
+            measured[site] = {"planes": planes_GK.tolist(), "logits": list(found.left.get(kept, ())), "lost": lost}
+        return converted, measured
 
     def repairs(self, config: Config) -> Sequence[str]:
-        """Everything where errors are weighted by outputs; published starts are left as published."""
+        """Everything where errors are weighed by outputs; published starts are left as published."""
         return REPAIRABLE if config.metric == "outputs" else ()
 
     def lossless(self, shape: Shape) -> Config:
-        """Keep every plane, and a latent as wide as the values."""
+        """Every plane, and a latent as wide as the values."""
         attention = next(iter(shape.sites.values()))
         planes = planes_of(attention)
-        return Config(rope_chunks=planes, latent_dim=widest(attention, planes), search="uniform", metric="weights")
+        chunks, width = (PerSite.of(dict.fromkeys(shape.sites, each)) for each in (planes, widest(attention, planes)))
+        return Config(None, chunks, width, search="uniform", metric="weights")
 
     def example(self, shape: Shape) -> Config:
         """One plane of each key head, and a latent of one head and a half."""
-        return Config(rope_chunks=1, latent_dim=next(iter(shape.sites.values())).head_dim * 3 // 2)
+        width = next(iter(shape.sites.values())).head_dim * 3 // 2
+        return Config(None, PerSite.parse(1), PerSite.parse(width))
 
 
 METHOD = EliteKV()

@@ -16,6 +16,7 @@ from kvfold import methods
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.family import Family
 from kvfold.contracts.method import Method, Student
+from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.checkpoint import locate, read_config
 from kvfold.disk.manifest import read_lineage
@@ -251,7 +252,7 @@ def plan(
     return Plan(
         source=str(src),
         method=method,
-        settings=dataclasses.asdict(made),
+        settings=spelled(made),
         context=use.context,
         batch=options.batch,
         dtype=use.dtype,

@@ -1,9 +1,9 @@
-"""A budget of cache bytes, spent over layers: which of them keeps how many key/value heads.
+"""A budget of cache bytes, spent over layers: how many key/value heads each layer keeps.
 
-Each site keeps a divisor of its heads, and has a price for each: the KL to the teacher when it alone is folded so far.
-The price of a mix is taken to be their sum. Of all mixes within the budget the cheapest is wanted: a multiple-choice
-knapsack, solved exactly as an integer program. A budget is a part of what the root teacher caches of a token, so that
-students of students count from the same whole.
+A site keeps a divisor of its heads. The price of a choice is the KL to the teacher with that site alone folded, and the
+price of a mix is the sum over its sites. The cheapest mix within the budget is a multiple-choice knapsack, solved
+exactly as an integer program. A budget is a part of the root teacher's cache, so that it means the same for students of
+students.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.cache import root_elements
 from kvfold.contracts.per_layer import divisors
 from kvfold.contracts.requests import Answers, FoldedKL
 from kvfold.contracts.site import Shape, Site
@@ -20,41 +20,57 @@ from kvfold.errors import SettingError
 
 Heads = dict[Site, int]
 
-RESOLUTION = 1e-6  # nats: prices that differ by less are the same; the teacher reads in float32
-
-
-def cached(shape: Shape) -> list[Site]:
-    """The sites that keep keys and values while decoding."""
-    return [site for site in shape.sites if site.kind != "encoder"]
+RESOLUTION = 1e-6  # nats: prices that differ by less are equal, because the teacher runs in float32
 
 
 def choices_of(shape: Shape, site: Site) -> list[int]:
-    """The numbers of heads that a site can keep, its own the last."""
+    """The numbers of heads that a site can keep, ascending; the last is its own."""
     return divisors(shape.sites[site].num_key_value_heads)
 
 
+def elements(shape: Shape, heads: Mapping[Site, int]) -> int:
+    """Elements per token that sites with these head counts cache."""
+    return sum(2 * count * shape.sites[site].head_dim for site, count in heads.items())
+
+
 def part(shape: Shape, heads: Mapping[Site, int]) -> float:
-    """What sites of so many heads cache of a token, as a part of the root teacher's."""
-    return _elements(shape, heads) / whole(shape)
+    """The cache of sites with these head counts, as a part of the root teacher's."""
+    return elements(shape, heads) / root_elements(shape)
 
 
-def check(budget: float | None, shape: Shape, where: str) -> None:
-    """Raise SettingError for no budget, one above the whole, and one below a head at every site."""
-    least = math.ceil(1e4 * part(shape, dict.fromkeys(cached(shape), 1))) / 1e4
-    allowed = f"{least:g} (one head everywhere) to 1, as a part of the root teacher's cache"
+def room(budget: float, shape: Shape) -> int:
+    """Elements per token that a budget allows."""
+    return math.floor(min(budget, 1) * root_elements(shape) * (1 + 1e-12))  # 0.29 * 100 is a little less than 29
+
+
+def check(budget: float | None, shape: Shape, least: int, *, where: str, setting: str, smallest: str) -> None:
+    """Raise SettingError for no budget, one below `least` elements per token, and one above the whole cache."""
+    lowest = math.ceil(1e4 * least / root_elements(shape)) / 1e4
+    allowed = f"{lowest:g} ({smallest}) to 1, as a part of the root teacher's cache"
     if budget is None:
-        raise SettingError("kv_heads auto needs a budget", where=where, next=f"add --budget, {allowed}")
-    if not least <= budget <= 1:
-        raise SettingError("budget cannot be met", where=where, got=f"{budget:g}", allowed=allowed)
+        raise SettingError(f"{setting} auto needs a budget", where=where, next=f"add --budget, {allowed}")
+    if not lowest <= budget <= 1:
+        raise SettingError("budget is out of range", where=where, got=f"{budget:g}", allowed=allowed)
+
+
+def refuse(budget: float | None, *, where: str, setting: str, value: object) -> None:
+    """Raise SettingError for a budget beside a setting that is not `auto`."""
+    if budget is not None:
+        raise SettingError(
+            f"budget does not apply to {setting} {value}",
+            where=where,
+            got=f"{budget:g}",
+            next=f"set --{setting.replace('_', '-')} auto, or leave out --budget",
+        )
 
 
 def alike(budget: float, shape: Shape) -> Heads:
-    """The heads that spend the budget with sites as alike as can be: what is known before anything is measured."""
-    heads, most = dict.fromkeys(cached(shape), 1), room(budget, shape)
+    """The most even head counts within the budget: the estimate before anything is measured."""
+    heads, most = dict.fromkeys(shape.cached_sites, 1), room(budget, shape)
     while True:
         for site in sorted(heads, key=lambda site: heads[site] / choices_of(shape, site)[-1]):
             more = [count for count in choices_of(shape, site) if count > heads[site]]
-            if more and _elements(shape, {**heads, site: more[0]}) <= most:
+            if more and elements(shape, {**heads, site: more[0]}) <= most:
                 heads[site] = more[0]
                 break
         else:
@@ -62,15 +78,16 @@ def alike(budget: float, shape: Shape) -> Heads:
 
 
 def cheapest(budget: float, shape: Shape, answers: Answers) -> Heads:
-    """The heads of the smallest price within the budget; of equal prices those of the fewest bytes."""
-    import numpy as np  # a plan is made without
+    """The head counts of the smallest price within the budget; among equal prices, those of the fewest bytes."""
+    import numpy as np  # a plan works without
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    options = [(site, count) for site in cached(shape) for count in choices_of(shape, site)]
+    sites = shape.cached_sites
+    options = [(site, count) for site in sites for count in choices_of(shape, site)]
     prices_N = np.array([_steps(price(shape, answers, {site: count})) for site, count in options])
-    sizes_N = np.array([_elements(shape, {site: count}) for site, count in options])
+    sizes_N = np.array([elements(shape, {site: count}) for site, count in options])
     unit = int(np.gcd.reduce(sizes_N))
-    one_each_LN = np.array([[owner == site for owner, _ in options] for site in cached(shape)])
+    one_each_LN = np.array([[owner == site for owner, _ in options] for site in sites])
     limits = [LinearConstraint(one_each_LN, 1, 1), LinearConstraint(sizes_N // unit, ub=room(budget, shape) // unit)]
     for goal_N in (prices_N, sizes_N // unit):  # whole numbers: the second solution keeps the first one's price
         found = milp(
@@ -86,39 +103,25 @@ def cheapest(budget: float, shape: Shape, answers: Answers) -> Heads:
 
 
 def uniform(budget: float, shape: Shape, answers: Answers) -> Heads:
-    """The cheapest heads within the budget of which every site keeps as many."""
-    common = math.gcd(*(choices_of(shape, site)[-1] for site in cached(shape)))
-    mixes = [dict.fromkeys(cached(shape), count) for count in divisors(common)]
-    within = [heads for heads in mixes if _elements(shape, heads) <= room(budget, shape)]
-    return min(within, key=lambda heads: (_steps(price(shape, answers, heads)), _elements(shape, heads)))
+    """The cheapest mix within the budget in which every site keeps the same number of heads."""
+    common = math.gcd(*(choices_of(shape, site)[-1] for site in shape.cached_sites))
+    mixes = [dict.fromkeys(shape.cached_sites, count) for count in divisors(common)]
+    within = [heads for heads in mixes if elements(shape, heads) <= room(budget, shape)]
+    return min(within, key=lambda heads: (_steps(price(shape, answers, heads)), elements(shape, heads)))
 
 
 def price(shape: Shape, answers: Answers, heads: Mapping[Site, int]) -> float:
-    """The predicted KL of a mix in nats per token: the sum of what folding each site alone costs."""
+    """The predicted KL of a mix in nats per token."""
     folded = [FoldedKL(site, count) for site, count in heads.items() if count < choices_of(shape, site)[-1]]
     return math.fsum(float(answers[each]["kl"]) for each in folded)
 
 
 def prices(shape: Shape, answers: Answers) -> dict[str, Any]:
-    """What folding each site alone costs, by its number of heads."""
+    """The price of each site alone, by its number of heads."""
     return {
         str(site): {str(count): price(shape, answers, {site: count}) for count in choices_of(shape, site)}
-        for site in cached(shape)
+        for site in shape.cached_sites
     }
-
-
-def _elements(shape: Shape, heads: Mapping[Site, int]) -> int:
-    return sum(2 * count * shape.sites[site].head_dim for site, count in heads.items())
-
-
-def whole(shape: Shape) -> int:
-    """Elements of a token that the root teacher caches."""
-    return shape.root_elements or grouped_cache(shape).elements(1, 1)
-
-
-def room(budget: float, shape: Shape) -> int:
-    """Elements of a token that a budget allows."""
-    return math.floor(min(budget, 1) * whole(shape) * (1 + 1e-12))  # 0.29 * 100 is a little less than 29
 
 
 def _steps(nats: float) -> int:

@@ -1,11 +1,11 @@
-"""A site's tensors cut in two: rotated planes of each key head, and a latent for other keys and all values.
+"""A site's tensors in two parts: rotated planes of each key head, and a latent for all other keys and all values.
 
-Coordinates of each head are put in the order [planes that stay rotated | the rest], those of its query heads alike, so
-that logits are what they were. What the rest of the keys and the values lose in a latent of few numbers is weighed by
-what it does: an error of a key by what the queries make of it in a logit, and that by how far the values behind it lie
-apart, as `o` sees them; an error of a value by `o`. Both are then changes of what the attention writes, in one unit.
+Coordinates of each head are reordered to [planes that stay rotated | the rest], those of its query heads alike, so that
+no logit changes. Errors of the latent are weighed by their effect on what the attention writes: an error of a key by
+the change of a logit, times the spread of the values behind `o` that the logit chooses among; an error of a value by
+its size behind `o`. Both have the same unit.
 
-Only differences of logits count, so unrotated keys lose their mean and their bias for nothing; values keep theirs as a
+Only differences of logits count, so unrotated keys drop their mean and their bias without loss. Values keep theirs as a
 bias behind the latent.
 """
 
@@ -13,26 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvfold.contracts.site import Attention, Roles, Rope
-from kvfold.solve import rope_planes as planes
+from kvfold.solve import Factor, Metric, Search, rope_planes
 from kvfold.solve.linalg import floored, psd_roots
 from kvfold.solve.low_rank import Block, joint, separate, spectrum
 from kvfold.solve.rope import frequencies, pairs
-from kvfold.solve.shared_heads import Moments
+from kvfold.solve.shared_heads import Maps, Moments
 
-Search = Literal["elite", "contribution", "uniform"]
-Metric = Literal["outputs", "inputs", "weights"]
-Factor = Literal["joint", "separate"]
-
-AVERAGED = 0.1  # errors of logits, of many keys, partly cancel in what a query attends to: measured (docs/log.md)
-TURNED = 0.1  # the same, of planes that are not turned
-ALIKE = 1.02  # times the least error: what makes no difference, and may be chosen by speed
-LEAST = 1e-3  # of the mean over heads: how little the values of a head can count
+AVERAGED = 0.1  # errors of the logits of many keys partly cancel in their average: measured (docs/log.md)
+TURNED = 0.1  # the same for planes that are not rotated
+ALIKE = 1.02  # times the least error: splits below it count as equal, and speed decides
+LEAST = 1e-3  # of the mean over heads: the lowest weight of a head's values
 
 
 # --- which planes -----------------------------------------------------------------------------------------------------
@@ -40,10 +35,10 @@ LEAST = 1e-3  # of the mean over heads: how little the values of a head can coun
 
 @dataclass(frozen=True)
 class Survey:
-    """What pairs of queries and keys say of each number of rotated planes.
+    """The planes that each key head keeps, by the number of kept planes, and the errors of sampled logits.
 
-    `planes` (G, K) are those that each key head would keep, ascending. What is lost of logits without the others is
-    `left`, the mean error by key head, and `variance_H`; neither is known without a sample.
+    `planes` (G, K) are ascending. `left` has the mean error by key head, and `variance_H` the variance of the error by
+    query head; both are empty without a sample.
     """
 
     planes: Mapping[int, Tensor]
@@ -52,24 +47,24 @@ class Survey:
 
 
 def survey(attention: Attention, search: Search, numbers: Sequence[int], sample: Mapping[str, Tensor] | None) -> Survey:
-    """Choose planes for each of these numbers; `sample` answers SampledPairs, and `uniform` needs none."""
-    rope, query_group = _rope(attention), attention.query_group
-    even = {kept: planes.uniform(rope.dims // 2, kept) for kept in numbers}
+    """Choose planes for each of these numbers of planes. `sample` answers SampledPairs; `uniform` needs none."""
+    rope = _rope(attention)
+    even = {kept: rope_planes.uniform(rope.dims // 2, kept) for kept in numbers}
     if sample is None:
         assert search == "uniform"
         return Survey({kept: each.repeat(attention.num_key_value_heads, 1) for kept, each in even.items()}, {}, {})
     chosen: dict[int, list[Tensor]] = {kept: [] for kept in numbers}
     left: dict[int, list[float]] = {kept: [] for kept in numbers}
     variances: dict[int, list[Tensor]] = {kept: [] for kept in numbers}
-    for seen in planes.pairs_of(attention, rope, sample):
-        order = {"elite": lambda seen: planes.elite(seen)[0], "contribution": planes.contribution}.get(search)
+    for seen in rope_planes.pairs_of(attention, rope, sample):
+        order = {"elite": rope_planes.elite, "contribution": rope_planes.contribution}.get(search)
         order_C = order(seen) if order else None
         for kept in numbers:
             mine_K = even[kept] if order_C is None else order_C[:kept].sort().values
-            error_X = planes.left(seen, mine_K)
+            error_X = rope_planes.left(seen, mine_K)
             chosen[kept].append(mine_K)
             left[kept].append(float(error_X.abs().mean()))
-            variances[kept].append(error_X.view(query_group, -1).var(1, correction=0))
+            variances[kept].append(error_X.view(attention.query_group, -1).var(1, correction=0))
     return Survey(
         {kept: torch.stack(each) for kept, each in chosen.items()},
         left,
@@ -78,7 +73,7 @@ def survey(attention: Attention, search: Search, numbers: Sequence[int], sample:
 
 
 def coordinates(attention: Attention, planes_GK: Tensor) -> Tensor:
-    """The coordinates of each key head, those of kept planes in front, `order_GE`: real, imaginary, the rest."""
+    """The coordinates of each key head, `order_GE`: real and imaginary parts of kept planes, then the rest."""
     real, imaginary = (torch.arange(attention.head_dim)[part] for part in pairs(_rope(attention)))
     rows = []
     for planes_K in planes_GK:
@@ -98,10 +93,10 @@ def _rope(attention: Attention) -> Rope:
 
 @dataclass(frozen=True)
 class Cut:
-    """A site in its new coordinates, float64: heads of q, rotated and free rows of k, v, and their biases."""
+    """A site in its new coordinates, float64: heads of q, rotated and free rows of k, v, and the bias of v."""
 
     attention: Attention
-    q_HEX: Tensor  # X: the input, and the bias behind it where there is one
+    q_HEX: Tensor  # X: the input, then the bias if there is one
     rotated_GPX: Tensor
     free_GND: Tensor
     v_GED: Tensor
@@ -110,34 +105,21 @@ class Cut:
 
     @classmethod
     def of(cls, attention: Attention, roles: Roles, planes_GK: Tensor) -> Cut:
-        """Put coordinates in order; the scale of a stretched RoPE stays with the keys that are not rotated."""
-        order_GE = coordinates(attention, planes_GK)
+        """Reorder coordinates. The factor of a scaled RoPE moves into the keys that are not rotated."""
+        order_GE, hidden = coordinates(attention, planes_GK), attention.hidden_size
         order_HE = order_GE.repeat_interleave(attention.query_group, 0)
+        q, k, v = (Maps.of(roles, role, attention) for role in "qkv")
         q_HEX, k_GEX = (
-            _ordered(_with_bias(roles, role, attention.head_dim), order)
-            for role, order in (("q", order_HE), ("k", order_GE))
+            each.rows_HED.take_along_dim(order[..., None], dim=1) for each, order in ((q, order_HE), (k, order_GE))
         )
         rotated, (_, factor) = 2 * planes_GK.shape[1], frequencies(_rope(attention))
-        free_GND = k_GEX[:, rotated:, : attention.hidden_size] * factor**2
-        v_GEX = _with_bias(roles, "v", attention.head_dim)
-        bias_GE = v_GEX[..., attention.hidden_size] if "v_bias" in roles else v_GEX.new_zeros(v_GEX.shape[:2])
-        return cls(
-            attention, q_HEX, k_GEX[:, :rotated], free_GND, v_GEX[..., : attention.hidden_size], bias_GE, order_GE
-        )
-
-
-def _with_bias(roles: Roles, role: str, width: int) -> Tensor:
-    rows_HED = roles[role].double().view(-1, width, roles[role].shape[1])
-    bias = roles.get(f"{role}_bias")
-    return rows_HED if bias is None else torch.cat([rows_HED, bias.double().view(-1, width, 1)], dim=-1)
-
-
-def _ordered(rows_HEX: Tensor, order_HE: Tensor) -> Tensor:
-    return rows_HEX.take_along_dim(order_HE[..., None], dim=1)
+        free_GND = k_GEX[:, rotated:, :hidden] * factor**2
+        bias_GE = v.rows_HED[..., hidden] if v.biased else v.rows_HED.new_zeros(v.rows_HED.shape[:2])
+        return cls(attention, q_HEX, k_GEX[:, :rotated], free_GND, v.rows_HED[..., :hidden], bias_GE, order_GE)
 
 
 def blocks(cut: Cut, roles: Roles, metric: Metric, moments: Moments | None, gram_DD: Tensor | None) -> list[Block]:
-    """Keys and values as blocks to be factorised, in the metric that is asked for.
+    """Keys and values as blocks to factorise, in this metric.
 
     `inputs` needs `gram_DD`, the second moments of the input; `outputs` needs all moments.
     """
@@ -155,57 +137,41 @@ def blocks(cut: Cut, roles: Roles, metric: Metric, moments: Moments | None, gram
         return [Block(free_ND, balance * one_N, gram_DD), values]
     assert moments is not None
     seen_DD, attended_DD = map(floored, moments.covariances())
-    keys_GNN, values_GEE = _key_metric(cut, roles, moments), _value_metric(cut, roles)
-    return [
-        Block(free_ND, _by_heads(psd_roots(keys_GNN)[0]), seen_DD),
-        Block(v_MD, _by_heads(psd_roots(values_GEE)[0]), attended_DD),
-    ]
+    o_HDE = output_columns(cut.attention, roles)
+    metrics = _key_metric(cut, roles, moments), _over_groups(o_HDE.mT @ o_HDE, cut.attention)
+    keys_NN, values_MM = (torch.block_diag(*psd_roots(each)[0]) for each in metrics)  # type: ignore[no-untyped-call]
+    return [Block(free_ND, keys_NN, seen_DD), Block(v_MD, values_MM, attended_DD)]
 
 
-def _by_heads(metric_GNN: Tensor) -> Tensor:
-    """Heads side by side: a block for each on the diagonal."""
-    groups, width = metric_GNN.shape[:2]
-    whole_GNGN = metric_GNN.new_zeros(groups, width, groups, width)
-    whole_GNGN.diagonal(dim1=0, dim2=2).copy_(metric_GNN.permute(1, 2, 0))
-    return whole_GNGN.view(groups * width, groups * width)
-
-
-def outputs(attention: Attention, roles: Roles) -> Tensor:
+def output_columns(attention: Attention, roles: Roles) -> Tensor:
     """The columns of `o` by head in float64, `o_HDE`."""
     return roles["o"].double().view(attention.hidden_size, -1, attention.head_dim).transpose(0, 1)
 
 
-def _value_metric(cut: Cut, roles: Roles) -> Tensor:
-    """What an error of a value costs behind `o`, summed over the heads that read it, `(G, E, E)`."""
-    o_HDE = outputs(cut.attention, roles)
-    return _over_groups(o_HDE.mT @ o_HDE, cut.attention)
-
-
 def _over_groups(heads_HEE: Tensor, attention: Attention) -> Tensor:
     """The sum over the query heads of each key head."""
-    groups = attention.num_key_value_heads
-    return heads_HEE.view(groups, attention.query_group, *heads_HEE.shape[1:]).sum(1)
+    return heads_HEE.view(attention.num_key_value_heads, attention.query_group, *heads_HEE.shape[1:]).sum(1)
 
 
 def spreads(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
-    """How far the values of a query lie apart behind `o`, by head: what an error of one logit does, `spread_H`.
+    """The spread of the values of one query behind `o`, by head: the effect of an error of one logit, `spread_H`.
 
-    Inputs that one query attends to have the covariance of all, less that of their averages.
+    The inputs that one query attends to have the covariance of all inputs, less that of their averages.
     """
     seen_DD, attended_DD = moments.covariances()
     v_HED = cut.v_GED.repeat_interleave(cut.attention.query_group, 0)
-    return apart(outputs(cut.attention, roles), v_HED, seen_DD - attended_DD)
+    return spread_behind(output_columns(cut.attention, roles), v_HED, seen_DD - attended_DD)
 
 
-def apart(o_HDE: Tensor, v_HED: Tensor, within_DD: Tensor) -> Tensor:
-    """The spread behind `o` of values made of inputs with this covariance, by head, `spread_H`."""
+def spread_behind(o_HDE: Tensor, v_HED: Tensor, within_DD: Tensor) -> Tensor:
+    """The spread behind `o` of values whose inputs have this covariance, by head, `spread_H`."""
     within_HEE = v_HED @ within_DD @ v_HED.mT
-    apart_H = ((o_HDE @ within_HEE) * o_HDE).sum((1, 2))
-    return apart_H.clamp_min(LEAST * apart_H.mean().clamp_min(torch.finfo(torch.float64).tiny))
+    spread_H = ((o_HDE @ within_HEE) * o_HDE).sum((1, 2))
+    return spread_H.clamp_min(LEAST * spread_H.mean().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _key_metric(cut: Cut, roles: Roles, moments: Moments) -> Tensor:
-    """What an error of an unrotated key costs: its square in a logit, by how far values lie apart, `(G, N, N)`."""
+    """The cost of an error of an unrotated key: its square in a logit, times the spread of values, `(G, N, N)`."""
     attention, rotated = cut.attention, cut.rotated_GPX.shape[1]
     order_HE = cut.order_GE.repeat_interleave(attention.query_group, 0)[:, rotated:]
     gram_HNN = moments.query_HEE.take_along_dim(order_HE[:, :, None], 1).take_along_dim(order_HE[:, None], 2)
@@ -224,8 +190,8 @@ def cut_site(
     moments: Moments | None = None,
     gram_DD: Tensor | None = None,
 ) -> tuple[Roles, float]:
-    """A site's roles with latent attention, float64, and the part of its metric that the latent does not keep."""
-    cut = Cut.of(attention, roles, planes_GK)
+    """The roles of a site with latent attention, float64, and the part of the metric that the latent loses."""
+    cut, hidden = Cut.of(attention, roles, planes_GK), attention.hidden_size
     weighed = blocks(cut, roles, metric, moments, gram_DD)
     down_RD, (k_up_NR, v_up_MR) = (joint if factor == "joint" else separate)(weighed, width)
     whole = sum(block.power() for block in weighed)
@@ -234,24 +200,21 @@ def cut_site(
     if moments is not None:
         v_bias_M = v_bias_M + (weighed[1].rows_ND - v_up_MR @ down_RD) @ moments.attended_mean_D
     q_NX, rotated_MX = cut.q_HEX.flatten(0, 1), cut.rotated_GPX.flatten(0, 1)
-    hidden = attention.hidden_size
     new: Roles = {"q": q_NX[:, :hidden], "o": roles["o"], "k_rope": rotated_MX[:, :hidden], "kv_down": down_RD}
-    new |= {role: tensor for role, tensor in roles.items() if role == "o_bias"}
-    new |= {
-        role: rows[:, hidden]
-        for role, rows in (("q_bias", q_NX), ("k_rope_bias", rotated_MX))
-        if rows.shape[1] > hidden
-    }
+    if "o_bias" in roles:
+        new["o_bias"] = roles["o_bias"]
+    for role, rows in (("q_bias", q_NX), ("k_rope_bias", rotated_MX)):
+        if rows.shape[1] > hidden:
+            new[role] = rows[:, hidden]
     if len(k_up_NR):
         new["k_up"] = k_up_NR
     return {**new, "v_up": v_up_MR, "v_up_bias": v_bias_M, "planes": planes_GK}, lost / whole if whole > 0 else 0.0
 
 
-# --- how much of each
-# ---------------------------------------------------------------------------------------------------
+# --- how much of each -------------------------------------------------------------------------------------------------
 
 
-def reckoned(
+def split_errors(
     attention: Attention,
     roles: Roles,
     search: Search,
@@ -259,10 +222,11 @@ def reckoned(
     sample: Mapping[str, Tensor],
     moments: Moments,
 ) -> Tensor:
-    """What every split of a site is reckoned to lose behind `o`, as a part of the power of all its values, `error_CR`.
+    """The expected error behind `o` of every split of a site, as a part of the power of all its values, `error_CR`.
 
-    C runs over these numbers of rotated planes, R over latents of 0 to D numbers. It is what logits lose by planes that
-    are not turned, as far as values lie apart, and what the latent loses, under the mean of the moments of both blocks.
+    C runs over these numbers of rotated planes, R over latents of 0 to D numbers. The error is that of logits through
+    planes that are not rotated, times the spread of values, plus that of the latent, under the mean moments of both
+    blocks.
     """
     found, width = survey(attention, search, numbers, sample), attention.hidden_size
     rows = []
@@ -278,10 +242,9 @@ def reckoned(
 
 
 def best_split(error_CR: Tensor, elements_CR: Tensor, room: int) -> tuple[int, int]:
-    """The split of a site, as an index into its errors, that loses least within `room` elements.
+    """The split of the least error within `room` elements, as an index into `error_CR`. Impossible splits are infinite.
 
-    Splits that cannot be are infinite. Of those that lose at most `ALIKE` times as much the one with the narrowest
-    latent is taken: it decodes fastest.
+    Among splits with at most `ALIKE` times that error, the narrowest latent wins: it decodes fastest.
     """
     error_CR = error_CR.masked_fill(elements_CR > room, torch.inf)
     alike_CR = error_CR <= ALIKE * error_CR.min()

@@ -1,4 +1,4 @@
-"""The few pieces of linear algebra that closed forms need: float64, damped, and batched over leading dimensions."""
+"""Linear algebra of the closed forms: float64, damped, and batched over leading dimensions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-10  # of the largest eigenvalue: directions below it are noise of a float32 teacher
-LEAST = 1e-100  # of what is damped: an input that is zero throughout is regressed to 0, and not to NaN
+LEAST = 1e-100  # lower bound of a mean diagonal: an input of zeros is regressed to 0, not to NaN
 
 
 def psd_roots(gram_NN: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -24,9 +24,9 @@ def psd_roots(gram_NN: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor
 
 
 def floored(gram_NN: Tensor, damping: float = DAMPING) -> Tensor:
-    """A positive semidefinite matrix as `psd_roots` takes it: as it is, or raised a little where it is singular.
+    """A positive semidefinite matrix, raised by `damping` of its largest eigenvalue if it is singular.
 
-    Directions that were not read then count by what is made of them, and are not dropped.
+    Directions that no input has then count by their weights, and are not dropped.
     """
     values_N = torch.linalg.eigvalsh(gram_NN)
     if values_N[0] > damping * values_N[-1]:
@@ -65,10 +65,10 @@ def conjugate_gradients(
     precondition: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Tensor:
-    """Solve `apply(x) = target` for a symmetric positive map of matrices `(..., N, M)`, `steps` times refined.
+    """Solve `apply(x) = target` for a symmetric positive map of matrices `(..., N, M)`, in `steps` steps.
 
-    It begins at `start`, or at 0. Leading dimensions are systems of their own that share each call of `apply` (Hestenes
-    and Stiefel 1952, preconditioned). A system that is solved already stays as it is.
+    It begins at `start`, or at 0. Leading dimensions are separate systems that share each call of `apply` (Hestenes and
+    Stiefel 1952, preconditioned). A system that is solved already stays as it is.
     """
     x = torch.zeros_like(target) if start is None else start
     residual = target if start is None else target - apply(start)  # `apply` may be a pass over a text
@@ -89,5 +89,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """A quotient, 0 where nothing is left to divide by."""
+    """A quotient, 0 where the divisor is not positive."""
     return torch.where(below > 0, above / below.where(below > 0, 1.0), 0.0)

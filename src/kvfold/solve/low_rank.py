@@ -2,11 +2,11 @@
 
     min_{A, U_k, U_v}  E |M_k^1/2 (K x - U_k A x)|^2 + E |M_v^1/2 (V y - U_v A y)|^2
 
-`A` (R, D) makes the latent, `U_k` and `U_v` read keys and values off it. x is what keys are made of, y what values are
-read as: inputs averaged by attention. The metrics M say what an error costs: of keys in logits, of values behind `o`.
-Where x and y have the same moments C the optimum is the SVD of `[M_k^1/2 K; M_v^1/2 V] C^1/2` (whitened; C = 1 is the
-plain SVD of weights, as EliteKV publishes it). Where they differ, A and (U_k, U_v) are solved for in turns: each is a
-least squares of its own, and that of A a Sylvester equation with two terms.
+`A` (R, D) makes the latent; `U_k` and `U_v` make keys and values of it. x is the input of the keys, y the input of the
+values averaged by attention. The metrics M are the costs of errors: of keys in logits, of values behind `o`. If x and y
+have the same moments C, the optimum is the SVD of `[M_k^1/2 K; M_v^1/2 V] C^1/2` (whitened; C = 1 is the plain SVD of
+weights, as EliteKV publishes it). If they differ, A and (U_k, U_v) are solved for in turn: each is a least-squares
+problem, and that of A a Sylvester equation with two terms.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 
 from kvfold.solve.linalg import psd_roots
 
-ROUNDS = 8  # of turns; each gains less than the one before
-NOTHING = 1e-12  # of all that can be lost: nothing is left to turn for
-RIDGE = 1e-9  # of the mean diagonal: what a narrow latent leaves singular
+ROUNDS = 8  # of alternation; each gains less than the one before
+NOTHING = 1e-12  # of the whole power: a loss that no round can reduce
+RIDGE = 1e-9  # of the mean diagonal: added to matrices that may be singular
 
 
 @dataclass(frozen=True)
 class Block:
-    """Maps `rows_ND` of an input with second moments `gram_DD`, whose errors cost `root_NN^T root_NN`."""
+    """Maps `rows_ND` of an input with second moments `gram_DD`; errors have the metric `root_NN^T root_NN`."""
 
     rows_ND: Tensor
     root_NN: Tensor
     gram_DD: Tensor
 
     def power(self) -> float:
-        """E |root rows x|^2: the whole of what can be lost."""
+        """E |root rows x|^2: the most that can be lost."""
         return _power(self.root_NN @ self.rows_ND, self.gram_DD)
 
     def loss(self, down_RD: Tensor, up_NR: Tensor) -> float:
@@ -42,9 +42,9 @@ class Block:
 
 
 def joint(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
-    """The latent map `down_RD` for all blocks, and what reads each block off it, `up_NR`.
+    """The latent map `down_RD` for all blocks, and the map from the latent to each block, `up_NR`.
 
-    Exact where `rank` is as much as there is to keep.
+    Exact if `rank` is at least the number of rows or the width of the input.
     """
     rows = sum(len(block.rows_ND) for block in blocks)
     width = blocks[0].rows_ND.shape[1]
@@ -68,7 +68,7 @@ def joint(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def separate(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
-    """A latent of its own for each block, side by side (S-LRD): directions go to the block in which they cost most."""
+    """One latent for each block, side by side (S-LRD): directions go to the block where their loss costs most."""
     rows, width = sum(len(block.rows_ND) for block in blocks), blocks[0].rows_ND.shape[1]
     if rank >= rows:
         return _exact(blocks, rank, rows, width)
@@ -87,7 +87,7 @@ def separate(blocks: Sequence[Block], rank: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def _exact(blocks: Sequence[Block], rank: int, rows: int, width: int) -> tuple[Tensor, list[Tensor]]:
-    """All rows as they are, or all of the input, whichever is less; what the latent has beyond is 0."""
+    """All rows as they are, or all of the input, whichever is less; the rest of the latent is 0."""
     stacked_ND = torch.cat([block.rows_ND for block in blocks])
     if rows <= width:
         down_RD, up_NR = stacked_ND, torch.eye(rows, dtype=torch.float64)
@@ -100,7 +100,7 @@ def _exact(blocks: Sequence[Block], rank: int, rows: int, width: int) -> tuple[T
 
 
 def spectrum(blocks: Sequence[Block]) -> Tensor:
-    """What each direction of the blocks' outputs is worth on inputs of their mean moments, the largest first, `D`."""
+    """The power of each direction of the blocks' outputs on inputs of their mean moments, descending, `(D,)`."""
     root_DD, _ = psd_roots(torch.stack([block.gram_DD for block in blocks]).mean(0))
     weighted_ND = torch.cat([block.root_NN @ block.rows_ND for block in blocks]) @ root_DD
     values_D: Tensor = torch.linalg.eigvalsh(weighted_ND.T @ weighted_ND).flip(0)
@@ -108,7 +108,7 @@ def spectrum(blocks: Sequence[Block]) -> Tensor:
 
 
 def _principal(blocks: Sequence[Block], rank: int) -> Tensor:
-    """The leading directions of the blocks' outputs on inputs of their mean moments, in units of their spread."""
+    """The leading directions of the blocks' outputs on inputs of their mean moments, at unit variance."""
     root_DD, inverse_DD = psd_roots(torch.stack([block.gram_DD for block in blocks]).mean(0))
     weighted_ND = torch.cat([block.root_NN @ block.rows_ND for block in blocks]) @ root_DD
     _, vectors_DD = torch.linalg.eigh(weighted_ND.T @ weighted_ND)
@@ -117,7 +117,7 @@ def _principal(blocks: Sequence[Block], rank: int) -> Tensor:
 
 
 def read_off(block: Block, down_RD: Tensor) -> Tensor:
-    """The best map from the latent to a block, whatever the metric: a regression."""
+    """The best map from the latent to a block: a regression, the same for every metric."""
     gram_RR = down_RD @ block.gram_DD @ down_RD.T
     gram_RR = gram_RR + RIDGE * gram_RR.diagonal().mean() * torch.eye(len(gram_RR), dtype=torch.float64)
     solved: Tensor = torch.linalg.solve(gram_RR, down_RD @ block.gram_DD @ block.rows_ND.T)
@@ -125,10 +125,9 @@ def read_off(block: Block, down_RD: Tensor) -> Tensor:
 
 
 def _down(blocks: Sequence[Block], ups: Sequence[Tensor]) -> Tensor:
-    """The best latent map for given readings of two blocks: `sum_i S_i A C_i = sum_i U_i^T M_i W_i C_i`.
+    """The best latent map for given `ups` of two blocks: `sum_i S_i A C_i = sum_i U_i^T M_i W_i C_i`.
 
-    With S_1 and C_1 made the identity and S_2 and C_2 diagonal by one basis on either side, it falls apart into
-    numbers.
+    One basis on either side makes S_1 and C_1 the identity and S_2 and C_2 diagonal; then it is solved elementwise.
     """
     first, second = blocks
     weighed = [(block.root_NN @ up).T @ block.root_NN for block, up in zip(blocks, ups, strict=True)]
@@ -149,7 +148,7 @@ def _common(first_NN: Tensor, second_NN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _white(down_RD: Tensor, gram_DD: Tensor) -> Tensor:
-    """The same latent in coordinates of unit variance: any format holds them well."""
+    """The same latent in coordinates of unit variance, which every format represents well."""
     _, inverse_RR = psd_roots(down_RD @ gram_DD @ down_RD.T)
     return inverse_RR @ down_RD
 

@@ -1,9 +1,9 @@
-"""Heads behind a norm over all of them at once: maps without the norm, and the norm that goes with other maps.
+"""Closed forms for heads behind a norm over all of them at once (OLMo 2's).
 
-Such a norm (OLMo 2's) makes `w * (A x) / r(x)` of the heads' rows `A x`, with `r(x)^2` the mean square of all rows. On
-the second moments of the input the closed forms take `r` for its root mean square: `absorb` gives the maps
-`w * A / r`, and `restore` writes other maps as rows and weights again. The rows of each plane then have the mean square
-of the source's, so that `r(x)` stays what it was, token by token where heads that become one were alike.
+Such a norm computes `w * (A x) / r(x)` of the heads' rows `A x`, where `r(x)^2` is the mean square of all rows. The
+closed forms replace r by its root mean square over inputs: `absorb` gives the maps `w * A / r`, and `restore` writes
+other maps as rows and norm weights again. The rows of each plane keep the mean square of the source's, so that `r(x)`
+does not change in the mean, nor for any token where the heads that become one were alike.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from kvfold.contracts.site import Attention, Roles
+from kvfold.solve import Merge
 from kvfold.solve.linalg import LEAST
 from kvfold.solve.rope import pairs
-from kvfold.solve.shared_heads import How, Maps, Moments, merge_site, with_one
+from kvfold.solve.shared_heads import Maps, Moments, merge_site
 from kvfold.solve.shared_layers import Reader, Shared, share
 
 
-def merge(attention: Attention, roles: Roles, heads: int, moments: Moments, how: How) -> tuple[Roles, list[float]]:
-    """Merge the heads of a site as `merge_site` does, with q and k behind such norms."""
+def merge_normed(
+    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge
+) -> tuple[Roles, list[float]]:
+    """Merge the heads of a site like `merge_site`, with q and k behind such norms."""
     source = {role: tensor.double() for role, tensor in roles.items()}
     seen = moments.gram_DD, moments.mean_D
     new, lost = merge_site(attention, absorb(source, attention, *seen), heads, moments, how)
@@ -32,7 +35,7 @@ def merge(attention: Attention, roles: Roles, heads: int, moments: Moments, how:
 
 
 def share_normed(readers: Sequence[Reader]) -> Shared:
-    """Let the first of these layers own the keys and values of all as `share` does, with q and k behind such norms."""
+    """Share the keys and values of the first layer like `share`, with q and k behind such norms."""
     sources = [{role: tensor.double() for role, tensor in reader.roles.items()} for reader in readers]
     plain = [
         replace(reader, roles=absorb(roles, reader.attention, reader.gram_DD, reader.mean_D))
@@ -49,7 +52,7 @@ def share_normed(readers: Sequence[Reader]) -> Shared:
 
 
 def absorb(roles: Roles, attention: Attention, gram_DD: Tensor, mean_D: Tensor) -> Roles:
-    """The roles of a site, in float64, whose `q` and `k` have taken their norms in."""
+    """The roles of a site in float64, with the norms folded into `q` and `k`."""
     new = dict(roles)
     for role in "qk":
         maps = Maps.of(roles, role, attention)
@@ -60,9 +63,9 @@ def absorb(roles: Roles, attention: Attention, gram_DD: Tensor, mean_D: Tensor) 
 
 
 def restore(new: Roles, role: str, source: Roles, attention: Attention, gram_DD: Tensor, mean_D: Tensor) -> None:
-    """Write maps that have taken a norm in as rows and weights, in place; `source` has the roles before `absorb`.
+    """Write maps with a folded norm as rows and norm weights, in place. `source` has the roles before `absorb`.
 
-    `attention` is the source's. Fewer heads than its own stand for groups of neighbours, whose mean powers they keep.
+    `attention` is the source's. Fewer heads than it has stand for groups of neighbours, and keep their mean powers.
     """
     width = attention.head_dim
     old, made = Maps.of(source, role, attention), Maps.of(new, role, attention)
@@ -70,7 +73,7 @@ def restore(new: Roles, role: str, source: Roles, attention: Attention, gram_DD:
     weight_GE1 = source[f"{role}_norm"].view(groups, -1, width).square().mean(1).sqrt()[..., None]
     rows_GED = torch.where(weight_GE1 > 0, made.rows_HED / weight_GE1, 0.0)
     wanted_GE, found_GE = power_HE.view(groups, -1, width).mean(1), _power(Maps(rows_GED, made.biased), gram_DD, mean_D)
-    if attention.rope:  # one number for both coordinates of a plane: its rows are turned together
+    if attention.rope:  # one number for both coordinates of a plane, because its rows rotate together
         real, imaginary = pairs(attention.rope)
         for power_GE in (wanted_GE, found_GE):
             power_GE[:, real] = power_GE[:, imaginary] = power_GE[:, real] + power_GE[:, imaginary]
@@ -81,4 +84,4 @@ def restore(new: Roles, role: str, source: Roles, attention: Attention, gram_DD:
 
 def _power(maps: Maps, gram_DD: Tensor, mean_D: Tensor) -> Tensor:
     """`E |row x|^2` of each row, `(H, E)`."""
-    return ((maps.rows_HED @ with_one(gram_DD, mean_D, maps.biased)) * maps.rows_HED).sum(-1)
+    return ((maps.rows_HED @ maps.with_one(gram_DD, mean_D, mean_D)) * maps.rows_HED).sum(-1)

@@ -1,11 +1,11 @@
 """Rotary positions as complex numbers (RoFormer, arXiv 2104.09864, equation 13).
 
-Two coordinates of a head that rotate together are one complex number z, and position m turns it by e^{i m theta}. A
-logit is the real part of `sum_p q_p conj(k_p) e^{i (m - n) theta_p}`. So every logit stays as it was under
+Two coordinates of a head that rotate together are one complex number z, a plane; position m rotates it by
+e^{i m theta}. A logit is the real part of `sum_p q_p conj(k_p) e^{i (m - n) theta_p}`. So no logit changes under
 
-    k_p <- c_p k_p,   q_p <- q_p / conj(c_p)       for any complex c_p, one for each plane p of a head,
+    k_p <- c_p k_p,   q_p <- q_p / conj(c_p)       for any complex c_p, one for each plane p of a head.
 
-and under nothing larger: a map that mixes planes does not commute with the rotation.
+No larger family of maps has this property: a map that mixes planes does not commute with the rotation.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def put_planes(rows_HED: Tensor, planes_HPD: Tensor, rope: Rope) -> None:
 
 
 def rotate(heads_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn the planes of half-split heads by the angles of their tokens; with `-sin_TE`, the transpose of that.
+    """Rotate half-split heads by the angles of their tokens; with `-sin_TE`, the transpose of that.
 
-    Coordinates behind the last rotated one are left as they are.
+    Coordinates behind the last rotated one stay as they are.
     """
     turned, rest = heads_BHTE[..., : cos_TE.shape[-1]], heads_BHTE[..., cos_TE.shape[-1] :]
     real, imaginary = turned.chunk(2, dim=-1)
@@ -54,9 +54,9 @@ def rotate(heads_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 def frequencies(rope: Rope) -> tuple[Tensor, float]:
-    """The angle per position of each plane, `theta_P` in radians, and the factor that the model puts on q and on k.
+    """The angle per position of each plane, `theta_P` in radians, and the factor that the model applies to q and to k.
 
-    They are transformers' own, for every scaling that does not depend on the length of the text (`dynamic` as it is up
+    They equal those of transformers for every scaling that does not depend on the length of the text (and `dynamic` up
     to the model's positions). Raises SettingError for others.
     """
     scaling = rope.scaling or {}
@@ -77,11 +77,11 @@ def frequencies(rope: Rope) -> tuple[Tensor, float]:
 
 
 def _yarn(theta_P: Tensor, rope: Rope, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071, equations 18 to 22): slow planes are interpolated, fast ones left as they are."""
+    """YaRN (arXiv 2309.00071, equations 18 to 22): slow planes are interpolated, fast ones stay as they are."""
     factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
 
     def plane(turns: float) -> float:
-        """The plane, counted in halves of `dims`, that turns so often within the original positions."""
+        """The plane, counted in halves of `dims`, that makes this many turns within the original positions."""
         return rope.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     first, last = plane(scaling.get("beta_fast") or 32), plane(scaling.get("beta_slow") or 1)

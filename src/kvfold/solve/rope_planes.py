@@ -1,12 +1,12 @@
-"""Which rotary planes a key head cannot do without: RoPElite (arXiv 2503.01586, section 3.2), exact, in one pass.
+"""Which rotary planes a key head needs most: RoPElite (arXiv 2503.01586, section 3.2), exact, in one pass.
 
-A logit is a sum over planes, and so is what it loses when planes are left unrotated on both sides:
+A logit is a sum over planes, and so is its change when planes are left unrotated on both sides:
 
     d_c = scale * Re(q_c conj(k_c) (1 - e^{i (m - n) theta_c})),      S - S_E = -sum_{c not in E} d_c
 
-RoPElite adds to E the plane after which the mean of `|S_E - S|` is smallest, and again. The paper runs the model for
-each candidate of each round; with `d_c` of sampled pairs of a query and a key before it, all rounds are sums of what
-one pass has shown. Query heads that share a key head are taken together, for they share its planes.
+RoPElite greedily adds to E the plane that makes the mean of `|S_E - S|` smallest. The paper runs the model for each
+candidate of each round; here every round sums the `d_c` of sampled pairs of a query and a key before it, from one pass.
+Query heads that share a key head share its planes, so they are taken together.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MOST = 16_384  # pairs of a key head
 
 @dataclass(frozen=True)
 class Pairs:
-    """Queries and the keys before them in the same rows, of one key head and all query heads that read it (X).
+    """Pairs X of a query and a key before it in the same row, for one key head and all query heads that read it.
 
-    `lost_XC` is what each plane takes from a logit when it is left unrotated, `product_XC` its unrotated part of it.
+    `lost_XC` is the change of the logit if a plane is left unrotated, `product_XC` the plane's unrotated part of it.
     """
 
     lost_XC: Tensor
@@ -35,9 +35,9 @@ class Pairs:
 
 
 def pairs_of(attention: Attention, rope: Rope, sample: Mapping[str, Tensor]) -> Iterator[Pairs]:
-    """Pair each sampled token with those before it in its row, itself included, key head after key head; float64.
+    """The pairs of each key head in turn, float64: each sampled token with those up to it in its row.
 
-    `sample` answers SampledPairs. Of more than `MOST` pairs every n-th is taken. Raises SettingError for a RoPE scaling
+    `sample` answers SampledPairs. Of more than `MOST` pairs every n-th is used. Raises SettingError for a RoPE scaling
     that depends on the length of the text.
     """
     position_N, row_N = sample["position_N"], sample["row_N"]
@@ -59,33 +59,28 @@ def pairs_of(attention: Attention, rope: Rope, sample: Mapping[str, Tensor]) -> 
         yield Pairs((met_RXC * turn_XC).real.flatten(0, 1), met_RXC.real.flatten(0, 1))
 
 
-def elite(seen: Pairs) -> tuple[Tensor, Tensor]:
-    """All planes of a key head in the order in which RoPElite takes them, `order_C`, and what is still lost then.
-
-    `left_C` is the mean of |S_E - S| in logits after each choice; after the last it is 0.
-    """
+def elite(seen: Pairs) -> Tensor:
+    """The planes of a key head in the order of RoPElite's choice, `order_C`."""
     rest_X, waiting = seen.lost_XC.sum(1), list(range(seen.lost_XC.shape[1]))
-    order, left = [], []
+    order = []
     while waiting:
         distance_C = (rest_X[:, None] - seen.lost_XC[:, waiting]).abs().mean(0)
-        best = int(distance_C.argmin())
-        left.append(distance_C[best])
-        order.append(waiting.pop(best))
+        order.append(waiting.pop(int(distance_C.argmin())))
         rest_X = rest_X - seen.lost_XC[:, order[-1]]
-    return torch.tensor(order), torch.stack(left)
+    return torch.tensor(order)
 
 
 def contribution(seen: Pairs) -> Tensor:
-    """Planes by what they add to a logit, largest mean first, `order_C`: a published baseline (arXiv 2410.08703)."""
+    """Planes by their mean contribution to a logit, descending, `order_C`: the baseline of arXiv 2410.08703."""
     return seen.product_XC.mean(0).argsort(descending=True, stable=True)
 
 
 def uniform(planes: int, kept: int) -> Tensor:
-    """So many planes spread evenly over the frequencies, `planes_K`: a published baseline."""
+    """`kept` planes spread evenly over the frequencies, `planes_K`: a published baseline."""
     return torch.linspace(0, planes - 1, kept, dtype=torch.float64).round().long()
 
 
 def left(seen: Pairs, kept_K: Tensor) -> Tensor:
-    """S - S_E, what each logit loses when these planes of a key head are rotated and no others, `error_X`."""
+    """S - S_E, the change of each logit if these planes of a key head are rotated and no others, `error_X`."""
     others_C = torch.ones(seen.lost_XC.shape[1], dtype=torch.bool).index_fill(0, kept_K, False)
     return seen.lost_XC[:, others_C].sum(1)

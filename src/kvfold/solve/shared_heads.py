@@ -1,41 +1,40 @@
-"""How the key or value heads of a group become one head, in closed form, on second moments alone.
+"""One head for the key or value heads of a group, in closed form, from second moments alone.
 
-Head j of the group maps the input x to `A_j x`. One shared head u is kept, and every head is read off it:
+Head j of the group maps the input x to `A_j x`. One shared head u is kept, and every head is reconstructed from it:
 
     A_j x ~ L_j u,   u = S x
 
-`S` (the shared map) becomes the new k or v; `L_j` (the lift) is folded into what reads head j: `q_h <- L_j^H q_h` for
-keys, `o_h <- o_h L_j` for values. What L_j may be is the head's gauge: any matrix where nothing comes between (values;
-keys without rotation), one complex number for each plane under RoPE (see `rope`), which is the same problem with heads
-of width 1 over the complex numbers. All functions are batched over planes in front.
+`S` (the shared map) becomes the new k or v. `L_j` (the lift) is folded into the readers of head j: `q_h <- L_j^H q_h`
+for keys, `o_h <- o_h L_j` for values. L_j is any matrix for values and for keys without rotation. Under RoPE it is one
+complex number for each plane (see `solve.rope`), which is the same problem with heads of width 1 over the complex
+numbers. All functions are batched over leading dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram
 from kvfold.contracts.site import Attention, Roles, Rope, Site
+from kvfold.solve import Merge
 from kvfold.solve.linalg import LEAST, psd_roots
 from kvfold.solve.rope import put_planes, to_planes
 
-How = Literal["fit", "align", "align-norm"]
-
 ROUNDS = 100  # of generalised Procrustes, at most
 SETTLED = 1e-7  # relative gain of a round below which it has converged
-UNSEEN = 1e-10  # of the largest moment of a group of heads: a direction below it was not read
-SPAN = 1e-9  # of the largest singular value: a direction below it is none of the heads'
-NOTHING = 1e-9  # of the second moment: a loss of rounding errors, in float64
+UNSEEN = 1e-10  # of the largest moment of a group of heads: a direction below it was not in the text
+SPAN = 1e-9  # of the largest singular value: a direction below it is outside of the heads' span
+NOTHING = 1e-9  # of the second moment: a loss below it is rounding, in float64
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One head for a group of J: `shared_RD`, `lift_JER`, and the part of the weighted moment that no map can keep."""
+    """One head for a group of J: `shared_RD`, `lift_JER`, and the part of the weighted moment that is lost."""
 
     shared_RD: Tensor
     lift_JER: Tensor
@@ -45,22 +44,22 @@ class Merged:
 def low_rank(maps_JED: Tensor, metrics_JEE: Tensor, gram_DD: Tensor, rank: int) -> Merged:
     """The best shared head of width `rank`: it minimises `sum_j E |root(M_j) (A_j x - L_j u)|^2`.
 
-    `gram_DD` is E[x x^T]; the metric `M_j` says how much each direction of head j is looked at: the second moment of
-    the queries that read it for keys, `sum_h o_h^T o_h` over its readers for values. The optimum is principal component
-    analysis of the heads side by side, each under the root of its metric (Eckart and Young 1936). Lossless exactly when
-    the heads together span `rank` dimensions: heads that are linear images of one another.
+    `gram_DD` is E[x x^T]. The metric `M_j` weighs the directions of head j: for keys the second moment of its queries,
+    for values `sum_h o_h^T o_h` over its readers. The optimum is the principal component analysis of the heads side by
+    side, each under the root of its metric (Eckart and Young 1936). It is lossless exactly when the heads together span
+    `rank` dimensions, so that they are linear images of one another.
     """
     heads, width = maps_JED.shape[-3:-1]
     roots_JEE, inverses_JEE = psd_roots(metrics_JEE)
     weighted_ND = (roots_JEE @ maps_JED).flatten(-3, -2)
     values_N, vectors_NN = torch.linalg.eigh(weighted_ND @ gram_DD.to(weighted_ND) @ weighted_ND.mH)
     unseen = bool((values_N[..., -rank] <= UNSEEN * values_N[..., -1]).any())
-    if unseen:  # too little was read, or the heads span less: what was not seen is kept by its weight
+    if unseen:  # too little text, or the heads span less: unseen directions are kept by their weights
         vectors_NN = _within(weighted_ND, gram_DD)
     top_NR = vectors_NN[..., -rank:].flip(-1)
     shared_RD = top_NR.mH @ weighted_ND
     lift_JER = inverses_JEE @ top_NR.reshape(*top_NR.shape[:-2], heads, width, rank)
-    # numbers as large as the source's: a narrow format or a quantised cache then holds them as well
+    # the scale of the source's numbers suits a narrow format or a quantised cache
     power = _power(maps_JED, gram_DD).mean(-1) * width / rank
     scale = _ratio(power, _power(shared_RD, gram_DD)).sqrt()[..., None, None]
     whole = values_N.clamp_min(0).sum()
@@ -71,10 +70,10 @@ def low_rank(maps_JED: Tensor, metrics_JEE: Tensor, gram_DD: Tensor, rank: int) 
 
 
 def _within(weighted_ND: Tensor, gram_DD: Tensor) -> Tensor:
-    """Directions of the heads' own span by what they are worth, the least first, before any that lie outside of it.
+    """Directions ordered by their power, ascending, all those outside of the heads' span before those within.
 
-    With fewer inputs than the heads have directions, any direction that none of them uses would do as well on what was
-    read: heads that are images of one another would be lossless there, and nowhere else.
+    If the text has fewer inputs than the heads have directions, moments alone cannot rank the rest: heads that are
+    images of one another would then be lossless on this text, and on no other.
     """
     left_NK, size_K, _ = torch.linalg.svd(weighted_ND, full_matrices=False)
     own_NK = left_NK * (size_K > SPAN * size_K[..., :1])[..., None, :]
@@ -82,23 +81,23 @@ def _within(weighted_ND: Tensor, gram_DD: Tensor) -> Tensor:
     floored_DD = gram_DD + UNSEEN * mean.clamp_min(LEAST) * torch.eye(len(gram_DD)).to(gram_DD)
     worth_NN = weighted_ND @ floored_DD.to(weighted_ND) @ weighted_ND.mH
     largest = torch.linalg.matrix_norm(worth_NN)[..., None, None].clamp_min(LEAST)
-    # 1 for every direction of the span: what lies outside comes last
+    # adding 1 to every direction of the span puts the others last
     vectors_NN: Tensor = torch.linalg.eigh(worth_NN / largest + own_NK @ own_NK.mH)[1]
     return vectors_NN
 
 
 def _left_out(weighted_ND: Tensor, top_NR: Tensor) -> float:
-    """The part of the heads' weights outside of these directions, whatever the input."""
+    """The part of the heads' weights outside of these directions."""
     whole = weighted_ND.abs().square().sum()
     kept = (top_NR.mH @ weighted_ND).abs().square().sum()
     return max(0.0, 1 - float(kept / whole)) if whole > 0 else 0.0
 
 
 def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:
-    """The mean of the heads after each is turned towards it: generalised Procrustes (Gower 1975; arXiv 2412.20677).
+    """The mean of the heads after each is rotated towards it: generalised Procrustes (Gower 1975; arXiv 2412.20677).
 
-    Lifts are orthogonal, or phases. Under `keep_norm` the mean is scaled to the heads' mean Frobenius norm: turned
-    heads still differ, and their mean is shorter than they are.
+    Lifts are orthogonal, or phases. `keep_norm` scales the mean to the heads' mean Frobenius norm: rotated heads still
+    differ, so their mean is shorter than they are.
     """
     maps_JED = maps_JED.clone()
     gram_DD = gram_DD.to(maps_JED)
@@ -122,19 +121,19 @@ def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:
 
 
 def _power(maps_ED: Tensor, gram_DD: Tensor) -> Tensor:
-    """Mean over the rows of `E |row x|^2`: what a head's numbers are worth, squared."""
+    """The mean over the rows of `E |row x|^2`."""
     return ((maps_ED @ gram_DD.to(maps_ED)) * maps_ED.conj()).real.sum(-1).mean(-1)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """A quotient, 1 for heads of zeros, which pruned and padded models hold."""
+    """A quotient, 1 for heads of zeros, which pruned and padded models have."""
     return torch.where(below > 0, above / below, 1.0)
 
 
-def losses(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
-    """What kvfold.json says of shared heads: what each lost, and which lost nothing.
+def reported(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
+    """The measurements of shared heads for kvfold.json: the loss of each, and which are lossless.
 
-    Nothing is what rounding to the format of `weight` can lose.
+    A loss that rounding to the format of `weight` can cause counts as none.
     """
     nothing = max(NOTHING, (torch.finfo(weight.dtype).eps / 2) ** 2)
     return {"lost": list(lost), "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
@@ -145,9 +144,9 @@ def losses(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class Moments:
-    """What the closed forms know of a site's input x: `gram_DD` and `mean_D`, of its queries `query_HEE`.
+    """Second moments and means of a site: `gram_DD` and `mean_D` of its input x, `query_HEE` of its query heads.
 
-    `attended_DD` and `attended_mean_D` are the moments of the inputs averaged by attention, which is what values see.
+    `attended_DD` and `attended_mean_D` are those of the inputs averaged by attention, which weigh the values.
     """
 
     gram_DD: Tensor
@@ -157,17 +156,17 @@ class Moments:
     attended_mean_D: Tensor
 
     def covariances(self) -> tuple[Tensor, Tensor]:
-        """Of the inputs, and of their averages by attention: both `(D, D)`, about their means."""
-        return about(self.gram_DD, self.mean_D), about(self.attended_DD, self.attended_mean_D)
+        """The covariances of the inputs and of their averages by attention, both `(D, D)`."""
+        return covariance(self.gram_DD, self.mean_D), covariance(self.attended_DD, self.attended_mean_D)
 
 
-def about(gram_DD: Tensor, mean_D: Tensor) -> Tensor:
+def covariance(gram_DD: Tensor, mean_D: Tensor) -> Tensor:
     """Second moments about the mean."""
     return gram_DD - torch.outer(mean_D, mean_D)
 
 
 def moments_of(site: Site, answers: Answers) -> Moments:
-    """The moments that calibration found of a site."""
+    """The moments of a site, from the answers of calibration."""
     seen, attended = answers[InputGram(site)], answers[AttentionGram(site)]
     return Moments(
         seen["gram_DD"],
@@ -178,19 +177,21 @@ def moments_of(site: Site, answers: Answers) -> Moments:
     )
 
 
-def merge_site(attention: Attention, roles: Roles, heads: int, moments: Moments, how: How) -> tuple[Roles, list[float]]:
-    """Merge the KV heads of a site into `heads` contiguous groups: its roles anew, float64, and what each group lost.
+def merge_site(
+    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge
+) -> tuple[Roles, list[float]]:
+    """Merge the KV heads of a site into `heads` contiguous groups: its new roles, float64, and the loss of each group.
 
-    The loss of a group is the larger of its keys' and its values'. Biases are columns of their maps, for an input that
-    is always 1.
+    The loss of a group is the larger of its keys' and its values'. A bias is a column of its map, for an input that is
+    always 1.
     """
     new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
     keys, values = Maps.of(new, "k", attention), Maps.of(new, "v", attention)
     queries = Maps.of(new, "q", attention)
     output_DHE = new["o"].view(attention.hidden_size, attention.num_attention_heads, attention.head_dim)
     group, readers = attention.num_key_value_heads // heads, attention.query_group
-    key_gram_DD = with_one(moments.gram_DD, moments.mean_D, keys.biased)
-    value_gram_DD = with_one(moments.attended_DD, moments.attended_mean_D, values.biased)
+    key_gram_DD = keys.with_one(moments.gram_DD, moments.mean_D, moments.mean_D)
+    value_gram_DD = values.with_one(moments.attended_DD, moments.attended_mean_D, moments.attended_mean_D)
     merged_k, merged_v, lost = [], [], []
     for first in range(0, attention.num_key_value_heads, group):
         mine = slice(first, first + group)
@@ -216,14 +217,14 @@ def merge_site(attention: Attention, roles: Roles, heads: int, moments: Moments,
 
 @dataclass(frozen=True)
 class KeyLifts:
-    """How J heads are read off a shared key: one factor for each plane, and a matrix for what is not rotated."""
+    """The lifts of J heads from a shared key: one factor for each plane, and a matrix for unrotated coordinates."""
 
     planes_JP: Tensor | None
     free_JFF: Tensor | None
     rope: Rope | None
 
     def fold(self, head: int, queries_RED: Tensor) -> None:
-        """Turn the queries that read this head, in place, so that they read the shared one."""
+        """Apply the lift of a head to the queries that read it, in place, so that they read the shared key."""
         rotated = self.rope.dims if self.rope else 0
         if self.rope and self.planes_JP is not None:
             turned_RPD = self.planes_JP[head].conj()[:, None] * to_planes(queries_RED, self.rope)
@@ -233,18 +234,18 @@ class KeyLifts:
 
 
 def shared_key(
-    keys_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: How
+    keys_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: Merge
 ) -> tuple[Tensor, KeyLifts, float]:
-    """The shared key of J heads, `(E, D)`, how each is read off it, and what is lost of their weighted moment.
+    """The shared key of J heads, `(E, D)`, the lift of each, and the part of their weighted moment that is lost.
 
-    `metric_JEE` is the second moment of the queries that read each head; `attention` says what is rotated and normed.
+    `metric_JEE` is the second moment of the queries that read each head.
     """
     rope, width = attention.rope, attention.head_dim
     shared_ED, lost = torch.zeros_like(keys_JED[0]), 0.0
     rotated = rope.dims if rope else 0
     planes_JP = free_JFF = None
     if attention.norms == "pre_rope":
-        # the norm comes between: heads of one length, turned by phases alone, and no scale to choose
+        # a norm follows: heads of one length, matched by phases alone, without a scale to choose
         power_J11 = ((keys_JED @ gram_DD) * keys_JED).sum((1, 2), keepdim=True)
         keys_JED = keys_JED * _ratio(torch.ones_like(power_J11), power_J11).sqrt()
         how = "align"
@@ -270,9 +271,9 @@ def shared_key(
 
 
 def as_first(key_ED: Tensor, lifts: KeyLifts) -> tuple[Tensor, KeyLifts]:
-    """The shared key in the phases of the first head, whose queries are not turned then.
+    """The shared key in the phases of the first head, so that the queries of this head are not rotated.
 
-    A turn and the weights of the queries' norm do not commute where these differ within a plane.
+    A rotation does not commute with the weights of the queries' norm if these differ within a plane.
     """
     if lifts.rope is None or lifts.planes_JP is None:
         return key_ED, lifts
@@ -287,7 +288,7 @@ def plane_power(power_JE: Tensor, rope: Rope) -> Tensor:
     return (planes_JP1.real + planes_JP1.imag)[..., 0]
 
 
-def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: How) -> Merged:
+def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: Merge) -> Merged:
     """The shared value of J heads; `metric_JEE` is `sum o^T o` over the readers of each."""
     if how == "fit":
         return low_rank(values_JED, metric_JEE, gram_DD, values_JED.shape[1])
@@ -296,31 +297,30 @@ def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: H
 
 @dataclass(frozen=True)
 class Maps:
-    """The heads of a role as maps of the input, with the bias as one more column where there is one."""
+    """The heads of a role as maps of the input, with the bias as a last column if there is one."""
 
     rows_HED: Tensor
     biased: bool
 
     @classmethod
     def of(cls, roles: Roles, role: str, attention: Attention) -> Maps:
-        """The heads of `q`, `k` or `v`, in memory of their own."""
-        rows_HED = roles[role].view(-1, attention.head_dim, roles[role].shape[-1])
+        """The heads of `q`, `k` or `v` in float64, in their own memory."""
+        rows_HED = roles[role].to(torch.float64, copy=True).view(-1, attention.head_dim, roles[role].shape[-1])
         bias = roles.get(f"{role}_bias")
         if bias is not None:
-            rows_HED = torch.cat([rows_HED, bias.view(*rows_HED.shape[:2], 1)], dim=-1)
-        return cls(rows_HED.clone(), bias is not None)
+            rows_HED = torch.cat([rows_HED, bias.double().view(*rows_HED.shape[:2], 1)], dim=-1)
+        return cls(rows_HED, bias is not None)
 
     def put(self, roles: Roles, role: str) -> None:
-        """Write them back as weight and bias."""
+        """Write the heads back as weight and bias."""
         flat = self.rows_HED.flatten(0, 1)
         roles[role] = flat[:, :-1] if self.biased else flat
         if self.biased:
             roles[f"{role}_bias"] = flat[:, -1]
 
-
-def with_one(gram_DD: Tensor, mean_D: Tensor, biased: bool) -> Tensor:
-    """The second moments of the input with a 1 behind it, for maps with a bias column."""
-    if not biased:
-        return gram_DD
-    above = torch.cat([gram_DD, mean_D[:, None]], dim=1)
-    return torch.cat([above, torch.cat([mean_D, mean_D.new_ones(1)])[None]])
+    def with_one(self, gram_DD: Tensor, first_D: Tensor, second_D: Tensor) -> Tensor:
+        """Moments E[x y^T] of two inputs with means, each followed by a 1 for maps with a bias column."""
+        if not self.biased:
+            return gram_DD
+        above = torch.cat([gram_DD, first_D[:, None]], dim=1)
+        return torch.cat([above, torch.cat([second_D, second_D.new_ones(1)])[None]])

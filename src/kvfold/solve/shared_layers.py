@@ -1,14 +1,14 @@
-"""How several layers read the keys and values of one, in closed form, on second moments alone.
+"""Keys and values of one layer for several layers, in closed form, from second moments alone.
 
-Layer j makes its heads of its own input, `y_j = A_j x_j`; shared, they must be read off heads `u = S x_i` of the
-owner's input. Three steps, of which each is the best one given those before it:
+Layer j makes its heads of its own input, `y_j = A_j x_j`. With shared keys and values they are reconstructed from heads
+`u = S x_i` of the owner's input, in three steps, each optimal given those before it:
 
-    match     which head of the owner each head of layer j reads: an assignment, by the variance that is explained
-    regress   y_j ~ B_j x_i,  B_j = A_j E[x_j x_i^T] E[x_i x_i^T]^-1: what of y_j the owner's input tells at all
-    merge     B_j x_i ~ L_j S x_i for all heads that were matched, as heads of one layer are merged (`merge`)
+    match     the head of the owner that each head of layer j reads: an assignment, by explained variance
+    regress   y_j ~ B_j x_i,  B_j = A_j E[x_j x_i^T] E[x_i x_i^T]^-1: the part of y_j that the owner's input explains
+    merge     B_j x_i ~ L_j S x_i for all matched heads, as heads of one layer are merged (`solve.shared_heads`)
 
-Regression and merge are one problem, reduced-rank regression (Izenman 1975), and solve it: the residual of the first
-does not depend on the second. `L_j` is folded into q and o of layer j, the owner's own queries included.
+Regression and merge together solve reduced-rank regression (Izenman 1975): the residual of the first does not depend on
+the second. `L_j` is folded into q and o of layer j, the owner's own queries included.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from kvfold.contracts.site import Attention, Roles, Rope
 from kvfold.solve.linalg import LEAST, ridge
 from kvfold.solve.rope import pairs
-from kvfold.solve.shared_heads import KeyLifts, Maps, as_first, plane_power, shared_key, shared_value, with_one
+from kvfold.solve.shared_heads import KeyLifts, Maps, as_first, plane_power, shared_key, shared_value
 
-DAMPING = 1e-7  # of the mean moment of the owner's input: far below what is worth anything, above float32's noise
+DAMPING = 1e-7  # of the mean moment of the owner's input: far below any useful direction, above float32's noise
 ROUNDS = 4  # of matching and merging, at most
 
 
@@ -33,7 +33,7 @@ ROUNDS = 4  # of matching and merging, at most
 class Reader:
     """One layer of a group: its shape and roles, `E[x x^T]` and `E[x]` of its input x, `E[x_owner x^T]`, its queries.
 
-    `gram_DD` and `cross_DD` have the owner's input on their first axis; of the owner itself they are the same.
+    `cross_DD` has the owner's input on its first axis; for the owner itself it equals `gram_DD`.
     """
 
     attention: Attention
@@ -46,10 +46,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Shared:
-    """Roles of every layer of a group anew, float64, and what is lost of their weighted second moment.
+    """The new roles of every layer of a group, float64, and the lost part of their weighted second moments.
 
-    `queries` are the query heads of each layer in their new order, as numbers of the source's. `lost` is the part of
-    the keys' and that of the values' added up, `heads` the larger part by head of the owner.
+    `queries` are the query heads of each layer in their new order, as numbers of the source's heads. `lost` is the sum
+    of the parts of keys and of values; `heads` is the larger of both, by head of the owner.
     """
 
     roles: list[Roles]
@@ -59,10 +59,11 @@ class Shared:
 
 
 def share(readers: Sequence[Reader], damping: float = DAMPING) -> Shared:
-    """Let the first of these layers own the keys and values of all: pure, float64.
+    """Make the first of these layers the owner of the keys and values of all: pure, float64.
 
-    Layers may differ in their key/value heads: the owner's are kept. Norms between projection and rotation leave keys
-    no scale: they are turned by phases, and what the norms' weights differ in goes into the consumers' own.
+    Layers may differ in their key/value heads; the owner's number is kept. A norm between projection and rotation
+    removes the scale of keys: they are matched by phases, and the ratio of the norms' weights goes into the consumers'
+    query norms.
     """
     heads = readers[0].attention.num_key_value_heads
     sides = [_Side(reader, readers[0], damping) for reader in readers]
@@ -78,26 +79,20 @@ def share(readers: Sequence[Reader], damping: float = DAMPING) -> Shared:
     new = [side.fold(number, units, merged) for number, (side, units) in enumerate(zip(sides, slots, strict=True))]
     for role, rows_GED, biased in zip("kv", own, (sides[0].key.biased, sides[0].value.biased), strict=True):
         Maps(rows_GED, biased).put(new[0], role)
-    wholes, losts = (
-        torch.tensor([getattr(each, name) for each in merged], dtype=torch.float64) for name in ("whole", "lost")
-    )
-    by_head = (losts / wholes.clamp_min(LEAST)).clamp(0, 1).amax(1)
     queries = [
-        [
-            head
-            for unit in units
-            for head in range(*side.queries(unit).indices(side.reader.attention.num_attention_heads))
-        ]
+        [unit * side.readers + head for unit in units for head in range(side.readers)]
         for side, units in zip(sides, slots, strict=True)
     ]
-    return Shared(
-        new, queries, float((losts.sum(0) / wholes.sum(0).clamp_min(LEAST)).clamp(0, 1).sum()), by_head.tolist()
-    )
+    whole_G2 = torch.tensor([each.whole for each in merged], dtype=torch.float64)
+    lost_G2 = torch.tensor([each.lost for each in merged], dtype=torch.float64)
+    by_head_G2 = (lost_G2 / whole_G2.clamp_min(LEAST)).clamp(0, 1)
+    lost_2 = (lost_G2.sum(0) / whole_G2.sum(0).clamp_min(LEAST)).clamp(0, 1)
+    return Shared(new, queries, float(lost_2.sum()), by_head_G2.amax(1).tolist())
 
 
 @dataclass(frozen=True)
 class _Head:
-    """One head of the owner: its maps, how its readers `(layer of the group, slot)` read it, and what they lose."""
+    """One head of the owner: its maps, the lifts of its readers `(layer of the group, slot)`, and their losses."""
 
     key_ED: Tensor
     value_ED: Tensor
@@ -109,7 +104,7 @@ class _Head:
 
 
 def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) -> _Head:
-    """Merge all that reads one head of the owner."""
+    """Merge all heads that read one head of the owner."""
     found = []
     for number, (side, units) in enumerate(zip(sides, slots, strict=True)):
         found += [(number, slot, side, unit) for slot, unit in enumerate(units) if side.read_by(slot) == head]
@@ -122,11 +117,8 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
     if sides[0].reader.attention.norms != "none":
         key_ED, lifts = as_first(key_ED, lifts)
     merged = shared_value(values_JED, seen_JEE, grams["v"], "fit")
-
-    def total(role: str, *, told: bool) -> float:
-        return sum(side.weighed(role, unit, (side.told if told else side.moments)[role]) for *_, side, unit in found)
-
-    wholes, tolds = ([total(role, told=told) for role in "kv"] for told in (False, True))
+    wholes = [sum(side.weighed(role, unit, side.moments[role]) for *_, side, unit in found) for role in "kv"]
+    parts = [sum(side.weighed(role, unit, side.explained[role]) for *_, side, unit in found) for role in "kv"]
     return _Head(
         key_ED,
         merged.shared_RD,
@@ -134,39 +126,41 @@ def _merge(sides: Sequence[_Side], slots: Sequence[Sequence[int]], head: int) ->
         lifts,
         merged.lift_JER,
         (wholes[0], wholes[1]),
-        (wholes[0] - tolds[0] * (1 - lost_key), wholes[1] - tolds[1] * (1 - merged.lost)),
+        (wholes[0] - parts[0] * (1 - lost_key), wholes[1] - parts[1] * (1 - merged.lost)),
     )
 
 
 class _Side:
-    """One layer beside its owner. A unit is a key/value head with those of its queries that move together.
+    """One layer beside its owner. A unit is a key/value head, or a part of its queries, that moves as a whole.
 
-    Where layers differ in heads, a unit is so small that both divide into whole ones.
+    If layers differ in their heads, both divide into whole units.
     """
 
     def __init__(self, reader: Reader, owner: Reader, damping: float) -> None:
         self.reader, self.owner, attention = reader, owner, reader.attention
-        self.roles = {role: tensor.to(torch.float64, copy=True) for role, tensor in reader.roles.items()}
+        self.roles = {role: tensor.double() for role, tensor in reader.roles.items()}
         self.key, self.value, self.query = (Maps.of(self.roles, role, attention) for role in "kvq")
         self.output_DHE = self.roles["o"].view(attention.hidden_size, attention.num_attention_heads, -1)
         self.units = math.lcm(attention.num_key_value_heads, owner.attention.num_key_value_heads)
         self.readers = attention.num_attention_heads // self.units
-        self.grams: dict[str, Tensor] = {}  # of the owner's input, with a 1 behind it where the maps have biases
+        self.grams: dict[str, Tensor] = {}  # of the owner's input, followed by a 1 if the maps have biases
         self.regressed: dict[str, Tensor] = {}  # the layer's heads as maps of the owner's input, (H, E, D)
         self.crossed: dict[str, Tensor] = {}  # their moments with the owner's input, (H, E, D)
-        self.moments: dict[str, Tensor] = {}  # theirs alone, (H, E, E), and of what the owner's input tells of them
-        self.told: dict[str, Tensor] = {}
+        self.moments: dict[str, Tensor] = {}  # their own moments, (H, E, E)
+        self.explained: dict[str, Tensor] = {}  # those of the part that the owner's input explains
         for role, each in (("k", self.key), ("v", self.value)):
-            gram_DD, rows_HED = with_one(owner.gram_DD, owner.mean_D, each.biased), each.rows_HED
-            own_DD, cross_DD = with_one(reader.gram_DD, reader.mean_D, each.biased), _cross(reader, owner, each.biased)
+            rows_HED, mine_D, theirs_D = each.rows_HED, reader.mean_D, owner.mean_D
+            gram_DD = each.with_one(owner.gram_DD, theirs_D, theirs_D)
+            own_DD = each.with_one(reader.gram_DD, mine_D, mine_D)
+            cross_DD = each.with_one(reader.cross_DD, theirs_D, mine_D)
             if reader is owner:
                 regressed_HED = rows_HED
             else:
-                # towards the owner's input itself: what never occurs in it is taken to be the same in both
+                # damped towards the identity: directions that never occur in the owner's input count as equal in both
                 regressed_HED = rows_HED + rows_HED @ ridge(gram_DD, cross_DD - gram_DD, damping).T
             self.grams[role], self.regressed[role], self.crossed[role] = gram_DD, regressed_HED, rows_HED @ cross_DD.T
             self.moments[role] = rows_HED @ own_DD @ rows_HED.mT
-            self.told[role] = regressed_HED @ gram_DD @ regressed_HED.mT
+            self.explained[role] = regressed_HED @ gram_DD @ regressed_HED.mT
 
     def head(self, unit: int) -> int:
         """The key/value head that a unit reads in the source."""
@@ -177,14 +171,14 @@ class _Side:
         return slice(unit * self.readers, (unit + 1) * self.readers)
 
     def metric(self, role: str, unit: int) -> Tensor:
-        """How much each direction of a head is looked at: moments of its queries, or what `o` makes of it, `(E, E)`."""
+        """The weights of the directions of a head: moments of its queries, or `o^T o` of its readers, `(E, E)`."""
         if role == "k":
             return self.reader.query_HEE[self.queries(unit)].sum(0)
         output_DRE = self.output_DHE[:, self.queries(unit)]
         return torch.einsum("dre,drf->ef", output_DRE, output_DRE)
 
     def weighed(self, role: str, unit: int, moments_HEE: Tensor) -> float:
-        """The second moment of a unit's head as it is looked at: of keys under RoPE plane by plane."""
+        """The second moment of a unit's head under its metric; for keys under RoPE, plane by plane."""
         metric_EE, moment_EE = self.metric(role, unit), moments_HEE[self.head(unit)]
         rope = self.reader.attention.rope
         if role == "v" or rope is None:
@@ -194,7 +188,7 @@ class _Side:
         return float(turned.sum()) + float((metric_EE[free, free] * moment_EE[free, free]).sum())
 
     def match(self, keys_GED: Tensor, values_GED: Tensor) -> list[int]:
-        """The unit in each slot, slots of one head of the owner side by side: the assignment that explains most."""
+        """The unit in each slot, slots of one head of the owner side by side: the assignment of the most variance."""
         from scipy.optimize import linear_sum_assignment
 
         rope, gain_UG = self.reader.attention.rope, torch.zeros(self.units, len(keys_GED), dtype=torch.float64)
@@ -219,7 +213,7 @@ class _Side:
         return slot * self.owner.attention.num_key_value_heads // self.units
 
     def fold(self, number: int, units: Sequence[int], merged: Sequence[_Head]) -> Roles:
-        """The layer's roles: its units in their slots, and what each needs to read the owner folded into q and o."""
+        """The layer's roles: its units in their slots, with the lifts folded into q and o."""
         queries, outputs = [], []
         for slot, unit in enumerate(units):
             head = merged[self.read_by(slot)]
@@ -238,7 +232,7 @@ class _Side:
         return new
 
     def _norm_ratio(self) -> Tensor:
-        """What the weights of the layer's key norm are times the owner's, `(E,)`: one number for each plane."""
+        """The weights of the layer's key norm over the owner's, `(E,)`: one number for each plane."""
         mine_E, theirs_E, rope = self.roles["k_norm"], self.owner.roles["k_norm"].double(), self.reader.attention.rope
         ratio_E = mine_E / theirs_E
         if rope:
@@ -250,7 +244,7 @@ class _Side:
 
 
 def _read_off(cross_GEE: Tensor, own_GEE: Tensor, metric_EE: Tensor, rows: slice) -> Tensor:
-    """The weighted moment of a head that any matrix reads off each of the owner's, `(G,)`, on some coordinates alone.
+    """The weighted moment of a head that the best matrix reconstructs from each of the owner's, `(G,)`, on `rows`.
 
     `cross_GEE` has the owner's heads on its first axis of width E.
     """
@@ -262,7 +256,7 @@ def _read_off(cross_GEE: Tensor, own_GEE: Tensor, metric_EE: Tensor, rows: slice
 
 
 def _read_off_planes(cross_GEE: Tensor, own_GEE: Tensor, looks_P: Tensor, rope: Rope) -> Tensor:
-    """The same under one complex number for each plane."""
+    """The same for the best complex number of each plane."""
     real, imaginary = pairs(rope)
 
     def parts(first: slice, second: slice) -> Tensor:
@@ -272,11 +266,3 @@ def _read_off_planes(cross_GEE: Tensor, own_GEE: Tensor, looks_P: Tensor, rope: 
     across_GP = parts(real, imaginary) - parts(imaginary, real)
     power_GP = plane_power(own_GEE.diagonal(dim1=1, dim2=2), rope)
     return (looks_P * (along_GP.square() + across_GP.square()) / power_GP.clamp_min(LEAST)).sum(-1)
-
-
-def _cross(reader: Reader, owner: Reader, biased: bool) -> Tensor:
-    """`E[x_owner x^T]`, with a 1 behind both inputs where maps have a bias column."""
-    if not biased:
-        return reader.cross_DD
-    above = torch.cat([reader.cross_DD, owner.mean_D[:, None]], dim=1)
-    return torch.cat([above, torch.cat([reader.mean_D, reader.mean_D.new_ones(1)])[None]])
