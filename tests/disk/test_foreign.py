@@ -58,7 +58,7 @@ def _refusal(folder: Path) -> str:
         ),
         (
             ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
-            "shards lie here without model.safetensors.index.json, which says where each tensor lies (got 2 of 3",
+            "shards lie here without model.safetensors.index.json, which maps each tensor to its shard (got 2 of 3",
         ),
         (["pytorch_model-00001-of-00001.bin"], "shards lie here without pytorch_model.bin.index.json"),
     ],

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvfold.disk import lock
+from kvfold.disk.checkpoint import locate
 from kvfold.disk.output import (
     CLAIM,
     MANIFEST,
@@ -30,7 +31,8 @@ from kvfold.disk.output import (
     tidy,
     write_json,
 )
-from kvfold.errors import OutputError
+from kvfold.errors import CheckpointError, DataError, OutputError
+from kvfold.report.folder import collect
 
 
 def finish(path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -141,19 +143,42 @@ def test_a_commit_that_is_killed_at_any_moment_loses_nothing_and_leaves_no_rest_
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "made", MANIFEST}
 
 
-def test_an_output_that_was_to_be_replaced_is_back_after_a_kill(
-    tmp_path: Path, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def half_replaced(tmp_path: Path, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Unfinished work whose commit was killed between its two renames, when the output had left its place."""
     finish(tmp_path / "out", {"a": 1})
     output = open_output(tmp_path / "out", {"a": 2}, overwrite=True)
-    killed_after(1)
+    write_json(output.work / MANIFEST, {"inputs": output.inputs})
+    killed_after(3)
     with pytest.raises(Killed):
         output.commit()
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    return output.work
+
+
+def test_a_command_that_writes_restores_an_output_whose_replacement_was_killed(
+    half_replaced: Path, tmp_path: Path
+) -> None:
     assert open_output(tmp_path / "out", {"a": 1}).complete
     assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
-    assert output.work.exists()
+    assert half_replaced.exists()
+
+
+def test_a_command_that_reads_restores_it_too(half_replaced: Path, tmp_path: Path) -> None:
+    with (half_replaced / lock.FILE).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="is not finished"):  # its process is still there
+            locate(tmp_path / "out")
+    assert locate(tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
+    assert open_output(tmp_path / "out", {"a": 2}, overwrite=True).written(), "and the new output is not lost"
+
+
+def test_a_report_restores_it_too(half_replaced: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to report|no records"):
+        collect(tmp_path)
+    assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
 
 
 def test_a_folder_that_is_called_replaced_is_not_kvfolds(tmp_path: Path) -> None:
@@ -170,7 +195,7 @@ def test_what_appears_at_the_path_during_the_work_is_not_replaced(tmp_path: Path
     write_json(output.work / MANIFEST, {"inputs": output.inputs})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter").write_text("dear")
-    with pytest.raises(OutputError, match="is no output of kvfold"):
+    with pytest.raises(OutputError, match="is not a kvfold output"):
         output.commit()
     assert output.written()
     assert (tmp_path / "out" / "letter").read_text() == "dear"
@@ -334,9 +359,9 @@ def test_a_cache_loses_what_is_old_and_kvfolds_alone(tmp_path: Path) -> None:
 def test_files_of_others_are_never_overwritten(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
-    assert "is no output of kvfold" in refusal(tmp_path / "home", {}, overwrite=overwrite)
+    assert "is not a kvfold output" in refusal(tmp_path / "home", {}, overwrite=overwrite)
     (tmp_path / "file").write_text("dear")
-    assert "is no output of kvfold" in refusal(tmp_path / "file", {}, overwrite=overwrite)
+    assert "is not a kvfold output" in refusal(tmp_path / "file", {}, overwrite=overwrite)
     assert (tmp_path / "home" / "letter").read_text() == (tmp_path / "file").read_text() == "dear"
 
 
@@ -468,7 +493,7 @@ def test_another_process_may_finish_between_two_looks(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("path", ["", ".", ".."])
 def test_a_path_without_a_name(path: str) -> None:
-    assert "is no name for an output" in refusal(Path(path), {})
+    assert "is not a name for an output" in refusal(Path(path), {})
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
