@@ -22,7 +22,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
 from kvfold.families import all_families
-from kvfold.hf.linear import LinearLayer
+from kvfold.hf.linear_cache import LinearLayer
 from kvfold.methods import supra
 from kvfold.predict.plan import plan
 from kvfold.report import report
