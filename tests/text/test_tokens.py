@@ -101,7 +101,7 @@ def test_tokens_are_documents_with_their_end_and_the_file_is_made_once(
     assert made.tokens.tolist() == [ids["a"], ids["b"], 2, ids["c"], 2]  # 2 is </s>; "" is no document
     assert made.hash == text_facts(text).hash
     assert made.vocab_size == 260
-    monkeypatch.setattr(token_files, "_tokenise", lambda *args: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(token_files, "_write", lambda *args: pytest.fail("tokenised twice"))
     assert token_file(text, byte_tokenizer).path == made.path
     assert token_file(text, byte_tokenizer, max_tokens=3).tokens.tolist() == made.tokens.tolist()[:3]
     text.write_text('{"text": "abd"}\n')
