@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import yaml
 
 from kvfold.errors import CheckpointError, KvfoldError, SettingError
@@ -98,14 +97,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"{twice!r} is there twice")
     return found
-
-
-def first_fault(failure: pydantic.ValidationError) -> tuple[str, str, str]:
-    """The first fault that a pydantic schema finds in a value: where it is (`steps.0.seed`), what is wrong, and the
-    value.
-    """
-    first = failure.errors(include_url=False, include_context=False)[0]
-    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "), repr(first["input"])
 
 
 def check_depth(value: Any, *, where: object, error: type[KvfoldError] = CheckpointError) -> None:

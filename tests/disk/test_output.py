@@ -75,7 +75,7 @@ def test_the_same_inputs_are_complete(tmp_path: Path) -> None:
 def test_other_inputs_are_refused_and_overwritten_on_request(tmp_path: Path) -> None:
     finish(tmp_path / "out", {"a": 1})
     line = refusal(tmp_path / "out", {"a": 2})
-    assert line.startswith(f"{tmp_path / 'out'}: the output exists, from other inputs or settings")
+    assert line.startswith(f"{tmp_path / 'out'}: exists, made from other inputs or settings")
     assert "--overwrite" in line
     finish(tmp_path / "out", {"a": 2}, overwrite=True)
     assert (tmp_path / "out" / "made").read_text() == "{'a': 2}"
@@ -207,7 +207,7 @@ def test_an_output_with_files_of_others_is_not_overwritten(tmp_path: Path, name:
     theirs = tmp_path / "out" / name
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("dear")
-    assert f"holds files that kvfold did not write: it is not overwritten (got {name}); move them away" in refusal(
+    assert f"holds files that kvfold did not write (got {name}); move them away" in refusal(
         tmp_path / "out", {"a": 2}, overwrite=True
     )
     assert theirs.read_text() == "dear"
@@ -232,7 +232,7 @@ def test_cards_pages_and_lists_are_no_files_of_others(tmp_path: Path) -> None:
 def test_an_output_that_is_a_link_is_not_followed(tmp_path: Path, there: bool) -> None:
     finish(tmp_path / "real", {"a": 1})
     (tmp_path / "out").symlink_to(tmp_path / ("real" if there else "nowhere"))
-    assert "is a symbolic link: it is not overwritten" in refusal(tmp_path / "out", {"a": 2}, overwrite=True)
+    assert "is a symbolic link" in refusal(tmp_path / "out", {"a": 2}, overwrite=True)
     if there:
         assert open_output(tmp_path / "out", {"a": 1}).complete
     assert (tmp_path / "real" / "made").read_text() == "{'a': 1}"
@@ -243,7 +243,9 @@ def test_unfinished_work_that_is_a_link_is_not_followed(tmp_path: Path, there: b
     if there:
         (tmp_path / "theirs").mkdir()
     (tmp_path / "out.partial").symlink_to(tmp_path / "theirs")
-    assert "is a symbolic link: kvfold makes none; move it away" in refusal(tmp_path / "out", {}, overwrite=True)
+    assert "is a symbolic link, which kvfold does not make; move it away" in refusal(
+        tmp_path / "out", {}, overwrite=True
+    )
     assert (tmp_path / "theirs").exists() == there
     assert not there or not list((tmp_path / "theirs").iterdir())
 
@@ -282,16 +284,16 @@ def test_an_unclaimed_folder_with_a_link_or_a_file_of_others_is_left_alone(tmp_p
 @pytest.mark.parametrize(
     ("out", "read", "said"),
     [
-        ("text", "text", "the teacher lies there"),
-        ("text", "text/a.txt", "the teacher lies there"),
-        ("text", "other/../text/a.txt", "the teacher lies there"),
-        (".", "text", "the teacher lies there"),
+        ("text", "text", "would overwrite the teacher"),
+        ("text", "text/a.txt", "would overwrite the teacher"),
+        ("text", "other/../text/a.txt", "would overwrite the teacher"),
+        (".", "text", "would overwrite the teacher"),
         ("text/out", "text", "lies in the teacher"),
         ("text/deep/out", "other/../text", "lies in the teacher"),
         ("other/out", "link", "lies in the teacher"),
-        ("other", "link/a.txt", "the teacher lies there"),
+        ("other", "link/a.txt", "would overwrite the teacher"),
         ("link/out", "other", "lies in the teacher"),
-        ("new", "new.partial/a.txt", "the teacher lies there"),
+        ("new", "new.partial/a.txt", "would overwrite the teacher"),
         ("new", "text", None),
         ("text/out", "text/a.txt", None),
         ("text2", "text", None),

@@ -374,7 +374,7 @@ def test_bin_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) -> 
 
     torch.save({"a": torch.ones(1), "b": Bomb()}, tmp_path / "pytorch_model.bin")
     line = refusal(tmp_path)
-    assert "cannot be read as tensors alone" in line
+    assert "cannot be loaded as tensors alone" in line
     assert "safetensors" in line
     assert not (tmp_path / "ran").exists()
 
@@ -382,14 +382,14 @@ def test_bin_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ["", "not a pickle", pickle.dumps([1]).decode("latin1")])
 def test_bin_that_is_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(content.encode("latin1"))
-    assert "cannot be read as tensors alone" in refusal(tmp_path)
+    assert "cannot be loaded as tensors alone" in refusal(tmp_path)
 
 
 def test_bin_that_is_truncated(tmp_path: Path) -> None:
     written = io.BytesIO()
     torch.save({"a": torch.ones(1000)}, written)
     (tmp_path / "pytorch_model.bin").write_bytes(written.getvalue()[:-500])
-    assert "cannot be read as tensors alone" in refusal(tmp_path)
+    assert "cannot be loaded as tensors alone" in refusal(tmp_path)
 
 
 def test_bin_that_holds_something_else(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_a_template_that_prints_the_date_makes_the_same_text_tomorrow(byte_token
 @pytest.mark.parametrize(
     ("template", "row", "what"),
     [
-        (None, CHATS[0], "messages: is a chat, and the tokenizer has no chat template; take the tokenizer of a chat"),
+        (None, CHATS[0], "messages: is a chat, but the tokenizer has no chat template; take the tokenizer of a chat"),
         (
             "{{ raise_exception('roles alternate') }}",
             CHATS[0],

@@ -188,7 +188,7 @@ def test_self_is_sampled_from_the_teacher(tmp_path: Path, tiny_checkpoint, monke
     other = token_file("self", teacher, teacher=teacher, max_tokens=150, seed=2)
     assert again.tokens.tolist() == made.tokens.tolist() != other.tokens.tolist()
     assert json.loads(made.path.with_suffix(".json").read_text())["hash"] == made.hash
-    with pytest.raises(SettingError, match="sampled from a teacher"):
+    with pytest.raises(SettingError, match="needs a teacher"):
         token_file("self", teacher)
 
 

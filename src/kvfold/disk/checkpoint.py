@@ -92,7 +92,7 @@ def _download(source: str, *, weights: bool) -> Path:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
         except Exception as error:  # the client raises the errors of four libraries
             answer = " ".join(str(error).split()) or type(error).__name__
-            what = f"no such directory, and the hub has no answer for it: {answer[:200]}"
+            what = f"no such directory, and not found on the hub: {answer[:200]}"
             raise CheckpointError(what, where=source) from error
 
     if not weights:
@@ -249,7 +249,7 @@ class Checkpoint:
         embeddings = [name for name in self._stored if name == embedding or "embed" in name]
         if not any(self._equal(TIED, name) for name in embeddings):
             raise CheckpointError(
-                f"config.json ties {TIED} to {embedding}, and no embedding holds the same numbers",
+                f"config.json ties {TIED} to {embedding}, but no embedding has its values",
                 where=self.path,
                 got=", ".join(embeddings) or "no embedding",
                 next=f"set tie_word_embeddings to false in config.json to keep both, or delete {TIED}",
@@ -300,7 +300,7 @@ class Checkpoint:
                     )
                 if not spec.floating and roles[0] not in WHOLE:
                     raise CheckpointError(
-                        f"tensor {name} is not of floating numbers",
+                        f"tensor {name} does not hold floating-point numbers",
                         where=self._stored[name].file,
                         got=spec.dtype,
                         allowed=", ".join(FLOATS),

@@ -27,11 +27,11 @@ def check_finite(part: Tensor, dtype: str, name: str, where: object = None) -> N
                 where=where,
                 got=float(bound),
                 allowed="finite numbers",
-                next="the weights are damaged, or overflowed where they were made: use another copy",
+                next="the weights are damaged, or overflowed in training; use another copy",
             )
         if not bound.to(target).isfinite():
             raise SettingError(
-                f"tensor {name} holds a number that {dtype} cannot hold",
+                f"tensor {name} holds a number that {dtype} cannot represent",
                 where=where,
                 got=f"{float(bound):.6g}",
                 allowed=f"-{torch.finfo(target).max:.6g} to {torch.finfo(target).max:.6g}",

@@ -62,7 +62,7 @@ def check_folder(folder: Path) -> None:
     pattern = "snapshots/*/config.json" if (folder / "snapshots").is_dir() else "*/config.json"
     inside = sorted((path.parent for path in folder.glob(pattern)), key=lambda path: path.stat().st_mtime)
     if inside and not (folder / "config.json").exists():
-        raise CheckpointError("holds checkpoints, and is none itself", where=folder, next=f"did you mean {inside[-1]}?")
+        raise CheckpointError("contains checkpoints, but is not one", where=folder, next=f"did you mean {inside[-1]}?")
 
 
 def _check_weights(folder: Path) -> None:
@@ -76,7 +76,7 @@ def _check_weights(folder: Path) -> None:
             raise CheckpointError(what, where=folder, got=f"{len(shards)} of {count} shards", next=remedy)
         variants = sorted(path.name for path in folder.glob(f"{stem}.*{suffix}"))
         if variants:
-            what, remedy = "holds a variant of the weights alone", f"rename it {stem}{suffix}"
+            what, remedy = "holds only a variant of the weights", f"rename it {stem}{suffix}"
             raise CheckpointError(what, where=folder, got=variants[0], next=remedy)
 
 
@@ -106,7 +106,7 @@ def check_names(folder: Path, names: Sequence[str], family: Family, shape: Shape
                 what, remedy = f"tensors are named as {tool} wraps them", "save the model inside, with save_pretrained"
                 raise CheckpointError(what, where=folder, got=found[0], next=remedy)
         if (folder / "modules.json").is_file():
-            what = "is a sentence-transformers model: it embeds texts, and has no language model around its layers"
+            what = "is a sentence-transformers model: it embeds texts and has no language-model head"
             raise CheckpointError(what, where=folder, next="give the language model that it was made from")
     _check_layers(folder, names, family, shape)
 
@@ -119,8 +119,8 @@ def _check_layers(folder: Path, names: Iterable[str], family: Family, shape: Sha
         there = {int(found[1]) for name in names if (found := pattern.match(name))}
         if expected and there and there != expected and there == set(range(len(there))):
             raise CheckpointError(
-                f"config.json says {len(expected)} layers, and the weights have {len(there)}",
+                f"config.json says {len(expected)} layers, but the weights have {len(there)}",
                 where=folder,
                 got=f"{kind}-attention of layers 0 to {max(there)}",
-                next="is config.json that of these weights? Take both from one place",
+                next="does config.json belong to these weights?",
             )

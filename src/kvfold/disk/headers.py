@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 
 from kvfold.errors import CheckpointError
-from kvfold.inputs import first_fault, parse_json
+from kvfold.inputs import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +86,9 @@ def read_header(file: Path, content: bytes) -> dict[str, tuple[TensorSpec, int, 
             _METADATA.validate_python(header.pop("__metadata__", {}))
         found = _TENSORS.validate_python(header)
     except pydantic.ValidationError as failure:
-        place, problem, got = first_fault(failure)
-        raise _damaged(file, f"{place}: {problem}", got=got) from failure
+        first = failure.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(file, f"{place}: {first['msg']}", got=repr(first["input"])) from failure
     reached, entries = 0, {}
     for name, entry in sorted(found.items(), key=lambda each: each[1].data_offsets):
         check_name(file, name)

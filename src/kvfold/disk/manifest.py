@@ -1,17 +1,17 @@
-"""The schema of `kvfold.json`: every field that kvfold uses is checked once, when the file is read."""
+"""`kvfold.json` as it is read: every field that anything looks at is checked once, when the file is opened."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import pydantic
 
 from kvfold.disk.output import MANIFEST
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import family_of
-from kvfold.inputs import first_fault, load_json
+from kvfold.inputs import load_json
 
 FORMAT = 1  # of kvfold.json
 
@@ -33,14 +33,7 @@ class _Root(_Part):
 class _Site(_Part):
     planes: Annotated[list[list[int]], pydantic.Field(min_length=1)] | None = None
     lossless: list[Any] | None = None
-    lost: Any = None  # a number, a list or a mapping: the method decides
-
-    @pydantic.model_validator(mode="after")
-    def _names_its_loss(self) -> Self:
-        measured = type(self.lost) in (int, float) and self.planes is not None
-        if ("planes" in self.model_fields_set and not measured) or (self.lossless and not isinstance(self.lost, list)):
-            raise ValueError("does not name what was lost")
-        return self
+    lost: Any = None  # what it is, its method says: a number, a list, or a mapping
 
 
 class _Heads(_Part):
@@ -61,23 +54,10 @@ class _Found(_Part):
     alike: _Layers | None = None
     sites: dict[str, _Site] | None = None
 
-    @pydantic.model_validator(mode="after")
-    def _compares(self) -> Self:
-        for first, second in (("mix", "uniform"), ("chosen", "alike")):
-            pair = getattr(self, first), getattr(self, second), self.budget
-            if first in self.model_fields_set and None in pair:
-                raise ValueError(f"has {first} without {second} and budget")
-        return self
-
-
-class _Settings(_Part):
-    method: Any = None
-    sequence_length: Annotated[int, pydantic.Field(ge=1)] | None = None
-
 
 class _Step(_Part):
     stage: str
-    settings: _Settings
+    settings: dict[str, Any]
     source: str | None
     tokens: _Count | None = None
     seed: int | None = None
@@ -85,12 +65,6 @@ class _Step(_Part):
     wall_seconds: _Number | None = None
     versions: dict[str, Any] = {}
     found: _Found | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _names_its_method(self) -> Self:
-        if self.stage == "convert" and not isinstance(self.settings.method, str):
-            raise ValueError("is a conversion without a method")
-        return self
 
 
 class _Lineage(_Part):
@@ -102,25 +76,30 @@ class _Lineage(_Part):
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """The lineage of a checkpoint, or None if it has none.
+    """The lineage of a checkpoint, None where it has none.
 
-    Raises CheckpointError for one that is damaged or of a newer format.
+    Raises CheckpointError for one that is damaged, or of a newer format.
     """
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
     lineage = load_json(path)
     found = lineage.get("format") if isinstance(lineage, dict) else None
-    if type(found) is int and found > FORMAT:
-        what = f"is a lineage of format {found}, and this kvfold reads format {FORMAT}"
-        raise CheckpointError(what, where=path, next="use a newer kvfold, or delete it to start a new lineage")
-    if type(found) is not int or found != FORMAT:
+    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
+        raise CheckpointError(
+            f"is a lineage of format {found}, and this kvfold reads format {FORMAT}",
+            where=path,
+            next="use a newer kvfold, or delete it to start a new lineage",
+        )
+    if not isinstance(lineage, dict) or found != FORMAT or isinstance(found, bool):
         raise _damaged(path, f"is not a lineage of format {FORMAT}")
     try:
         _Lineage.model_validate(lineage)
     except pydantic.ValidationError as failure:
-        place, problem, got = first_fault(failure)
-        raise _damaged(path, f"{place}: {problem}", got=got) from failure
+        first = failure.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{place}: {first['msg']}", got=repr(first["input"])) from failure
+    _check_steps(path, lineage)
     config = lineage["root"].get("config")
     try:
         if config is not None:
@@ -128,6 +107,26 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     except UnsupportedModel as failure:
         raise _damaged(path, f"root.config: {failure.what}", got=failure.got, allowed=failure.allowed) from failure
     return dict(lineage)
+
+
+def _check_steps(path: Path, lineage: dict[str, Any]) -> None:
+    """Check what a step has because of its kind."""
+    for number, step in enumerate(lineage["steps"]):
+        settings, found = step["settings"], step.get("found") or {}
+        length = settings.get("sequence_length")
+        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            raise _damaged(path, f"steps.{number}.settings.sequence_length is no length", got=repr(length))
+        if step["stage"] == "convert" and not isinstance(settings.get("method"), str):
+            raise _damaged(path, f"steps.{number}.settings has no method", got=repr(settings.get("method")))
+        for first, second in (("mix", "uniform"), ("chosen", "alike")):
+            if first in found and any(found.get(name) is None for name in (first, second, "budget")):
+                raise _damaged(path, f"steps.{number}.found has {first} without {second} and budget")
+        for name, site in (found.get("sites") or {}).items():
+            lost, planes = site.get("lost"), site.get("planes", [])
+            if ("planes" in site and (planes is None or type(lost) not in (int, float))) or (
+                site.get("lossless") and not isinstance(lost, list)
+            ):
+                raise _damaged(path, f"steps.{number}.found.sites.{name} does not say what was lost")
 
 
 def _damaged(path: Path, what: str, **more: Any) -> CheckpointError:

@@ -209,11 +209,11 @@ def check_apart(out: str | Path, reads: Mapping[str, object]) -> None:
         pairs = [(form, place) for form in _forms(each) for place in places]
         fault = None
         if any(form == place or form.is_relative_to(place) for form, place in pairs):
-            fault = f"the {what} lies there"
+            fault = f"would overwrite the {what}"
         elif os.path.isdir(str(each)) and any(place.is_relative_to(form) for form, place in pairs):
             fault = f"lies in the {what}"
         if fault:
-            raise OutputError(fault, where=out, next="choose another path: inputs are never changed")
+            raise OutputError(fault, where=out, next="choose another path: what is read is never changed")
 
 
 def _forms(path: object) -> set[Path]:
@@ -243,17 +243,17 @@ def _complete(path: Path, inputs: str, overwrite: bool) -> bool:
     if manifest.get("inputs") == inputs and not overwrite:
         return True
     if path.is_symlink():
-        raise OutputError("is a symbolic link: it is not overwritten", where=path, next="name the directory itself")
+        raise OutputError("is a symbolic link", where=path, next="name the directory that it leads to")
     if not manifest:
         if path.is_dir() and not any(path.iterdir()):
             return False
         what = f"exists and is not a kvfold output (it has no {MANIFEST}): it is not overwritten"
         raise OutputError(what, where=path, next="choose another path, or move it away")
     if not overwrite:
-        what = "the output exists, from other inputs or settings"
+        what = "exists, made from other inputs or settings"
         raise OutputError(what, where=path, next="choose another path, or add --overwrite")
     if others := _of_others(path, manifest):
-        what = "holds files that kvfold did not write: it is not overwritten"
+        what = "holds files that kvfold did not write"
         named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise OutputError(what, where=path, got=named, next="move them away")
     return False
@@ -268,11 +268,11 @@ def _claim(work: Path) -> str | None:
 def _check_work(work: Path) -> None:
     """Refuse a folder for unfinished work that belongs to somebody else, or that holds or is a link."""
     if work.is_symlink():
-        raise OutputError("is a symbolic link: kvfold makes none", where=work, next="move it away")
+        raise OutputError("is a symbolic link, which kvfold does not make", where=work, next="move it away")
     if not work.exists():
         return
     if _claim(work) is None and not all(map(_unclaimed, work.iterdir())):
-        raise OutputError("is there and is not unfinished work of kvfold", where=work, next="move it away")
+        raise OutputError("exists and is not unfinished work of kvfold", where=work, next="move it away")
     if link := next((each for each in work.rglob("*") if each.is_symlink()), None):
         raise OutputError("is a symbolic link in unfinished work: kvfold makes none", where=link, next="move it away")
 
@@ -383,9 +383,9 @@ def prepare_cache(folder: Path) -> None:
 def damaged(path: Path) -> OutputError:
     """The error for a damaged file of unfinished work."""
     return OutputError(
-        "is damaged: the work cannot go on from it",
+        "is damaged, so the work cannot continue",
         where=path,
-        next="delete the folder of the unfinished work, or add --overwrite, to start again",
+        next="delete the folder of the unfinished work, or add --overwrite",
     )
 
 

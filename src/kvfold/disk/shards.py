@@ -179,7 +179,7 @@ def _pickled(file: Path) -> dict[str, Stored]:
     except Exception as error:  # torch raises many types for a damaged, hostile or old file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "download it again, or convert it to safetensors where you trust it"
-        raise CheckpointError(f"cannot be read as tensors alone: {lines[0]}", where=file, next=remedy) from error
+        raise CheckpointError(f"cannot be loaded as tensors alone: {lines[0]}", where=file, next=remedy) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         inside = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         remedy = "save the state_dict of its model alone, as safetensors"

@@ -61,7 +61,7 @@ class LinearLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Raise SettingError: only `LinearAttention` fills this cache."""
-        raise SettingError("a cache of linear attention is not filled from outside")
+        raise SettingError("a cache of linear attention cannot be filled from outside")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first key of a mask: all keys while the text fits the window, else no more than the queries.
@@ -89,7 +89,7 @@ class LinearLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         count, kept = abs(tokens_to_remove), self.keys.shape[2]
         if count > kept - min(self.window, self.length - count) and count and kept < self.length:
-            raise SettingError(f"{count} tokens cannot be taken back", next="call activate_past_recording first")
+            raise SettingError(f"cannot remove {count} tokens", next="call activate_past_recording first")
         self.keys, self.values = self.keys[:, :, : kept - count], self.values[:, :, : kept - count]
         self.length -= count
         self.sink_keys, self.sink_values = (each[:, :, : self.length] for each in (self.sink_keys, self.sink_values))

@@ -170,12 +170,12 @@ def _check_sentencepiece(folder: Path) -> None:
             import google.protobuf  # noqa: F401
             import sentencepiece  # noqa: F401
         except ImportError as error:
-            what = f"its tokenizer is {name} alone, which needs the packages sentencepiece and protobuf"
+            what = f"its only tokenizer file is {name}, which needs the packages sentencepiece and protobuf"
             remedy = "pip install 'kvfold[sentencepiece]', or add a tokenizer.json"
             raise DataError(what, where=folder, next=remedy) from error
         # without a class, transformers reads the pieces but loses the space before the first word
         if name == "tokenizer.model" and not read_object(folder / "tokenizer_config.json").get("tokenizer_class"):
-            what = f"its tokenizer is {name} alone, and nothing names the tokenizer's class"
+            what = f"its only tokenizer file is {name}, and no file names the tokenizer's class"
             remedy = 'add tokenizer_config.json with {"tokenizer_class": "LlamaTokenizer"}, or the class it has'
             raise DataError(what, where=folder, next=remedy)
 
@@ -208,7 +208,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
     except KvfoldError:
         raise
     except Exception as error:  # transformers wraps no errors
-        raise SettingError(f"the config makes no model: {_first_line(error)}") from error
+        raise SettingError(f"no model can be built from the config: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
 

@@ -250,7 +250,7 @@ def chat_of(tokenizer: Any) -> Chat:
     def write(messages: Sequence[Any], tools: Any) -> str:
         if not tokenizer.chat_template:
             remedy = 'take the tokenizer of a chat model, or write the chats as text: rows with "text"'
-            raise DataError("is a chat, and the tokenizer has no chat template", next=remedy)
+            raise DataError("is a chat, but the tokenizer has no chat template", next=remedy)
         tools = tools or None
         try:
             template = tokenizer.get_chat_template(tools=tools)

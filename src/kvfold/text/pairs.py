@@ -169,7 +169,7 @@ class Spans:
         largest, spans = max(self.sentinels, default=-1), noise_counts(row)[1]
         if spans > len(self.sentinels) or largest >= vocab_size:
             raise DataError(
-                f"an input of {length} tokens hides {spans} spans, more than the tokenizer has sentinels",
+                f"an input of {length} tokens hides {spans} spans, but the tokenizer has fewer sentinels",
                 where=self.tokens.source,
                 got=f"{len(self.sentinels)} tokens <extra_id_N>, the largest id {largest} of {vocab_size}",
                 next="use T5's own tokenizer, or one that `kvfold pretrain` made for an encoder-decoder",
@@ -329,9 +329,9 @@ def corpus(
     tokenizer = hf.load_tokenizer(tokenizer_dir)
     end = tokenizer.eos_token_id
     if end is None:
-        raise DataError("the tokenizer has no end token, and an encoder-decoder needs one", where=tokenizer_dir)
+        raise DataError("the tokenizer has no end token, which an encoder-decoder needs", where=tokenizer_dir)
     if str(source) == "self":
-        raise SettingError("text `self` is sampled from decoders", next="give a text, or pairs")
+        raise SettingError("only a decoder can sample text `self`", next="give a text, or pairs")
     if are_pairs(source):
         return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None, progress)
     whole = None if enough is None else 2 * enough  # rows have fewer tokens than twice their inputs

@@ -129,7 +129,7 @@ def token_file(
     limit = SPREAD if spread else None if wanted is None else max(32 * wanted, WHOLE)
     if str(source) == "self":
         if teacher is None or wanted is None:
-            raise SettingError("text `self` is a number of tokens sampled from a teacher", next="give both")
+            raise SettingError("text `self` needs a teacher and a number of tokens", next="give both")
         from kvfold.disk.checkpoint import Checkpoint
 
         identity = f"self:{Checkpoint.open(teacher).hash()}:{seed}:{wanted}"
@@ -168,7 +168,7 @@ class _Facts(pydantic.BaseModel):
 
 def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> TokenFile:
     """Map a token file into memory. Raises DataError if it is damaged."""
-    damaged = DataError("a token file of the cache is damaged", where=path, next="delete it; it is made again")
+    damaged = DataError("a token file of the cache is damaged", where=path, next="delete it; kvfold makes it again")
     try:
         facts = _Facts.model_validate(read_json(path.with_suffix(".json")))
         size = path.stat().st_size
