@@ -28,9 +28,8 @@ def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any)
     if model.generation_config.pad_token_id is None:
         options.setdefault("pad_token_id", 0)
     with torch.no_grad():
-        ids = model.generate(ids_BT, max_new_tokens=max_new_tokens, **options)
-    assert isinstance(ids, Tensor)
-    return ids
+        made_BT: Tensor = model.generate(ids_BT, max_new_tokens=max_new_tokens, **options)
+    return made_BT
 
 
 def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
@@ -62,16 +61,14 @@ def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = 
     if encoded_BSD is not None:
         more = {"decoder_input_ids": ids_BT, "encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD)}
     with torch.inference_mode():
-        logits_B1V = model(**more, past_key_values=cache, use_cache=True).logits
-    assert isinstance(logits_B1V, Tensor)
+        logits_B1V: Tensor = model(**more, past_key_values=cache, use_cache=True).logits
     return logits_B1V[:, -1]
 
 
 def encode(model: Any, ids_BS: Tensor) -> Tensor:
     """The encoder's output for an input, `encoded_BSD`, without a graph."""
     with torch.inference_mode():
-        encoded_BSD = model.get_encoder()(ids_BS).last_hidden_state
-    assert isinstance(encoded_BSD, Tensor)
+        encoded_BSD: Tensor = model.get_encoder()(ids_BS).last_hidden_state
     return encoded_BSD
 
 

@@ -42,26 +42,9 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"
 _MACHINE = re.compile(r"_sysconfigdata|config-|_sysconfig_vars")
 
 STDLIB_HELDOUT = (
-    "argparse",
-    "asyncio/streams",
-    "calendar",
-    "csv",
-    "fractions",
-    "heapq",
-    "html/parser",
-    "json",
-    "logging/handlers",
-    "queue",
-    "random",
-    "sched",
-    "shlex",
-    "statistics",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "urllib/robotparser",
-    "wave",
-    "xml/dom/pulldom",
+    *("argparse", "asyncio/streams", "calendar", "csv", "fractions", "heapq", "html/parser", "json"),
+    *("logging/handlers", "queue", "random", "sched", "shlex", "statistics", "tarfile", "tempfile", "textwrap"),
+    *("urllib/robotparser", "wave", "xml/dom/pulldom"),
 )
 """Modules and packages of the standard library that are in `stdlib:heldout` and not in `stdlib`."""
 

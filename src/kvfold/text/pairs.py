@@ -33,7 +33,7 @@ from kvfold.errors import DataError, KvfoldError, SettingError
 from kvfold.progress import SILENT, Progress
 from kvfold.text.documents import LEFT_OUT, MENDED, mend, noted
 from kvfold.text.files import ROWS, kind_of, opened, rows
-from kvfold.text.tokens import TokenFile, check_vocabulary, order, token_file, tokenizer_hash
+from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
 DENSITY, SPAN = 0.15, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
 UNSEEN = -100  # the label of padding in a target
@@ -178,13 +178,8 @@ class Spans:
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
         """The rows of a step, with inputs of `length` tokens and no padding."""
         row = row_tokens(length)
-        windows = self.tokens.windows(row)
-        made = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            epoch, index = divmod(number, windows)
-            window = int(order(windows, seed, epoch)[index])
-            made.append(self._row(window * row, row, (seed, epoch, window)))
-        return batched(made)
+        places = batch_places(step, batch_size, self.tokens.windows(row), seed)
+        return batched([self._row(place * row, row, (seed, epoch, place)) for epoch, place in places])
 
     def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
         """The whole text in order, as inputs of `length` tokens and their targets; the last row may be shorter."""
@@ -234,12 +229,8 @@ class PairFile:
 
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
         """The pairs of a step, each side cut to `length` tokens and padded to the longest."""
-        made = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            epoch, index = divmod(number, len(self.pairs))
-            given, target = self.pairs[int(order(len(self.pairs), seed, epoch)[index])]
-            made.append((given[:length], target[:length]))
-        return batched(made)
+        pairs = [self.pairs[place] for _, place in batch_places(step, batch_size, len(self.pairs), seed)]
+        return batched([(given[:length], target[:length]) for given, target in pairs])
 
     def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
         """All pairs in the file's order, each side cut to `length` tokens."""

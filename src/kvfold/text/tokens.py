@@ -75,13 +75,9 @@ class TokenFile:
 
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Tensor:
         """The `ids_BT` of a step, with T = `length + 1`: inputs and targets overlap by `length - 1` tokens."""
-        windows = self.windows(length)
-        rows = np.empty((batch_size, length + 1), dtype=np.int64)
-        for row in range(batch_size):
-            epoch, index = divmod(step * batch_size + row, windows)
-            start = int(order(windows, seed, epoch)[index]) * length
-            rows[row] = self.tokens[start : start + length + 1]
-        return torch.from_numpy(rows)
+        places = batch_places(step, batch_size, self.windows(length), seed)
+        rows = [self.tokens[place * length : (place + 1) * length + 1] for _, place in places]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def check_vocabulary(source: str, tokens: int, embeddings: int) -> None:
@@ -100,6 +96,13 @@ def check_vocabulary(source: str, tokens: int, embeddings: int) -> None:
 def order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
     """The permutation in which an epoch sees the windows."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def batch_places(step: int, batch_size: int, windows: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Epoch and window of each row of a step's batch."""
+    for row in range(step * batch_size, (step + 1) * batch_size):
+        epoch, index = divmod(row, windows)
+        yield epoch, int(order(windows, seed, epoch)[index])
 
 
 def token_file(
