@@ -176,9 +176,18 @@ def test_a_command_that_reads_restores_it_too(half_replaced: Path, tmp_path: Pat
 
 
 def test_a_report_restores_it_too(half_replaced: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing to report|no records"):
+    with pytest.raises(DataError, match="nothing to report"):
         collect(tmp_path)
     assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
+    assert open_output(tmp_path / "out", {"a": 2}, overwrite=True).written()
+
+
+def test_work_that_only_lacks_its_commit_is_left_as_it_is(half_replaced: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in half_replaced.rglob("*"))
+    with pytest.raises(CheckpointError, match="is unfinished work"):
+        locate(half_replaced)
+    tidy(half_replaced)
+    assert sorted(path.name for path in half_replaced.rglob("*")) == before
 
 
 def test_a_folder_that_is_called_replaced_is_not_kvfolds(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from kvfold.faults import disk_errors as disk_errors
 from kvfold.inputs import LARGE, load_json, read_bytes
 
 MANIFEST = "kvfold.json"
+PARTIAL = ".partial"  # the ending of a folder of unfinished work
 REPAIRED = "repaired"  # in unfinished work: the repaired layers, one file each
 CLAIM = ".inputs.json"  # in OUT.partial: the inputs and settings of the unfinished work
 REPLACED = ".replaced"  # in OUT.partial, and for a moment in OUT: the output that is being replaced
@@ -222,7 +223,7 @@ def _forms(path: object) -> set[Path]:
 
 
 def _work_of(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + PARTIAL)
 
 
 def standing(path: str | Path, *, overwrite: bool = False) -> list[str]:
@@ -334,7 +335,8 @@ def tidy(path: Path) -> None:
     there are no leftovers. An output that cannot be written, or that another process works on, stays as it is.
     """
     killed = not os.path.lexists(path) and (_work_of(path) / REPLACED).is_dir()
-    if not killed and (path.is_symlink() or not lock.left(path) or not (path / MANIFEST).is_file()):
+    finished = not path.is_symlink() and lock.left(path) and (path / MANIFEST).is_file()
+    if not killed and (not finished or path.name.endswith(PARTIAL)):  # work that only lacks its commit is not finished
         return
     with suppress(OutputError, OSError):
         held = lock.Lock.take(_work_of(path) if killed else path)

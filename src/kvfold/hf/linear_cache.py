@@ -44,7 +44,7 @@ class LinearLayer(CacheLayerMixin):  # type: ignore[misc]
         self.record_past, self.settled = False, 0  # settled: number of kept tokens that are accepted
 
     def begin(self, kept: Tensor, key: Tensor, value: Tensor, window: int, sums: Sums | None) -> None:
-        """Start a text: no tokens are kept yet, and the sums are these. A text that has begun is not changed."""
+        """Start a text, with no kept tokens and with these sums. Does nothing if a text has started."""
         if not self.is_initialized:
             batch, groups, _, width = value.shape
             self.keys = kept.new_empty(batch, groups, 0, kept.shape[3])
@@ -121,7 +121,7 @@ class LinearLayer(CacheLayerMixin):  # type: ignore[misc]
             self.sums = Sums(change(self.sums.state_BGFE), None if mass_BGF is None else change(mass_BGF))
 
     def with_kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept tokens followed by these."""
+        """The keys and values of the kept tokens, followed by new ones."""
         if not self.keys.shape[2]:
             return keys, values
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
