@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -68,8 +68,16 @@ class Spool:
         self._file.close()
 
     def batches(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """All rows in order, as `batches` splits them."""
-        return batches(self.lengths, tokens)
+        """All rows in order as (first row, number of rows): adjacent rows of one length, of at most `tokens` tokens.
+
+        A row that is longer comes alone.
+        """
+        first = 0
+        for length, same in groupby(self.lengths):
+            count, most = len(list(same)), max(1, tokens // max(1, length))
+            for row in range(0, count, most):
+                yield first + row, min(most, count - row)
+            first += count
 
     def read(self, row: int, count: int = 1) -> Tensor:
         """A copy of `count` rows from `row` on, `hidden_BTD`. Raises EOFError if they were never written."""
@@ -102,19 +110,6 @@ class Spool:
         if len(found) != 1 or row + count > len(self):
             raise ValueError(f"rows {row} to {row + count - 1} of a spool are not there, or not of one length")
         return found.pop()
-
-
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[int, int]]:
-    """Split rows into (first row, number of rows): adjacent rows of one length, of at most `tokens` tokens together.
-
-    A longer row stands alone.
-    """
-    row = 0
-    while row < len(lengths):
-        most = max(1, tokens // max(1, lengths[row]))
-        count = next((n for n in range(1, most) if row + n >= len(lengths) or lengths[row + n] != lengths[row]), most)
-        yield row, count
-        row += count
 
 
 def _octets(tensor: Tensor) -> memoryview:

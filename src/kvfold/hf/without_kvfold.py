@@ -20,25 +20,25 @@ import transformers  # noqa: E402
 
 def main(question: Path, answer: Path) -> None:
     """Load the checkpoint with its own code, and write its answers and logits."""
-    asked = json.loads(question.read_text(encoding="utf-8"))
-    auto: Any = getattr(transformers, asked["auto"])
-    model = auto.from_pretrained(asked["folder"], trust_remote_code=True, dtype=torch.float32).eval()
-    prompts_BT = torch.tensor(asked["prompts"])
+    task = json.loads(question.read_text(encoding="utf-8"))
+    auto: Any = getattr(transformers, task["auto"])
+    model = auto.from_pretrained(task["folder"], trust_remote_code=True, dtype=torch.float32).eval()
+    prompts_BT = torch.tensor(task["prompts"])
     with torch.no_grad():
         answered_BT = model.generate(
             prompts_BT,
             attention_mask=torch.ones_like(prompts_BT),
-            max_new_tokens=asked["new_tokens"],
+            max_new_tokens=task["new_tokens"],
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
-        before = 1 if asked["paired"] else prompts_BT.shape[1]
+        before = 1 if task["paired"] else prompts_BT.shape[1]
         answers_BT = answered_BT[:, before:]
         logits = {}
-        for row, text in enumerate(asked["texts"]):
+        for row, text in enumerate(task["texts"]):
             given = {"input_ids": torch.tensor([text])}
-            if asked["paired"]:
+            if task["paired"]:
                 given = {"input_ids": prompts_BT[row : row + 1], "decoder_input_ids": answered_BT[row : row + 1, :-1]}
             logits[f"logits{row}"] = model(**given).logits[0].numpy()
     np.savez(answer, answers=answers_BT.numpy(), **logits)
