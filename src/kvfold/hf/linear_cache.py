@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from kvfold.attention.linear import Sums
+from kvfold.contracts.runtimes import LINEAR_LAYER
 from kvfold.errors import SettingError
-from kvfold.families._decoder import LINEAR_LAYER
 
 
 class LinearLayer(CacheLayerMixin):  # type: ignore[misc]

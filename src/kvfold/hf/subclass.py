@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvfold.contracts.runtimes import stock_type
+from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
 
@@ -32,49 +32,41 @@ def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield path, model.base_model.get_submodule(path)
 
 
-def register_decoder(
+def register_decoders(
     module: str,
     about: str,
-    model_type: str,
-    names: tuple[str, str],
+    runtime: Runtime,
     front: type,
     attention: type,
     *,
     config: tuple[type, ...] = (),
     fields: Mapping[str, Any] = {},
 ) -> None:
-    """Derive the classes of a stock decoder and register them with transformers' Auto classes.
+    """Derive the decoder classes of a runtime and register them with transformers' Auto classes.
 
-    `names` are the prefixes of the stock and of the derived class names (`Llama`, `KvfoldLlama`). `front` goes in front
-    of the model classes, `attention` in front of the stock attention, and `config` in front of the config class, which
-    gets `fields`. Models find their attention class as `own_attention`; the attention finds the stock module as
-    `architecture`. The derived attention is a subclass of the stock one because a model recognises its attentions by
-    that class when it returns attention weights.
+    `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
+    of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
+    the stock module as `architecture`. The derived attention is a subclass of the stock one because a model recognises
+    its attentions by that class when it returns attention weights.
     """
-    stock, ours = names
-    model = getattr(transformers, f"{stock}Model")
-    settings = derive(
-        module,
-        about,
-        getattr(transformers, f"{stock}Config"),
-        f"{ours}Config",
-        *config,
-        model_type=model_type,
-        **fields,
-    )
-    AutoConfig.register(model_type, settings)
-    own = derive(
-        module,
-        about,
-        model._can_record_outputs["attentions"],
-        f"{ours}Attention",
-        attention,
-        architecture=sys.modules[model.__module__],
-    )
-    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        classes = {"config_class": settings, "own_attention": own}
-        made = derive(module, about, getattr(transformers, f"{stock}{end}"), f"{ours}{end}", front, **classes)
-        auto.register(settings, made)
+    for stock in sorted(runtime.models):
+        model = getattr(transformers, f"{STEMS[stock]}Model")
+        named = {"model_type": runtime.model_type(stock), **fields}
+        base = getattr(transformers, f"{STEMS[stock]}Config")
+        settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
+        AutoConfig.register(runtime.model_type(stock), settings)
+        own = derive(
+            module,
+            about,
+            model._can_record_outputs["attentions"],
+            runtime.architecture(stock, "Attention"),
+            attention,
+            architecture=sys.modules[model.__module__],
+        )
+        for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
+            classes = {"config_class": settings, "own_attention": own}
+            base = getattr(transformers, f"{STEMS[stock]}{end}")
+            auto.register(settings, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
 
 
 class Replacement(nn.Module):
