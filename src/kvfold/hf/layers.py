@@ -27,12 +27,12 @@ from kvfold.hf.shared_layers import STATES
 
 
 class Layers:
-    """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)` from `embed` on.
+    """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)`, from `embed` on.
 
-    For decoders in which nothing but the embedding, the layers and the last norm touches the hidden states;
-    UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
-    the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`. `lengths` are those of the
-    rows that will be read: a model whose layers share keys and values must know them, and is a context manager then.
+    `attention` is as in `hf.load`. `lengths` are the lengths of the rows that will be read. They are needed, and
+    `Layers` must be used as a context manager, if layers share keys and values. Raises CheckpointError if the tensors
+    are not exactly those of the architecture, SettingError for an unknown `dtype`, and UnsupportedModel if anything but
+    the embedding, the layers and the last norm changes the hidden states.
     """
 
     def __init__(
@@ -51,10 +51,8 @@ class Layers:
         self._base, self._body = cast(Any, whole).base_model.eval(), source.family.body
         self.prefix = f"{cast(Any, whole).base_model_prefix}."
         if source.family.encoder_decoder:
-            raise UnsupportedModel(
-                f"{source.config['model_type']} is no decoder alone: it cannot be read layer by layer",
-                where=source.path,
-            )
+            what = f"{source.config['model_type']} is not a decoder: it cannot be read layer by layer"
+            raise UnsupportedModel(what, where=source.path)
         self._verify()
         self._plain = type(whole.get_submodule(self._body.embedding)) is nn.Embedding
         for path in (self._body.embedding, self._body.norm):
@@ -78,14 +76,14 @@ class Layers:
         self._open.close()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """The input of layer 0, `hidden_BTD`; of the embedding only the rows asked for come into memory."""
+        """The input of layer 0, `hidden_BTD`. Only the rows of these ids are read from the embedding."""
         weight_VD = self.source.read(f"{self._body.embedding}.weight")
         return weight_VD[ids_BT.to(weight_VD.device)].to(self.device, self.dtype)
 
     def open(self, number: int) -> Layer:
-        """Read layer `number` into memory, where it stays as long as the Layer does.
+        """Read layer `number` into memory, where it stays as long as the Layer exists.
 
-        Its weights are a copy to change as you like, and ask for no gradient.
+        Its weights are a copy that can be changed, and they require no gradient.
         """
         unread = self._unread[number]
         module = copy.deepcopy(unread, {id(self._base.config): self._base.config}).to_empty(device=self.device)
