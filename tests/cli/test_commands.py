@@ -177,7 +177,7 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
     "no length": (UPTRAIN[:5], _nothing, "--tokens"),
     "unknown loss": ([*UPTRAIN, "--loss", "kll"], _nothing, "did you mean 'kl'?"),
     "bad gate": ([*EVALUATE, "--gate", "lost<=1"], _nothing, "did you mean 'loss'?"),
-    "somebody's output": (CONVERT, _kept, "is no output of kvfold"),
+    "somebody's output": (CONVERT, _kept, "is not a kvfold output"),
     "the teacher as output": (["convert", "teacher", "teacher", "--kv-heads", "2"], _nothing, "never changed"),
     "no place to write": (BELOW_A_FILE, _nothing, "a part of the path is a file"),
     "no place for records": ([*EVALUATE, "--records", "text.txt/records"], _nothing, "a part of the path is a file"),

@@ -325,7 +325,7 @@ def test_a_method_with_calibration_and_groups_of_layers(
     convert(teacher, tmp_path / "student", "toy", options=options, progress=listener)
     assert any("is complete" in line for line in listener.lines)
     (tmp_path / "text.txt").write_text("Another text altogether, as long as the first. " * 20)
-    with pytest.raises(OutputError, match="the output exists"):
+    with pytest.raises(OutputError, match="exists, made from"):
         convert(teacher, tmp_path / "student", "toy", options=options)
 
 
@@ -396,7 +396,7 @@ def test_shards_of_a_repaired_student_hold_the_same(
     listener = Listener()
     assert fold(teacher, split, calibrated(shard_size=20_000), progress=listener) == split
     assert any("is complete" in line for line in listener.lines)
-    with pytest.raises(OutputError, match="the output exists"):
+    with pytest.raises(OutputError, match="exists, made from"):
         fold(teacher, split, calibrated(shard_size=20_000, repair=("o",)))
 
 
@@ -575,9 +575,9 @@ def test_complete_other_and_overwritten(tiny_checkpoint: Make, tmp_path: Path) -
     assert convert(teacher, out, "gqa", {"kv_heads": "self=2"}, progress=listener) == out
     assert listener.lines == [f"{out} is complete: it was made from this source with these settings"]
     assert (out / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="the output exists, from other inputs or settings"):
+    with pytest.raises(OutputError, match="exists, made from other inputs or settings"):
         convert(teacher, out, "gqa", {"kv_heads": 1})
-    with pytest.raises(OutputError, match="the output exists, from other inputs or settings"):
+    with pytest.raises(OutputError, match="exists, made from other inputs or settings"):
         convert(tiny_checkpoint(name="other", seed=1), out, "gqa", {"kv_heads": 2})
     convert(teacher, out, "gqa", {"kv_heads": 1}, overwrite=True)
     assert Checkpoint.open(out).shape.sites[Site(0)].num_key_value_heads == 1

@@ -130,9 +130,7 @@ def test_sentencepiece_alone_names_the_extra(
 ) -> None:
     folder = _pieces_alone(tiny_checkpoint("llama"), name, piece_model)
     monkeypatch.setitem(__import__("sys").modules, "google.protobuf", None)
-    with pytest.raises(
-        DataError, match=rf"{name} alone, which needs .*protobuf; pip install 'kvfold\[sentencepiece\]'"
-    ):
+    with pytest.raises(DataError, match=rf"{name}, which needs .*protobuf; pip install 'kvfold\[sentencepiece\]'"):
         hf.load_tokenizer(folder)
 
 
@@ -141,7 +139,7 @@ def test_sentencepiece_alone_is_read_with_the_extra(piece_model: bytes, tiny_che
     import sentencepiece
 
     folder = _pieces_alone(tiny_checkpoint("llama"), "tokenizer.model", piece_model)
-    with pytest.raises(DataError, match="nothing names the tokenizer's class; add tokenizer_config.json"):
+    with pytest.raises(DataError, match="no file names the tokenizer's class; add tokenizer_config.json"):
         hf.load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
     own = sentencepiece.SentencePieceProcessor(model_proto=piece_model)

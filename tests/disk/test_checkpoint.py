@@ -82,7 +82,7 @@ def test_missing_directory_and_file(tmp_path: Path) -> None:
 def test_unknown_hub_id_names_both_places() -> None:
     line = refusal("nobody/nothing-of-that-name")
     assert "no such directory" in line
-    assert "the hub has no answer" in line
+    assert "not found on the hub" in line
 
 
 def test_hub_id_is_downloaded_without_other_engines_files(
@@ -180,7 +180,7 @@ def test_wrong_dtype(tiny_checkpoint: Make) -> None:
     folder = tiny_checkpoint()
     change(folder, model__layers__0__self_attn__v_proj__weight=torch.zeros(32, 32, dtype=torch.int8))
     line = refusal(folder)
-    assert "model.layers.0.self_attn.v_proj.weight is not of floating numbers (got int8)" in line
+    assert "model.layers.0.self_attn.v_proj.weight does not hold floating-point numbers (got int8)" in line
     assert "bfloat16, float16, float32, float64" in line
 
 

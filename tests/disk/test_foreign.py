@@ -54,11 +54,11 @@ def _refusal(folder: Path) -> str:
         (["weights.npz"], "holds weights of MLX or numpy"),
         (
             ["model.fp16.safetensors"],
-            "a variant of the weights alone (got model.fp16.safetensors); rename it",
+            "only a variant of the weights (got model.fp16.safetensors); rename it",
         ),
         (
             ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
-            "shards lie here without model.safetensors.index.json, which says where each tensor lies (got 2 of 3",
+            "shards lie here without model.safetensors.index.json, which maps each tensor to its shard (got 2 of 3",
         ),
         (["pytorch_model-00001-of-00001.bin"], "shards lie here without pytorch_model.bin.index.json"),
     ],
@@ -84,7 +84,7 @@ def test_a_folder_of_checkpoints_names_the_last(tiny_checkpoint: Make, tmp_path:
     run = tmp_path / "run"
     run.mkdir()
     tiny_checkpoint("llama").rename(run / "checkpoint-20")
-    with pytest.raises(CheckpointError, match=r"holds checkpoints, and is none itself; did you mean .*checkpoint-20\?"):
+    with pytest.raises(CheckpointError, match=r"contains checkpoints, but is not one; did you mean .*checkpoint-20\?"):
         read_config(run)
     hub = tmp_path / "models--a--b"
     (hub / "snapshots").mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_another_number_of_layers_than_config_says(family: str, layers: int, tin
     count = "num_hidden_layers" if family == "llama" else "num_layers"
     have = json.loads((folder / "config.json").read_text())[count]
     _config(folder, **{count: have + layers - 4, **({"num_decoder_layers": have} if family == "t5" else {})})
-    assert f"config.json says {have + layers - 4} layers, and the weights have {have} (got " in _refusal(folder)
+    assert f"config.json says {have + layers - 4} layers, but the weights have {have} (got " in _refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import descend, remember, remembered, root_teacher, steps_since_root, vocabulary_difference
 from kvfold.disk.output import MANIFEST, write_json
+from kvfold.errors import CheckpointError
 
 Make = Callable[..., Path]
 
@@ -54,7 +56,7 @@ def test_a_students_student_descends_from_the_same_root(tiny_checkpoint: Make, t
     assert [step["source"] for step in lineage["steps"]] == [teacher.hash(), student.hash()]
 
 
-def test_what_was_done_since_the_root_is_told_with_what_it_cost(tiny_checkpoint: Make, tmp_path: Path) -> None:
+def test_steps_since_the_root_have_seconds_and_tokens(tiny_checkpoint: Make, tmp_path: Path) -> None:
     teacher = tiny_checkpoint()
     assert steps_since_root(Checkpoint.open(teacher)) == []
     before = descend(Checkpoint.open(teacher), inputs="i", stage="pretrain", settings={"text": "t"}, tokens=9)
@@ -121,3 +123,30 @@ def test_differences_between_vocabularies(tiny_checkpoint: Make) -> None:
     tokenizer["pre_tokenizer"]["add_prefix_space"] = True
     write_json(spelled.path / "tokenizer.json", tokenizer)
     assert vocabulary_difference(student, spelled) == "another tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"settings": {}}, "steps.0"),
+        ({"settings": {"method": "gqa", "sequence_length": 0}}, "steps.0.settings.sequence_length"),
+        ({"found": {"mix": {"kv_heads": "2", "kl": 0.1}}}, "steps.0.found"),
+        ({"found": {"chosen": None, "budget": 1.0}}, "steps.0.found"),
+        ({"found": {"sites": {"layer 0": {"planes": None, "lost": 1.0}}}}, "steps.0.found.sites.layer 0"),
+        ({"found": {"sites": {"layer 0": {"planes": [[0]]}}}}, "steps.0.found.sites.layer 0"),
+        ({"found": {"sites": {"layer 0": {"lossless": [1], "lost": 0.5}}}}, "steps.0.found.sites.layer 0"),
+        ({"found": {"sites": {"layer 0": {"planes": []}}}}, "steps.0.found.sites.layer 0.planes"),
+        ({"seed": True}, "steps.0.seed"),
+    ],
+)
+def test_a_step_that_lacks_what_its_kind_needs_is_refused(
+    step: dict[str, Any], says: str, tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    student = student_of(tiny_checkpoint(), tmp_path / "student")
+    lineage = json.loads((student.path / MANIFEST).read_text())
+    lineage["steps"][0] |= step
+    write_json(student.path / MANIFEST, lineage)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(student.path)
+    assert says in str(caught.value)
+    assert str(caught.value).endswith("restore it, or delete it to start a new one")

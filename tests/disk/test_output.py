@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvfold.disk import lock
+from kvfold.disk.checkpoint import locate
 from kvfold.disk.output import (
     CLAIM,
     MANIFEST,
@@ -30,7 +31,8 @@ from kvfold.disk.output import (
     tidy,
     write_json,
 )
-from kvfold.errors import OutputError
+from kvfold.errors import CheckpointError, DataError, OutputError
+from kvfold.report.folder import collect
 
 
 def finish(path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -73,7 +75,7 @@ def test_the_same_inputs_are_complete(tmp_path: Path) -> None:
 def test_other_inputs_are_refused_and_overwritten_on_request(tmp_path: Path) -> None:
     finish(tmp_path / "out", {"a": 1})
     line = refusal(tmp_path / "out", {"a": 2})
-    assert line.startswith(f"{tmp_path / 'out'}: the output exists, from other inputs or settings")
+    assert line.startswith(f"{tmp_path / 'out'}: exists, made from other inputs or settings")
     assert "--overwrite" in line
     finish(tmp_path / "out", {"a": 2}, overwrite=True)
     assert (tmp_path / "out" / "made").read_text() == "{'a': 2}"
@@ -141,19 +143,51 @@ def test_a_commit_that_is_killed_at_any_moment_loses_nothing_and_leaves_no_rest_
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "made", MANIFEST}
 
 
-def test_an_output_that_was_to_be_replaced_is_back_after_a_kill(
-    tmp_path: Path, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def half_replaced(tmp_path: Path, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Unfinished work whose commit was killed between its two renames, when the output had left its place."""
     finish(tmp_path / "out", {"a": 1})
     output = open_output(tmp_path / "out", {"a": 2}, overwrite=True)
-    killed_after(1)
+    write_json(output.work / MANIFEST, {"inputs": output.inputs})
+    killed_after(3)
     with pytest.raises(Killed):
         output.commit()
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    return output.work
+
+
+def test_a_command_that_writes_restores_an_output_whose_replacement_was_killed(
+    half_replaced: Path, tmp_path: Path
+) -> None:
     assert open_output(tmp_path / "out", {"a": 1}).complete
     assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
-    assert output.work.exists()
+    assert half_replaced.exists()
+
+
+def test_a_command_that_reads_restores_it_too(half_replaced: Path, tmp_path: Path) -> None:
+    with (half_replaced / lock.FILE).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="is not finished"):  # its process is still there
+            locate(tmp_path / "out")
+    assert locate(tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
+    assert open_output(tmp_path / "out", {"a": 2}, overwrite=True).written(), "and the new output is not lost"
+
+
+def test_a_report_restores_it_too(half_replaced: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to report"):
+        collect(tmp_path)
+    assert (tmp_path / "out" / "made").read_text() == "{'a': 1}"
+    assert open_output(tmp_path / "out", {"a": 2}, overwrite=True).written()
+
+
+def test_work_that_only_lacks_its_commit_is_left_as_it_is(half_replaced: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in half_replaced.rglob("*"))
+    with pytest.raises(CheckpointError, match="is unfinished work"):
+        locate(half_replaced)
+    tidy(half_replaced)
+    assert sorted(path.name for path in half_replaced.rglob("*")) == before
 
 
 def test_a_folder_that_is_called_replaced_is_not_kvfolds(tmp_path: Path) -> None:
@@ -170,7 +204,7 @@ def test_what_appears_at_the_path_during_the_work_is_not_replaced(tmp_path: Path
     write_json(output.work / MANIFEST, {"inputs": output.inputs})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter").write_text("dear")
-    with pytest.raises(OutputError, match="is no output of kvfold"):
+    with pytest.raises(OutputError, match="is not a kvfold output"):
         output.commit()
     assert output.written()
     assert (tmp_path / "out" / "letter").read_text() == "dear"
@@ -182,7 +216,7 @@ def test_an_output_with_files_of_others_is_not_overwritten(tmp_path: Path, name:
     theirs = tmp_path / "out" / name
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("dear")
-    assert f"holds files that kvfold did not write: it is not overwritten (got {name}); move them away" in refusal(
+    assert f"holds files that kvfold did not write (got {name}); move them away" in refusal(
         tmp_path / "out", {"a": 2}, overwrite=True
     )
     assert theirs.read_text() == "dear"
@@ -207,7 +241,7 @@ def test_cards_pages_and_lists_are_no_files_of_others(tmp_path: Path) -> None:
 def test_an_output_that_is_a_link_is_not_followed(tmp_path: Path, there: bool) -> None:
     finish(tmp_path / "real", {"a": 1})
     (tmp_path / "out").symlink_to(tmp_path / ("real" if there else "nowhere"))
-    assert "is a symbolic link: it is not overwritten" in refusal(tmp_path / "out", {"a": 2}, overwrite=True)
+    assert "is a symbolic link" in refusal(tmp_path / "out", {"a": 2}, overwrite=True)
     if there:
         assert open_output(tmp_path / "out", {"a": 1}).complete
     assert (tmp_path / "real" / "made").read_text() == "{'a': 1}"
@@ -218,7 +252,9 @@ def test_unfinished_work_that_is_a_link_is_not_followed(tmp_path: Path, there: b
     if there:
         (tmp_path / "theirs").mkdir()
     (tmp_path / "out.partial").symlink_to(tmp_path / "theirs")
-    assert "is a symbolic link: kvfold makes none; move it away" in refusal(tmp_path / "out", {}, overwrite=True)
+    assert "is a symbolic link, which kvfold does not make; move it away" in refusal(
+        tmp_path / "out", {}, overwrite=True
+    )
     assert (tmp_path / "theirs").exists() == there
     assert not there or not list((tmp_path / "theirs").iterdir())
 
@@ -257,16 +293,16 @@ def test_an_unclaimed_folder_with_a_link_or_a_file_of_others_is_left_alone(tmp_p
 @pytest.mark.parametrize(
     ("out", "read", "said"),
     [
-        ("text", "text", "the teacher lies there"),
-        ("text", "text/a.txt", "the teacher lies there"),
-        ("text", "other/../text/a.txt", "the teacher lies there"),
-        (".", "text", "the teacher lies there"),
+        ("text", "text", "would overwrite the teacher"),
+        ("text", "text/a.txt", "would overwrite the teacher"),
+        ("text", "other/../text/a.txt", "would overwrite the teacher"),
+        (".", "text", "would overwrite the teacher"),
         ("text/out", "text", "lies in the teacher"),
         ("text/deep/out", "other/../text", "lies in the teacher"),
         ("other/out", "link", "lies in the teacher"),
-        ("other", "link/a.txt", "the teacher lies there"),
+        ("other", "link/a.txt", "would overwrite the teacher"),
         ("link/out", "other", "lies in the teacher"),
-        ("new", "new.partial/a.txt", "the teacher lies there"),
+        ("new", "new.partial/a.txt", "would overwrite the teacher"),
         ("new", "text", None),
         ("text/out", "text/a.txt", None),
         ("text2", "text", None),
@@ -334,9 +370,9 @@ def test_a_cache_loses_what_is_old_and_kvfolds_alone(tmp_path: Path) -> None:
 def test_files_of_others_are_never_overwritten(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
-    assert "is no output of kvfold" in refusal(tmp_path / "home", {}, overwrite=overwrite)
+    assert "is not a kvfold output" in refusal(tmp_path / "home", {}, overwrite=overwrite)
     (tmp_path / "file").write_text("dear")
-    assert "is no output of kvfold" in refusal(tmp_path / "file", {}, overwrite=overwrite)
+    assert "is not a kvfold output" in refusal(tmp_path / "file", {}, overwrite=overwrite)
     assert (tmp_path / "home" / "letter").read_text() == (tmp_path / "file").read_text() == "dear"
 
 
@@ -468,7 +504,7 @@ def test_another_process_may_finish_between_two_looks(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("path", ["", ".", ".."])
 def test_a_path_without_a_name(path: str) -> None:
-    assert "is no name for an output" in refusal(Path(path), {})
+    assert "is not a name for an output" in refusal(Path(path), {})
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

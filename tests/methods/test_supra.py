@@ -22,7 +22,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
 from kvfold.families import all_families
-from kvfold.hf.linear import LinearLayer
+from kvfold.hf.linear_cache import LinearLayer
 from kvfold.methods import supra
 from kvfold.predict.plan import plan
 from kvfold.report import report
@@ -220,9 +220,9 @@ def test_what_is_in_the_sums_cannot_be_taken_back(tiny_checkpoint: Callable[...,
     model: Any = hf.load(convert(tiny_checkpoint("llama", tokenizer=False), tmp_path / "student", "supra", HYBRID))
     cache = hf.new_cache(model, "growing", 20)
     model(ids(1, 12), past_key_values=cache)
-    with pytest.raises(SettingError, match=r"2 tokens cannot be taken back.*activate_past_recording"):
+    with pytest.raises(SettingError, match=r"cannot remove 2 tokens.*activate_past_recording"):
         cache.crop(-2)
-    with pytest.raises(SettingError, match="not filled from outside"):
+    with pytest.raises(SettingError, match="cannot be filled from outside"):
         LinearLayer().update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -252,7 +252,7 @@ def test_a_cache_does_not_grow_and_its_sums_are_wide(tiny_checkpoint: Callable[.
 
 def test_a_mask_that_is_more_than_padding_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model: Any = hf.load(convert(tiny_checkpoint("llama", tokenizer=False), tmp_path / "student", "supra"))
-    with pytest.raises(SettingError, match="no mask but that of padding"):
+    with pytest.raises(SettingError, match="supports only padding masks"):
         model(ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
 
 

@@ -172,7 +172,7 @@ def test_names_that_are_no_text(name: str) -> None:
 def test_null_rows_and_half_surrogates_are_counted_and_told(tmp_path: Path, byte_tokenizer: Path) -> None:
     rows = b'{"text": "ab"}\nnull\n{"text": null}\n{"text": "c\\ud800d"}\n{"text": ""}\n{"text": "\\ud83d\\ude00"}\n'
     path, told = _file(tmp_path, "t.jsonl", rows), Counter[str]()
-    assert list(read_texts(path, told=told)) == ["ab", "", "", "c\ufffdd", "", "\U0001f600"]
+    assert list(read_texts(path, notes=told)) == ["ab", "", "", "c\ufffdd", "", "\U0001f600"]
     assert told == {LEFT_OUT: 3, MENDED: 1}
     progress = _Told()
     made = token_file(path, byte_tokenizer, cache_dir=tmp_path / "cache", progress=progress)
@@ -189,7 +189,11 @@ def test_parquet_as_people_have_it(tmp_path: Path, byte_tokenizer: Path) -> None
         return tmp_path / name
 
     told = Counter[str]()
-    assert list(read_texts(table("n.parquet", {"text": ["a", None, "b"], "n": [1, 2, 3]}), told=told)) == ["a", "", "b"]
+    assert list(read_texts(table("n.parquet", {"text": ["a", None, "b"], "n": [1, 2, 3]}), notes=told)) == [
+        "a",
+        "",
+        "b",
+    ]
     assert told[LEFT_OUT] == 1
     large = pyarrow.array(["a", "b"], pyarrow.large_string())
     assert list(read_texts(table("l.PARQUET", {"text": large}))) == ["a", "b"]
@@ -243,7 +247,7 @@ def test_a_chat_is_what_the_tokenizers_template_makes_of_it(
     expected = tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=False)
     made = token_file(path, byte_tokenizer, cache_dir=tmp_path / "cache")
     assert made.tokens.tolist() == [*tokenizer(expected)["input_ids"], tokenizer.eos_token_id]
-    with pytest.raises(DataError, match=r"chat.jsonl:1: \w+: is a chat, and here is no tokenizer"):
+    with pytest.raises(DataError, match=r"chat.jsonl:1: \w+: is a chat, and there is no tokenizer"):
         text_facts(path)
 
 
@@ -273,7 +277,7 @@ def test_a_template_that_prints_the_date_makes_the_same_text_tomorrow(byte_token
 @pytest.mark.parametrize(
     ("template", "row", "what"),
     [
-        (None, CHATS[0], "messages: is a chat, and the tokenizer has no chat template; take the tokenizer of a chat"),
+        (None, CHATS[0], "messages: is a chat, but the tokenizer has no chat template; take the tokenizer of a chat"),
         (
             "{{ raise_exception('roles alternate') }}",
             CHATS[0],

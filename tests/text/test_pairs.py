@@ -147,7 +147,7 @@ def test_what_span_corruption_lacks_is_said(tiny_checkpoint: Make, tmp_path: Pat
     plain = corpus(tmp_path / "text.txt", tiny_checkpoint("llama", name="plain"))
     with pytest.raises(DataError, match="got 0 tokens <extra_id_N>"):
         plain.check(batch_size=1, length=64, vocab_size=300)
-    with pytest.raises(SettingError, match="sampled from decoders"):
+    with pytest.raises(SettingError, match="only a decoder can sample text"):
         corpus("self", tmp_path / "teacher")
 
 

@@ -157,7 +157,7 @@ def test_alpha_counts_the_tokens_of_the_pretraining(text: Path, tmp_path: Path) 
 
 
 def test_text_of_the_teachers_own_is_refused(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="sampled from decoders"):
+    with pytest.raises(SettingError, match="only a decoder can sample text"):
         uptrain(student, tmp_path / "out", UptrainSettings(data="self", tokens=128, **SMALL))
     assert not (tmp_path / "out").exists()
 

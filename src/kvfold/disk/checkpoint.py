@@ -1,8 +1,8 @@
 """Checkpoints: opened lazily by tensor name, hashed by content, and saved.
 
 A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), or `kvfold:demo`, which
-ships with the package. Its content hash is that of `config.json` and of every tensor, whatever the shards and the
-container. `kvfold.json` holds its lineage (`kvfold.lineage`): the root teacher, and each step from there.
+ships with the package. Its content hash covers `config.json` and every tensor, independent of shards and file format.
+`kvfold.json` holds its lineage: the root teacher, and each step from there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from kvfold.disk.headers import FLOATS, TensorSpec
 from kvfold.disk.manifest import FORMAT, read_lineage
 from kvfold.disk.output import CLAIM, MANIFEST, disk_errors, fingerprint, tidy, write_json
 from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tensors, tensors_hash
-from kvfold.errors import CheckpointError, UnsupportedModel
+from kvfold.errors import CheckpointError
 from kvfold.families import source_family
 from kvfold.inputs import load_json
 from kvfold.progress import SILENT, Progress
@@ -45,34 +47,29 @@ __all__ = [
 ]
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
-TIED = "lm_head.weight"  # left out of names and hash when the config ties it and it equals the embedding
+TIED = "lm_head.weight"  # left out of names and hash if the config ties it and it equals the embedding
+ROWS = 4096  # rows of an embedding that are compared at a time
 
-OTHER_HEADS = ("score.", "classifier.", "classification_head.", "qa_outputs.", "v_head.")
-"""What names of tensors begin with that belong to classifiers, question answering and value heads."""
-
-ROWS = 4096  # of an embedding that are compared at a time
-
-_BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # say nothing of what is computed
+_BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # fields that do not affect the output
 _SMALL = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.txt", "LICEN[CS]E*", "NOTICE*")
 _UNWANTED = ("consolidated*", "original/*", "onnx/*")  # other engines' copies of the same weights
 
 
 def locate(source: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded, config and lineage alone if `weights` are not wanted.
+    """The directory of a checkpoint. A hub id is downloaded: config and lineage alone if `weights` is false.
 
-    Raises CheckpointError when there is no such directory and the hub has no such model either.
+    Raises CheckpointError if neither the disk nor the hub has the checkpoint.
     """
     path = DEMO if str(source) == "kvfold:demo" else Path(source)
     try:
-        os.stat(path)
-    except FileNotFoundError:  # looked for elsewhere, below
-        pass
-    except (OSError, ValueError) as error:  # too long a name, a loop of links, no permission, a NUL
+        tidy(path)  # restores an output whose replacement was killed
+        with suppress(FileNotFoundError):  # may still be a hub id
+            os.stat(path)
+    except (OSError, ValueError) as error:  # the name is too long, a loop of links, no permission, a NUL
         raise CheckpointError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
     if path.is_dir():
         if path.name.endswith(".partial") and (path / CLAIM).exists():
             raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
-        tidy(path)
         return path
     if path.exists():
         raise CheckpointError("is a file, not a checkpoint's directory", where=path)
@@ -84,23 +81,19 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
 
 
 def _download(source: str, *, weights: bool) -> Path:
-    """The hub's cache directory of a model, safetensors before `.bin`."""
-    import huggingface_hub  # only here: nothing local needs it
+    """The hub's cache directory of a model: with its safetensors, or with its `.bin` files if it has none."""
+    import huggingface_hub  # not needed for local checkpoints
 
     name, _, revision = source.partition("@")
+    options: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(_UNWANTED)}
 
     def fetch(*patterns: str) -> Path:
         try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED)
-                )
-            )
-        except Exception as error:  # its client raises the errors of four libraries
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
+        except Exception as error:  # the client raises the errors of four libraries
             answer = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(
-                f"no such directory, and the hub has no answer for it: {answer[:200]}", where=source
-            ) from error
+            what = f"no such directory, and not found on the hub: {answer[:200]}"
+            raise CheckpointError(what, where=source) from error
 
     if not weights:
         return fetch("config.json", MANIFEST)
@@ -111,7 +104,7 @@ def _download(source: str, *, weights: bool) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a directory. Raises CheckpointError when it is missing or no JSON object."""
+    """The `config.json` of a directory. Raises CheckpointError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not os.path.lexists(path):
         check_folder(folder)
@@ -123,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A checkpoint whose config, family, shape and headers are read and checked; tensors are read when asked for."""
+    """A checkpoint whose config, family, shape and headers have been read and checked; tensors are read on demand."""
 
     def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
         self.path, self.name, self.config = path, name, config
@@ -133,9 +126,8 @@ class Checkpoint:
             check_folder(path)
         self._stored = stored_tensors(path)
         check_names(path, list(self._stored), self.family, self.shape)
-        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes, as far as they are known
-        self._flaws: dict[str, CheckpointError] = {}  # tensors that were hashed and hold NaN or infinity
-        self._check_heads()
+        self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
+        self._flaws: dict[str, CheckpointError] = {}  # hashed tensors that hold NaN or infinity
         self._check_tie()
         if self._tied_twice():
             del self._stored[TIED]
@@ -147,15 +139,15 @@ class Checkpoint:
     def open(cls, source: str | Path) -> Checkpoint:
         """Open a local directory or a hub id.
 
-        Raises CheckpointError when files are missing, damaged or not what config.json says, and UnsupportedModel
-        when the architecture is not known or the weights are quantised.
+        Raises CheckpointError if files are missing, damaged or contradict config.json, and UnsupportedModel if the
+        architecture is unknown or the weights are quantised.
         """
         path = locate(source)
         name = path.resolve().name if Path(source).is_dir() else str(source)
         return cls(path, name, read_config(path))
 
     def names(self) -> list[str]:
-        """Names of the tensors, in order of layers and not of letters."""
+        """Names of the tensors; layer 2 comes before layer 10."""
         return sorted(self._stored, key=natural)
 
     @property
@@ -169,11 +161,11 @@ class Checkpoint:
         return name if name in self._stored else next(alike, name)
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype of a tensor. Raises CheckpointError when there is none of that name."""
+        """Shape and dtype of a tensor. Raises CheckpointError if there is no tensor of that name."""
         return self._entry(name).spec
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file: pages come in when they are looked at, and go with the tensor."""
+        """A tensor, mapped from its file: its pages are read on access and freed with the tensor."""
         return self._entry(name).read()
 
     def roles(self, site: Site) -> SiteTensors:
@@ -191,9 +183,9 @@ class Checkpoint:
         return sorted({stored.file for stored in self._stored.values()})
 
     def hash(self, progress: Progress = SILENT) -> str:
-        """Content hash of config and tensors, independent of shards and container; streamed, read at most once.
+        """Content hash of config and tensors, independent of shards and file format. Each tensor is read at most once.
 
-        Raises CheckpointError when the lineage beside it speaks of another content.
+        Raises CheckpointError if the lineage names another hash.
         """
         missing = [name for name in self.names() if name not in self.digests]
         progress = progress if missing else SILENT
@@ -211,18 +203,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"the weights or config.json have changed since {MANIFEST} was written",
                 where=self.path,
-                next=f"restore them, or delete {MANIFEST} to make this a root teacher of its own",
+                next=f"restore them, or delete {MANIFEST} to make this a root teacher",
             )
         return hashed
 
     def require_finite(self, progress: Progress = SILENT) -> None:
-        """Refuse weights that are NaN or infinite, with CheckpointError; they are looked at while they are hashed."""
+        """Raise CheckpointError for weights that are NaN or infinite; they are checked while they are hashed."""
         self.hash(progress)
         if self._flaws:
             raise self._flaws[min(self._flaws, key=natural)]
 
     def _digest(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes; NaN and infinity are noted."""
+        """SHA-256 of a tensor's bytes; NaN and infinity are recorded in `_flaws`."""
         try:
             return digest(self.read(name), name, self._entry(name).file)
         except CheckpointError as flaw:
@@ -230,11 +222,11 @@ class Checkpoint:
             return digest(self.read(name))
 
     def root_hash(self) -> str:
-        """Content hash of the first teacher of the chain; a checkpoint without lineage is its own."""
+        """Content hash of the root teacher; a checkpoint without lineage is its own."""
         return str(self.lineage["root"]["hash"]) if self.lineage else self.hash()
 
     def tokenizer_hash(self) -> str | None:
-        """Hash of what decides the ids of a text, special tokens included; None when there is no tokenizer."""
+        """Hash of everything that affects the ids of a text, special tokens included; None without a tokenizer."""
         return sidecar.tokenizer_hash(self.path)
 
     def _entry(self, name: str) -> Stored:
@@ -242,18 +234,8 @@ class Checkpoint:
             raise CheckpointError(f"has no tensor {name}", where=self.path)
         return self._stored[name]
 
-    def _check_heads(self) -> None:
-        """Refuse tensors of another head than a language model's, whatever config.json calls the architecture."""
-        for name in self._stored:
-            if name.startswith(OTHER_HEADS):
-                raise UnsupportedModel(
-                    f"tensor {name} belongs to another head than a language model's",
-                    where=self._stored[name].file,
-                    next="convert the language model that it was trained from",
-                )
-
     def _check_tie(self) -> None:
-        """Refuse an output projection beside another embedding that it is tied to: some engines drop it, some do not.
+        """Refuse an output projection that differs from the embedding it is tied to: some engines drop it.
 
         Raises CheckpointError.
         """
@@ -263,22 +245,21 @@ class Checkpoint:
         embeddings = [name for name in self._stored if name == embedding or "embed" in name]
         if not any(self._equal(TIED, name) for name in embeddings):
             raise CheckpointError(
-                f"config.json ties {TIED} to {embedding}, and no embedding holds the same numbers",
+                f"config.json ties {TIED} to {embedding}, but no embedding has its values",
                 where=self.path,
                 got=", ".join(embeddings) or "no embedding",
                 next=f"set tie_word_embeddings to false in config.json to keep both, or delete {TIED}",
             )
 
     def _equal(self, first: str, second: str) -> bool:
-        """Do two tensors hold the same numbers? Where their dtypes differ, the wider one decides."""
+        """True if two tensors hold the same numbers; different dtypes are compared in the wider one."""
         import torch
 
         one, other = self._stored.get(first), self._stored.get(second)
         if one is None or other is None or one.spec.shape != other.spec.shape:
             return False
         if one.spec == other.spec:
-            for name in (first, second):
-                self.digests[name] = self.digests.get(name) or self._digest(name)
+            self.digests |= {name: self._digest(name) for name in (first, second) if name not in self.digests}
             return self.digests[first] == self.digests[second]
         if not one.spec.floating or not other.spec.floating:
             return False
@@ -287,7 +268,7 @@ class Checkpoint:
         return all(torch.equal(a.to(wide), b.to(wide)) for a, b in pairs)
 
     def _tied_twice(self) -> bool:
-        """Is the output projection stored beside an embedding that it is tied to, equal to it?"""
+        """True if the output projection is tied to an embedding, and both are stored and equal."""
         if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
             return False
         spec = self._stored[TIED].spec
@@ -315,7 +296,7 @@ class Checkpoint:
                     )
                 if not spec.floating and roles[0] not in WHOLE:
                     raise CheckpointError(
-                        f"tensor {name} is not of floating numbers",
+                        f"tensor {name} does not hold floating-point numbers",
                         where=self._stored[name].file,
                         got=spec.dtype,
                         allowed=", ".join(FLOATS),
@@ -332,13 +313,13 @@ class Checkpoint:
             )
 
     def _hint(self, name: str) -> str | None:
-        """Say what may be wrong when a tensor of an attention is not there."""
+        """The likely reason why a tensor of an attention is missing."""
         last = name.rsplit(".", 2)[-2:]
         alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
         return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
 
     def _gap(self) -> str | None:
-        """Name a tensor that some layers have and another lacks."""
+        """The first tensor that some layers have and another lacks."""
         layers: dict[str, set[str]] = {}
         for name in self._stored:
             if found := re.search(r"\.(\d+)\.", name):
@@ -356,7 +337,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _same_module(first: str, second: str) -> bool:
-    """Are two tensors of the same place, up to the layer's number?"""
+    """True if two names differ in the layer's number alone."""
     return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
 
 
@@ -364,15 +345,13 @@ def _same_module(first: str, second: str) -> bool:
 
 
 def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> str:
-    """One hash of what a checkpoint computes: its config without book-keeping, and its tensors.
+    """One hash of everything that affects a checkpoint's output: its config without book-keeping, and its tensors.
 
-    The output projection does not count where the config ties it and it equals the embedding.
+    An output projection that is tied and equal to the embedding does not count.
     """
-    specs = dict(specs)
-    if config.get("tie_word_embeddings") and TIED in specs:
-        same = [name for name in specs if "embed" in name and digests[name] == digests[TIED]]
-        if same:
-            del specs[TIED]
+    tied = config.get("tie_word_embeddings") and TIED in specs
+    if tied and any("embed" in name and digests[name] == digests[TIED] for name in specs):
+        specs = {name: spec for name, spec in specs.items() if name != TIED}
     known = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
     return fingerprint({"config": known, "tensors": tensors_hash(specs, digests)})
 
@@ -381,7 +360,7 @@ def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], dig
 
 
 def carry_over(source: Checkpoint, folder: Path) -> None:
-    """Copy what goes with a student from beside the weights: tokenizer, chat template, generation settings, licence."""
+    """Copy the files beside the weights that belong to a student too: tokenizer, chat template, licence, and so on."""
     sidecar.carry_over(source.path, folder)
 
 
@@ -395,12 +374,12 @@ def save_model(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> str:
-    """Save a trained model into a folder (an output's `work`) and return its content hash, which the lineage gets too.
+    """Save a trained model into a folder (an output's `work`). Returns its content hash, which is added to the lineage.
 
-    Each tensor has the dtype of its namesake in `like`, whose tokenizer and other files are carried over; without
-    one, `dtype`, else the config's. An output projection that is tied to the embedding is not saved.
-    Raises CheckpointError when `like` has a tensor that `state` lacks or a weight is NaN or infinite, SettingError for
-    a weight that its dtype cannot hold, OutputError when the disk refuses.
+    With `like`, each tensor has the dtype of its namesake there, and tokenizer and other files are copied from there;
+    otherwise the dtype is `dtype`, or the config's. An output projection that is tied to the embedding is not saved.
+    Raises CheckpointError if `state` lacks a tensor of `like` or a weight is NaN or infinite, SettingError for a weight
+    that its dtype cannot hold, and OutputError if the disk refuses.
     """
     config = sidecar.without_code(config)
     names = like.names() if like else sorted(state, key=natural)
@@ -409,18 +388,12 @@ def save_model(
     missing = [name for name in names if name not in state]
     if missing:
         raise CheckpointError(f"the trained model lost {len(missing)} tensors, the first is {missing[0]}", where=folder)
-    floats = dtype or str(config.get("dtype") or "float32")
-    specs = {
-        name: TensorSpec(
-            tuple(state[name].shape),
-            like.spec(name).dtype
-            if like and not dtype
-            else floats
-            if state[name].is_floating_point()
-            else _dtype(state[name]),
-        )
-        for name in names
-    }
+    specs = {name: TensorSpec.of(state[name]) for name in names}
+    for name, spec in specs.items():
+        if like and not dtype:
+            specs[name] = replace(spec, dtype=like.spec(name).dtype)
+        elif state[name].is_floating_point():
+            specs[name] = replace(spec, dtype=dtype or str(config.get("dtype") or "float32"))
     with disk_errors(folder):
         if like:
             carry_over(like, folder)
@@ -432,7 +405,3 @@ def save_model(
         hashed = content_hash(config, specs, writer.digests)
         write_json(folder / MANIFEST, {**lineage, "hash": hashed})
     return hashed
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

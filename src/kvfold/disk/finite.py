@@ -1,4 +1,4 @@
-"""Weights are finite numbers: NaN and infinity are refused where tensors stream, and so is what a dtype cannot hold."""
+"""Weights are finite numbers: refuses NaN, infinity, and numbers that a dtype cannot hold, while tensors stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_finite(part: Tensor, dtype: str, name: str, where: object = None) -> None:
-    """Refuse NaN and infinity, and numbers that become infinite as `dtype`; `name` is the tensor's.
+    """Refuse NaN and infinity, and numbers that overflow when they are cast to `dtype`; `name` is the tensor's.
 
     Raises CheckpointError or SettingError.
     """
@@ -19,20 +19,19 @@ def check_finite(part: Tensor, dtype: str, name: str, where: object = None) -> N
 
     if not part.numel() or not part.is_floating_point() or part.element_size() == 1:  # eight-bit floats have scales
         return
-    low, high = torch.aminmax(part)  # one pass and no copy; NaN wins
     target = getattr(torch, dtype)
-    for bound in (low, high):
+    for bound in torch.aminmax(part):  # one pass without a copy; NaN propagates
         if not bound.isfinite():
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
                 where=where,
                 got=float(bound),
                 allowed="finite numbers",
-                next="the weights are damaged, or overflowed where they were made: use another copy",
+                next="the weights are damaged, or overflowed in training; use another copy",
             )
         if not bound.to(target).isfinite():
             raise SettingError(
-                f"tensor {name} holds a number that {dtype} cannot hold",
+                f"tensor {name} holds a number that {dtype} cannot represent",
                 where=where,
                 got=f"{float(bound):.6g}",
                 allowed=f"-{torch.finfo(target).max:.6g} to {torch.finfo(target).max:.6g}",

@@ -1,16 +1,21 @@
-"""Headers of safetensors files: names, dtypes, shapes and places of tensors, checked before a tensor is looked at."""
+"""Headers of safetensors files: the names, dtypes, shapes and offsets of tensors, checked before a tensor is read."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pydantic
 
 from kvfold.errors import CheckpointError
 from kvfold.inputs import parse_json
 
-FLOATS = ("bfloat16", "float16", "float32", "float64")  # what can be folded; eight-bit floats come with scales
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")  # dtypes that can be folded; eight-bit floats have scales
 
 _DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
@@ -26,19 +31,24 @@ ITEMSIZE = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor, the dtype in torch's words: `bfloat16`, `float32`, ..."""
+    """Shape and dtype of a tensor; the dtype has torch's name, such as `bfloat16`."""
 
     shape: tuple[int, ...]
     dtype: str
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """The shape and dtype of a tensor in memory."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def floating(self) -> bool:
-        """Does it hold floating numbers that are whole in themselves?"""
+        """True for floating-point numbers that need no separate scale."""
         return self.dtype in FLOATS
 
     @property
@@ -47,57 +57,60 @@ class TensorSpec:
         return self.numel * ITEMSIZE[self.dtype]
 
 
+_Whole = Annotated[int, pydantic.Field(ge=0, lt=1 << 60)]
+
+
+class _Entry(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    dtype: Annotated[str, pydantic.Field(pattern=f"^({'|'.join(_DTYPES)})$")]
+    shape: list[_Whole]
+    data_offsets: Annotated[list[_Whole], pydantic.Field(min_length=2, max_length=2)]
+
+
+_METADATA = pydantic.TypeAdapter(dict[str, str], config=pydantic.ConfigDict(strict=True))
+_TENSORS = pydantic.TypeAdapter(dict[str, _Entry], config=pydantic.ConfigDict(strict=True))
+
+
 def read_header(file: Path, content: bytes) -> dict[str, tuple[TensorSpec, int, int]]:
-    """The tensors that a safetensors header names, each with its first byte and the one after its last."""
+    """The tensors of a safetensors header by name, each with its first byte and the byte after its last.
+
+    Raises CheckpointError for a header that is damaged, and for tensors that overlap or leave holes.
+    """
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise _header(file, "it is not UTF-8 text", got=f"byte {error.start}") from error
+        raise _damaged(file, "it is not UTF-8 text", got=f"byte {error.start}") from error
     header = parse_json(text, where=f"{file}: its safetensors header", unique=True)
-    if not isinstance(header, dict):
-        raise _header(file, "it is no mapping of names to tensors")
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _header(file, "__metadata__ is no mapping of text to text", got=repr(metadata))
-    entries = {name: _entry(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
-    reached = 0
-    for name, (spec, begin, end) in sorted(entries.items(), key=lambda each: each[1][1:]):
+    try:
+        if isinstance(header, dict):
+            _METADATA.validate_python(header.pop("__metadata__", {}))
+        found = _TENSORS.validate_python(header)
+    except pydantic.ValidationError as failure:
+        first = failure.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(file, f"{place}: {first['msg']}", got=repr(first["input"])) from failure
+    reached, entries = 0, {}
+    for name, entry in sorted(found.items(), key=lambda each: each[1].data_offsets):
+        check_name(file, name)
+        spec, (begin, end) = TensorSpec(tuple(entry.shape), _DTYPES[entry.dtype]), entry.data_offsets
         if begin != reached:
             problem = "overlaps the tensor before it" if begin < reached else "leaves a hole before it"
-            raise _header(file, f"tensor {name} {problem}", got=f"byte {begin:,}", allowed=f"{reached:,}")
+            raise _damaged(file, f"tensor {name} {problem}", got=f"byte {begin:,}", allowed=f"{reached:,}")
         if end - begin != spec.nbytes:
-            raise CheckpointError(
-                f"its header gives tensor {name} {end - begin} bytes, its shape needs {spec.nbytes}", where=file
-            )
-        reached = end
+            what = f"its header gives tensor {name} {end - begin} bytes, its shape needs {spec.nbytes}"
+            raise CheckpointError(what, where=file)
+        entries[name], reached = (spec, begin, end), end
     return entries
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
-    """One tensor of a safetensors header."""
-    check_name(file, name)
-    if not isinstance(entry, dict):
-        raise _header(file, f"tensor {name} is no mapping", got=repr(entry))
-    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise _header(file, f"tensor {name} has a dtype that is not known", got=repr(code), allowed=", ".join(_DTYPES))
-    if not _wholes(shape) or math.prod(shape) >= 1 << 60:
-        raise _header(file, f"the shape of tensor {name} is not of whole numbers that can be", got=repr(shape))
-    if not _wholes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _header(file, f"data_offsets of tensor {name} are not two whole numbers in order", got=repr(offsets))
-    return TensorSpec(tuple(shape), _DTYPES[code]), offsets[0], offsets[1]
-
-
-def _wholes(value: Any) -> TypeGuard[list[int]]:
-    """Is it a list of whole numbers that a file can have?"""
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < 1 << 60 for each in value)
-
-
-def _header(file: Path, what: str, **more: Any) -> CheckpointError:
+def _damaged(file: Path, what: str, **more: Any) -> CheckpointError:
     return CheckpointError(f"its safetensors header cannot be read: {what}", where=file, **more)
 
 
 def check_name(file: Path, name: Any) -> None:
-    """Refuse what cannot be the name of a tensor: no text, half of a surrogate pair, or endless."""
+    """Refuse a tensor name that is not text, holds half of a surrogate pair, or is longer than 1,000 characters.
+
+    Raises CheckpointError.
+    """
     if not isinstance(name, str) or len(name) > 1000 or any("\ud800" <= each <= "\udfff" for each in name):
         raise CheckpointError("holds a tensor with an impossible name", where=file, got=repr(name))

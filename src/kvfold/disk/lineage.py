@@ -1,4 +1,4 @@
-"""Lineage: where a student comes from, where its first teacher lies now, and whether both read the same tokens."""
+"""Lineage: the steps that made a student, the location of its root teacher, and whether both share a vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.disk.checkpoint import FORMAT, Checkpoint
-from kvfold.disk.output import cache_folder, prepare_cache, read_json, write_json
+from kvfold.disk.output import cache_folder, prepare_cache, read_object, write_json
 from kvfold.disk.record import versions
 from kvfold.disk.sidecar import tokenizer_identity
 from kvfold.errors import CheckpointError
@@ -27,11 +27,11 @@ def descend(
     seed: int | None = None,
     wall_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The lineage of what a stage makes of a checkpoint; `save_model` and `convert` add the content hash."""
+    """The lineage of a stage's output, made from `source`; `save_model` and `convert` add the content hash."""
     before = source.lineage or {"steps": []}
     root = before.get("root")
     if root is None or root["hash"] == source.hash():
-        root = {  # by the name under which it was found now, whatever it was called when it was trained
+        root = {  # under its present name, which may differ from the one it was trained under
             "hash": source.hash(),
             "name": source.name,
             "config": source.config,
@@ -58,20 +58,20 @@ def descend(
 
 
 def known_length(checkpoint: Checkpoint) -> int:
-    """Tokens of the longest text that a model is known to read well: what it was trained on, else its positions.
+    """The longest text in tokens that a model reads well: the length it was trained on, else its maximum positions.
 
-    A config may promise more positions than a training by kvfold ever showed; beyond them the loss is another one.
+    The config may allow more positions than kvfold's pretraining used; beyond those the loss rises.
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     seen = [step["settings"]["sequence_length"] for step in steps if step["settings"].get("sequence_length")]
-    first = bool(steps) and steps[0]["stage"] == "pretrain"  # else the teacher came with a training of its own
+    first = bool(steps) and steps[0]["stage"] == "pretrain"  # else the teacher was trained elsewhere
     return min(checkpoint.shape.max_positions, max(seen)) if first and seen else checkpoint.shape.max_positions
 
 
 def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What was done to a student since its first teacher, as records keep it: stage, seconds, tokens trained.
+    """The steps from the root teacher to a student, as records keep them: stage, seconds, tokens trained.
 
-    Conversions say their resolved settings too, what `auto` came to, and what they found on the way.
+    A conversion also has its resolved settings and its measurements (`found`).
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     return [
@@ -83,10 +83,10 @@ def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint | None:
-    """The first teacher of a student's lineage, known by its content; None when it is in none of the usual places.
+    """The root teacher of a student, recognised by its content hash, or None if it is in none of the usual places.
 
-    They are where it was when it was converted, the name that the lineage has for it, that name beside or above the
-    student, and the hub.
+    Those are its path at conversion, its name in the lineage (a path or a hub id), and that name beside or above the
+    student.
     """
     if student.lineage is None or student.root_hash() == student.hash(progress):
         return None
@@ -99,7 +99,7 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
             continue
         try:
             found = Checkpoint.open(place)
-        except CheckpointError:  # something else of that name, or a hub that is not reached: not the teacher
+        except CheckpointError:  # another folder of that name, or an unreachable hub
             continue
         if found.hash(progress) == root["hash"]:
             return found
@@ -107,9 +107,9 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
 
 
 def remember(source: Checkpoint) -> None:
-    """Note in the cache where a checkpoint lies, by its hash: a lineage names no place, and students look for teachers.
+    """Store the path of a checkpoint in the cache, by its hash: a lineage holds no path to its root teacher.
 
-    A cache that cannot be written is no mistake: the teacher is then told with --teacher.
+    A cache that cannot be written is not an error: the user can pass --teacher.
     """
     with contextlib.suppress(OSError):
         path = _place_of(source.hash())
@@ -118,15 +118,14 @@ def remember(source: Checkpoint) -> None:
 
 
 def remembered(hashed: str) -> Path | None:
-    """Where a checkpoint of this hash lay when it was last read; it may have gone or changed since."""
-    known = read_json(_place_of(hashed))
-    return Path(known["path"]) if isinstance(known, dict) and isinstance(known.get("path"), str) else None
+    """The path at which a checkpoint of this hash was last read; it may have been deleted or changed since."""
+    path = read_object(_place_of(hashed)).get("path")
+    return Path(path) if isinstance(path, str) else None
 
 
 def known_root(source: Checkpoint) -> Path | None:
-    """Where the root teacher of a student lay when it was last read, as far as that is known without reading it."""
-    root = (source.lineage or {}).get("root")
-    return remembered(str(root["hash"])) if isinstance(root, dict) and "hash" in root else None
+    """The path at which the root teacher of a student was last read, if the cache has it."""
+    return remembered(source.lineage["root"]["hash"]) if source.lineage else None
 
 
 def _place_of(hashed: str) -> Path:
@@ -134,10 +133,10 @@ def _place_of(hashed: str) -> Path:
 
 
 def vocabulary_difference(student: Checkpoint, teacher: Checkpoint) -> str | None:
-    """How the tokens of a teacher differ from its student's; None when they are the same, as far as that is known.
+    """How a teacher's vocabulary or special tokens differ from its student's, or None if no difference is known.
 
-    With other tokens, the two next-token distributions cannot be compared; with other special tokens, they read
-    different texts. A missing tokenizer is no difference.
+    With another vocabulary, next-token distributions cannot be compared; with other special tokens, the two models read
+    different texts. A missing tokenizer is not a difference.
     """
     ours, theirs = student.shape.vocab_size, teacher.shape.vocab_size
     if ours != theirs:

@@ -1,4 +1,4 @@
-"""A lock on a folder in which one process works: it ends with the process, however that ends."""
+"""A lock on the folder that a process works in. It ends with the process, however that ends."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import ClassVar
 
 from kvfold.errors import OutputError
 
-FILE = ".lock"  # in the locked folder; says who has it
-_HOLDER = "process "  # what it begins with
+FILE = ".lock"  # in the locked folder; names the process that holds the lock
+_HOLDER = "process "  # the first bytes of its content
 
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems that have none
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems without locks
 
 
 class Lock:
-    """An exclusive lock, held until `release`, or until nothing refers to it any more.
+    """An exclusive lock, held until `release` or until its last reference is gone.
 
-    Within its process it is shared: who comes back to a folder after an error goes on with the lock of before. It is
-    the kernel's, on an open file: a lock that is a mere file would outlive `kill -9`.
+    Within a process it is shared: code that returns to a folder after an error continues with the same lock. It is a
+    kernel lock on an open file, because a lock that is a mere file would outlive `kill -9`.
     """
 
     _held: ClassVar[weakref.WeakValueDictionary[tuple[int, int, int], Lock]] = weakref.WeakValueDictionary()
@@ -34,9 +34,9 @@ class Lock:
 
     @classmethod
     def take(cls, folder: Path) -> Lock:
-        """Lock a folder that is there; where the file system has no locks, nothing is locked.
+        """Lock an existing folder. On a file system without locks, nothing is locked.
 
-        Raises OutputError when another process has it.
+        Raises OutputError if another process holds the lock.
         """
         descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         own = cls._held.get(_identity(descriptor))
@@ -46,13 +46,13 @@ class Lock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise _taken(folder, _close(descriptor)) from error
+            raise _taken(folder, descriptor) from error
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 os.close(descriptor)
                 raise
         if not os.fstat(descriptor).st_nlink:  # its holder deleted it after it was opened here
-            raise _taken(folder, _close(descriptor))
+            raise _taken(folder, descriptor)
         made = cls(descriptor)
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{_HOLDER}{os.getpid()} on {platform.node()}".encode())
@@ -60,10 +60,10 @@ class Lock:
 
 
 def left(folder: Path) -> bool:
-    """Does a lock of kvfold's lie in a folder, held or left by a kill?"""
+    """True if a folder holds a lock of kvfold's, held or left behind by a kill."""
     try:
         descriptor = os.open(folder / FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # none, a link, or one that may not be read
+    except (OSError, ValueError):  # none, a link, one that may not be read, or a path that cannot exist
         return False
     try:
         regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
@@ -74,23 +74,16 @@ def left(folder: Path) -> bool:
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:
-    """Which file, opened by which process: a fork inherits the lock's number, and not the right to it."""
+    """The process and the file: a forked process inherits the descriptor but does not own the lock."""
     status = os.fstat(descriptor)
     return os.getpid(), status.st_dev, status.st_ino
 
 
-def _close(descriptor: int) -> str | None:
-    """Close a lock that was not got, and return who has it, where that is written."""
+def _taken(folder: Path, descriptor: int) -> OutputError:
+    """The error for a lock that another process holds, with that process if it is known; closes the descriptor."""
     try:
-        return os.pread(descriptor, 200, 0).decode(errors="replace") or None
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or None
     finally:
         os.close(descriptor)
-
-
-def _taken(folder: Path, holder: str | None) -> OutputError:
-    return OutputError(
-        "another kvfold process is writing here",
-        where=folder,
-        got=holder,
-        next="wait until it is done, stop it, or choose another path",
-    )
+    remedy = "wait until it is done, stop it, or choose another path"
+    return OutputError("another kvfold process is writing here", where=folder, got=holder, next=remedy)

@@ -1,8 +1,8 @@
-"""Tensors on disk: read lazily from safetensors and `.bin` files, digested, and written header-first.
+"""Tensors on disk: read lazily from safetensors and `.bin` files, hashed, and written header first.
 
-A tensor is read by mapping its own stretch of its own file, and the map goes when the tensor goes: nothing but what
-is looked at is ever in memory. A writer knows all shapes beforehand, so it puts each shard's header down first and
-every tensor at its place, in any order and from any thread.
+Reading a tensor maps its bytes of the file, and the map is closed with the tensor, so only the pages in use are in
+memory. A writer knows all shapes in advance: it writes each shard's header first, then every tensor at its offset, in
+any order and from any thread.
 """
 
 from __future__ import annotations
@@ -13,28 +13,27 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from kvfold.disk.finite import check_finite
 from kvfold.disk.headers import CODES, ITEMSIZE, TensorSpec, check_name, read_header
-from kvfold.disk.output import fingerprint, read_json, write_json
+from kvfold.disk.output import fingerprint, read_object, write_json
 from kvfold.errors import CheckpointError
 from kvfold.inputs import load_json, open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 1 << 22  # bytes that are cast, digested and written at a time
-HEADER_LIMIT = 100_000_000  # bytes, as safetensors' own reader has it
-JOURNAL = ".shards.json"  # in an unfinished folder: the shards that are whole
+CHUNK = 1 << 22  # bytes that are cast, hashed and written at a time
+HEADER_LIMIT = 100_000_000  # bytes: the limit of safetensors' own reader
+JOURNAL = ".shards.json"  # in an unfinished folder: the shards that are complete
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in a file; `read` maps it."""
+    """A tensor in a file; `read` maps it."""
 
     spec: TensorSpec
     file: Path
@@ -45,15 +44,15 @@ class Stored:
 
 
 def has_weights(folder: Path) -> bool:
-    """Are there weights, or an index of them, under the names that transformers looks for?"""
+    """True if a folder holds weights, or their index, under the names that transformers looks for."""
     names = ("model.safetensors", "pytorch_model.bin")
     return any((folder / (name + end)).exists() for name in names for end in ("", ".index.json"))
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint's folder by name, safetensors before `.bin`; only headers are read.
+    """Every tensor of a checkpoint's folder by name, from safetensors if there are any, else `.bin`.
 
-    Raises CheckpointError for weights that are missing, damaged, renamed, or named outside the folder.
+    Only headers are read. Raises CheckpointError for weights that are missing, damaged, renamed or outside the folder.
     """
     for stem, suffix, reader in (("model", ".safetensors", _safetensors), ("pytorch_model", ".bin", _pickled)):
         single, index = folder / (stem + suffix), folder / f"{stem}{suffix}.index.json"
@@ -72,7 +71,6 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _sharded(index: Path, suffix: str, reader: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
-    """The tensors that an index names, each from the shard that it names."""
     content = load_json(index, unique=True)
     where = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
@@ -84,39 +82,32 @@ def _sharded(index: Path, suffix: str, reader: Callable[[Path], dict[str, Stored
         path = _inside(index, file)
         if not path.is_file():
             spare = sorted(other.name for other in index.parent.glob(f"*{suffix}") if other.name not in where.values())
-            raise CheckpointError(
-                f"shard {file} is missing",
-                where=index.parent,
-                next=f"is it {spare[0]}, renamed?" if spare else "download it again",
-            )
+            remedy = f"is it {spare[0]}, renamed?" if spare else "download it again"
+            raise CheckpointError(f"shard {file} is missing", where=index.parent, next=remedy)
         there = reader(path)
         for name in (name for name, shard in where.items() if shard == file):
             if name not in there:
-                raise CheckpointError(
-                    f"tensor {name} is not in it, though {index.name} says so",
-                    where=path,
-                    next="was a shard renamed, or taken from another checkpoint?",
-                )
+                remedy = "was a shard renamed, or taken from another checkpoint?"
+                raise CheckpointError(f"tensor {name} of {index.name} is not in it", where=path, next=remedy)
             found[name] = there[name]
     return found
 
 
 def lies_inside(folder: Path, file: str | Path) -> bool:
-    """Does a file of a checkpoint's folder lie there, behind its links, or in the hub's cache that it links to?"""
+    """True if a file, with its links resolved, is in the checkpoint's folder or in the hub cache that contains it."""
     folder, path = folder.resolve(), (folder / file).resolve()
-    homes = [folder]
     if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file -> ../../blobs/<hash>
-        homes.append(folder.parent.parent / "blobs")
-    return any(path.is_relative_to(home) for home in homes)
+        return path.is_relative_to(folder) or path.is_relative_to(folder.parent.parent / "blobs")
+    return path.is_relative_to(folder)
 
 
 def _inside(index: Path, file: str) -> Path:
-    """The path of a shard, which must lie in the folder of its index."""
+    """The path of a shard. Raises CheckpointError if it is not in the folder of its index."""
     try:
         (index.parent / file).is_file()
         inside = lies_inside(index.parent, file)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half of a surrogate pair, a loop of links
-        raise CheckpointError("the index names a file that cannot be", where=index, got=repr(file)) from error
+        raise CheckpointError("the index names an impossible file", where=index, got=repr(file)) from error
     if not inside:
         raise CheckpointError(
             "the index names a file outside the checkpoint's directory",
@@ -127,32 +118,29 @@ def _inside(index: Path, file: str) -> Path:
     return index.parent / file
 
 
+def _start(file: Path, opened: IO[bytes]) -> bytes:
+    """The first 8 bytes of a file of weights."""
+    start = opened.read(8)
+    if start == b"version ":
+        raise CheckpointError("is a git-lfs pointer, not weights", where=file, next="run `git lfs pull`")
+    return start
+
+
 def _safetensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, from its header. Raises CheckpointError when the file is not what it says."""
+    """The tensors of a safetensors file, from its header."""
     with os.fdopen(open_regular(file), "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        start = opened.read(8)
+        size, start = os.fstat(opened.fileno()).st_size, _start(file, opened)
+        got, remedy = f"{size:,} bytes", "download it again"
         length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError("is a git-lfs pointer, not weights", where=file, next="run `git lfs pull`")
         if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise CheckpointError(
-                "is truncated or no safetensors file: its header does not fit",
-                where=file,
-                got=f"{size:,} bytes",
-                next="download it again",
-            )
+            what = "is truncated or not a safetensors file: its header does not fit"
+            raise CheckpointError(what, where=file, got=got, next=remedy)
         content = opened.read(length)
     data, entries = 8 + length, read_header(file, content)
     expected = data + max((end for _, _, end in entries.values()), default=0)
     if size != expected:
-        raise CheckpointError(
-            "is truncated" if size < expected else "is longer than its header says",
-            where=file,
-            got=f"{size:,} bytes",
-            allowed=f"{expected:,} bytes, by its header",
-            next="download it again",
-        )
+        what = "is truncated" if size < expected else "is longer than its header says"
+        raise CheckpointError(what, where=file, got=got, allowed=f"{expected:,} bytes, by its header", next=remedy)
     return {
         name: Stored(spec, file, lambda spec=spec, begin=begin: _mapped(file, data + begin, spec))  # type: ignore[misc]
         for name, (spec, begin, _) in entries.items()
@@ -160,7 +148,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 
 def _mapped(file: Path, begin: int, spec: TensorSpec) -> Tensor:
-    """The tensor at this byte of a file, mapped privately: pages are read when they are looked at."""
+    """The tensor at a byte of a file, mapped privately: a page is read when it is accessed."""
     import torch
 
     dtype = getattr(torch, spec.dtype)
@@ -172,59 +160,41 @@ def _mapped(file: Path, begin: int, spec: TensorSpec) -> Tensor:
         view = mmap.mmap(descriptor, slack + spec.nbytes, access=mmap.ACCESS_COPY, offset=begin - slack)
     finally:
         os.close(descriptor)
-    if begin % ITEMSIZE[spec.dtype]:  # a file whose header is not padded: torch wants whole elements
+    if begin % ITEMSIZE[spec.dtype]:  # the header is not padded, and torch needs aligned elements
         return torch.frombuffer(bytearray(view[slack:]), dtype=dtype).view(spec.shape)
     return torch.frombuffer(view, dtype=dtype, count=spec.numel, offset=slack).view(spec.shape)
 
 
 def _pickled(file: Path) -> dict[str, Stored]:
-    """The tensors of a `.bin` file, mapped. Nothing but tensors is ever unpickled: no code of the file runs.
+    """The tensors of a `.bin` file, mapped. Only tensors are unpickled: no code of the file runs.
 
-    A file from before the zip format (torch 1.6) cannot be mapped: it is in memory whole.
+    A file older than the zip format of torch 1.6 cannot be mapped and is read into memory as a whole.
     """
     import torch
 
     with os.fdopen(open_regular(file), "rb") as opened:
-        start = opened.read(8)
-    if start == b"version ":
-        raise CheckpointError("is a git-lfs pointer, not weights", where=file, next="run `git lfs pull`")
+        start = _start(file, opened)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
-    except Exception as error:  # torch raises half a dozen kinds for a damaged, hostile or old file
+    except Exception as error:  # torch raises many types for a damaged, hostile or old file
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"cannot be read as tensors alone: {lines[0]}",
-            where=file,
-            next="download it again, or convert it to safetensors where you trust it",
-        ) from error
+        remedy = "download it again, or convert it to safetensors where you trust it"
+        raise CheckpointError(f"cannot be loaded as tensors alone: {lines[0]}", where=file, next=remedy) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         inside = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            "is not a mapping of names to tensors",
-            where=file,
-            got=inside,
-            next="save the state_dict of its model alone, as safetensors",
-        )
+        remedy = "save the state_dict of its model alone, as safetensors"
+        raise CheckpointError("is not a mapping of names to tensors", where=file, got=inside, next=remedy)
+    stored = {}
     for name, tensor in content.items():
-        _check_pickled(file, name, tensor)
-    return {
-        name: Stored(TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")), file, tensor.contiguous)
-        for name, tensor in content.items()
-    }
-
-
-def _check_pickled(file: Path, name: Any, tensor: Tensor) -> None:
-    """Refuse a tensor of a `.bin` file that is not plain numbers, or larger than the file that it should lie in."""
-    import torch
-
-    check_name(file, name)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ITEMSIZE or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise CheckpointError(
-            f"tensor {name} is not of plain numbers", where=file, got=f"{dtype}, {tensor.layout}, {tensor.device}"
-        )
-    if tensor.numel() * ITEMSIZE[dtype] > file.stat().st_size:
-        raise CheckpointError(f"tensor {name} is larger than its file", where=file, got=tuple(tensor.shape))
+        check_name(file, name)
+        spec = TensorSpec.of(tensor)
+        if spec.dtype not in ITEMSIZE or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            got = f"{spec.dtype}, {tensor.layout}, {tensor.device}"
+            raise CheckpointError(f"tensor {name} does not hold plain numbers", where=file, got=got)
+        if spec.nbytes > file.stat().st_size:
+            raise CheckpointError(f"tensor {name} is larger than its file", where=file, got=spec.shape)
+        stored[name] = Stored(spec, file, tensor.contiguous)
+    return stored
 
 
 # --- digests --------------------------------------------------------------------------------------------------------
@@ -233,8 +203,8 @@ def _check_pickled(file: Path, name: Any, tensor: Tensor) -> None:
 def chunks(tensor: Tensor, dtype: str, name: str | None, where: object = None) -> Iterator[memoryview]:
     """The bytes of a tensor as `dtype`, little-endian and in order, a few MB at a time.
 
-    Where the tensor has a `name`, raises CheckpointError for NaN and infinity, SettingError for a number that `dtype`
-    cannot hold.
+    If a `name` is given, raises CheckpointError for NaN and infinity, and SettingError for a number that `dtype` cannot
+    hold.
     """
     import torch
 
@@ -249,20 +219,16 @@ def chunks(tensor: Tensor, dtype: str, name: str | None, where: object = None) -
         yield memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def digest(tensor: Tensor, name: str | None = None, where: object = None) -> str:
-    """SHA-256 of the bytes of a tensor. Raises CheckpointError for NaN and infinity where a `name` is given for it."""
+    """SHA-256 of the bytes of a tensor. Raises CheckpointError for NaN and infinity if its `name` is given."""
     state = hashlib.sha256()
-    for part in chunks(tensor, _dtype(tensor), name, where):
+    for part in chunks(tensor, TensorSpec.of(tensor).dtype, name, where):
         state.update(part)
     return state.hexdigest()
 
 
 def tensors_hash(specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> str:
-    """One hash of all tensors by name, dtype, shape and bytes, however they are spread over files."""
+    """One hash of all tensors by name, dtype, shape and bytes, independent of their distribution over files."""
     return fingerprint([[name, specs[name].dtype, specs[name].shape, digests[name]] for name in sorted(specs)])
 
 
@@ -271,49 +237,59 @@ def tensors_hash(specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) ->
 
 @dataclass
 class _Shard:
-    """One file to be: where each tensor goes, and which are still to come."""
+    """One file to write: the offset of each tensor, and the tensors that are not written yet."""
 
     file: str
     header: bytes
     begins: dict[str, int]
     size: int
-    left: set[str]
+    left: set[str] = field(default_factory=set)
     descriptor: int | None = None
+
+    @classmethod
+    def of(cls, file: str, specs: Mapping[str, TensorSpec]) -> _Shard:
+        """Lay the tensors out, wide elements first: every tensor then begins at a multiple of its element size."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset, begins = 0, {}
+        for name, spec in sorted(specs.items(), key=lambda item: -ITEMSIZE[item[1].dtype]):
+            begins[name], end = offset, offset + spec.nbytes
+            header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+        begins = {name: data + begin for name, begin in begins.items()}
+        return cls(file, len(text).to_bytes(8, "little") + text, begins, data + offset, set(specs))
+
+    def open(self, folder: Path) -> int:
+        """The descriptor of the file, which is created with its header and its full size."""
+        if self.descriptor is None:
+            self.descriptor = os.open(folder / self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.pwrite(self.descriptor, self.header, 0)
+            os.ftruncate(self.descriptor, self.size)
+        return self.descriptor
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
     """Split the tensors, in their order, into files of at most `shard_bytes`; a tensor is never split."""
-    parts: list[list[str]] = [[]]
+    parts: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, spec in specs.items():
         if parts[-1] and filled + spec.nbytes > shard_bytes:
-            parts.append([])
+            parts.append({})
             filled = 0
-        parts[-1].append(name)
+        parts[-1][name] = spec
         filled += spec.nbytes
-    names = ["model.safetensors"]
-    if len(parts) > 1:
-        names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    shards = []
-    for file, part in zip(names, parts, strict=True):
-        # wide elements first: every tensor then begins at a multiple of its own element
-        ordered = sorted(part, key=lambda name: -ITEMSIZE[specs[name].dtype])
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in ordered:
-            spec = specs[name]
-            header[name] = {
-                "dtype": CODES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        data = 8 + len(text)
-        begins = {name: data + header[name]["data_offsets"][0] for name in ordered}
-        shards.append(_Shard(file, len(text).to_bytes(8, "little") + text, begins, data + offset, set(part)))
-    return shards
+    if len(parts) == 1:
+        return [_Shard.of("model.safetensors", parts[0])]
+    name = f"model-{{:05d}}-of-{len(parts):05d}.safetensors"
+    return [_Shard.of(name.format(number), part) for number, part in enumerate(parts, 1)]
 
 
 def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str, name: str, origin: object = None) -> str:
@@ -330,8 +306,9 @@ def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str, name: str, or
 class Writer:
     """Writes the tensors of a checkpoint into a folder, in any order and from any thread.
 
-    A single shard is `model.safetensors`; several get an index. With `resume`, shards that an earlier writer of the
-    same specs finished in this folder are kept: their tensors are in `digests` from the start.
+    A single shard is `model.safetensors`; several shards have an index. With `resume`, shards of the same specs that an
+    earlier writer completed in this folder are kept, and `digests` starts with their tensors. `origin` is the
+    checkpoint that the tensors come from, for error messages.
     """
 
     def __init__(
@@ -341,10 +318,9 @@ class Writer:
         *,
         shard_bytes: int = 5 * 10**9,
         resume: bool = False,
-        origin: object = None,  # the checkpoint that the tensors come from, for errors
+        origin: object = None,
     ) -> None:
-        self.origin = origin
-        self.folder, self.specs = Path(folder), dict(specs)
+        self.folder, self.specs, self.origin = Path(folder), dict(specs), origin
         self.digests: dict[str, str] = {}
         self._shards = _plan(self.specs, shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.begins}
@@ -353,43 +329,38 @@ class Writer:
         if resume:
             self._recall()
         for shard in self._shards:
-            if not shard.left and shard.file not in self._whole:  # a checkpoint of no tensors at all
-                self._open(shard)
+            if not shard.left and shard.file not in self._whole:  # a checkpoint without tensors
+                shard.open(self.folder)
                 self._finish(shard)
 
     def _recall(self) -> None:
-        found = read_json(self.folder / JOURNAL)
-        journal = found if isinstance(found, dict) else {}  # without it, shards are written again
+        """Keep the complete shards of an earlier writer; a shard that the journal does not list is written again."""
+        journal = read_object(self.folder / JOURNAL)
         for shard in self._shards:
-            path = self.folder / shard.file
-            known = journal.get(shard.file)
-            if (
-                isinstance(known, dict)
-                and all(isinstance(each, str) for each in known.values())
-                and set(known) == shard.left
-                and path.is_file()
-                and path.stat().st_size == shard.size
-            ):
+            path, known = self.folder / shard.file, journal.get(shard.file)
+            if not isinstance(known, dict) or known.keys() != shard.left:
+                continue
+            written = path.is_file() and path.stat().st_size == shard.size
+            if written and all(isinstance(each, str) for each in known.values()):
                 self.digests |= known
                 self._whole.append(shard.file)
                 shard.left.clear()
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Cast a tensor to its declared dtype, put it in its place, and return the SHA-256 of its bytes.
+        """Cast a tensor to its declared dtype, write it, and return the SHA-256 of its bytes.
 
         Raises CheckpointError for NaN and infinity, SettingError for a number that the dtype cannot hold, and
-        ValueError when the tensor is not as declared, or is written twice: a mistake of the caller.
+        ValueError if the tensor differs from its declaration or is written twice.
         """
         if name not in self.specs:
             raise ValueError(f"tensor {name} is not declared")
-        spec = self.specs[name]
+        spec, shard = self.specs[name], self._shard_of[name]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, declared {spec.shape}")
-        shard = self._shard_of[name]
         with self._lock:
             if name not in shard.left:
                 raise ValueError(f"tensor {name} is written twice")
-            descriptor = self._open(shard)
+            descriptor = shard.open(self.folder)
         written = _put(descriptor, shard.begins[name], tensor, spec.dtype, name, self.origin)
         with self._lock:
             self.digests[name] = written
@@ -397,57 +368,41 @@ class Writer:
             finished = not shard.left
         if finished:
             self._finish(shard)
-        return self.digests[name]
-
-    def _open(self, shard: _Shard) -> int:
-        if shard.descriptor is None:
-            shard.descriptor = os.open(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            os.pwrite(shard.descriptor, shard.header, 0)
-            os.ftruncate(shard.descriptor, shard.size)
-        return shard.descriptor
+        return written
 
     def _finish(self, shard: _Shard) -> None:
-        """Flush a whole shard to the disk, and only then say in the journal that it is whole."""
+        """Flush a complete shard to the disk before the journal lists it."""
         assert shard.descriptor is not None
         os.fsync(shard.descriptor)
         with self._lock:
-            os.close(shard.descriptor)
-            shard.descriptor = None
+            shard.close()
             self._whole.append(shard.file)
-            shards = {
-                each.file: {name: self.digests[name] for name in each.begins}
-                for each in self._shards
-                if each.file in self._whole
-            }
-            write_json(self.folder / JOURNAL, shards)
+            whole = [each for each in self._shards if each.file in self._whole]
+            journal = {each.file: {name: self.digests[name] for name in each.begins} for each in whole}
+            write_json(self.folder / JOURNAL, journal)
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Put another tensor of the same shape in the place of one that was written."""
+        """Overwrite a tensor that was written with another of the same shape."""
         spec, shard = self.specs[name], self._shard_of[name]
         if name in shard.left or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not one that was written")
-        descriptor = os.open(self.folder / shard.file, os.O_WRONLY)
-        try:
-            self.digests[name] = _put(descriptor, shard.begins[name], tensor, spec.dtype, name, self.origin)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(self.folder / shard.file, "r+b", buffering=0) as file:
+            self.digests[name] = _put(file.fileno(), shard.begins[name], tensor, spec.dtype, name, self.origin)
+            os.fsync(file.fileno())
 
     def index(self) -> None:
-        """Write the index, after which the folder can be read. Raises ValueError when a tensor was never written."""
+        """Write the index, after which the folder can be read. Raises ValueError if a tensor was never written."""
         missing = sorted(self.specs.keys() - self.digests.keys())
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
         if len(self._shards) > 1:
             weight_map = {name: self._shard_of[name].file for name in sorted(self.specs)}
             total = sum(spec.nbytes for spec in self.specs.values())
-            write_json(
-                self.folder / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": weight_map},
-            )
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(self.folder / "model.safetensors.index.json", index)
 
     def close(self) -> str:
-        """Write the index and return the hash of the tensors. Raises ValueError when a tensor was never written."""
+        """Write the index and return the hash of the tensors. Raises ValueError if a tensor was never written."""
         self.index()
         (self.folder / JOURNAL).unlink(missing_ok=True)
         return tensors_hash(self.specs, self.digests)
@@ -455,11 +410,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let go of the files; what was not finished is written again by the next writer."""
+    def __exit__(self, *error: object) -> None:
+        """Close the files; the next writer writes incomplete shards again."""
         for shard in self._shards:
-            if shard.descriptor is not None:
-                os.close(shard.descriptor)
-                shard.descriptor = None
+            shard.close()

@@ -1,8 +1,8 @@
-"""Files beside the weights: which of them go with a student, and what tells one tokenizer from another.
+"""Files beside the weights: those that are copied to a student, and the identity of a tokenizer.
 
-Only kinds of file that are known to be data go along: tokenizer, chat templates, generation and preprocessor settings,
-licence. Code never does, and neither does `auto_map`, which names it: a class of the teacher would load the tensors of
-a student into a model that does not have them. Weights of other frameworks are the teacher's too.
+Only known data files are copied: tokenizer, chat templates, generation and preprocessor settings, licence. Code is not,
+and neither is `auto_map`, which names code: the teacher's class does not have the student's tensors. Weights of other
+frameworks belong to the teacher.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from kvfold.disk.output import fingerprint, read_json, write_json
+from kvfold.disk.output import fingerprint, read_object, write_json
 from kvfold.disk.shards import lies_inside
 from kvfold.errors import CheckpointError
 from kvfold.inputs import LARGE, check_regular, read_bytes
 
 AUTO_MAP = "auto_map"
-"""The key of config.json, tokenizer_config.json and others that names code beside them."""
+"""The key of config.json, tokenizer_config.json and others that names code in the same folder."""
 
 _CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -29,12 +29,12 @@ _CARRIED = (
     *("tokenizer.model", "tokenizer.model.v[0-9]*", "spiece.model", "sentencepiece*.model", "*.spm"),
     *("chat_template.json", "*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
 )
-_TEMPLATES = "additional_chat_templates"  # a folder of `.jinja` files
+_TEMPLATES = "additional_chat_templates"  # folder of `.jinja` files
 _LEGAL = re.compile(r"licen[cs]e|notice|copying|copyright|use[-_ ]?policy", re.I)
 _LEGAL_SUFFIX = re.compile(r"(\.(txt|md|rst|html|pdf|\d+))?", re.I)
 
 _WORDS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
-_SPECIAL = ("bos_token", "eos_token", "sep_token", "cls_token")  # what is put around texts; padding is never read
+_SPECIAL = ("bos_token", "eos_token", "sep_token", "cls_token")  # tokens put around texts; padding is never read
 _SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
@@ -43,9 +43,9 @@ _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 
 def carried(folder: Path) -> list[Path]:
-    """The files of a checkpoint's folder that go with a student, by their paths in the folder.
+    """The files of a checkpoint's folder that are copied to a student, by their paths in the folder.
 
-    Raises CheckpointError for one that is a link to elsewhere: what it holds may not be the checkpoint's to give.
+    Raises CheckpointError for a link out of the folder: its content may not belong to the checkpoint.
     """
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)]
     templates = folder / _TEMPLATES
@@ -53,17 +53,14 @@ def carried(folder: Path) -> list[Path]:
         names += [f"{_TEMPLATES}/{path.name}" for path in sorted(templates.glob("*.jinja")) if path.is_file()]
     for name in names:
         if not lies_inside(folder, name):
-            raise CheckpointError(
-                "is a link to a file outside the checkpoint's directory",
-                where=folder / name,
-                next="do not trust this checkpoint; if the file is yours, copy it in",
-            )
+            what = "is a link to a file outside the checkpoint's directory"
+            remedy = "do not trust this checkpoint; if the file is yours, copy it in"
+            raise CheckpointError(what, where=folder / name, next=remedy)
         check_regular(folder / name, limit=LARGE)
     return [Path(name) for name in names]
 
 
 def _goes_along(name: str) -> bool:
-    """Is a file of this name one of the known kinds?"""
     if name.startswith("."):
         return False
     if _LEGAL.search(name):
@@ -72,18 +69,18 @@ def _goes_along(name: str) -> bool:
 
 
 def carry_over(source: Path, folder: Path) -> None:
-    """Copy what goes with a student from one folder to another; settings go without `auto_map`."""
+    """Copy the files that belong to a student from one folder to another, settings without their `auto_map`."""
     for name in carried(source):
         (folder / name).parent.mkdir(exist_ok=True)
-        settings = read_json(source / name) if name.suffix == ".json" and "config" in name.stem else None
-        if isinstance(settings, dict) and without_code(settings) != settings:
+        settings = read_object(source / name) if name.suffix == ".json" and "config" in name.stem else {}
+        if without_code(settings) != settings:
             write_json(folder / name, without_code(settings))
         else:
             shutil.copyfile(source / name, folder / name)
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without `auto_map`, also in its parts."""
+    """A config.json without `auto_map`, also in nested configs."""
     return {
         key: without_code(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -95,59 +92,49 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_identity(folder: Path) -> dict[str, Any]:
-    """What decides the ids of a text, from the files of a tokenizer; empty where there is none.
+    """Everything that affects the ids of a text, from the files of a tokenizer; empty if there is none.
 
-    `words` is the hash of vocabulary and rules. Beside it stand the special tokens that are put around texts, and what
-    the tokenizer's settings add to its definition. What truncation and padding are set to does not count, and nothing
-    that is unset is named.
+    `words` is the hash of vocabulary and rules. The other keys are the special tokens that are put around texts, and
+    what the settings add to the definition, if they are set. Truncation and padding do not count.
     """
-    fast = read_json(folder / "tokenizer.json")
-    fast = fast if isinstance(fast, dict) else None
-    if fast is not None:
-        words = fingerprint({key: value for key, value in fast.items() if key not in ("truncation", "padding")})
-    else:
-        there = {name: hashlib.sha256(read_bytes(folder / name, limit=LARGE)).hexdigest() for name in _words(folder)}
-        if not there:
+    fast = read_object(folder / "tokenizer.json")
+    definition: dict[str, Any] = {key: value for key, value in fast.items() if key not in ("truncation", "padding")}
+    if not fast:
+        files = [name for name in _WORDS if (folder / name).is_file()]
+        definition = {name: hashlib.sha256(read_bytes(folder / name, limit=LARGE)).hexdigest() for name in files}
+        if not definition:
             return {}
-        words = fingerprint(there)
     settings = _settings(folder)
     found: dict[str, Any] = {name: _text(settings.get(name)) for name in _SPECIAL}
     found |= {name: settings.get(name) for name in _SETTINGS}
-    found["added_tokens"] = _added(settings, fast or {})
-    return {"words": words, **{name: value for name, value in found.items() if value not in (None, "", [])}}
+    found["added_tokens"] = _added(settings, fast)
+    known = {name: value for name, value in found.items() if value not in (None, "", [])}
+    return {"words": fingerprint(definition), **known}
 
 
 def tokenizer_hash(folder: Path) -> str | None:
-    """Hash of what decides the ids of a text; None where there is no tokenizer."""
+    """Hash of everything that affects the ids of a text, or None if there is no tokenizer."""
     identity = tokenizer_identity(folder)
     return fingerprint(identity) if identity else None
 
 
-def _words(folder: Path) -> list[str]:
-    return [name for name in _WORDS if (folder / name).is_file()]
-
-
 def _settings(folder: Path) -> dict[str, Any]:
-    """The tokenizer's settings, with special_tokens_map.json and added_tokens.json where transformers reads them."""
-    config, older = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    config = config if isinstance(config, dict) else {}
+    """The tokenizer's settings, with special_tokens_map.json and added_tokens.json if transformers reads them."""
+    config = read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         return config
-    added = read_json(folder / "added_tokens.json")
-    return {
-        **config,
-        **(older if isinstance(older, dict) else {}),
-        **({"added_tokens_decoder": dict.fromkeys(added)} if isinstance(added, dict) else {}),
-    }
+    added = read_object(folder / "added_tokens.json")
+    more = {"added_tokens_decoder": dict.fromkeys(added)} if added else {}
+    return {**config, **read_object(folder / "special_tokens_map.json"), **more}
 
 
 def _text(token: Any) -> Any:
-    """A special token as its text; settings have it as a string or as an object with `content`."""
+    """The text of a special token, which settings hold as a string or as an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _added(settings: Mapping[str, Any], fast: Mapping[str, Any]) -> list[str]:
-    """Tokens that the settings add and that the definition does not know."""
+    """Tokens that the settings add to the definition."""
     known: set[Any] = set()
     model, added = fast.get("model"), fast.get("added_tokens")
     if isinstance(model, dict) and isinstance(model.get("vocab"), dict):

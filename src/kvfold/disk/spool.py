@@ -1,16 +1,14 @@
 """A spool: the hidden states of rows of text, on disk between two layers of a model that is read layer by layer.
 
-Its size is known before it is made. The file lies in kvfold's cache folder and has no name there: whatever ends the
-process, the system frees it. It is read and written rather than mapped, so that a disk that fills up is an error and
-not a crash.
+Its size is known in advance. The file is in kvfold's cache folder and has no name there, so the system frees it when
+the process ends. It is read and written, not mapped: a full disk is then an error and not a crash.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from types import TracebackType
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -20,13 +18,13 @@ from kvfold.errors import OutputError
 
 
 def spool_bytes(tokens: int, width: int, dtype: str = "float32") -> int:
-    """Bytes on disk of the hidden states of that many tokens, `width` numbers each."""
+    """Bytes on disk of the hidden states of `tokens` tokens, `width` numbers each."""
     kind: torch.dtype = getattr(torch, dtype)
     return tokens * width * kind.itemsize
 
 
 def check_room(needed: int) -> None:
-    """Refuse to spool more bytes than are free in kvfold's cache folder, with OutputError."""
+    """Raise OutputError if fewer than `needed` bytes are free in kvfold's cache folder."""
     free = free_bytes(cache_folder())
     if needed > free:
         raise OutputError(
@@ -39,10 +37,10 @@ def check_room(needed: int) -> None:
 
 
 class Spool:
-    """Rows of hidden states on disk, `width` numbers a token in the format `dtype`; a context manager.
+    """Rows of hidden states on disk, `width` numbers of type `dtype` per token; a context manager.
 
-    Rows may differ in length; neighbours of one length are read and written together. Raises OutputError when the disk
-    has no room for all of them, or refuses to write.
+    Rows may differ in length; adjacent rows of one length are read and written together. Raises OutputError if the disk
+    has no room for all rows or refuses to write.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: str = "float32") -> None:
@@ -62,33 +60,39 @@ class Spool:
     def __enter__(self) -> Spool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Free the disk; nothing can be read any more."""
+        """Free the disk space; the rows are lost."""
         self._file.close()
 
     def batches(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """All rows in order as (first row, number of rows): neighbours of one length, of at most `tokens` together."""
-        return batches(self.lengths, tokens)
+        """All rows in order as (first row, number of rows): adjacent rows of one length, of at most `tokens` tokens.
+
+        A row that is longer comes alone.
+        """
+        first = 0
+        for length, same in groupby(self.lengths):
+            count, most = len(list(same)), max(1, tokens // max(1, length))
+            for row in range(0, count, most):
+                yield first + row, min(most, count - row)
+            first += count
 
     def read(self, row: int, count: int = 1) -> Tensor:
-        """Rows from `row` on, `hidden_BTD`, in memory of their own. Raises EOFError when they were never written."""
+        """A copy of `count` rows from `row` on, `hidden_BTD`. Raises EOFError if they were never written."""
         hidden_BTD = torch.empty(count, self._length(row, count), self.width, dtype=self.dtype)
         left = _octets(hidden_BTD)
         self._seek(row)
         while left:
-            got = self._file.readinto(left)  # unbuffered: may be less than asked
+            got = self._file.readinto(left)  # unbuffered: may read less
             if not got:
                 raise EOFError(f"rows {row} to {row + count - 1} of a spool were never written")
             left = left[got:]
         return hidden_BTD
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
-        """Put rows from `row` on in place, rounded to the spool's format."""
+        """Write rows from `row` on, rounded to the spool's dtype."""
         count, length, width = hidden_BTD.shape
         if (length, width) != (self._length(row, count), self.width):
             raise ValueError(f"rows of {(length, width)} in a spool of {(self._length(row, count), self.width)}")
@@ -102,23 +106,12 @@ class Spool:
         self._file.seek(self._starts[row] * self.width * self.dtype.itemsize)
 
     def _length(self, row: int, count: int) -> int:
-        """The one length of these rows."""
         found = set(self.lengths[row : row + count])
         if len(found) != 1 or row + count > len(self):
             raise ValueError(f"rows {row} to {row + count - 1} of a spool are not there, or not of one length")
         return found.pop()
 
 
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into (first row, number of rows): neighbours of one length, of at most `tokens`, and at least one."""
-    row = 0
-    while row < len(lengths):
-        most = max(1, tokens // max(1, lengths[row]))
-        count = next((n for n in range(1, most) if row + n >= len(lengths) or lengths[row + n] != lengths[row]), most)
-        yield row, count
-        row += count
-
-
 def _octets(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor, whatever its format."""
+    """The memory of a contiguous tensor of any dtype."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,6 @@
-"""The door to transformers: the only package of kvfold that imports it.
+"""kvfold's interface to transformers: no other package imports it.
 
-Importing it registers the attention `kvfold` with transformers' own interfaces; nothing of theirs is patched.
+Importing this package registers kvfold's attention and model classes with transformers; nothing is patched.
 """
 
 from __future__ import annotations

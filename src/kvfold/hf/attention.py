@@ -1,30 +1,30 @@
-"""The attention `kvfold` for transformers' models, and ways to look at and switch a model's attention.
+"""The attention `kvfold` for transformers' models, and functions that observe and switch a model's attention.
 
-Two registrations belong together. Without the second, transformers builds no mask for a name that it does not know,
-and left-padded rows attend to their padding without a word.
+An attention has two registrations. Without the second, transformers builds no mask for an implementation that it does
+not know, and left-padded rows silently attend to their padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.grouped import grouped_attention
 from kvfold.errors import SettingError
 
 NAME = "kvfold"
-"""What `attn_implementation` calls it."""
+"""Its name in `attn_implementation`."""
 
 NAME_FP8 = "kvfold_fp8"
-"""The same attention over a cache of fp8, as engines keep one when they are told to: for measuring what that costs."""
-
-_REFUSED = ("s_aux",)
+"""The same attention over an fp8 cache, as engines offer it: measures the loss of that option."""
 
 
 def forward(
@@ -40,18 +40,17 @@ def forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention signature -> `(o_BTHE, None)`: attention weights are never made.
+    """transformers' attention signature -> `(o_BTHE, None)`: no attention weights are computed.
 
-    A window is in the mask already. `position_bias` (1, H, T, S) is added to the logits, `softcap` caps them. Raises
-    SettingError for what this attention cannot honour.
+    The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, and `softcap` caps them.
+    Raises SettingError for attention sinks (`s_aux`).
     """
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise SettingError(f"attention `{NAME}` has no {name}", next="load the model with attention sdpa or eager")
+    if kwargs.get("s_aux") is not None:
+        raise SettingError(f"attention `{NAME}` has no s_aux", next="load the model with attention sdpa or eager")
     tokens = query_BHTE.shape[2]
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
     if causal and tokens > 1:
-        # no mask and more keys than queries: the empty tail of a static cache that is being prefilled
+        # no mask and more keys than queries: the unused end of a static cache during prefill
         key_BGSE, value_BGSE = key_BGSE[:, :, :tokens], value_BGSE[:, :, :tokens]
         position_bias = None if position_bias is None else position_bias[..., :tokens]
     if position_bias is not None:
@@ -70,9 +69,10 @@ def forward(
 
 
 def biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """A bias of positions and a mask as one float mask; what may not be seen has the lowest number, and not -inf.
+    """Position bias and mask as one float mask.
 
-    A row of padding that sees nothing then stays finite, as it does in transformers' own attention.
+    Masked entries have the lowest finite number, not -inf: a padding row that sees nothing stays finite, as in
+    transformers' own attention.
     """
     lowest = torch.finfo(bias_1HTS.dtype).min
     if mask is not None:
@@ -86,12 +86,11 @@ def biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
 def _forward_fp8(
     module: nn.Module, query_BHTE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same, reading keys and values as an fp8 cache keeps them."""
     return forward(module, query_BHTE, through_fp8(key_BGSE), through_fp8(value_BGSE), *args, **kwargs)
 
 
 def through_fp8(heads_BGSE: Tensor) -> Tensor:
-    """Rounded to float8 (4 bits of exponent, 3 of mantissa), under one scale for all that is there."""
+    """Round to float8 (4 bits of exponent, 3 of mantissa) with one scale for the whole tensor."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     scale = (heads_BGSE.abs().amax().float() / largest).clamp_min(torch.finfo(torch.float32).tiny)
     return ((heads_BGSE.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(heads_BGSE.dtype)
@@ -102,25 +101,35 @@ for _name, _function in ((NAME, forward), (NAME_FP8, _forward_fp8)):
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 
+def implementation(module: Any, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function `name` with a module's scale and dropout: `(q_BHTE, k_BGSE, v_BGSE, mask, ...)`.
+
+    `eager` is that of `module.architecture`, the module of the stock class.
+    """
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, module.architecture.eager_attention_forward)
+    dropout = module.attention_dropout if module.training else 0.0
+    return partial(function, module, dropout=dropout, scaling=module.scaling)
+
+
 @runtime_checkable
 class Removable(Protocol):
-    """An attention that can do without a part of itself: what a student owes to it shows when it is left out."""
+    """An attention with removable parts: an ablation shows how much a student depends on one."""
 
     def removable(self) -> Sequence[str]:
-        """The names of such parts."""
+        """The names of the parts."""
 
     def without(self, part: str) -> AbstractContextManager[None]:
-        """Leave one out for a while."""
+        """Remove a part inside the `with` block."""
 
 
 def removable(model: nn.Module) -> list[str]:
-    """Parts that the attention of a model's layers can do without, by name."""
+    """The names of all removable parts of a model's attentions."""
     return sorted({part for each in model.modules() if isinstance(each, Removable) for part in each.removable()})
 
 
 @contextmanager
 def without(model: nn.Module, part: str) -> Iterator[None]:
-    """The same model with this part left out of every attention that has it."""
+    """Remove a part from every attention that has it, inside the `with` block."""
     with ExitStack() as stack:
         for each in model.modules():
             if isinstance(each, Removable) and part in each.removable():
@@ -130,9 +139,9 @@ def without(model: nn.Module, part: str) -> Iterator[None]:
 
 @contextmanager
 def attention_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the attention modules at these paths return, after `o`, by path: `o_BTD`, with its gradient.
+    """Collect the outputs `o_BTD` of the attention modules at these paths, after `o`, with their gradients.
 
-    Each forward of the model fills the mapping anew. Raises SettingError for a path that the model does not have.
+    Each forward of the model replaces the entries of the mapping. Raises SettingError for an unknown path.
     """
     modules = dict(model.named_modules())
     found: dict[str, Tensor] = {}
@@ -157,7 +166,7 @@ def attention_outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[s
 
 @contextmanager
 def with_attention(model: Any, name: str) -> Iterator[None]:
-    """Switch a model to another attention (`kvfold`, `sdpa`, `eager`) for a while."""
+    """Switch a model to another attention (`kvfold`, `sdpa`, `eager`) inside the `with` block."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:

@@ -1,9 +1,10 @@
-"""Generation, and what its cache holds."""
+"""Caches, their size in memory, and generation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,35 +18,31 @@ CacheKind = Literal["growing", "static", "fp8"]
 
 
 def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
-    """Continue each row by `max_new_tokens`, greedily unless the options say otherwise: ids of prompt and answer.
+    """Continue each row by `max_new_tokens`. Returns the ids of prompt and continuation.
 
-    The options are those of transformers' `generate`. Left-padded rows need an `attention_mask`.
+    The options are those of transformers' `generate`; decoding is greedy by default. Left-padded rows need an
+    `attention_mask`.
     """
     options.setdefault("attention_mask", torch.ones_like(ids_BT))
     options.setdefault("do_sample", False)
     if model.generation_config.pad_token_id is None:
         options.setdefault("pad_token_id", 0)
     with torch.no_grad():
-        ids = model.generate(ids_BT, max_new_tokens=max_new_tokens, **options)
-    assert isinstance(ids, Tensor)
-    return ids
+        made_BT: Tensor = model.generate(ids_BT, max_new_tokens=max_new_tokens, **options)
+    return made_BT
 
 
 def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
     """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
 
-    That of an encoder-decoder has two parts, of which the second keeps what the encoder's output is looked at by; it
-    grows once, is never static, and knows of no windows: those are the decoder's own. Raises SettingError when
-    transformers has no fp8 cache for this model (a sliding window, an encoder-decoder).
+    The cache of an encoder-decoder has a second part, for cross-attention, which grows once and is never static. Raises
+    SettingError if transformers has no fp8 cache for this model (a sliding window, an encoder-decoder).
     """
     pair = bool(model.config.is_encoder_decoder)
     config = model.get_decoder().config if pair else model.config  # the encoder may have another number of layers
-    if kind == "growing":
-        own = DynamicCache(config=config)
+    if kind != "fp8":
+        own = DynamicCache(config=config) if kind == "growing" else StaticCache(config=config, max_cache_len=length)
         return EncoderDecoderCache(own, DynamicCache()) if pair else own
-    if kind == "static":
-        fixed = StaticCache(config=config, max_cache_len=length)
-        return EncoderDecoderCache(fixed, DynamicCache()) if pair else fixed
     if pair:
         raise SettingError("transformers has no fp8 cache for encoder-decoders")
     try:
@@ -56,32 +53,30 @@ def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
 
 
 def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = None) -> Tensor:
-    """Read tokens into a cache and return the logits after the last: `logits_BV`, without a graph.
+    """Read tokens into a cache and return the logits after the last token, `logits_BV`, without a graph.
 
-    The decoder of an encoder-decoder also looks at what its encoder made of an input: `encode`.
+    A decoder of an encoder-decoder also needs the output of `encode`.
     """
     more: dict[str, Any] = {"input_ids": ids_BT, "logits_to_keep": 1}
     if encoded_BSD is not None:
         more = {"decoder_input_ids": ids_BT, "encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD)}
     with torch.inference_mode():
-        logits_B1V = model(**more, past_key_values=cache, use_cache=True).logits
-    assert isinstance(logits_B1V, Tensor)
+        logits_B1V: Tensor = model(**more, past_key_values=cache, use_cache=True).logits
     return logits_B1V[:, -1]
 
 
 def encode(model: Any, ids_BS: Tensor) -> Tensor:
-    """What the encoder of an encoder-decoder makes of an input, `encoded_BSD`, without a graph."""
+    """The encoder's output for an input, `encoded_BSD`, without a graph."""
     with torch.inference_mode():
-        encoded_BSD = model.get_encoder()(ids_BS).last_hidden_state
-    assert isinstance(encoded_BSD, Tensor)
+        encoded_BSD: Tensor = model.get_encoder()(ids_BS).last_hidden_state
     return encoded_BSD
 
 
 def live_cache_bytes(cache: Cache) -> int:
-    """Bytes that a cache keeps alive: the sum over its storages, each once and whole.
+    """Bytes that a cache keeps alive: the sum over its storages, each counted once and as a whole.
 
-    A sliding window kept as a view holds more than it shows, a static cache holds its whole reserve, and a quantised
-    one its scales. Counters of tokens (integers without dimensions) do not count.
+    So a sliding window that is a view counts with all of its storage, a static cache with its unused end, and a
+    quantised cache with its scales. Token counters (integers without dimensions) do not count.
     """
     storages: dict[tuple[torch.device, int], int] = {}
     parts = [cache]
@@ -94,6 +89,8 @@ def live_cache_bytes(cache: Cache) -> int:
             if value.dim() or value.is_floating_point():
                 storage = value.untyped_storage()
                 storages[storage.device, storage.data_ptr()] = storage.nbytes()
+        elif is_dataclass(value):
+            waiting.append(vars(value))
         elif isinstance(value, Mapping):
             waiting.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -102,10 +99,10 @@ def live_cache_bytes(cache: Cache) -> int:
 
 
 def fork(cache: Cache) -> Cache:
-    """A cache to decode into from where this one stands, sharing what it holds: this one can be forked again.
+    """A copy of a cache that shares its tensors: decoding into the copy does not change the original.
 
-    A growing cache never writes into its tensors; a static one writes only behind its tokens, so of its forks only
-    the last is whole.
+    A growing cache never writes into its tensors. A static one writes after its tokens, so only its latest fork is
+    valid.
     """
     if isinstance(cache, EncoderDecoderCache):
         both = EncoderDecoderCache(fork(cache.self_attention_cache), fork(cache.cross_attention_cache))
@@ -115,6 +112,6 @@ def fork(cache: Cache) -> Cache:
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and not value.dim():  # a counter, which is counted up in place
+            if isinstance(value, Tensor) and not value.dim():  # a counter, which is incremented in place
                 setattr(layer, name, value.clone())
     return made

@@ -1,15 +1,14 @@
 """Encoder-decoders with fewer key/value heads than query heads, or one latent for all cross-attentions: `kvfold_t5`.
 
-transformers' T5 and BART have one number of heads, and ignore any other that a config names; its T5Gemma has one number
-of key/value heads for all attentions of the decoder. The classes here are the
-stock ones, in which the k and v of the decoder's attentions are as narrow as the config says: one number for
-self-attention and one for cross-attention, for all layers or for each. The stock forwards take the heads as they come,
-and so do the caches: modules, tensor names and forwards are theirs.
+transformers' T5 and BART have one number of heads and ignore any other in the config; its T5Gemma has one number of
+key/value heads for all attentions of the decoder. The classes here are the stock ones with narrower k and v in the
+decoder's attentions: the config has one number for self-attention and one for cross-attention, for all layers or for
+each. Modules, tensor names, forwards and caches are the stock ones.
 
-Where the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`: the first layer's makes
-the latent of the encoder's output and caches it, the others are shown it. It lies in the cross-attention cache as the
-keys of layer 0, a single head with values of no width, so that growing and static caches, beams and assisted generation
-take it as it is. Importing this module registers the classes with transformers.
+If the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`. The first layer computes the
+latent of the encoder's output and caches it; the other layers read it. It is stored in the cross-attention cache as the
+keys of layer 0, a single head, with values of width 0, so that growing and static caches, beam search and assisted
+generation work unchanged. Importing this module registers the classes with transformers.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from kvfold.hf.subclass import derive
 
 
 class LatentCrossAttention:
-    """In front of a stock attention: a cross-attention that reads keys and values off what the first layer makes.
+    """In front of a stock cross-attention: keys and values are linear in one latent of the encoder's output (B, S, R).
 
-    A step that decodes is absorbed, whatever the attention implementation: no keys and values are written out. `eager`
-    alone, which shows its weights, and training with dropout always write them out, as a whole target does.
+    A decoding step folds the expansion of the latent into the query and the output: no keys and values are computed. A
+    whole target, training with dropout, and `eager`, which returns attention weights, expand them.
     """
 
-    looked_at = "key_value_states"  # what the stock attention calls the encoder's output
+    looked_at: str  # the stock attention's name for the encoder's output
 
     def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
-        """Take the place of a stock cross-attention; `names` says which of its modules plays which role."""
-        vars(self).update(vars(stock))  # which is not used again
+        """Replace a stock cross-attention; `names` maps the roles `q`, `k`, `v` and `o` to its modules."""
+        vars(self).update(vars(stock))  # the stock attention is not used again
         self.shape, self.names = shape, names
         for role in ("k", "v"):
             rows, width = shape.roles()[role]
@@ -52,28 +51,23 @@ class LatentCrossAttention:
             self.kv_down = nn.Linear(shape.input_width, width, bias=False)
 
     def forward(
-        self: Any,
-        hidden_states: Tensor,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor | None, ...]:
-        """The stock attention's signature and answer: `hidden_states` (B, T, D) -> `o_BTD`, and what goes with it."""
+        """The stock attention's signature: `hidden_states` (B, T, D) -> `o_BTD` and the other outputs."""
         shared, encoded_BSD = kwargs.pop(STATES), kwargs.pop(self.looked_at)
         if self.layer_idx == 0:
             shared[0] = self._latent(encoded_BSD, past_key_values)
         latent_BSR, fresh = shared[0]
         if self._writes_out(hidden_states.shape[1], fresh):
-            answer: tuple[Tensor | None, ...] = super().forward(  # type: ignore[misc]
-                hidden_states, **{self.looked_at: latent_BSR}, **kwargs
-            )
-            return answer
+            kwargs[self.looked_at] = latent_BSR
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc,no-any-return]
         width = self.shape.head_dim
         q, k, v, o = (getattr(self, self.names[role]) for role in "qkvo")
         k_up_GER, v_up_GER = (each.weight.unflatten(0, (-1, width)) for each in (k, v))
         v_bias_GE = v_up_GER.new_zeros(1, width) if v.bias is None else v.bias.view(-1, width)
         q_BHTE = q(hidden_states).unflatten(-1, (-1, width)).transpose(1, 2)
         softcap = self.shape.softcap
-        felt = softcap is not None and k.bias is not None  # softmax does not see what is the same for all tokens
+        biased = softcap is not None and k.bias is not None  # without a cap, softmax ignores a bias of the keys
         o_BHTE = absorbed_attention(
             q_BHTE,
             latent_BSR[..., :0],  # nothing is rotated
@@ -85,13 +79,13 @@ class LatentCrossAttention:
             scale=self.scaling,
             causal=False,
             softcap=softcap,
-            k_bias_GN=k.bias.view(-1, width) if felt else None,
+            k_bias_GN=k.bias.view(-1, width) if biased else None,
         )
         o_BTD = o(o_BHTE.transpose(1, 2).flatten(2))
         return (o_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (o_BTD, None)
 
     def _latent(self: Any, encoded_BSD: Tensor, past: Any) -> tuple[Tensor, bool]:
-        """The latent `(B, S, R)`, and whether it is new: made of what the encoder put out, or out of the cache."""
+        """The latent `(B, S, R)`, and whether it was computed now or comes from the cache."""
         if past is not None and past.is_updated.get(0):
             return past.cross_attention_cache.layers[0].keys[:, 0], False
         latent_BSR = self.kv_down(encoded_BSD) if hasattr(self, "kv_down") else encoded_BSD
@@ -102,7 +96,7 @@ class LatentCrossAttention:
         return latent_BSR, True
 
     def _writes_out(self: Any, tokens: int, fresh: bool) -> bool:
-        """Whether the stock attention is to make keys and values of the latent, for all of its tokens."""
+        """Whether the stock attention expands keys and values of the latent, for all tokens."""
         dropout = self.attention_dropout if hasattr(self, "attention_dropout") else self.dropout
         if self.config._attn_implementation == "eager" or (self.training and dropout > 0):
             return True
@@ -111,26 +105,20 @@ class LatentCrossAttention:
         return not absorbs(tokens, fresh, groups, heads, shape.head_dim, 0, latent)
 
 
-class LatentT5GemmaCrossAttention(LatentCrossAttention):
-    """The same in front of a T5Gemma's."""
-
-    looked_at = "encoder_hidden_states"
-
-
 class _Fewer:
-    """In front of a stock model class: narrows k and v of the decoder's attentions, and lets them read a latent."""
+    """In front of a stock model class: narrows k and v of the decoder's attentions, or makes them read a latent."""
 
     latent_attention: type
 
     def __init__(self, config: Any) -> None:
-        """Build the stock model, then what is narrower. Raises ValueError for numbers that cannot be."""
+        """Build the stock model, then replace modules. Raises ValueError for impossible numbers of heads."""
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
         decoder = model.get_decoder()
         try:
             family = family_of(config.to_dict())
             shape = family.shape(config.to_dict())
-        except UnsupportedModel as error:  # as transformers' own configs and models say it
+        except UnsupportedModel as error:  # transformers' own models raise ValueError
             raise ValueError(str(error)) from error
         for site, attention in shape.sites.items():
             if site.kind == "encoder":
@@ -138,7 +126,7 @@ class _Fewer:
             path, _, name = family.module(site).partition("decoder.")[2].rpartition(".")
             holder = decoder.get_submodule(path)
             module = getattr(holder, name)
-            module.num_key_value_groups = attention.query_group  # by this, transformers' own attention knows of groups
+            module.num_key_value_groups = attention.query_group  # read by transformers' attention
             names = {role: family.tensor(site, role).split(".")[-2] for role in "qkvo"}
             for role in ("k", "v"):
                 narrow(module, names[role], attention)
@@ -146,11 +134,11 @@ class _Fewer:
                 setattr(holder, name, self.latent_attention(module, attention, names))
         if any(attention.kept is not None for attention in shape.sites.values()):
             decoder.register_forward_pre_hook(hand_out, with_kwargs=True)
-        model.post_init()  # draws the weights of what is new
+        model.post_init()  # initialises the new weights
 
 
 def narrow(module: nn.Module, name: str, attention: Attention) -> None:
-    """Put a linear module with as many rows as the key/value heads have, its weights anew, where there are more."""
+    """Replace a linear module that has more rows than the key/value heads need by a new, narrower one."""
     linear, rows = getattr(module, name), attention.num_key_value_heads * attention.head_dim
     if rows < linear.out_features:
         setattr(module, name, nn.Linear(linear.in_features, rows, bias=linear.bias is not None))
@@ -160,15 +148,14 @@ _derived = partial(derive, __name__, "with fewer key/value heads in the decoder,
 
 
 def _register(model_type: str, name: str) -> None:
-    """Derive the classes of one stock architecture and tell transformers of them."""
     ours = PAIRS.model_type(model_type)
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    crossed, front = getattr(module, f"{name}Attention", None), LatentCrossAttention
-    if crossed is None:  # self- and cross-attention are classes of their own
-        crossed, front = getattr(module, f"{name}CrossAttention"), LatentT5GemmaCrossAttention
-    attention = _derived(crossed, f"KvfoldLatent{name}Attention", front)
+    crossed, encoded = getattr(module, f"{name}Attention", None), "key_value_states"
+    if crossed is None:  # T5Gemma has a class for cross-attention alone
+        crossed, encoded = getattr(module, f"{name}CrossAttention"), "encoder_hidden_states"
+    attention = _derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, looked_at=encoded)
     for end, auto in (("Model", AutoModel), ("ForConditionalGeneration", AutoModelForSeq2SeqLM)):
         stock, fields = getattr(transformers, f"{name}{end}"), {"config_class": config, "latent_attention": attention}
         auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))

@@ -1,48 +1,46 @@
-"""Decoders with latent keys and values: `kvfold_latent_llama`, `kvfold_latent_qwen2` and their like.
+"""Decoders with latent keys and values: `kvfold_latent_llama`, `kvfold_latent_qwen2` and others.
 
-A stock model in which every layer's attention is `LatentAttention`; all else, forwards and tensor names included, is
-the stock classes' own. `config.json` says what each layer keeps: `rope_chunks`, rotated planes of each key head, and
-`latent_dims`. A cache layer is one of transformers' own: its keys are the rotated planes of all heads side by side, its
-values the latent, each a single head, so that a growing, a static, a sliding and a quantised cache take them as they
-are. Importing this module registers the classes with transformers' Auto classes.
+A stock model in which the attention of every layer is `LatentAttention`; everything else, forwards and tensor names
+included, is the stock class's own. `config.json` has the sizes of each layer: `rope_chunks`, the number of rotated
+planes of a key head, and `latent_dims`. The cache is transformers' own (growing, static, sliding or quantised): its
+keys are the rotated planes of all heads, its values the latent, each stored as a single head. Importing this module
+registers the classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
-from kvfold.contracts.runtimes import LATENT, STEMS
-from kvfold.hf.attention import NAME, NAME_FP8, through_fp8
-from kvfold.hf.subclass import attentions, derive, register_decoder
+from kvfold.contracts.runtimes import LATENT
+from kvfold.hf.attention import NAME, NAME_FP8, implementation, through_fp8
+from kvfold.hf.subclass import Replacement, attentions, register_decoders
 
 
-class LatentAttention(nn.Module):
-    """The attention of one layer, in place of a stock one, whose q and o it takes over.
+class LatentAttention(Replacement):
+    """Attention over cached latents (EliteKV, arXiv 2503.01586), in place of a stock one whose q and o it takes over.
 
-    Prompts and training write keys and values out and hand them to the model's attention implementation; a step that
-    decodes is absorbed, whatever the implementation. `eager` alone is always written out: it shows its weights.
+    Per token and layer it caches the rotated planes of all key heads (M numbers) and one latent of width R for all
+    other coordinates of the keys and for the values. Prefill and training expand keys and values and pass them to the
+    model's attention implementation. A decoding step folds the expansion into the query and the output instead, with
+    any implementation but `eager`, which returns attention weights.
     """
 
+    architecture: ModuleType
     planes: Tensor
+    q_proj: nn.Module
+    o_proj: nn.Module
 
     def __init__(self, config: Any, stock: Any) -> None:
-        nn.Module.__init__(self)  # and not the stock attention's, behind which a derived class puts this one
-        self.config, self.layer_idx = config, stock.layer_idx
-        self.head_dim, self.scaling = stock.head_dim, stock.scaling
-        self.groups, self.num_key_value_groups = config.num_key_value_heads, stock.num_key_value_groups
-        self.attention_dropout, self.is_causal = stock.attention_dropout, True
+        super().__init__(config, stock, "q_proj", "o_proj")
         self.sliding_window = getattr(stock, "sliding_window", getattr(config, "sliding_window", None))
         chunks, width = config.rope_chunks[self.layer_idx], config.latent_dims[self.layer_idx]
         self.rotated, hidden = 2 * chunks, config.hidden_size
         free = self.head_dim - self.rotated
-        self.q_proj, self.o_proj = stock.q_proj, stock.o_proj
         self.k_rope = nn.Linear(hidden, self.groups * self.rotated, bias=stock.k_proj.bias is not None)
         self.kv_down = nn.Linear(hidden, width, bias=False)
         self.k_up = nn.Linear(width, self.groups * free, bias=False) if free else None
@@ -72,7 +70,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(heads_BTHE.flatten(2).contiguous()), weights
 
     def rotation(self, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(H, T, P)` by which the first coordinates of each query head are turned."""
+        """Cosines and sines `(H, T, P)` of the rotation of each query head's first coordinates."""
         cos_BTHP, sin_BTHP = chosen(cos_TE[None], sin_TE[None], self._planes_of_queries())
         return cos_BTHP[0].transpose(0, 1), sin_BTHP[0].transpose(0, 1)
 
@@ -86,7 +84,7 @@ class LatentAttention(nn.Module):
         self, q_BHTE: Tensor, rotated_BSM: Tensor, latent_BSR: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         name, (heads, tokens) = self.config._attn_implementation, q_BHTE.shape[1:3]
-        if mask is None and tokens > 1:  # a static cache that is being prefilled has an empty tail
+        if mask is None and tokens > 1:  # the unused end of a static cache during prefill
             rotated_BSM, latent_BSR = rotated_BSM[:, :tokens], latent_BSR[:, :tokens]
         if name == NAME_FP8:
             rotated_BSM, latent_BSR, name = through_fp8(rotated_BSM), through_fp8(latent_BSR), NAME
@@ -96,56 +94,27 @@ class LatentAttention(nn.Module):
             self._by_head(self.v_up.weight),
             self.v_up.bias.view(self.groups, self.head_dim),
         )
-        drops = self.training and self.attention_dropout > 0
-        if (
-            name != "eager"
-            and not drops
-            and absorbs(tokens, tokens == keys, self.groups, heads, self.head_dim, self.rotated, width)
-        ):
+        expands = name == "eager" or (self.training and self.attention_dropout > 0)
+        sizes = (self.groups, heads, self.head_dim, self.rotated, width)
+        if not expands and absorbs(tokens, tokens == keys, *sizes):
             o_BHTE = absorbed_attention(q_BHTE, rotated_BSM, latent_BSR, *ups, mask=mask, scale=self.scaling)
             return o_BHTE.transpose(1, 2), None
-        implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        o_BTHE, weights = implementation(
-            self,
-            q_BHTE,
-            *written_out(rotated_BSM, latent_BSR, *ups),
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return o_BTHE, weights
+        k_BGSE, v_BGSE = written_out(rotated_BSM, latent_BSR, *ups)
+        attend = implementation(self, name)
+        return attend(q_BHTE, k_BGSE, v_BGSE, mask, sliding_window=self.sliding_window, **kwargs)
 
 
 class _Latent:
-    """In front of a stock model class: every layer's attention becomes latent."""
+    """In front of a stock model class: the attention of every layer becomes latent."""
 
-    latent_attention: type[LatentAttention]
+    own_attention: type[LatentAttention]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         model: Any = self
         for path, stock in attentions(model):
-            model.base_model.set_submodule(path, self.latent_attention(config, stock))
-        model.post_init()  # draws the weights of what is new
+            model.base_model.set_submodule(path, self.own_attention(config, stock))
+        model.post_init()  # initialises the new weights
 
 
-_ABOUT = "with latent keys and values"
-
-
-def _register(model_type: str, name: str) -> None:
-    """Derive the classes of one stock architecture and tell transformers of them."""
-    stock: Any = getattr(transformers, f"{name}Model")
-    # a kind of the stock attention: by its class a model finds what it is asked to show
-    attention = derive(
-        __name__, _ABOUT, stock._can_record_outputs["attentions"], f"KvfoldLatent{name}Attention", LatentAttention
-    )
-    names = (name, f"KvfoldLatent{name}")
-    register_decoder(
-        __name__, _ABOUT, LATENT.model_type(model_type), names, _Latent, fields={}, latent_attention=attention
-    )
-
-
-for _model_type in sorted(LATENT.models):
-    _register(_model_type, STEMS[_model_type])
+register_decoders(__name__, "with latent keys and values", LATENT, _Latent, LatentAttention)

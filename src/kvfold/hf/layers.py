@@ -1,9 +1,9 @@
-"""A decoder one layer at a time: one layer's weights in memory, masks and rotation by transformers itself.
+"""A decoder one layer at a time: the weights of one layer are in memory, and transformers computes masks and rotation.
 
-The model is transformers' own, built on the meta device with the checkpoint's whole `config.json`; every layer but the
-one that is open hands its input on. So a layer keeps its number and all that a config decides by it: sliding or full
-attention, and settings of its own (`per_layer_config`) where the architecture reads them. Keys and values that layers
-share wait on disk, row by row, from their owner to those who read them.
+The model is transformers' own, built on the meta device with the checkpoint's `config.json`; all layers but the open
+one return their input. So a layer keeps its number and every setting that depends on it: sliding or full attention, and
+its own settings (`per_layer_config`) if the architecture reads them. Shared keys and values are stored on disk, row by
+row, until the layers that read them run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from transformers.cache_utils import KVSharingDict
 from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool
-from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
+from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.hf.attention import NAME
-from kvfold.hf.loading import build
+from kvfold.hf.loading import build, check_tensors
 from kvfold.hf.shared_layers import STATES
 
 
 class Layers:
-    """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)` from `embed` on.
+    """The layers of a decoder checkpoint, opened one by one: `hidden = layers.open(n).run(hidden)`, from `embed` on.
 
-    For decoders in which nothing but the embedding, the layers and the last norm touches the hidden states;
-    UnsupportedModel refuses others. Raises CheckpointError when the tensors are not exactly those of
-    the architecture, SettingError for an unknown `dtype`. `attention` is as for `hf.load`. `lengths` are those of the
-    rows that will be read: a model whose layers share keys and values must know them, and is a context manager then.
+    `attention` is as in `hf.load`. `lengths` are the lengths of the rows that will be read. They are needed, and
+    `Layers` must be used as a context manager, if layers share keys and values. Raises CheckpointError if the tensors
+    are not exactly those of the architecture, SettingError for an unknown `dtype`, and UnsupportedModel if anything but
+    the embedding, the layers and the last norm changes the hidden states.
     """
 
     def __init__(
@@ -51,10 +51,8 @@ class Layers:
         self._base, self._body = cast(Any, whole).base_model.eval(), source.family.body
         self.prefix = f"{cast(Any, whole).base_model_prefix}."
         if source.family.encoder_decoder:
-            raise UnsupportedModel(
-                f"{source.config['model_type']} is no decoder alone: it cannot be read layer by layer",
-                where=source.path,
-            )
+            what = f"{source.config['model_type']} is not a decoder: it cannot be read layer by layer"
+            raise UnsupportedModel(what, where=source.path)
         self._verify()
         self._plain = type(whole.get_submodule(self._body.embedding)) is nn.Embedding
         for path in (self._body.embedding, self._body.norm):
@@ -78,14 +76,14 @@ class Layers:
         self._open.close()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """The input of layer 0, `hidden_BTD`; of the embedding only the rows asked for come into memory."""
+        """The input of layer 0, `hidden_BTD`. Only the rows of these ids are read from the embedding."""
         weight_VD = self.source.read(f"{self._body.embedding}.weight")
         return weight_VD[ids_BT.to(weight_VD.device)].to(self.device, self.dtype)
 
     def open(self, number: int) -> Layer:
-        """Read layer `number` into memory, where it stays as long as the Layer does.
+        """Read layer `number` into memory, where it stays as long as the Layer exists.
 
-        Its weights are a copy to change as you like, and ask for no gradient.
+        Its weights are a copy that can be changed, and they require no gradient.
         """
         unread = self._unread[number]
         module = copy.deepcopy(unread, {id(self._base.config): self._base.config}).to_empty(device=self.device)
@@ -96,28 +94,22 @@ class Layers:
         return Layer(self._base, self._layers, number, path, module.requires_grad_(False).eval(), self._shared)
 
     def _verify(self) -> None:
-        """Compare the names and shapes of the weights with the architecture's, from headers alone."""
+        """Compare names and shapes of the weights with the architecture's, from headers alone."""
         wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in self._base.state_dict().items()}
         there = {
             name: tuple(self.source.spec(name).shape)
             for name in self.source.names()
             if name.startswith(self.prefix) and not name.endswith("rotary_emb.inv_freq")  # kept by old checkpoints
         }
-        for problem, names in (
-            ("missing", wanted.keys() - there.keys()),
-            ("unexpected", there.keys() - wanted.keys()),
-            ("mismatched", {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]}),
-        ):
-            if names:
-                raise CheckpointError(
-                    f"{problem} tensors",
-                    where=self.source.path,
-                    got=", ".join(sorted(names)[:3]),
-                    next="is config.json that of these weights?",
-                )
+        check_tensors(
+            self.source.path,
+            missing=wanted.keys() - there.keys(),
+            unexpected=there.keys() - wanted.keys(),
+            mismatched={name for name in wanted.keys() & there.keys() if wanted[name] != there[name]},
+        )
 
     def _fill_buffers(self, module: nn.Module) -> None:
-        """Compute what no checkpoint stores, such as rotary frequencies, as transformers does after loading."""
+        """Compute buffers that no checkpoint stores, such as rotary frequencies, as transformers does after loading."""
         for each in module.modules():
             unsaved = {name: each._buffers[name] for name in each._non_persistent_buffers_set}
             if not any(tensor is not None for tensor in unsaved.values()):
@@ -126,7 +118,7 @@ class Layers:
                 each.to_empty(device=self.device, recurse=False)
             for tensor in each.buffers(recurse=False):
                 if tensor.is_floating_point():
-                    tensor.fill_(torch.nan)  # so that what is forgotten is seen
+                    tensor.fill_(torch.nan)  # a buffer that is not computed is then detected
             self._base._init_weights(each)
             if not all(bool(tensor.isfinite().all()) for tensor in each.buffers(recurse=False)):
                 raise UnsupportedModel(
@@ -134,7 +126,7 @@ class Layers:
                 )
 
     def _probe(self) -> None:
-        """Refuse a model that scales or mixes hidden states outside its layers: read so, it would be another model."""
+        """Refuse a model that scales or mixes hidden states outside its layers: its output would differ."""
         hidden_BTD = torch.arange(2.0 * self.source.shape.hidden_size, device=self.device).to(self.dtype)
         hidden_BTD = hidden_BTD.view(1, 2, -1)
         if not self._plain or not torch.equal(_forward(self._base, hidden_BTD), hidden_BTD):
@@ -146,7 +138,7 @@ class Layers:
 
 
 class Layer:
-    """One layer in memory; others of the same `Layers` may be open too."""
+    """One layer in memory; several layers of the same `Layers` may be open."""
 
     def __init__(
         self, base: Any, layers: nn.ModuleList, number: int, path: str, module: nn.Module, shared: _Shared | None
@@ -155,9 +147,9 @@ class Layer:
         self._module, self._shared = module, shared
 
     def run(self, hidden_BTD: Tensor, row: int = 0) -> Tensor:
-        """The next hidden states of rows without padding, `hidden_BTD`, causal by the layer's own window.
+        """The next hidden states `hidden_BTD` of rows without padding, causal, with the layer's own window.
 
-        `row` is the number of the first of them: what they share with layers above is kept by it.
+        `row` is the number of the first row: shared keys and values are stored under it.
         """
         first = next(self._module.parameters())
         hidden_BTD = hidden_BTD.to(first.device, first.dtype)
@@ -174,17 +166,17 @@ class Layer:
             self._layers[self.number] = through
 
     def module(self, path: str) -> nn.Module:
-        """The module at a path below the layer: `self_attn`, `mlp.down_proj`. Raises SettingError for none."""
+        """The module at a path below the layer, such as `mlp.down_proj`. Raises SettingError if there is none."""
         try:
             return self._module.get_submodule(path)
         except AttributeError as error:
             raise SettingError(f"layer {self.number} has no module {path}", where=self.path.rstrip(".")) from error
 
     def owner(self, name: str) -> nn.Module:
-        """The module that holds a checkpoint's tensor, or that is named: `model.layers.3.self_attn.k_proj.weight`.
+        """The module that holds a tensor of the checkpoint (`model.layers.3.self_attn.k_proj.weight`) or has this name.
 
-        Names are those of the whole model, as a family's `tensor` and `module` say them. Raises SettingError for what
-        is not of this layer.
+        Names are those of the whole model, as in a family's `tensor` and `module`. Raises SettingError for a name of
+        another layer.
         """
         if not name.startswith(self.path):
             raise SettingError(f"{name} is not of layer {self.number}", where=self.path.rstrip("."))
@@ -196,7 +188,7 @@ class Layer:
 
 
 class _Shared:
-    """Keys and values of the owners, on disk by row: `k` and `v` of all heads side by side."""
+    """Keys and values of the owners, on disk by row: `k` and `v` of all heads, concatenated."""
 
     def __init__(self, shape: Shape, lengths: Sequence[int], dtype: str, stack: ExitStack) -> None:
         self.sources = {site.layer: attention.source for site, attention in shape.sites.items()}
@@ -206,7 +198,7 @@ class _Shared:
         }
 
     def read(self, layer: int, row: int, hidden_BTD: Tensor) -> KVSharingDict:
-        """What a layer is handed for these rows: nothing, or its owner's keys and values."""
+        """The keys and values that a layer receives for these rows: its owner's, or none."""
         states: Any = KVSharingDict()
         source = self.sources[layer]
         if source is not None:
@@ -216,17 +208,17 @@ class _Shared:
         return cast(KVSharingDict, states)
 
     def write(self, layer: int, row: int, states: Any) -> None:
-        """Keep what an owner made of these rows."""
+        """Store an owner's keys and values of these rows."""
         if layer in self.spools:
             both_BGSE = torch.cat(states[layer], dim=1)
             self.spools[layer].write(row, both_BGSE.transpose(1, 2).flatten(2))
 
 
 class Through(nn.Module):
-    """In place of a layer that is not run: it hands its input on."""
+    """Replaces a layer that is not run: returns its input."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """The hidden states as they came."""
+        """`hidden_states` unchanged."""
         return hidden_states
 
 

@@ -1,11 +1,11 @@
-"""Loading checkpoints and building fresh models through transformers' Auto classes: quiet, strict, one clear error."""
+"""Loading checkpoints, fresh models and tokenizers through transformers' Auto classes: quietly and strictly."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,27 @@ from transformers.utils import logging
 
 from kvfold.contracts.runtimes import ADDED, stock_type
 from kvfold.disk.checkpoint import Checkpoint, locate
-from kvfold.disk.output import read_json
+from kvfold.disk.output import read_object
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
 from kvfold.families import all_families
 from kvfold.hf.attention import NAME
 from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # SentencePiece's own names
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # SentencePiece's names
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-PROBE = "a b"  # what a tokenizer encodes and decodes before it is handed out
+PROBE = "a b"  # a text that every loaded tokenizer must encode and decode
+PROBLEMS = ("missing", "unexpected", "mismatched")
+"""The ways in which a checkpoint's tensors differ from its architecture's."""
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = NAME) -> nn.Module:
     """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
 
-    An encoder-decoder takes `decoder_input_ids` besides.
-
-    `attention` is `kvfold`, or one of transformers' own (`sdpa`, `eager`). Raises CheckpointError when the checkpoint
-    cannot be read, or its tensors are not exactly those of its architecture (transformers would make up what is
-    missing); UnsupportedModel when no family takes it.
+    An encoder-decoder also takes `decoder_input_ids`. `attention` is `kvfold` or one of transformers' own (`sdpa`,
+    `eager`). Raises CheckpointError if the checkpoint cannot be read or its tensors are not exactly those of its
+    architecture (transformers would initialise missing ones at random), and UnsupportedModel if it has no family.
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
@@ -54,14 +55,9 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
             if config != source.config:
                 options["config"] = AutoConfig.for_model(**config)
             model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
-    except Exception as error:  # transformers raises whatever a file of it made go wrong
+    except Exception as error:  # transformers wraps no errors
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
-    for problem in ("missing", "unexpected", "mismatched"):
-        names = sorted(str(name) for name in found.get(f"{problem}_keys", ()))
-        if names:
-            raise CheckpointError(
-                f"{problem} tensors", where=path, got=", ".join(names[:3]), next="is config.json that of these weights?"
-            )
+    check_tensors(path, **{problem: found.get(f"{problem}_keys", ()) for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)
@@ -69,32 +65,35 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     return model
 
 
-def without_negative_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose token ids below 0 are None, also in its parts: older tools write -1 for "there is none".
+def check_tensors(where: object, **problems: Iterable[object]) -> None:
+    """Raise CheckpointError for the first of `PROBLEMS` that has names of tensors."""
+    for problem in PROBLEMS:
+        if names := sorted(map(str, problems[problem])):
+            remedy = "is config.json that of these weights?"
+            raise CheckpointError(f"{problem} tensors", where=where, got=", ".join(names[:3]), next=remedy)
 
-    As it is, transformers would take -1 for the last token: it would never train its embedding, and generate -1.
+
+def without_negative_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, with its nested configs, whose negative token ids are None: older tools write -1 for "no token".
+
+    transformers would index with -1: the last token's embedding would not be trained, and -1 would be generated.
     """
 
     def clean(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return without_negative_ids(value)
-        if not name.endswith("_token_id"):
-            return value
-        if isinstance(value, list):
-            return [each for each in value if not _negative(each)] or None
-        return None if _negative(value) else value
+        if name.endswith("_token_id") and isinstance(value, list):
+            return [each for each in value if clean(name, each) is not None] or None
+        negative = name.endswith("_token_id") and isinstance(value, int) and value < 0
+        return None if negative else value
 
     return {name: clean(name, value) for name, value in config.items()}
 
 
-def _negative(value: Any) -> bool:
-    return isinstance(value, int) and value < 0
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; a model type of ours has that of the stock architecture it is made from.
+    """The tokenizer of a checkpoint; kvfold's model types have that of their stock architecture.
 
-    Raises DataError when it has none, CheckpointError when there is no such place.
+    Raises DataError if there is no tokenizer that can be loaded, and CheckpointError if there is no such directory.
     """
     folder = locate(path)
     _check_files(folder)
@@ -106,17 +105,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             for name in unnamed:
                 if SPECIAL.get(name) in tokenizer.get_vocab():
                     setattr(tokenizer, name, SPECIAL[name])
-            tokenizer.decode(tokenizer.encode(PROBE))  # some of what is wrong shows only now
+            tokenizer.decode(tokenizer.encode(PROBE))  # some errors appear only here
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises bare Exceptions, and its panics are not even those
+    except BaseException as error:  # a panic of tokenizers is not an Exception
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
     return tokenizer
 
 
 @contextmanager
 def _stderr_held() -> Iterator[None]:
-    """Hold back what is written to stderr, and drop it on an error: Rust prints a trace of every panic by itself."""
+    """Buffer stderr, and discard it on an error: Rust prints the trace of every panic."""
     with tempfile.TemporaryFile() as held:
         sys.stderr.flush()
         shown = os.dup(2)
@@ -132,7 +131,7 @@ def _stderr_held() -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files of a tokenizer that are no regular files, too large, or no JSON. Raises DataError."""
+    """Raise DataError for tokenizer files that are not regular, too large or not JSON."""
     for name in (*SENTENCEPIECE, "merges.txt", "vocab.txt"):
         if os.path.lexists(folder / name):
             check_regular(folder / name, limit=LARGE, error=DataError)
@@ -143,57 +142,51 @@ def _check_files(folder: Path) -> None:
 
 
 def _unnamed(folder: Path) -> list[str]:
-    """Special tokens that are empty strings, as LLaMA-1 has them: transformers would ask itself for their ids forever.
+    """Special tokens that are empty strings, as in LLaMA-1: transformers would look up their ids forever.
 
-    They are SentencePiece's own where the vocabulary holds those, else there are none.
+    They become SentencePiece's tokens if the vocabulary has those, else None.
     """
-    found: list[str] = []
+    found: dict[str, None] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        said = read_json(folder / file)
-        for name, value in said.items() if isinstance(said, dict) else ():
+        for name, value in read_object(folder / file).items():
             text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and text == "" and name not in found:
-                found.append(name)
-    return found
+            if name.endswith("_token") and text == "":
+                found[name] = None
+    return list(found)
 
 
 def _check_sentencepiece(folder: Path) -> None:
-    """Refuse a tokenizer of SentencePiece alone where transformers cannot read it, or reads it as another.
+    """Refuse a tokenizer of SentencePiece alone that transformers cannot read, or reads as another.
 
-    Raises DataError that names the extra, or the file that is missing.
+    Raises DataError with the missing extra or file.
     """
     if (folder / "tokenizer.json").is_file():
         return
     for name in SENTENCEPIECE:
-        path = folder / name
         # a protobuf begins with its first field; tiktoken's files of that name are text
-        if path.is_file() and read_bytes(path, limit=LARGE)[:1] == b"\n":
-            try:
-                import google.protobuf  # noqa: F401
-                import sentencepiece  # noqa: F401
-            except ImportError as error:
-                raise DataError(
-                    f"its tokenizer is {name} alone, which needs the packages sentencepiece and protobuf",
-                    where=folder,
-                    next="pip install 'kvfold[sentencepiece]', or add a tokenizer.json",
-                ) from error
-            named = read_json(folder / "tokenizer_config.json")
-            # without a class, transformers reads the pieces and forgets the space before the first word
-            if name == "tokenizer.model" and not (isinstance(named, dict) and named.get("tokenizer_class")):
-                raise DataError(
-                    f"its tokenizer is {name} alone, and nothing names the tokenizer's class",
-                    where=folder,
-                    next='add tokenizer_config.json with {"tokenizer_class": "LlamaTokenizer"}, or the class it has',
-                )
+        if not (folder / name).is_file() or read_bytes(folder / name, limit=LARGE)[:1] != b"\n":
+            continue
+        try:
+            import google.protobuf  # noqa: F401
+            import sentencepiece  # noqa: F401
+        except ImportError as error:
+            what = f"its only tokenizer file is {name}, which needs the packages sentencepiece and protobuf"
+            remedy = "pip install 'kvfold[sentencepiece]', or add a tokenizer.json"
+            raise DataError(what, where=folder, next=remedy) from error
+        # without a class, transformers reads the pieces but loses the space before the first word
+        if name == "tokenizer.model" and not read_object(folder / "tokenizer_config.json").get("tokenizer_class"):
+            what = f"its only tokenizer file is {name}, and no file names the tokenizer's class"
+            remedy = 'add tokenizer_config.json with {"tokenizer_class": "LlamaTokenizer"}, or the class it has'
+            raise DataError(what, where=folder, next=remedy)
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig | None:
-    """What the tokenizer's class is chosen by, for a model type of ours; None leaves it to config.json.
+    """The config by which transformers chooses the tokenizer's class, for kvfold's model types; None for others.
 
-    For some model types (`qwen2`) transformers takes a class of its own choice, whatever tokenizer_config.json says.
+    For some model types (`qwen2`) transformers chooses a class and ignores tokenizer_config.json.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "model_type" not in config or stock_type(config) == config["model_type"]:
+    config = read_object(folder / "config.json")
+    if "model_type" not in config or stock_type(config) == config["model_type"]:
         return None
     same = {key: value for key, value in config.items() if key not in ("model_type", *ADDED)}
     return AutoConfig.for_model(stock_type(config), **same)
@@ -202,8 +195,8 @@ def _stock_config(folder: Path) -> PreTrainedConfig | None:
 def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None, dtype: str = "float32") -> nn.Module:
     """A fresh model of a `config.json`, in training mode; its weights depend on `seed` alone.
 
-    `attention` is as for `load`; None is what transformers takes: `sdpa`, or `eager` where logits are capped. Raises
-    SettingError when transformers cannot read the config.
+    `attention` is as in `load`; None is transformers' default: `sdpa`, or `eager` if logits are capped. Raises
+    SettingError if transformers cannot build the config.
     """
     kind = _dtype(dtype)
     try:
@@ -214,22 +207,21 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
             _untie(model, config)
     except KvfoldError:
         raise
-    except Exception as error:  # transformers raises whatever a field made go wrong
-        raise SettingError(f"the config makes no model: {_first_line(error)}") from error
+    except Exception as error:  # transformers wraps no errors
+        raise SettingError(f"no model can be built from the config: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
 
 
 def _auto(config: Mapping[str, Any]) -> Any:
-    """The Auto class that makes the model of a config."""
     paired = [kind for family in all_families().values() if family.encoder_decoder for kind in family.model_types]
     return AutoModelForSeq2SeqLM if config.get("model_type") in paired else AutoModelForCausalLM
 
 
 def _untie(model: Any, config: Mapping[str, Any]) -> None:
-    """Give a fresh model the output projection of its own that its config asks for.
+    """Untie the output projection of a fresh model if its config says so.
 
-    transformers ties every fresh T5, although T5.1.1 says otherwise and its checkpoints hold two matrices.
+    transformers ties every fresh T5, but T5.1.1 is not tied and its checkpoints hold two matrices.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if config.get("tie_word_embeddings") is False and head.weight is embedding.weight:
@@ -240,20 +232,19 @@ def _untie(model: Any, config: Mapping[str, Any]) -> None:
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise SettingError(f"dtype {name!r} is not known", allowed=choices(DTYPES))
-    kind = getattr(torch, name)
-    assert isinstance(kind, torch.dtype)
+    kind: torch.dtype = getattr(torch, name)
     return kind
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, without the advice and the traces that libraries add."""
+    """The message of an error without the advice and the traces that libraries add."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no log lines of transformers, for the length of one call."""
+    """Suppress progress bars and log lines of transformers inside the `with` block."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

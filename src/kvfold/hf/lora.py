@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) through `peft`: small factors beside frozen weights, and nothing of them in what is saved."""
+"""LoRA (arXiv 2106.09685) through `peft`: low-rank factors beside frozen weights, merged before a model is saved."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from kvfold.errors import SettingError
 
-MARK = ".lora_"  # in the names of the parameters that are added
+MARK = ".lora_"  # in the names of the added parameters
 
 
 def add_lora(model: nn.Module, paths: Sequence[str], rank: int, *, seed: int) -> None:
-    """Put factors of this rank beside the linear maps at these paths; what the model computes stays the same.
+    """Add factors of this rank to the linear maps at these paths; the model's output does not change yet.
 
-    Their product is scaled by `alpha / rank = 2`, as LoLCATs and most recipes have it. Raises SettingError when `peft`
-    is not installed.
+    The product is scaled by `alpha / rank = 2`, as in LoLCATs (arXiv 2410.10254). Raises SettingError if `peft` is not
+    installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -30,21 +30,16 @@ def add_lora(model: nn.Module, paths: Sequence[str], rank: int, *, seed: int) ->
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every product of factors to its weight and take the factors away: modules and names are as before."""
-    found: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and _adapts(module)
-    }
-    for name, module in found.items():
-        module.merge(safe_merge=True)
-        model.set_submodule(name, module.get_base_layer())
+    """Add every product of factors to its weight and remove the factors: modules and names are as before."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            adapted: Any = module
+            adapted.merge(safe_merge=True)
+            model.set_submodule(name, adapted.get_base_layer())
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors by name."""
+    """The factors, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
-
-
-def _adapts(module: nn.Module) -> bool:
-    from peft.tuners.lora import LoraLayer
-
-    return isinstance(module, LoraLayer)

@@ -1,4 +1,4 @@
-"""Looking into attentions: what one is given, its rotated queries and keys, what it makes of them, where it looks."""
+"""Observes attentions: their inputs, rotated queries and keys, outputs, and attention probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvfold.hf.attention import biased, forward
 from kvfold.hf.layers import Layer
 
 WATCHED = "kvfold_watched"
-"""The attention that a `Layers` must be opened with to be watched."""
+"""The attention implementation that a model must have to be observed."""
 
 _SEEN: ContextVar[dict[str, Any]] = ContextVar("seen")
 _LOOKS: ContextVar[Mapping[nn.Module, Callable[[Tensor], None]]] = ContextVar("looks")
@@ -25,27 +25,27 @@ _LOOKS: ContextVar[Mapping[nn.Module, Callable[[Tensor], None]]] = ContextVar("l
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention of one layer at work on rows of text; `mask` is boolean (True: visible), or None for causal."""
+    """The tensors of one attention on rows of text. `mask` is boolean (True: visible), or None for causal."""
 
     input_BTD: Tensor
-    query_BHTE: Tensor  # normed and rotated, as they meet the keys
+    query_BHTE: Tensor  # normed and rotated
     key_BGSE: Tensor
     mask: Tensor | None
     scale: float
-    cos_TE: Tensor | None  # of the rotation, (H, T, E) where heads turn each its own way; None without one
+    cos_TE: Tensor | None  # of the rotation, (H, T, E) if heads rotate differently; None without one
     sin_TE: Tensor | None
-    heads_BTN: Tensor  # what `o` is given: the heads side by side
+    heads_BTN: Tensor  # the input of `o`: all heads, concatenated
     output_BTD: Tensor
 
 
 class _Done(Exception):
-    """The attention has been seen: the rest of the layer need not be computed."""
+    """The attention has been observed: the rest of the layer need not be computed."""
 
 
 def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Tensor, row: int = 0) -> Attended:
-    """Run a layer as far as its attention, whose output projection is `output`, and show what it did.
+    """Run a layer up to the end of its attention, whose output projection is `output`, and return its tensors.
 
-    `row` is as for `Layer.run`.
+    `row` is as in `Layer.run`.
     """
     seen: dict[str, Any] = {}
 
@@ -76,26 +76,17 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
             handle.remove()
     cos, sin = (None if each is None else each[0] for each in seen["rotation"] or (None, None))
     turns: Any = getattr(attention, "rotation", None)
-    if turns is not None:  # an attention of ours, whose heads turn each its own way
+    if turns is not None:  # kvfold's latent attention, whose heads rotate differently
         cos, sin = turns(cos, sin)
-    return Attended(
-        seen["input"],
-        seen["query"],
-        seen["key"],
-        seen["mask"],
-        seen["scale"],
-        cos,
-        sin,
-        seen["heads"],
-        seen["output"],
-    )
+    query, key, mask, scale = (seen[name] for name in ("query", "key", "mask", "scale"))
+    return Attended(seen["input"], query, key, mask, scale, cos, sin, seen["heads"], seen["output"])
 
 
 @contextmanager
 def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Hand the probabilities `p_BHTS` of these attention modules over as they run, one attention at a time.
+    """Pass the probabilities `p_BHTS` of each of these attention modules to its function, as the modules run.
 
-    The model must have been loaded with the attention `WATCHED`.
+    The model must be loaded with the attention `WATCHED`.
     """
     token = _LOOKS.set(takers)
     try:
@@ -107,7 +98,7 @@ def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Itera
 def _probabilities(
     query_BHTE: Tensor, key_BGSE: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
 ) -> Tensor:
-    """The softmax over keys, in float32 at least."""
+    """The softmax over keys, in float32 or wider."""
     key_BHSE = key_BGSE.repeat_interleave(query_BHTE.shape[1] // key_BGSE.shape[1], dim=1)
     logits_BHTS = scale * (query_BHTE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
     if softcap is not None:
@@ -128,7 +119,7 @@ def _watched(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """kvfold's attention, which notes what it was given when somebody looks."""
+    """kvfold's attention, which records its inputs for `attend` and `probabilities`."""
     seen = _SEEN.get(None)
     if seen is not None:
         scaling = kwargs.get("scaling")

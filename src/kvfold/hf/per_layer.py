@@ -1,33 +1,29 @@
-"""Decoders whose layers differ in their key/value heads, or share keys and values: `kvfold_llama` and its like.
+"""Decoders whose layers differ in their key/value heads, or share keys and values: `kvfold_llama` and others.
 
-transformers' configs can say so (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`; `kv_source_layers`:
-`[0, 0, 2, 2]`, the layer whose keys and values each layer reads), and its caches take each layer as it comes; its
-models of these architectures build every layer alike. The classes here are the stock ones, in which each layer that
-differs gets a stock attention built from its own layer's config, and each that shares the attention of `sharing`.
-Modules and tensor names are the stock ones' own; importing this module registers the classes with transformers' Auto
-classes.
+transformers' configs have fields for both (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`; `kv_source_layers`:
+`[0, 0, 2, 2]`, the layer whose keys and values each layer reads), and its caches support both, but its models of these
+architectures build all layers alike. In the classes here, a layer that differs gets a stock attention built from its
+own config, and a layer that shares gets a `SharedAttention`. Modules and tensor names are those of the stock classes.
+Importing this module registers the classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
-import transformers
-
-from kvfold.contracts.runtimes import LAYERS, STEMS
-from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant, sharing_modes
-from kvfold.hf.subclass import attentions, derive, register_decoder
+from kvfold.contracts.runtimes import LAYERS
+from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant
+from kvfold.hf.subclass import attentions, register_decoders
 
 _HEADS = "num_key_value_heads"
 
 
 class _Sources:
-    """In front of a stock config class: transformers' words for layers that share."""
+    """In front of a stock config class: transformers' fields for layers that share."""
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
-        """Raise ValueError for a layer that reads one above it, or one that owns nothing."""
+        """Raise ValueError for a layer that reads a later layer, or one that owns no keys and values."""
         super().__post_init__(**kwargs)  # type: ignore[misc]
         sources = self.kv_source_layers
         if sources is not None:
@@ -39,22 +35,29 @@ class _Sources:
 
     @property
     def kv_sharing_modes(self: Any) -> list[str | None] | None:
-        """What each layer does with keys and values; None where no layer shares."""
-        return sharing_modes(self.kv_source_layers)
+        """How each layer shares keys and values: `store`, `reuse`, or None for a private layer."""
+        sources = self.kv_source_layers
+        if sources is None:
+            return None
+        read = {source for layer, source in enumerate(sources) if source != layer}
+        own = ["store" if layer in read else None for layer in range(len(sources))]
+        return ["reuse" if source != layer else own[layer] for layer, source in enumerate(sources)]
 
 
 class _OwnLayers:
-    """In front of a stock model class: gives each layer the key/value heads and the source that the config names."""
+    """In front of a stock model class: gives each layer the key/value heads and the source of the config."""
+
+    own_attention: type[SharedAttention]
 
     def __init__(self, config: Any) -> None:
         """Build the stock model, then the attentions that differ.
 
-        Raises ValueError when `per_layer_config` changes anything but `num_key_value_heads`.
+        Raises ValueError if `per_layer_config` changes anything but `num_key_value_heads`.
         """
         if other := sorted((config.per_layer_attributes or set()) - {_HEADS}):
             raise ValueError(f"per_layer_config of {config.model_type} can change {_HEADS}, and not {', '.join(other)}")
         heads = [own.num_key_value_heads for own in config.per_layer_config]
-        config.per_layer_config = None  # or the stock model's first look at the number would be ambiguous
+        config.per_layer_config = None  # otherwise the number of heads is ambiguous to the stock model
         common = config.num_key_value_heads
         try:
             super().__init__(config)  # type: ignore[call-arg]
@@ -67,7 +70,7 @@ class _OwnLayers:
         for number, ((path, attention), own, mode) in enumerate(layers):
             stock: Any = type(attention)
             if mode is not None:
-                stock = partial(globals()[f"Kvfold{stock.__name__}"], source=sources[number])
+                stock = partial(self.own_attention, source=sources[number])
             elif own.num_key_value_heads == common:
                 continue
             made = stock(own, number)
@@ -75,31 +78,26 @@ class _OwnLayers:
             model.base_model.set_submodule(path, made)
         if config.kv_sharing_modes is not None:
             model.base_model.register_forward_pre_hook(hand_out, with_kwargs=True)
-        model.post_init()  # draws the weights of what is new
+        model.post_init()  # initialises the new weights
 
     def activation_checkpointing_enable(
         self: Any, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """The stock method, which is never reentrant where layers share. Raises SettingError when that is asked for."""
-        asked = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        """The stock method, not reentrant by default. Raises SettingError if layers share and it is reentrant."""
+        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if self.config.kv_sharing_modes is not None:
-            refuse_reentrant(asked)
-        super().activation_checkpointing_enable(asked, *args, **kwargs)  # type: ignore[misc]
+            refuse_reentrant(settings)
+        super().activation_checkpointing_enable(settings, *args, **kwargs)  # type: ignore[misc]
 
 
-_ABOUT = "with key/value heads of each layer's own, or another layer's"
 _FIELDS = {"kv_source_layers": None, "__annotations__": {"kv_source_layers": list[int] | None}}
 
-
-def _register(model_type: str, name: str) -> None:
-    """Derive the classes of one stock architecture and tell transformers of them."""
-    module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    stock = getattr(module, f"{name}Attention")
-    derive(__name__, _ABOUT, stock, f"Kvfold{name}Attention", SharedAttention, architecture=module)
-    names = (name, f"Kvfold{name}")
-    ours = LAYERS.model_type(model_type)
-    register_decoder(__name__, _ABOUT, ours, names, _OwnLayers, config=(_Sources,), fields=_FIELDS)
-
-
-for _model_type in sorted(LAYERS.models):
-    _register(_model_type, STEMS[_model_type])
+register_decoders(
+    __name__,
+    "with key/value heads of each layer's own, or another layer's",
+    LAYERS,
+    _OwnLayers,
+    SharedAttention,
+    config=(_Sources,),
+    fields=_FIELDS,
+)

@@ -1,8 +1,8 @@
-"""Attention in layers that share keys and values: an owner shows what it cached, consumers read it.
+"""Attention in layers that share keys and values: an owner passes on what it caches, consumers read it.
 
-Owners put their keys (normed and rotated) and values into a container that one forward of the model makes and every
-layer is handed, as transformers' own models that share do. They never pass through the cache object, which is not
-there without a cache and under activation checkpointing. The container is no `dict`: FSDP2 rebuilds those on their way.
+Owners put their keys (normed and rotated) and values into a container that one forward of the model creates and passes
+to every layer, as transformers' own sharing models do. The container does not go through the cache object, which is
+absent without a cache and under activation checkpointing. It is not a `dict`, because FSDP2 copies those.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import KVSharingDict
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.errors import SettingError
+from kvfold.hf.attention import implementation
 
 STATES = "shared_kv_states"
-"""The name under which the container goes through a forward, by layer: `(k_BGSE, v_BGSE)`."""
+"""The keyword that passes the container through a forward: layer -> `(k_BGSE, v_BGSE)`."""
 
 
 class SharedAttention:
-    """In front of a stock attention class with q, k, v and o apart: the attention of an owner or of a consumer.
+    """In front of a stock attention with separate q, k, v and o: the attention of an owner or of a consumer.
 
-    A consumer has no `k_proj`, `v_proj` and `k_norm`. What is computed is the stock class's forward step by step.
+    A consumer has no `k_proj`, `v_proj` and `k_norm`. The forward follows the stock class step by step.
     """
 
-    architecture: ModuleType  # of the stock class: its rotation and its eager attention
+    architecture: ModuleType  # the stock class's module: its rotation and its eager attention
 
     def __init__(self, config: Any, layer_idx: int, source: int) -> None:
-        """Build the stock attention; `source` is the layer whose keys and values are read, its own for an owner."""
+        """Build the stock attention. `source` is the layer whose keys and values are read: an owner's is its own."""
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.kv_source_layer = source
         if source != layer_idx:
@@ -47,59 +47,39 @@ class SharedAttention:
         shared_kv_states: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden_states` (B, T, D) -> `(output_BTD, weights)`; a static cache's S is longer than what was read."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        """`hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
         owns = self.kv_source_layer == self.layer_idx
-        query = normed_heads(self, "q_norm", self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = query[:, :0]  # rotated beside the queries: no head of a consumer's
-        if owns:
-            key = normed_heads(self, "k_norm", self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        query = projected(self, hidden_states, "q")
+        key = projected(self, hidden_states, "k") if owns else query[:, :0]  # a consumer rotates queries alone
         query, key = self.architecture.apply_rotary_pos_emb(query, key, *position_embeddings)
         if owns:
-            value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+            value = projected(self, hidden_states, "v")
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
             shared_kv_states[self.layer_idx] = key, value
         else:
             key, value = shared_kv_states[self.kv_source_layer]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.architecture.eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
-            **kwargs,
-        )
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        attend = implementation(self, self.config._attn_implementation)
+        output, weights = attend(query, key, value, attention_mask, sliding_window=window, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-def normed_heads(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
-    """Heads behind the norm of this name, or as they are where the attention has none."""
-    norm: Any = getattr(attention, name, None)
-    if norm is None:
-        return heads
-    over_all = norm.weight.numel() > heads.shape[-1]
-    return norm(heads.flatten(-2)).view(heads.shape) if over_all else norm(heads)  # type: ignore[no-any-return]
-
-
-def sharing_modes(sources: list[int] | None) -> list[str | None] | None:
-    """What each layer does with keys and values, in transformers' words: `store`, `reuse`, None for its own alone."""
-    if sources is None:
-        return None
-    read = {source for layer, source in enumerate(sources) if source != layer}
-    return ["reuse" if source != layer else "store" if layer in read else None for layer, source in enumerate(sources)]
+def projected(attention: Any, hidden_BTD: Tensor, role: str) -> Tensor:
+    """The heads (B, H, T, E) of the projection for a role (`q`, `k`, `v`), after its norm if it has one."""
+    rows_BTN: Tensor = getattr(attention, f"{role}_proj")(hidden_BTD)
+    heads_BTHE = rows_BTN.view(*rows_BTN.shape[:-1], -1, attention.head_dim)
+    norm: Any = getattr(attention, f"{role}_norm", None)
+    if norm is not None:
+        over_all = norm.weight.numel() > attention.head_dim
+        heads_BTHE = norm(rows_BTN).view(heads_BTHE.shape) if over_all else norm(heads_BTHE)
+    return heads_BTHE.transpose(1, 2)
 
 
 def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a forward of a model without its head: hand it an empty container, unless it is given one.
+    """Forward pre-hook of a model without its head: passes an empty container, unless the caller passes one.
 
-    Raises SettingError when its layers are checkpointed reentrantly.
+    Raises SettingError if its layers use reentrant checkpointing.
     """
     if body.training and getattr(body, "gradient_checkpointing", False):
         refuse_reentrant(getattr(body._gradient_checkpointing_func, "keywords", {}))
@@ -109,10 +89,10 @@ def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def refuse_reentrant(settings: Mapping[str, Any]) -> None:
-    """Raise SettingError for reentrant checkpointing: it would lose the gradient of what layers share, silently."""
+    """Raise SettingError for reentrant checkpointing, which silently loses the gradient of shared keys and values."""
     if settings.get("use_reentrant") is not False:
         raise SettingError(
-            "layers share keys and values, and reentrant checkpointing loses the gradient of those",
+            "reentrant checkpointing loses the gradients of shared keys and values",
             got=f"use_reentrant={settings.get('use_reentrant')}",
-            next="say use_reentrant=False",
+            next="set use_reentrant=False",
         )

@@ -1,4 +1,4 @@
-"""Classes of ours that are stock classes of transformers with something in front, made by name."""
+"""kvfold's model classes: stock classes of transformers with another class in front, derived by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvfold.contracts.runtimes import stock_type
+from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
 
 
 def derive(module: str, about: str, stock: type, name: str, *before: type, **fields: Any) -> type:
-    """A subclass of a stock class with `before` in front of it, to be found (and pickled) by its name in a module."""
-    said = {"__module__": module, "__doc__": f"{stock.__name__}, {about}."}
-    made = type(name, (*before, stock), {**said, **fields})
+    """A subclass of `stock` with the classes `before` in front of it, stored by name in `module` so that it pickles."""
+    named = {"__module__": module, "__doc__": f"{stock.__name__}, {about}."}
+    made = type(name, (*before, stock), {**named, **fields})
     setattr(sys.modules[module], name, made)
     return made
 
@@ -32,35 +32,53 @@ def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield path, model.base_model.get_submodule(path)
 
 
-def register_decoder(
+def register_decoders(
     module: str,
     about: str,
-    model_type: str,
-    names: tuple[str, str],
+    runtime: Runtime,
     front: type,
+    attention: type,
     *,
     config: tuple[type, ...] = (),
-    fields: Mapping[str, Any],
-    **given: Any,
+    fields: Mapping[str, Any] = {},
 ) -> None:
-    """Derive the config and model classes of a stock decoder, and tell transformers' Auto classes of them.
+    """Derive the decoder classes of a runtime and register them with transformers' Auto classes.
 
-    `names` are what the stock classes' names and ours begin with (`Llama`, `KvfoldLlama`). `front` stands in front of
-    the model classes, which are `given` class attributes; `config` in front of the config class, which has `fields`.
+    `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
+    of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
+    the stock module as `architecture`. The derived attention is a subclass of the stock one because a model recognises
+    its attentions by that class when it returns attention weights.
     """
-    stock, ours = names
-    settings = derive(
-        module,
-        about,
-        getattr(transformers, f"{stock}Config"),
-        f"{ours}Config",
-        *config,
-        model_type=model_type,
-        **fields,
-    )
-    AutoConfig.register(model_type, settings)
-    for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-        made = derive(
-            module, about, getattr(transformers, f"{stock}{end}"), f"{ours}{end}", front, config_class=settings, **given
+    for stock in sorted(runtime.models):
+        model = getattr(transformers, f"{STEMS[stock]}Model")
+        named = {"model_type": runtime.model_type(stock), **fields}
+        base = getattr(transformers, f"{STEMS[stock]}Config")
+        settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
+        AutoConfig.register(runtime.model_type(stock), settings)
+        own = derive(
+            module,
+            about,
+            model._can_record_outputs["attentions"],
+            runtime.architecture(stock, "Attention"),
+            attention,
+            architecture=sys.modules[model.__module__],
         )
-        auto.register(settings, made)
+        for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
+            classes = {"config_class": settings, "own_attention": own}
+            base = getattr(transformers, f"{STEMS[stock]}{end}")
+            auto.register(settings, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
+
+
+class Replacement(nn.Module):
+    """Base of an attention that replaces a stock one and takes over its settings and the modules of these names."""
+
+    def __init__(self, config: Any, stock: Any, *names: str) -> None:
+        nn.Module.__init__(self)  # not the stock attention's, which follows in the MRO of a derived class
+        self.config, self.layer_idx = config, stock.layer_idx
+        self.head_dim, self.scaling = stock.head_dim, stock.scaling
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = stock.num_key_value_groups
+        self.attention_dropout, self.is_causal = stock.attention_dropout, True
+        for name in names:
+            if hasattr(stock, name):
+                setattr(self, name, getattr(stock, name))

@@ -54,8 +54,11 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
     Raises DataError when there is nothing to report.
     """
     folder = Path(run_dir)
+    tidy(folder)
     if not folder.is_dir():
         raise DataError("no such directory", where=folder, next="give the folder of a run")
+    for replaced in folder.rglob(f"*.partial/{REPLACED}"):
+        tidy(replaced.parent.with_suffix(""))  # restores an output whose replacement was killed
     checkpoints, logs, odd = [], {}, []
     for path in sorted(folder.rglob(MANIFEST)):
         if REPLACED not in path.parts:

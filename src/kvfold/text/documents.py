@@ -1,13 +1,13 @@
-"""Texts: the documents of a file, a folder, a hub data set or Python's own library, in an order that never changes.
+"""Texts: the documents of a file, a folder, a hub data set or Python's own library, in a fixed order.
 
-A row of a `.jsonl`, `.json` or `.parquet` is a document by the first of these that it has:
+A row of a `.jsonl`, `.json` or `.parquet` is a document by the first of these keys that it has:
 
     text, or content            a string
     messages, or conversations  a chat, through the tokenizer's chat template
-    prompt and completion       one string after the other; a chat, where they are lists of messages
+    prompt and completion       two strings, concatenated, or two lists of messages of one chat
 
-A row in which they are null has no text and is left out, and half of a surrogate pair, which no encoding can hold,
-becomes U+FFFD; how many rows that were is told.
+A row in which they are null has no text and is left out. Half of a surrogate pair, which no encoding can hold, becomes
+U+FFFD. Both kinds of rows are counted, and the user sees the counts.
 """
 
 from __future__ import annotations
@@ -26,77 +26,59 @@ from kvfold.errors import DataError, SettingError
 from kvfold.text.files import COMPRESSED, FOLDER, PLAIN, REFUSED, ROWS, check_kind, kind_of, rows, whole
 
 Chat = Callable[[Sequence[Any], Any], str]
-"""Messages and tools of a chat -> the text that a model reads."""
+"""Messages and tools of a chat -> its text."""
 
 LEFT_OUT = "rows have no text and are left out"
 MENDED = "rows hold half of a surrogate pair, which is read as U+FFFD"
 
 _STRINGS, _CHATS, _PAIR = ("text", "content"), ("messages", "conversations"), ("prompt", "completion")
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 _TODAY = """{%- macro strftime_now(format) -%}
 {{- {"%Y-%m-%d": "2024-07-26", "%B %d, %Y": "July 26, 2024"}.get(format, "26 Jul 2024") -}}
-{%- endmacro -%}"""  # before a template that prints the date: a text must not change overnight
+{%- endmacro -%}"""  # goes before a template that prints the date, so that a text is the same every day
 
-# Parts of the standard library that are tests, other programs, or written by the build of this very machine.
+# Parts of the standard library that are tests, other programs, or generated when Python is built.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
 _MACHINE = re.compile(r"_sysconfigdata|config-|_sysconfig_vars")
 
 STDLIB_HELDOUT = (
-    "argparse",
-    "asyncio/streams",
-    "calendar",
-    "csv",
-    "fractions",
-    "heapq",
-    "html/parser",
-    "json",
-    "logging/handlers",
-    "queue",
-    "random",
-    "sched",
-    "shlex",
-    "statistics",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "urllib/robotparser",
-    "wave",
-    "xml/dom/pulldom",
+    *("argparse", "asyncio/streams", "calendar", "csv", "fractions", "heapq", "html/parser", "json"),
+    *("logging/handlers", "queue", "random", "sched", "shlex", "statistics", "tarfile", "tempfile", "textwrap"),
+    *("urllib/robotparser", "wave", "xml/dom/pulldom"),
 )
-"""Modules and packages of the standard library that `stdlib` leaves out and `stdlib:heldout` holds."""
+"""Modules and packages of the standard library that are in `stdlib:heldout` and not in `stdlib`."""
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def read_texts(source: str | Path, *, chat: Chat | None = None, told: Counter[str] | None = None) -> Iterator[str]:
-    """Documents of a source, in an order that never changes.
+def read_texts(source: str | Path, *, chat: Chat | None = None, notes: Counter[str] | None = None) -> Iterator[str]:
+    """Documents of a source, in a fixed order.
 
-    A `.txt` or `.md` file is one document, each row of a `.jsonl`, `.json` or `.parquet` is one, and all but parquet
-    may be compressed (`.txt.gz`); of a folder the `.txt`, `.jsonl` and `.parquet` files are read; `stdlib` is the
-    source of Python's own library, `stdlib:heldout` the modules that it leaves out; anything else is a hub data set,
-    `owner/name[:config[:split]]`. `chat` writes chats as text, and `told` counts what is worth a word. Raises
+    A `.txt` or `.md` file is one document, and so is each row of a `.jsonl`, `.json` or `.parquet` file. All but
+    parquet may be compressed (`.txt.gz`). In a folder, the `.txt`, `.jsonl` and `.parquet` files are read. `stdlib` is
+    the source of Python's own library, `stdlib:heldout` the modules that it leaves out. Anything else is a hub data
+    set, `owner/name[:config[:split]]`. `chat` writes chats as text; `notes` counts rows with peculiarities. Raises
     DataError.
     """
     name, path = str(source), Path(source)
-    told = Counter() if told is None else told
+    notes = Counter() if notes is None else notes
     if name in ("stdlib", "stdlib:heldout"):
         yield from _stdlib(heldout=name.endswith("heldout"))
     elif name and os.path.isdir(path):
         for file in _files(path):
-            yield from _read_file(file, chat, told)
+            yield from _read_file(file, chat, notes)
     elif name and os.path.lexists(path):
-        yield from _read_file(path, chat, told)
-    elif not _may_be_hub(name):
-        raise DataError(
-            "no such text", where=source, allowed="a file, a folder, a hub data set `owner/name`, stdlib or self"
-        )
+        yield from _read_file(path, chat, notes)
+    elif _may_be_hub(name):
+        yield from _hub(name, chat, notes)
     else:
-        yield from _hub(name, chat, told)
+        allowed = "a file, a folder, a hub data set `owner/name`, stdlib or self"
+        raise DataError("no such text", where=source, allowed=allowed)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder that are read, by path; of one that is there compressed as well, the plain one."""
+    """The text files of a folder, by path; a file that is there both plain and compressed is read once."""
     every = sorted(path for path in folder.rglob("*") if not path.is_dir())
     files = [path for path in every if kind_of(path) in FOLDER]
     there = set(files)
@@ -108,19 +90,18 @@ def _files(folder: Path) -> list[Path]:
             where=folder,
             got=", ".join(kinds[:8]) or "no files",
             allowed=", ".join(FOLDER),
-            next="a file of another kind is read, or refused with a remedy, when it is named itself" if kinds else None,
+            next="name a file of another kind by itself, to read it" if kinds else None,
         )
     return files
 
 
 def _may_be_hub(name: str) -> bool:
-    """Is this spelled as a hub data set, and not as a file that is not there?"""
+    """True for the name of a hub data set, False for that of a missing file."""
     file = kind_of(name) in (*PLAIN, *ROWS) or Path(name).suffix.lower() in (*REFUSED, *COMPRESSED)
     return not file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", name) is not None
 
 
 def _stdlib(heldout: bool) -> Iterator[str]:
-    """Modules of Python's library, by path; the held-out ones or all others."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         module = path.relative_to(root).with_suffix("")
@@ -131,17 +112,15 @@ def _stdlib(heldout: bool) -> Iterator[str]:
             yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read_file(path: Path, chat: Chat | None, told: Counter[str]) -> Iterator[str]:
-    """Documents of one file."""
+def _read_file(path: Path, chat: Chat | None, notes: Counter[str]) -> Iterator[str]:
     if check_kind(path) in PLAIN:
         yield whole(path)
         return
     for where, row in rows(path, _columns):
-        yield _document(row, where, chat, told)
+        yield _document(row, where, chat, notes)
 
 
-def _hub(name: str, chat: Chat | None, told: Counter[str]) -> Iterator[str]:
-    """Rows of a hub data set, streamed."""
+def _hub(name: str, chat: Chat | None, notes: Counter[str]) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
@@ -149,7 +128,7 @@ def _hub(name: str, chat: Chat | None, told: Counter[str]) -> Iterator[str]:
     repository, config, split = [*name.split(":"), "", ""][:3]
     try:
         for row in datasets.load_dataset(repository, config or None, split=split or "train", streaming=True):
-            yield _document(row, name, chat, told)
+            yield _document(row, name, chat, notes)
     except (OSError, ValueError, KeyError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise DataError(f"cannot be loaded: {lines[0]}", where=name) from error
@@ -159,25 +138,25 @@ def _hub(name: str, chat: Chat | None, told: Counter[str]) -> Iterator[str]:
 
 
 def _columns(names: Sequence[str]) -> list[str]:
-    """The columns that make a document; none where no such are there."""
+    """The columns that documents are made of."""
     if not any(name in names for name in (*_STRINGS, *_CHATS)) and not set(_PAIR) <= set(names):
         return []
     return [name for name in names if name in (*_STRINGS, *_CHATS, *_PAIR, "tools", "role")]
 
 
-def _document(row: Any, where: str, chat: Chat | None, told: Counter[str]) -> str:
-    """The text of a row, empty where it has none. Raises DataError for a row that is none of those above."""
+def _document(row: Any, where: str, chat: Chat | None, notes: Counter[str]) -> str:
+    """The text of a row, empty if it has none. Raises DataError for a row without any of the known keys."""
     text = None if row is None else _text(row, where, chat)
     if not text:
-        told[LEFT_OUT] += 1
+        notes[LEFT_OUT] += 1
         return ""
     mended = mend(text)
-    told[MENDED] += mended != text
+    notes[MENDED] += mended != text
     return mended
 
 
 def mend(text: str) -> str:
-    """The same text with each half of a surrogate pair as U+FFFD: no encoding and no tokenizer takes it."""
+    """A text with each half of a surrogate pair replaced by U+FFFD: no encoding and no tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -215,18 +194,14 @@ def _text(row: Any, where: str, chat: Chat | None) -> str | None:
 
 
 def _chatted(messages: Any, tools: Any, where: str, chat: Chat | None) -> str:
-    """A chat as the text that a model reads."""
     if not isinstance(messages, list) or not all(isinstance(each, Mapping) for each in messages):
         raise DataError("is not a list of messages", where=where, allowed='[{"role": "user", "content": "..."}, ...]')
     if not messages:
         return ""
     made = [_message(each, where) for each in messages]
     if chat is None:
-        raise DataError(
-            "is a chat, and here is no tokenizer that could write it as text",
-            where=where,
-            next='write the chats as text first: rows with "text"',
-        )
+        remedy = 'write the chats as text first: rows with "text"'
+        raise DataError("is a chat, and there is no tokenizer to write it as text", where=where, next=remedy)
     try:
         return chat(made, tools)
     except DataError as error:
@@ -234,7 +209,7 @@ def _chatted(messages: Any, tools: Any, where: str, chat: Chat | None) -> str:
 
 
 def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message in transformers' words, from those or from ShareGPT's."""
+    """A message with transformers' keys, from those or from ShareGPT's."""
     message = {key: value for key, value in given.items() if value is not None or key == "content"}
     if "from" in message and "value" in message:
         role = message.pop("from")
@@ -250,24 +225,22 @@ def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def chat_of(tokenizer: Any) -> Chat:
-    """How a tokenizer writes a chat: by its template, without the tokens that kvfold puts around every document.
+    """A function that writes chats with a tokenizer's template, without the tokens that kvfold puts around documents.
 
-    Raises DataError when it has no template, or the template refuses the chat.
+    It raises DataError if there is no template or the template refuses the chat.
     """
 
     def write(messages: Sequence[Any], tools: Any) -> str:
         if not tokenizer.chat_template:
-            raise DataError(
-                "is a chat, and the tokenizer has no chat template",
-                next='take the tokenizer of a chat model, or write the chats as text: rows with "text"',
-            )
+            remedy = 'take the tokenizer of a chat model, or write the chats as text: rows with "text"'
+            raise DataError("is a chat, but the tokenizer has no chat template", next=remedy)
         tools = tools or None
         try:
             template = tokenizer.get_chat_template(tools=tools)
             if "strftime_now" in template:
                 template = _TODAY + template
             text = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program, which can raise anything
             lines = str(error).splitlines() or [type(error).__name__]
             raise DataError(f"the tokenizer's chat template refuses it: {lines[0]}") from error
         around = tokenizer.decode([each for each in tokenizer("")["input_ids"] if each != tokenizer.eos_token_id])
@@ -276,35 +249,38 @@ def chat_of(tokenizer: Any) -> Chat:
     return write
 
 
-# --- what identifies a text -----------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What identifies a text: SHA-256 of its documents, how many they are, and their characters."""
+    """The identity of a text: SHA-256 of its documents, their number, and their characters."""
 
     hash: str
     documents: int
     characters: int
-    told: tuple[str, ...] = ()  # what is worth a word about it
+    notes: tuple[str, ...] = ()  # lines about peculiarities of its rows
 
 
 def text_facts(source: str | Path, limit: int | None = None, *, chat: Chat | None = None) -> TextFacts:
-    """Hash the documents of a source, reading at most `limit` characters. Raises DataError when there is no text."""
-    digest, documents, characters, told = hashlib.sha256(), 0, 0, Counter[str]()
-    for text in limited(read_texts(source, chat=chat, told=told), limit):
+    """Hash the documents of a source, reading about `limit` characters. Raises DataError if there is no text."""
+    digest, documents, characters, notes = hashlib.sha256(), 0, 0, Counter[str]()
+    for text in limited(read_texts(source, chat=chat, notes=notes), limit):
         digest.update(f"{len(text)}\n".encode() + text.encode("utf-8", "replace"))
         documents, characters = documents + 1, characters + len(text)
-    said = tuple(f"{source}: {count:,} {what}" for what, count in told.items() if count)
     if not characters:
-        raise DataError(
-            "the text is empty", where=source, got=f"{told[LEFT_OUT]:,} rows without text" if said else None
-        )
-    return TextFacts(digest.hexdigest(), documents, characters, said)
+        got = f"{notes[LEFT_OUT]:,} rows without text" if notes[LEFT_OUT] else None
+        raise DataError("the text is empty", where=source, got=got)
+    return TextFacts(digest.hexdigest(), documents, characters, noted(source, notes))
+
+
+def noted(source: str | Path, notes: Mapping[str, int]) -> tuple[str, ...]:
+    """The counts of peculiar rows, one line each."""
+    return tuple(f"{source}: {count:,} {what}" for what, count in notes.items() if count)
 
 
 def limited(texts: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Whole documents until `limit` characters are passed; empty ones are left out."""
+    """Whole documents until their characters reach `limit`; empty ones are left out."""
     seen = 0
     for text in texts:
         if limit is not None and seen >= limit:

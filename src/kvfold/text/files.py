@@ -1,7 +1,7 @@
-"""One file of text or of rows, whatever its compression, encoding or container.
+"""Files of text or of rows, in any supported compression, encoding and container.
 
-Only regular files are opened. A byte-order mark says how a file is encoded and is no part of the text; without one it
-is UTF-8. What cannot be read is one `DataError` that says what to do about it.
+Only regular files are opened. The encoding is that of the byte-order mark, which is not part of the text, or UTF-8. A
+file that cannot be read raises one `DataError` with the remedy.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kvfold.errors import DataError, SettingError
 from kvfold.inputs import LARGE, open_regular
 
 PLAIN = (".txt", ".md")  # a file is one document
-ROWS = (".jsonl", ".json", ".parquet")  # a file is many
-FOLDER = (".txt", ".jsonl", ".parquet")  # what is read of a folder: others lie there for other reasons
+ROWS = (".jsonl", ".json", ".parquet")  # a row is one document
+FOLDER = (".txt", ".jsonl", ".parquet")  # files of a folder that are read: others have other purposes
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 REFUSED = {
     **dict.fromkeys(
@@ -37,27 +37,28 @@ REFUSED = {
     **dict.fromkeys((".pdf", ".docx", ".doc", ".html", ".htm", ".epub", ".rtf"), "save its text as a .txt"),
     **dict.fromkeys((".arrow", ".feather", ".xlsx", ".pkl", ".npy"), "write it as .parquet or .jsonl"),
 }
-"""What users have and kvfold does not read, and what to do about each."""
+"""Kinds of file that kvfold does not read, each with the remedy."""
 
-_MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
+_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_HEAD = 4096  # bytes that tell UTF-16 without a mark, and other binary files, from text
-_ZEROS = 0.25  # of them: more NUL bytes than that are no text
-_BATCH = 1024  # rows of a parquet file in memory
+_DAMAGED = "is it damaged, or cut off? Make or download it again"
+_HEAD = 4096  # bytes by which UTF-16 without a mark, and other binary files, are recognised
+_ZEROS = 0.25  # the largest share of NUL bytes in a text
+_BATCH = 1024  # rows of a parquet file in memory at a time
 
 
 def kind_of(path: str | Path) -> str:
-    """What a file is, by its name: `.txt` of `A.TXT.gz`; compressed parquet is none."""
+    """The kind of a file by its name: `.txt` for `A.TXT.gz`; compressed parquet has none."""
     *_, inner, outer = ["", "", *(each.lower() for each in Path(path).suffixes)]
     return inner if outer in COMPRESSED and inner not in ("", ".parquet") else outer
 
 
 def check_kind(path: Path, kinds: Sequence[str] = (*PLAIN, *ROWS)) -> str:
-    """The kind of a file. Raises DataError for one that is not of these kinds, with the remedy where there is one."""
+    """The kind of a file. Raises DataError, with the remedy, if it is not one of `kinds`."""
     kind = kind_of(path)
     if kind in kinds:
         return kind
@@ -73,7 +74,7 @@ def check_kind(path: Path, kinds: Sequence[str] = (*PLAIN, *ROWS)) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[str]]:
-    """A text file to read from, decompressed and decoded. Raises DataError for what is damaged or no text."""
+    """Open a text file, decompressed and decoded. Raises DataError if it is damaged or not text."""
     unpack = COMPRESSED.get(path.suffix.lower())
     with os.fdopen(open_regular(path, error=DataError), "rb") as raw:
         try:
@@ -81,11 +82,8 @@ def opened(path: Path) -> Iterator[IO[str]]:
             head = data.read(_HEAD)
             encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8-sig")
             if encoding == "utf-8-sig" and head.count(0) > _ZEROS * len(head):
-                raise DataError(
-                    "is not UTF-8 text: many of its bytes are zero",
-                    where=path,
-                    next="if it is UTF-16 without a byte-order mark: iconv -f utf-16le -t utf-8 OLD > NEW",
-                )
+                remedy = "if it is UTF-16 without a byte-order mark: iconv -f utf-16le -t utf-8 OLD > NEW"
+                raise DataError("is not UTF-8 text: many of its bytes are zero", where=path, next=remedy)
             data.seek(0)
             with TextIOWrapper(data, encoding=encoding) as text:
                 try:
@@ -93,15 +91,12 @@ def opened(path: Path) -> Iterator[IO[str]]:
                 except UnicodeDecodeError as error:
                     raise _undecodable(path, data, encoding) from error
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(
-                f"cannot be read: {getattr(error, 'strerror', None) or error}",
-                where=path,
-                next="is it damaged, or cut off? Make or download it again" if unpack else None,
-            ) from error
+            what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise DataError(what, where=path, next=_DAMAGED if unpack else None) from error
 
 
 def _undecodable(path: Path, data: Any, encoding: str) -> DataError:
-    """Say at which byte of a file, decompressed where it is compressed, its text ends to be text."""
+    """The error for a file, with the first byte of the decompressed content that is not text."""
     if encoding != "utf-8-sig":
         return DataError(f"is not {encoding.upper()} text, though its byte-order mark says so", where=path)
     decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
@@ -116,22 +111,17 @@ def _undecodable(path: Path, data: Any, encoding: str) -> DataError:
         before += len(chunk)
     else:
         before -= len(decoder.getstate()[0])
-    return DataError(
-        "is not UTF-8 text",
-        where=path,
-        got=f"byte {before}",
-        next="if it is Latin-1 or Windows-1252: iconv -f windows-1252 -t utf-8 OLD > NEW",
-    )
+    remedy = "if it is Latin-1 or Windows-1252: iconv -f windows-1252 -t utf-8 OLD > NEW"
+    return DataError("is not UTF-8 text", where=path, got=f"byte {before}", next=remedy)
 
 
 def whole(path: Path) -> str:
-    """All of a text file. Raises DataError, also for a compressed file of more than a GiB of text."""
+    """The content of a text file. Raises DataError, also for a compressed file of more than a GiB of text."""
     with opened(path) as text:
         found = text.read(LARGE if path.suffix.lower() in COMPRESSED else -1)
         if text.read(1):
-            raise DataError(
-                "is too large for one compressed document", where=path, allowed=f"{LARGE:,}", next="decompress it first"
-            )
+            what = "is too large for one compressed document"
+            raise DataError(what, where=path, allowed=f"{LARGE:,}", next="decompress it first")
         return found
 
 
@@ -139,35 +129,26 @@ def whole(path: Path) -> str:
 
 
 def rows(path: Path, columns: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[str, Any]]:
-    """Rows of a `.jsonl`, a `.json` array or a `.parquet`, each with where it lies.
+    """Rows of a `.jsonl`, a `.json` array or a `.parquet`, each with its place in the file.
 
-    `columns` chooses those of a parquet file that are read: none is a DataError with the names that were found.
+    `columns` selects the columns of a parquet file; if it selects none, DataError lists them all.
     """
     if kind_of(path) == ".parquet":
         yield from _parquet(path, columns)
         return
-    array = kind_of(path) == ".json" and _begins_with(path, "[")
-    yield from _array(path) if array else _lines(path)
-
-
-def _begins_with(path: Path, letter: str) -> bool:
+    if kind_of(path) == ".json" and _is_array(path):
+        for number, row in enumerate(_json(whole(path), str(path), "is not a JSON array"), 1):
+            yield f"{path}: item {number}", row
+        return
     with opened(path) as text:
-        return text.read(1 << 16).lstrip().startswith(letter)
-
-
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(_json(whole(path), str(path), "is not a JSON array"), 1):
-        yield f"{path}: item {number}", row
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with opened(path) as text:
-        number = 0
-        while line := text.readline(LARGE):
-            number += 1
+        for number, line in enumerate(iter(lambda: text.readline(LARGE), ""), 1):
             if line.strip():
-                where = f"{path}:{number}"
-                yield where, _json(line, where, "is not one JSON object a line")
+                yield f"{path}:{number}", _json(line, f"{path}:{number}", "is not one JSON object a line")
+
+
+def _is_array(path: Path) -> bool:
+    with opened(path) as text:
+        return text.read(1 << 16).lstrip().startswith("[")
 
 
 def _json(text: str, where: str, what: str) -> Any:
@@ -192,15 +173,9 @@ def _parquet(path: Path, columns: Callable[[Sequence[str]], Sequence[str]]) -> I
             chosen = list(columns(names))
             if not chosen:
                 raise DataError('no column "text"', where=path, got=", ".join(names) or "no columns")
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            batches = file.iter_batches(batch_size=_BATCH, columns=chosen)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path}: row {number}", row
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            raise DataError(
-                f"cannot be read as parquet: {lines[0]}",
-                where=path,
-                next="is it damaged, or cut off? Make or download it again",
-            ) from error
+            raise DataError(f"cannot be read as parquet: {lines[0]}", where=path, next=_DAMAGED) from error

@@ -1,15 +1,16 @@
 """Text for encoder-decoders: span corruption of a text, and pairs from a file.
 
-Span corruption is T5's own objective (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Of a row of T tokens
-`n = round(0.15 T)` are noise, in `m = round(n / 3)` spans; noise and the rest are each cut into m parts, all ways alike
-likely, and take turns, the rest first. A span becomes one sentinel, and the decoder says what it stood for:
+Span corruption is T5's objective (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Of a row of T tokens,
+`n = round(0.15 T)` are noise, in `m = round(n / 3)` spans. Noise and the other tokens are each divided into m parts
+(all divisions are equally likely) and alternate; noise comes second. A sentinel replaces each span in the input, and
+the target holds the spans after their sentinels:
 
     a b c d e f g h  ->  a b <0> e f <1> </s>,    <0> c d <1> g h </s>
 
-Its input has `T - n + m + 1` tokens, its target `n + m + 1`: a row of 568 fills an input of 512, with a target of 114.
+The input has `T - n + m + 1` tokens, the target `n + m + 1`: of a row of 568 tokens, 512 and 114.
 
-Pairs are lines of a `.tsv` (input, tab, target) or of a `.jsonl` (`input` and `target`); `pairs:PATH` reads any file as
-the former. Either way the batch of step `n` is a function of (seed, n).
+Pairs are lines of a `.tsv` (input, tab, target) or rows of a `.jsonl` (`input` and `target`); `pairs:PATH` reads any
+file as a `.tsv`. The batch of step `n` is a function of (seed, n).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,60 +31,57 @@ from torch import Tensor
 from kvfold.disk.output import fingerprint
 from kvfold.errors import DataError, KvfoldError, SettingError
 from kvfold.progress import SILENT, Progress
-from kvfold.text.documents import LEFT_OUT, MENDED, mend
+from kvfold.text.documents import LEFT_OUT, MENDED, mend, noted
 from kvfold.text.files import ROWS, kind_of, opened, rows
-from kvfold.text.tokens import TokenFile, order, token_file, tokenizer_hash
+from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-DENSITY, SPAN = 0.15, 3.0  # T5's: the part of a row that is noise, and the mean length of a span
-UNSEEN = -100  # in a target: no token is asked for there
+DENSITY, SPAN = 0.15, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
+UNSEEN = -100  # the label of padding in a target
 PREFIX = "pairs:"
-SIDES = ("input", "target")  # keys of a row that is a pair
+SIDES = ("input", "target")  # the keys of a pair
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch: `input_BS` with `seen_BS` (True: a token, and not padding), and `target_BT`, padded with `UNSEEN`."""
+    """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`."""
 
     input_BS: Tensor
     seen_BS: Tensor
     target_BT: Tensor
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
-        """The same on a device."""
+        """Move the batch to a device."""
         return Pairs(*(each.to(device, non_blocking=non_blocking) for each in vars(self).values()))
 
     def split(self, rows: int) -> list[Pairs]:
-        """Parts of so many rows."""
+        """Split the batch into parts of `rows` rows."""
         parts = zip(*(each.split(rows) for each in vars(self).values()), strict=True)
         return [Pairs(*part) for part in parts]
 
     def shifted(self, start: int) -> Tensor:
-        """What the decoder reads: the target one later, behind the id that it starts with."""
+        """The decoder's input: the target shifted by one, after the id `start`."""
         shifted_BT = self.target_BT.roll(1, dims=1)
         shifted_BT[:, 0] = start
         return shifted_BT.masked_fill(shifted_BT == UNSEEN, start)
 
 
 def start_id(config: Any) -> int:
-    """What the decoder of a transformers config begins with, as transformers' own generation has it."""
-    said = getattr(config, "decoder_start_token_id", None)
-    return int((getattr(config, "bos_token_id", None) if said is None else said) or 0)
+    """The first input id of the decoder of a transformers config, as in transformers' generation."""
+    start = getattr(config, "decoder_start_token_id", None)
+    return int((getattr(config, "bos_token_id", None) if start is None else start) or 0)
 
 
 def batched(rows: Sequence[tuple[Ids, Ids]]) -> Pairs:
-    """Rows of input and target as one batch, padded on the right."""
+    """Batch rows of input and target, padded on the right."""
     lengths = [max(len(row[part]) for row in rows) for part in (0, 1)]
     input_BS = np.zeros((len(rows), lengths[0]), dtype=np.int64)
     seen_BS = np.zeros(input_BS.shape, dtype=bool)
     target_BT = np.full((len(rows), lengths[1]), UNSEEN, dtype=np.int64)
-    for number, (given, asked) in enumerate(rows):
+    for number, (given, target) in enumerate(rows):
         input_BS[number, : len(given)], seen_BS[number, : len(given)] = given, True
-        target_BT[number, : len(asked)] = asked
+        target_BT[number, : len(target)] = target
     return Pairs(torch.from_numpy(input_BS), torch.from_numpy(seen_BS), torch.from_numpy(target_BT))
 
 
@@ -91,13 +89,13 @@ def batched(rows: Sequence[tuple[Ids, Ids]]) -> Pairs:
 
 
 def noise_counts(tokens: int, density: float = DENSITY, span: float = SPAN) -> tuple[int, int]:
-    """How many of a row's tokens are noise, at least 1 and not all, and in how many spans."""
+    """The number of noise tokens in a row, at least 1 and at most T - 1, and the number of spans."""
     noise = min(max(round(tokens * density), 1), tokens - 1)
     return noise, min(max(round(noise / span), 1), tokens - noise)
 
 
 def noise_mask(tokens: int, generator: np.random.Generator, density: float = DENSITY, span: float = SPAN) -> Any:
-    """Which of a row's tokens are noise, `(T,)`: it begins without and ends with noise."""
+    """The noise mask of a row, `(T,)`. It begins without noise and ends with noise."""
     noise, spans = noise_counts(tokens, density, span)
     lengths = np.empty(2 * spans, dtype=np.int64)
     lengths[0::2] = _parts(tokens - noise, spans, generator)
@@ -106,40 +104,39 @@ def noise_mask(tokens: int, generator: np.random.Generator, density: float = DEN
 
 
 def _parts(items: int, parts: int, generator: np.random.Generator) -> Ids:
-    """Lengths of so many parts, none empty, every division alike likely."""
+    """The lengths of a random division into non-empty parts; all divisions are equally likely."""
     cuts = np.sort(generator.choice(items - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=items)
 
 
 def corrupted(ids_N: Ids, noise_N: Any, sentinels: Sequence[int], end: int) -> tuple[Ids, Ids]:
-    """Input and target of a row: each span of noise one sentinel there, and the other way round here."""
+    """Input and target of a row: the input replaces each span of noise by a sentinel, the target all other spans."""
     return _replaced(ids_N, noise_N, sentinels, end), _replaced(ids_N, ~noise_N, sentinels, end)
 
 
 def _replaced(ids_N: Ids, hidden_N: Any, sentinels: Sequence[int], end: int) -> Ids:
-    """The row with each hidden stretch as one sentinel, in their order, and the end."""
+    """A row with a sentinel in place of each hidden span, and the end token."""
     first_N = hidden_N & ~np.concatenate([[False], hidden_N[:-1]])
     marked_N = np.where(first_N, np.asarray(sentinels)[np.maximum(first_N.cumsum() - 1, 0)], ids_N)
     return np.append(marked_N[first_N | ~hidden_N], end)
 
 
 def row_tokens(inputs: int) -> int:
-    """Tokens of the longest row whose input, sentinels and end included, has at most so many."""
+    """The length of the longest row whose input, with sentinels and end token, has at most `inputs` tokens."""
+
+    def input_tokens(tokens: int) -> int:
+        noise, spans = noise_counts(tokens)
+        return tokens - noise + spans + 1
+
     tokens = max(inputs, 2)
-    while _lengths(tokens + 1)[0] <= inputs:
+    while input_tokens(tokens + 1) <= inputs:
         tokens += 1
     return tokens
 
 
-def _lengths(tokens: int) -> tuple[int, int]:
-    """Tokens of the input and of the target of a row of so many."""
-    noise, spans = noise_counts(tokens)
-    return tokens - noise + spans + 1, noise + spans + 1
-
-
 @dataclass(frozen=True)
 class Spans:
-    """A text whose rows are corrupted as they are asked for; `hash` is that of the text."""
+    """A text whose rows are corrupted on access."""
 
     tokens: TokenFile
     sentinels: tuple[int, ...]
@@ -147,12 +144,12 @@ class Spans:
 
     @property
     def hash(self) -> str:
-        """What identifies it."""
+        """The identity of the text and the objective."""
         return f"spans:{self.tokens.hash}"
 
     @property
     def source(self) -> str:
-        """Where the text is from."""
+        """The source of the text."""
         return self.tokens.source
 
     def __len__(self) -> int:
@@ -160,11 +157,11 @@ class Spans:
 
     @property
     def read_tokens(self) -> int:
-        """Tokens that encoder and decoder read of it at least: the decoder's, which are the fewer."""
+        """Number of tokens that both encoder and decoder read: the decoder's, which are fewer."""
         return int(DENSITY * len(self.tokens))
 
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
-        """Refuse inputs of so many tokens that cannot be: too little text, too few sentinels or embeddings."""
+        """Raise DataError if inputs of `length` tokens need more text, sentinels or embeddings than there are."""
         if length < 4:
             raise DataError("span corruption needs inputs of 4 tokens or more", got=length)
         row = row_tokens(length)
@@ -172,25 +169,20 @@ class Spans:
         largest, spans = max(self.sentinels, default=-1), noise_counts(row)[1]
         if spans > len(self.sentinels) or largest >= vocab_size:
             raise DataError(
-                f"an input of {length} tokens hides {spans} spans, and the tokenizer has not as many sentinels",
+                f"an input of {length} tokens hides {spans} spans, but the tokenizer has fewer sentinels",
                 where=self.tokens.source,
                 got=f"{len(self.sentinels)} tokens <extra_id_N>, the largest id {largest} of {vocab_size}",
                 next="use T5's own tokenizer, or one that `kvfold pretrain` made for an encoder-decoder",
             )
 
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
-        """The rows of a step, inputs of `length` tokens: without padding."""
+        """The rows of a step, with inputs of `length` tokens and no padding."""
         row = row_tokens(length)
-        windows = self.tokens.windows(row)
-        made = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            epoch, index = divmod(number, windows)
-            window = int(order(windows, seed, epoch)[index])
-            made.append(self._row(window * row, row, (seed, epoch, window)))
-        return batched(made)
+        places = batch_places(step, batch_size, self.tokens.windows(row), seed)
+        return batched([self._row(place * row, row, (seed, epoch, place)) for epoch, place in places])
 
     def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
-        """All of the text in its order, as inputs of `length` tokens and their targets; what is left over at last."""
+        """The whole text in order, as inputs of `length` tokens and their targets; the last row may be shorter."""
         row = row_tokens(length)
         for start in range(0, len(self.tokens) - 1, row):
             yield self._row(start, min(row, len(self.tokens) - start), (seed, start))
@@ -202,13 +194,10 @@ class Spans:
 
 
 def sentinels_of(tokenizer: Any) -> tuple[int, ...]:
-    """The ids of `<extra_id_0>`, `<extra_id_1>` and so on in a tokenizer, as far as it has them."""
-    found = {int(match[1]): number for word, number in tokenizer.get_vocab().items() if (match := _match(word))}
+    """The ids of `<extra_id_0>`, `<extra_id_1>` and so on in a tokenizer, up to the first that is missing."""
+    words = tokenizer.get_vocab().items()
+    found = {int(match[1]): number for word, number in words if (match := _SENTINEL.fullmatch(word))}
     return tuple(found[number] for number in range(len(found)) if number in found)
-
-
-def _match(word: str) -> re.Match[str] | None:
-    return _SENTINEL.fullmatch(word)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -216,7 +205,7 @@ def _match(word: str) -> re.Match[str] | None:
 
 @dataclass(frozen=True)
 class PairFile:
-    """Pairs of a file as tokens, in memory; both sides end with the end token."""
+    """The tokens of pairs, in memory; both sides end with the end token."""
 
     pairs: Sequence[tuple[Ids, Ids]] = field(repr=False)
     texts: Sequence[tuple[str, str]] = field(repr=False)
@@ -229,42 +218,32 @@ class PairFile:
 
     @property
     def read_tokens(self) -> int:
-        """Tokens that encoder and decoder read of it at least: those of the shorter side."""
+        """Number of tokens that both encoder and decoder read: those of the shorter side."""
         return min(sum(len(pair[side]) for pair in self.pairs) for side in (0, 1))
 
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
-        """Refuse fewer pairs than a batch, and ids that the model has no embedding for, with DataError."""
+        """Raise DataError for fewer pairs than a batch, and for ids without an embedding in the model."""
         if len(self.pairs) < batch_size:
             raise DataError("fewer pairs than one batch", where=self.source, got=len(self.pairs), allowed=batch_size)
-        if self.vocab_size > vocab_size:
-            raise DataError(
-                "the tokenizer knows more tokens than the model has embeddings",
-                where=self.source,
-                got=f"{self.vocab_size:,}",
-                allowed=f"at most {vocab_size:,}",
-            )
+        check_vocabulary(self.source, self.vocab_size, vocab_size)
 
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Pairs:
         """The pairs of a step, each side cut to `length` tokens and padded to the longest."""
-        made = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            epoch, index = divmod(number, len(self.pairs))
-            given, asked = self.pairs[int(order(len(self.pairs), seed, epoch)[index])]
-            made.append((given[:length], asked[:length]))
-        return batched(made)
+        pairs = [self.pairs[place] for _, place in batch_places(step, batch_size, len(self.pairs), seed)]
+        return batched([(given[:length], target[:length]) for given, target in pairs])
 
     def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
         """All pairs in the file's order, each side cut to `length` tokens."""
-        for given, asked in self.pairs:
-            yield given[:length], asked[:length]
+        for given, target in self.pairs:
+            yield given[:length], target[:length]
 
 
 Corpus = Spans | PairFile
-"""What an encoder-decoder reads."""
+"""The data of an encoder-decoder."""
 
 
 def are_pairs(source: str | Path) -> bool:
-    """Does this source hold pairs, and no running text?"""
+    """True if a source holds pairs, False if it holds running text."""
     name, kind = str(source), kind_of(source)
     if name.startswith(PREFIX) or kind == ".tsv":
         return True
@@ -273,35 +252,35 @@ def are_pairs(source: str | Path) -> bool:
     try:
         _, first = next(rows(Path(name), _columns), ("", None))
     except KvfoldError:
-        return False  # the reader of texts says what is wrong, and where
+        return False  # the reader of texts then reports the error
     return isinstance(first, Mapping) and set(SIDES) <= set(first)
 
 
-def read_pairs(source: str | Path, told: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Inputs and targets of a file; rows in which one is null are left out, and counted in `told`.
+def read_pairs(source: str | Path, notes: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Inputs and targets of a file. Pairs with a null are left out and counted in `notes`.
 
-    Raises DataError for a line that is no pair.
+    Raises DataError for a line that is not a pair.
     """
     path = Path(str(source).removeprefix(PREFIX))
-    told = Counter() if told is None else told
+    notes = Counter() if notes is None else notes
     for where, sides in _sides(path):
         if None in sides:
-            told[LEFT_OUT] += 1
+            notes[LEFT_OUT] += 1
         elif len(sides) == 2 and all(isinstance(each, str) for each in sides):
             made = [mend(each) for each in sides]
-            told[MENDED] += made != sides
+            notes[MENDED] += made != sides
             yield made[0], made[1]
         else:
             raise DataError(
                 "is not a pair",
                 where=where,
-                got=f"{len(sides)} columns" if kind_of(path) not in ROWS else "what is no string",
+                got=f"{len(sides)} columns" if kind_of(path) not in ROWS else "another type than strings",
                 allowed='input, tab, target; in a .jsonl {"input": ..., "target": ...}',
             )
 
 
 def _sides(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """The columns of each line, or input and target of each row, with where they lie."""
+    """The columns of each line, or input and target of each row, with their place in the file."""
     if kind_of(path) in ROWS:
         for where, row in rows(path, _columns):
             if row is not None and not (isinstance(row, Mapping) and set(SIDES) <= set(row)):
@@ -330,23 +309,23 @@ def corpus(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Corpus:
-    """What an encoder-decoder reads from a source: pairs where it holds such, else a text that will be corrupted.
+    """The data of an encoder-decoder from a source: its pairs, or its text with span corruption.
 
-    The arguments are those of `data.token_file`; `max_tokens` of pairs are as many as have so many tokens, and `enough`
-    tokens are those of inputs. Raises DataError when there is nothing, or no tokenizer, SettingError for `self`: there
-    is no `teacher` here that text could be sampled from.
+    The arguments are those of `token_file`. `max_tokens` limits the tokens of pairs, and `enough` counts the tokens of
+    inputs. Raises DataError if there is no text or no tokenizer, and SettingError for `self`, which only decoders
+    support.
     """
-    from kvfold import hf  # loads transformers: not for those who only read text
+    from kvfold import hf  # imports transformers, which reading text does not need
 
     tokenizer = hf.load_tokenizer(tokenizer_dir)
     end = tokenizer.eos_token_id
     if end is None:
-        raise DataError("the tokenizer has no end token, and an encoder-decoder needs one", where=tokenizer_dir)
+        raise DataError("the tokenizer has no end token, which an encoder-decoder needs", where=tokenizer_dir)
     if str(source) == "self":
-        raise SettingError("text `self` is sampled from decoders", next="give a text, or pairs")
+        raise SettingError("only a decoder can sample text `self`", next="give a text, or pairs")
     if are_pairs(source):
         return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None, progress)
-    whole = None if enough is None else 2 * enough  # more than rows of that many input tokens have
+    whole = None if enough is None else 2 * enough  # rows have fewer tokens than twice their inputs
     tokens = token_file(
         source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
     )
@@ -356,12 +335,11 @@ def corpus(
 def _pair_file(
     source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None, progress: Progress
 ) -> PairFile:
-    """All pairs, or the first of so many tokens: in the file's order, or in one drawn with `seed`."""
-    told = Counter[str]()
-    texts = list(read_pairs(source, told))
-    for what, count in told.items():
-        if count:
-            progress.say(f"{source}: {count:,} {what}")
+    """All pairs, or the first pairs of `max_tokens` tokens, in the file's order or in a random one if `seed` is set."""
+    notes = Counter[str]()
+    texts = list(read_pairs(source, notes))
+    for line in noted(source, notes):
+        progress.say(line)
     if not texts:
         raise DataError("there are no pairs", where=source)
     if seed is not None:
@@ -369,18 +347,13 @@ def _pair_file(
     sides = [_tokenised([pair[side] for pair in texts], tokenizer, end) for side in (0, 1)]
     pairs = list(zip(*sides, strict=True))
     if max_tokens is not None:
-        before = np.cumsum([0, *(len(given) + len(asked) for given, asked in pairs)])
+        before = np.cumsum([0, *(len(given) + len(target) for given, target in pairs)])
         count = max(1, int((before < max_tokens).sum()))
         pairs, texts, sides = pairs[:count], texts[:count], [side[:count] for side in sides]
     digest = hashlib.sha256("\n".join("\t".join(pair) for pair in texts).encode("utf-8", "replace")).hexdigest()
     largest = max(int(ids.max()) for side in sides for ids in side)
-    return PairFile(
-        pairs,
-        texts,
-        source,
-        fingerprint(["pairs", digest, tokenizer_hash(tokenizer)]),
-        max(int(tokenizer.vocab_size), largest + 1),
-    )
+    identity = fingerprint(["pairs", digest, tokenizer_hash(tokenizer)])
+    return PairFile(pairs, texts, source, identity, max(int(tokenizer.vocab_size), largest + 1))
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Any, end: int) -> list[Ids]:

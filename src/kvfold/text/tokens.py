@@ -1,8 +1,8 @@
-"""Text in, batches out: packed token files that are memory-mapped. `texts` says what a text is.
+"""Packed token files, memory-mapped, and their batches. `kvfold.text.documents` reads the texts.
 
-A token file is one long row of token ids, documents separated by the tokenizer's own end token. It is cut into
-windows of fixed length, each seen once per epoch in an order that depends on seed and epoch alone: the batch of step
-`n` is a function of (seed, n), so a run that was stopped continues exactly by construction.
+A token file is one row of token ids, with the tokenizer's end token between documents. It is divided into windows of
+fixed length. Each epoch sees every window once, in an order that depends on seed and epoch alone. So the batch of step
+`n` is a function of (seed, n), and a stopped run continues exactly.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, replacing, write_json
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory is some hundred times that
-WHOLE = 1 << 24  # characters: a text up to here is tokenised whole, whatever part of it is asked for
-SPREAD = 1 << 28  # characters of a text from which pieces are drawn, and held in memory for it
-DRAWN = 1 << 12  # characters of such a piece: some rows of a calibration
-SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of one
+PIECE = 1 << 20  # characters that are tokenised at a time; the tokenizer needs about a hundred times the memory
+WHOLE = 1 << 24  # characters: a text up to this length is tokenised as a whole
+SPREAD = 1 << 28  # characters of a text from which pieces are drawn; they are held in memory
+DRAWN = 1 << 12  # characters of a drawn piece: some rows of a calibration
+SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of each
 
 
 # --- token files ---------------------------------------------------------------------------------------------------
@@ -40,12 +41,12 @@ SAMPLED, LONGEST_SAMPLE = 32, 512  # documents sampled at a time, and tokens of 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A row of token ids on disk: `vocab_size` is one more than the largest id that it may hold."""
+    """A row of token ids on disk; its largest possible id is `vocab_size - 1`."""
 
     path: Path
     tokens: np.ndarray[Any, Any] = field(repr=False)
     vocab_size: int
-    hash: str  # of the text, or of what it was sampled from
+    hash: str  # of the text, or of the teacher and settings that it was sampled with
     source: str
 
     def __len__(self) -> int:
@@ -53,15 +54,15 @@ class TokenFile:
 
     @property
     def read_tokens(self) -> int:
-        """Tokens that a model reads of it."""
+        """Number of tokens that a model reads."""
         return len(self.tokens)
 
     def windows(self, length: int) -> int:
-        """Windows of `length` tokens that each have a next token to predict."""
+        """Number of windows of `length` tokens that have a next token to predict."""
         return (len(self.tokens) - 1) // length
 
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
-        """Refuse a text shorter than one batch, and ids that the model has no embedding for, with DataError."""
+        """Raise DataError for a text shorter than one batch, and for ids without an embedding in the model."""
         if self.windows(length) < batch_size:
             raise DataError(
                 "the text is shorter than one batch",
@@ -70,30 +71,38 @@ class TokenFile:
                 allowed=f"at least {batch_size * length + 1:,}",
                 next="give more text, or a smaller batch or sequence length",
             )
-        if self.vocab_size > vocab_size:
-            raise DataError(
-                "the tokenizer knows more tokens than the model has embeddings",
-                where=self.source,
-                got=f"{self.vocab_size:,}",
-                allowed=f"at most {vocab_size:,}",
-                next="use the tokenizer that the model was trained with",
-            )
+        check_vocabulary(self.source, self.vocab_size, vocab_size)
 
     def batch(self, step: int, *, seed: int, batch_size: int, length: int) -> Tensor:
-        """The `ids_BT` of a step, `length + 1` wide: inputs and targets overlap by `length - 1` tokens."""
-        windows = self.windows(length)
-        rows = np.empty((batch_size, length + 1), dtype=np.int64)
-        for row in range(batch_size):
-            epoch, index = divmod(step * batch_size + row, windows)
-            start = int(order(windows, seed, epoch)[index]) * length
-            rows[row] = self.tokens[start : start + length + 1]
-        return torch.from_numpy(rows)
+        """The `ids_BT` of a step, with T = `length + 1`: inputs and targets overlap by `length - 1` tokens."""
+        places = batch_places(step, batch_size, self.windows(length), seed)
+        rows = [self.tokens[place * length : (place + 1) * length + 1] for _, place in places]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def check_vocabulary(source: str, tokens: int, embeddings: int) -> None:
+    """Raise DataError if a text has more kinds of tokens than the model has embeddings."""
+    if tokens > embeddings:
+        raise DataError(
+            "the tokenizer knows more tokens than the model has embeddings",
+            where=source,
+            got=f"{tokens:,}",
+            allowed=f"at most {embeddings:,}",
+            next="use the tokenizer that the model was trained with",
+        )
 
 
 @lru_cache(maxsize=4)
 def order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
-    """The order in which an epoch sees its windows: a permutation that depends on seed and epoch alone."""
+    """The permutation in which an epoch sees the windows."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def batch_places(step: int, batch_size: int, windows: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Epoch and window of each row of a step's batch."""
+    for row in range(step * batch_size, (step + 1) * batch_size):
+        epoch, index = divmod(row, windows)
+        yield epoch, int(order(windows, seed, epoch)[index])
 
 
 def token_file(
@@ -108,72 +117,74 @@ def token_file(
     cache_dir: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> TokenFile:
-    """A text as tokens, or the first `max_tokens` of them, packed; tokenised once for each text and tokenizer.
+    """The packed tokens of a text, at most `max_tokens`. Each text is tokenised once for each tokenizer.
 
-    Of a text that is longer than what `enough` tokens surely take, the rest is not read. With `spread`, `max_tokens`
-    are pieces drawn from all over the text with `seed`, and not its beginning. `self` is that many tokens sampled from
-    `teacher` with `seed`. Raises DataError when there is no text or no tokenizer, SettingError when `self` lacks what
-    it needs, OutputError when the cache cannot be written.
+    With `enough`, reading stops after the characters that so many tokens need at most. With `spread`, the `max_tokens`
+    tokens are pieces drawn from the whole text with `seed`, instead of its beginning. The source `self` is `max_tokens`
+    tokens sampled from `teacher` with `seed`. Raises DataError if there is no text or no tokenizer, SettingError if
+    `self` lacks a teacher or a number of tokens, and OutputError if the cache cannot be written.
     """
-    from kvfold import hf  # loads transformers: not for those who only read text
+    from kvfold import hf  # imports transformers, which reading text does not need
 
     tokenizer = hf.load_tokenizer(tokenizer_dir)
-    sampled = str(source) == "self"
-    # a token is longer than this only in tables and blanks: reading stops there, however long the source is
+    # only in tables and blanks are tokens longer than 32 characters
     wanted = max_tokens or enough
     limit = SPREAD if spread else None if wanted is None else max(32 * wanted, WHOLE)
-    if sampled:
+    if str(source) == "self":
         if teacher is None or wanted is None:
-            raise SettingError("text `self` is a number of tokens sampled from a teacher", next="give both")
+            raise SettingError("text `self` needs a teacher and a number of tokens", next="give both")
         from kvfold.disk.checkpoint import Checkpoint
 
         identity = f"self:{Checkpoint.open(teacher).hash()}:{seed}:{wanted}"
+        rows = _sample(teacher, tokenizer, wanted, seed, progress)
     else:
         chat = chat_of(tokenizer)
         facts = text_facts(source, limit, chat=chat)
-        for line in facts.told:
+        for line in facts.notes:
             progress.say(line)
-        identity = f"{facts.hash}:{wanted}:{seed}" if spread else facts.hash
+        texts = limited(read_texts(source, chat=chat), limit)
+        if spread:
+            assert wanted is not None
+            identity = f"{facts.hash}:{wanted}:{seed}"
+            rows = _draw(texts, tokenizer, wanted, seed, progress)
+        else:
+            identity = facts.hash
+            rows = _tokenise(texts, tokenizer, facts.characters, progress)
     key = fingerprint([FORMAT, identity, tokenizer_hash(tokenizer)])[:32]
     path = Path(cache_dir or cache_folder()) / "tokens" / f"{key}.bin"
     if read_json(path.with_suffix(".json")) is None:
         with disk_errors(path):
             prepare_cache(path.parent)
-            if sampled:
-                assert teacher is not None
-                assert wanted is not None
-                rows = _sample(teacher, tokenizer, wanted, seed, progress)
-            elif spread:
-                assert wanted is not None
-                rows = _draw(limited(read_texts(source, chat=chat), limit), tokenizer, wanted, seed, progress)
-            else:
-                rows = _tokenise(limited(read_texts(source, chat=chat), limit), tokenizer, facts.characters, progress)
             _write(path, rows, tokenizer, identity)
     return open_token_file(path, str(source), max_tokens)
 
 
+class _Facts(pydantic.BaseModel):
+    """The JSON file beside a token file."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    tokens: pydantic.PositiveInt
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: pydantic.PositiveInt
+    hash: str
+
+
 def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> TokenFile:
-    """Map a token file into memory. Raises DataError when it is not what was written."""
-    facts = _facts(path)
-    if facts is None:
-        raise DataError("a token file of the cache is damaged", where=path, next="delete it; it is made anew")
-    tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
-    return TokenFile(path, tokens[:max_tokens], int(facts["vocab_size"]), str(facts["hash"]), source)
-
-
-def _facts(path: Path) -> dict[str, Any] | None:
-    """What is known of a token file; None when it is not there, or not what was written."""
-    facts = read_json(path.with_suffix(".json"))
-    if not isinstance(facts, dict) or facts.get("dtype") not in ("uint16", "uint32") or not path.is_file():
-        return None
-    counts = facts.get("tokens"), facts.get("vocab_size")
-    if any(type(count) is not int or count < 1 for count in counts) or not isinstance(facts.get("hash"), str):
-        return None
-    return facts if path.stat().st_size == facts["tokens"] * np.dtype(facts["dtype"]).itemsize else None
+    """Map a token file into memory. Raises DataError if it is damaged."""
+    damaged = DataError("a token file of the cache is damaged", where=path, next="delete it; kvfold makes it again")
+    try:
+        facts = _Facts.model_validate(read_json(path.with_suffix(".json")))
+        size = path.stat().st_size
+    except (pydantic.ValidationError, OSError) as error:
+        raise damaged from error
+    if size != facts.tokens * np.dtype(facts.dtype).itemsize:
+        raise damaged
+    tokens = np.memmap(path, dtype=facts.dtype, mode="r")
+    return TokenFile(path, tokens[:max_tokens], facts.vocab_size, facts.hash, source)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of everything that decides the ids of a text: definition, tokens put around texts, and how it splits them.
+    """Hash of everything that affects the ids of a text: definition, tokens put around texts, splitting of specials.
 
     The definition of a tokenizer without a backend is its vocabulary and the file that it was read from.
     """
@@ -190,7 +201,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _write(path: Path, rows: Iterator[list[int]], tokenizer: Any, identity: str) -> None:
-    """Write rows of ids one after the other, and the facts last: without them the file does not exist."""
+    """Write rows of ids, and the facts last: without them, the token file does not count as written."""
     written, largest = 0, 0
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     with replacing(path) as sibling, sibling.open("wb") as file:
@@ -198,15 +209,14 @@ def _write(path: Path, rows: Iterator[list[int]], tokenizer: Any, identity: str)
             ids = np.asarray(row, dtype=dtype)
             file.write(ids.tobytes())
             written, largest = written + len(ids), max(largest, int(ids.max(initial=0)))
-    # tokens that were added to a vocabulary, and that no model has an embedding for, count when the text uses them
+    # added tokens, for which a model may have no embedding, count if the text uses them
     vocabulary = max(int(tokenizer.vocab_size), largest + 1)
-    write_json(
-        path.with_suffix(".json"), {"tokens": written, "dtype": dtype, "vocab_size": vocabulary, "hash": identity}
-    )
+    facts = {"tokens": written, "dtype": dtype, "vocab_size": vocabulary, "hash": identity}
+    write_json(path.with_suffix(".json"), facts)
 
 
 def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: Progress) -> Iterator[list[int]]:
-    """Ids of each document: what the tokenizer itself puts before a text, the text, the end token."""
+    """Ids of each document: the tokens that the tokenizer puts before a text, the text, the end token."""
     end = tokenizer.eos_token_id
     before = [token for token in tokenizer("")["input_ids"] if token != end]
     progress.start("tokenise", characters, "characters")
@@ -223,7 +233,7 @@ def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: P
 
 
 def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress: Progress) -> Iterator[list[int]]:
-    """Ids of pieces of the documents in an order drawn with `seed`, until there are enough."""
+    """Ids of pieces of the documents, in a random order, until there are `tokens` ids."""
     end = tokenizer.eos_token_id
     before = [token for token in tokenizer("")["input_ids"] if token != end]
     pieces = [piece for text in texts for piece in _pieces(text, DRAWN)]
@@ -243,7 +253,7 @@ def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
-    """A text in pieces of about `size` characters that end at a line's end where there is one."""
+    """Split a text into pieces of about `size` characters, at ends of lines where possible."""
     start = 0
     while start < len(text):
         end = start + size
@@ -255,13 +265,13 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 def _sample(teacher: str | Path, tokenizer: Any, tokens: int, seed: int, progress: Progress) -> Iterator[list[int]]:
-    """Documents that a model writes from its first token on, at temperature 1, `SAMPLED` at a time."""
+    """Documents sampled from a model at temperature 1, from its first token on, `SAMPLED` at a time."""
     from kvfold import hf
 
     end = tokenizer.eos_token_id
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise DataError("the tokenizer has neither a first nor an end token to sample from", where=teacher)
+        raise DataError("the tokenizer has neither a start nor an end token to sample from", where=teacher)
     device = best_device()
     model = hf.load(teacher, device=device)
     length = min(int(model.config.max_position_embeddings), LONGEST_SAMPLE) - 1  # type: ignore[union-attr,arg-type]
