@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.evaluate import loss
+from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress
 from kvfold.text.pairs import UNSEEN, Corpus, Ids, PairFile, batched
 from kvfold.train import losses
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-KEYED = ("exact_match", "cer", "bleu", *ROUGE)
-"""Metrics of answers; each has a value for each number of beams."""
 
 
 def score(
@@ -65,34 +64,32 @@ def answers(
     model: Any,
     tokenizer: Any,
     pairs: PairFile,
+    settings: EvaluateSettings,
     *,
     beams: int,
-    count: int,
     length: int,
-    new_tokens: int,
-    batch_size: int,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """What a model says to the first `count` inputs, cut to `length` tokens: the best of so many beams, as text."""
-    said: list[str] = []
+    """A model's answers to the first `settings.answers` inputs, each cut to `length` tokens, by beam search."""
+    texts: list[str] = []
     device = next(model.parameters()).device
-    rows = [(given[:length], asked) for given, asked in pairs.pairs[:count]]
+    rows = [(given[:length], target) for given, target in pairs.pairs[: settings.answers]]
     progress.start(f"answers, {beams} beam{'s' if beams > 1 else ''}", len(rows), "pairs")
     try:
-        for first in range(0, len(rows), batch_size):
-            batch = batched(rows[first : first + batch_size]).to(device)
+        for first in range(0, len(rows), settings.batch_size):
+            batch = batched(rows[first : first + settings.batch_size]).to(device)
             ids_BT = hf.generate(
                 model,
                 batch.input_BS,
                 attention_mask=batch.seen_BS.long(),
                 num_beams=beams,
-                max_new_tokens=new_tokens,
+                max_new_tokens=settings.answer_tokens,
             )
-            said += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+            texts += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
             progress.advance(len(batch.input_BS))
     finally:
         progress.stop()
-    return said
+    return texts
 
 
 def judge(said: Sequence[str], asked: Sequence[str]) -> dict[str, float]:
@@ -138,37 +135,28 @@ def measure(
     models: Mapping[str, Any],
     tokenizer_dir: str | Path,
     read: Corpus,
+    settings: EvaluateSettings,
     *,
     length: int,
-    seed: int,
-    batch_size: int,
-    beams: Sequence[int],
-    count: int,
-    new_tokens: int,
-    samples: int,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Everything that is measured of a `student`, and beside it of a `teacher`, on corrupted text or on pairs.
+    """The metrics of a `student`, and beside it of a `teacher`, on corrupted text or on pairs.
 
-    Of pairs, the first `count` are answered by each number of beams, and `samples` answers by the fewest are kept.
+    Of pairs, the first `settings.answers` are answered with each number of beams, and the first samples are kept.
     """
     with torch.inference_mode():
-        rows = list(read.rows(length, seed))
-        sums = score(models, rows, batch_size=batch_size, progress=progress)
+        rows = list(read.rows(length, settings.seed))
+        sums = score(models, rows, batch_size=settings.batch_size, progress=progress)
     own = {who: loss.summary(sums, who, 0) for who in models}
     answered: list[dict[str, str]] = []
-    if isinstance(read, PairFile) and count and beams:
-        tokenizer, asked = hf.load_tokenizer(tokenizer_dir), [text for _, text in read.texts[:count]]
-        answered = [{"input": given, "target": text} for given, text in read.texts[: min(samples, count)]]
-        how = {"count": count, "length": length, "new_tokens": new_tokens, "batch_size": batch_size}
+    if isinstance(read, PairFile) and settings.answers and settings.beams:
+        tokenizer, texts = hf.load_tokenizer(tokenizer_dir), read.texts[: settings.answers]
+        answered = [{"input": given, "target": text} for given, text in texts[: settings.samples]]
         for who, model in models.items():
-            for number in sorted(beams):
-                said = answers(model, tokenizer, read, beams=number, progress=progress, **how)
-                for name, value in judge(said, asked).items():
-                    own[who].setdefault(name, {})[str(number)] = value
-                if number == min(beams):
+            for beams in sorted(settings.beams):
+                said = answers(model, tokenizer, read, settings, beams=beams, length=length, progress=progress)
+                for name, value in judge(said, [text for _, text in texts]).items():
+                    own[who].setdefault(name, {})[str(beams)] = value
+                if beams == min(settings.beams):
                     answered = [{**row, who: text} for row, text in zip(answered, said, strict=False)]
-    metrics = {"tokens": int(sums["tokens"].sum()), "windows": len(rows), **own["student"]}
-    if "teacher" in models:
-        metrics |= {"teacher_loss": own["teacher"]["loss"], **loss.distance(sums), "teacher": own["teacher"]}
-    return metrics | ({"answered": answered} if answered else {})
+    return loss.metrics(own, sums) | ({"answered": answered} if answered else {})

@@ -1,10 +1,10 @@
 """Gates: thresholds on measured numbers. A run that misses one fails, with the numbers.
 
-    loss<=teacher+0.05, perplexity<=1.1*teacher, agreement>=0.8, copy_loss@64<=teacher+0.2, lm_eval@piqa.acc>=control
+    loss<=teacher+0.05, perplexity<=1.1*teacher, copy_gain@64>=teacher-0.2, last_word>=0.9*teacher, agreement>=0.8
 
 A row is `METRIC OP BOUND`. The bound is a number, or the same metric of the teacher or of the control, with a factor
-before it and an offset behind it. A metric that has several values names one after `@`: a distance, a context, or
-`TASK.METRIC` of lm-eval.
+before it and an offset after it. A metric with several values names one after `@`: a distance, a context, a number of
+beams, or `TASK.METRIC` of lm-eval.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from kvfold.errors import SettingError, choices, did_you_mean
 
 Reference = Literal["teacher", "control"]
 
-PLAIN = ("loss", "perplexity", "bits_per_byte", "kl", "agreement")
+ANSWERS = ("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL")  # of an encoder-decoder
+PLAIN = ("loss", "perplexity", "bits_per_byte", "kl", "agreement", "last_word", "last_word_perplexity")
 KEYED = {
-    "copy_loss": "a distance",
-    "copy_gain": "a distance",
-    "passkey": "a context",
-    "passkey_loss": "a context",
+    **dict.fromkeys(("copy_loss", "copy_gain"), "a distance"),
+    **dict.fromkeys(("passkey", "passkey_loss"), "a context"),
     "lm_eval": "TASK.METRIC",
-    **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), "a number of beams"),
+    **dict.fromkeys(ANSWERS, "a number of beams"),
+}
+MEASURED_BY = {  # metric -> the setting that has it measured; the others always are
+    **dict.fromkeys(("last_word", "last_word_perplexity"), "last_words"),
+    **dict.fromkeys(("copy_loss", "copy_gain"), "copy_distances"),
+    **dict.fromkeys(("passkey", "passkey_loss"), "passkey_contexts"),
+    "lm_eval": "lm_eval",
+    **dict.fromkeys(ANSWERS, "beams"),
 }
 OF_THE_PAIR = ("kl", "agreement")  # measured between student and teacher: the teacher alone has none
 

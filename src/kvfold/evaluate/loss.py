@@ -117,12 +117,15 @@ def _log_softmax(logits_NV: Tensor) -> Tensor:
 def summary(scores: Mapping[str, Tensor], who: str, text_bytes: int) -> dict[str, Any]:
     """One model's loss with its standard error over windows, perplexity, and bits per byte of text."""
     mean, error = _mean(scores[who], scores["tokens"])
-    found: dict[str, Any] = {"loss": mean, "loss_stderr": error}
-    # past 700 nats a float holds no exponential; such a model is wrong anyway, and its record says so by its loss
-    found["perplexity"] = math.exp(min(mean, 700.0))
+    found: dict[str, Any] = {"loss": mean, "loss_stderr": error, "perplexity": perplexity(mean)}
     if text_bytes:
         found["bits_per_byte"] = float(scores[who].sum()) / (math.log(2) * text_bytes)
     return found
+
+
+def perplexity(nats: float) -> float:
+    """`exp(nats)`, at most `exp(700)`, which a float still holds."""
+    return math.exp(min(nats, 700.0))
 
 
 def distance(scores: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -135,6 +138,14 @@ def distance(scores: Mapping[str, Tensor]) -> dict[str, Any]:
         "kl": _mean(scores["kl"], tokens)[0],
         "agreement": _mean(scores["agreement"], tokens)[0],
     }
+
+
+def metrics(own: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A record's metrics: the numbers of the student, and where there is a teacher, its own and the distance to it."""
+    found = {"tokens": int(scores["tokens"].sum()), "windows": len(scores["tokens"]), **own["student"]}
+    if "teacher" in own:
+        found |= {"teacher_loss": own["teacher"]["loss"], **distance(scores), "teacher": own["teacher"]}
+    return found
 
 
 def _mean(sums_W: Tensor, tokens_W: Tensor) -> tuple[float, float | None]:
