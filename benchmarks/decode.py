@@ -44,7 +44,8 @@ from kvfold.attention.grouped import grouped_attention
 from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.disk.record import Record
-from kvfold.evaluate.bench import BenchSettings, bench, interleave
+from kvfold.evaluate.bench import BenchSettings, bench
+from kvfold.evaluate.timing import interleave
 from kvfold.families import all_families
 from kvfold.progress import Silent
 

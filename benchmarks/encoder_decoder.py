@@ -47,7 +47,7 @@ from kvfold.attention.latent import absorbed_attention
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 from kvfold.families import all_families
 from kvfold.machine import best_device
 from kvfold.predict.roofline import decode_step, hardware

@@ -40,7 +40,7 @@ from kernels import matmul
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention, written_out
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 
 STEP = {"batch": 8, "heads": 32, "widths": (64, 128), "context": 4096, "prompt": 1024}
 QUICK = {**STEP, "batch": 2, "context": 1024, "prompt": 256}

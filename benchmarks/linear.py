@@ -52,7 +52,7 @@ from kvfold.attention.linear import (
     slopes,
 )
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 
 STEP = {"heads": 32, "width": 64, "contexts": (256, 1024, 4096, 16_384, 65_536), "groups": (32, 8)}
 TRAINING = {"heads": 8, "width": 64, "tokens": 2048, "groups": (8, 2), "dtypes": ("float32", "bfloat16")}

@@ -175,7 +175,7 @@ def _rows(tokenizer: Any, ids_N: Tensor, settings: EvaluateSettings, progress: P
     rows = recall.Recall.of(tokenizer, ids_N, settings)
     count = 0 if rows.last_words is None else len(rows.last_words.answers)
     for row in gate.parse(settings.gate):
-        if gate.MEASURED_BY.get(row.metric) == "last_words" and not count:
+        if gate.METRICS[row.metric][1] == "last_words" and not count:
             raise DataError(
                 "no passage of the text ends in a rare word that it contains before",
                 where=settings.data,

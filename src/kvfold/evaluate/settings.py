@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvfold.errors import SettingError, choices
-from kvfold.evaluate.gate import MEASURED_BY, Threshold, parse
+from kvfold.evaluate.gate import METRICS, Threshold, parse
 from kvfold.settings import MOST, SEEDS, check_range
 
 BEAMS = 1024  # at most: each has a cache of its own
@@ -82,7 +82,7 @@ class EvaluateSettings:
 
     def _check_measured(self, row: Threshold) -> None:
         """Refuse a row of the gate whose number these settings do not measure."""
-        setting = MEASURED_BY.get(row.metric)
+        _, setting = METRICS[row.metric]
         if setting is not None:
             asked = () if setting == "beams" and not self.answers else getattr(self, setting)
             known = [str(value) for value in asked] if isinstance(asked, tuple) else []
