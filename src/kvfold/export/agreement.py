@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,12 +42,6 @@ class Reference:
         ]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: int, prompts: int = 3) -> Reference:
     """Ask a transformers model: random prompts of `prompt_tokens` ids (the same each time), continued greedily.
 
@@ -78,43 +70,35 @@ def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: in
 def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Differences in logits, and how many greedy tokens are the same up to the first that is not.
 
-    `near_ties` of `differing_answers` part where the two best logits are closer than twice the largest difference.
+    Logits of an encoder-decoder are compared up to the first token that differs. `near_ties` of `differing_answers`
+    part where the two best logits are closer than twice the largest difference.
     """
-    alike = [
-        _alike(answer, other) if known.paired else len(rows)
-        for answer, other, rows in zip(known.answers, answers, known.logits, strict=True)
-    ]
-    expected, got = (
-        np.concatenate([each[:count] for each, count in zip(rows, alike, strict=True)])
-        for rows in (known.logits, list(logits))
-    )
-    difference = got - expected
-    largest = float(np.abs(difference).max())
-    same = total = differing = ties = 0
-    for prompt, answer, rows, other in zip(known.prompts, known.answers, known.logits, answers, strict=True):
+    differences, values, margins = [], [], []
+    same = total = 0
+    for prompt, answer, rows, other_rows, other in zip(
+        known.prompts, known.answers, known.logits, logits, answers, strict=True
+    ):
         length = min(len(answer), len(other))
         parted = next((n for n in range(length) if answer[n] != other[n]), None)
         total += length
         same += length if parted is None else parted
+        count = len(rows) if not known.paired else length if parted is None else parted + 1
+        values.append(rows[:count])
+        differences.append(other_rows[:count] - rows[:count])
         if parted is not None:
             best = np.sort(rows[parted + (0 if known.paired else len(prompt) - 1)])[-2:]
-            differing += 1
-            ties += bool(best[1] - best[0] <= 2 * largest)
+            margins.append(best[1] - best[0])
+    difference, expected = np.concatenate(differences), np.concatenate(values)
+    largest = float(np.abs(difference).max())
     return {
         "positions": len(expected),
         "max_difference": largest,
         "relative_difference": float(np.sqrt(np.mean(difference**2)) / expected.std()),
         "tokens": total,
         "same_tokens": same,
-        "differing_answers": differing,
-        "near_ties": ties,
+        "differing_answers": len(margins),
+        "near_ties": sum(bool(margin <= 2 * largest) for margin in margins),
     }
-
-
-def _alike(answer: Sequence[int], other: Sequence[int]) -> int:
-    """How many positions of two answers had the same tokens before them: there, logits can be compared."""
-    length = min(len(answer), len(other))
-    return next((number + 1 for number in range(length) if answer[number] != other[number]), length)
 
 
 def require(found: dict[str, Any], engine: str, weights: str) -> None:
