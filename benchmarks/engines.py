@@ -4,8 +4,8 @@
 
 llama-cpp-python is built from its source package, which carries llama.cpp with its own converter. A student is
 written as GGUF twice, by that converter and by `kvfold export`; the tensors of the two files are compared bit by bit,
-and the logits of both with those of transformers. CTranslate2 is asked the same. There are two students, one with as
-many key/value heads in every layer and a mixed one, and one record for each student and engine.
+and the logits of both with those of transformers. CTranslate2 is compared the same way. There are two students, one
+with the same number of key/value heads in every layer and a mixed one, and one record for each student and engine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ with torch.inference_mode():
 
 
 class Lines(Silent):
-    """Prints what is said."""
+    """Prints lines of progress."""
 
     def say(self, line: str) -> None:
         """Print one line."""

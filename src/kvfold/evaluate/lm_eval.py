@@ -128,17 +128,13 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval: its log below errors, its bars and prints. Its bootstrap runs in this process, without forks."""
-    logger, variable = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
-    level, before = logger.level, os.environ.get(variable)
+    """Silence lm-eval: its log below errors, its bars and prints."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap then runs in this process, without a fork
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ[variable] = "1"
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
