@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class _Text:
 
 
 def _read(settings: EvaluateSettings, model: Checkpoint, progress: Progress) -> _Text:
-    """Raises DataError for too little text, and for tokens that the model does not know."""
+    """Read the text with the model's tokenizer. Raises DataError for too little text and for unknown tokens."""
     vocabulary = model.shape.vocab_size
     if model.family.encoder_decoder:
         length = settings.sequence_length or LONGEST
@@ -147,27 +148,58 @@ def _measure(
     tokenizer = hf.load_tokenizer(path)
     rows = _rows(tokenizer, text.ids_N, settings, progress)
     prompts_BT = samples.prompts(text.ids_N, settings.samples) if settings.samples else None
-    meter = _Meter(settings, text.ids_N, rows, progress)
     models = _load(checkpoints, settings)
     text_bytes = len(samples.decode(tokenizer, text.ids_N[1:]).encode())
-    with torch.inference_mode():
-        sums, own = meter.measure(models, text_bytes)
-        without = meter.without_parts(models["student"])
+    metrics = {"text_bytes": text_bytes, **_loss_and_recall(settings, models, text.ids_N, rows, text_bytes, progress)}
     for who, model in models.items():
         if harness is not None:
             progress.say(f"{who}: lm-eval, {', '.join(harness.tasks)}")
             most = checkpoints["student"].shape.max_positions
-            own[who]["lm_eval"] = harness.run(
+            own = metrics if who == "student" else metrics["teacher"]
+            own["lm_eval"] = harness.run(
                 model, tokenizer, batch_size=settings.batch_size, max_length=most, progress=progress
             )
-    metrics = {
-        "text_bytes": text_bytes,
-        **loss.metrics(own, sums),
-        **({"without": without} if without else {}),
-    }
     if prompts_BT is not None:
         metrics["samples"] = samples.side_by_side(models, tokenizer, prompts_BT, settings.sample_tokens)
     return metrics
+
+
+@torch.inference_mode()
+def _loss_and_recall(
+    settings: EvaluateSettings,
+    models: Mapping[str, Any],
+    ids_N: Tensor,
+    rows: recall.Recall,
+    text_bytes: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The metrics of decoders, and of the student without each part of its attention that can be removed."""
+    recalled = partial(rows.measure, batch_size=settings.batch_size, progress=progress)
+    score = partial(
+        loss.score,
+        ids_N=ids_N,
+        length=settings.sequence_length or LONGEST,
+        stride=settings.stride or LONGEST,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+    sums = score(models)
+    own = {who: loss.summary(sums, who, text_bytes) for who in models}
+    if settings.fp8:
+        with ExitStack() as stack:
+            for model in models.values():
+                stack.enter_context(hf.with_attention(model, hf.ATTENTION_FP8))
+            rounded = score(models)
+        for who in models:
+            own[who]["loss_fp8_cache"] = loss.summary(rounded, who, 0)["loss"]
+    for who, model in models.items():
+        own[who] |= recalled(model, what=f"{who}: recall")
+    student, without = models["student"], {}
+    for part in hf.removable(student):
+        with hf.without(student, part):
+            lost = loss.summary(score({"student": student}), "student", 0)["loss"]
+            without[part] = {"loss": lost, **recalled(student, what=f"without {part}: recall")}
+    return loss.metrics(own, sums) | ({"without": without} if without else {})
 
 
 def _rows(tokenizer: Any, ids_N: Tensor, settings: EvaluateSettings, progress: Progress) -> recall.Recall:
@@ -190,56 +222,6 @@ def _rows(tokenizer: Any, ids_N: Tensor, settings: EvaluateSettings, progress: P
 def _load(checkpoints: Mapping[str, Checkpoint], settings: EvaluateSettings) -> dict[str, Any]:
     """Student and teacher in memory."""
     return {who: hf.load(each.path, dtype=settings.dtype, device=best_device()) for who, each in checkpoints.items()}
-
-
-@dataclass(frozen=True)
-class _Meter:
-    """Loss and recall of decoders, all on the same text and rows."""
-
-    settings: EvaluateSettings
-    ids_N: Tensor
-    rows: recall.Recall
-    progress: Progress
-
-    def measure(
-        self, models: Mapping[str, Any], text_bytes: int
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """The sums of each window, as `loss.score` defines them, and the metrics of each model."""
-        sums = self._score(models)
-        own = {who: loss.summary(sums, who, text_bytes) for who in models}
-        if self.settings.fp8:
-            with ExitStack() as stack:
-                for model in models.values():
-                    stack.enter_context(hf.with_attention(model, hf.ATTENTION_FP8))
-                rounded = self._score(models)
-            for who in models:
-                own[who]["loss_fp8_cache"] = loss.summary(rounded, who, 1)["loss"]
-        for who, model in models.items():
-            own[who] |= self._recall(model, f"{who}: recall")
-        return sums, own
-
-    def without_parts(self, student: Any) -> dict[str, dict[str, Any]]:
-        """Loss and recall of the student without each removable part of its attention: what the part contributes."""
-        found = {}
-        for part in hf.removable(student):
-            with hf.without(student, part):
-                sums = self._score({"student": student})
-                lost = loss.summary(sums, "student", 1)["loss"]
-                found[part] = {"loss": lost, **self._recall(student, f"without {part}: recall")}
-        return found
-
-    def _score(self, models: Mapping[str, Any]) -> dict[str, Tensor]:
-        return loss.score(
-            models,
-            self.ids_N,
-            length=self.settings.sequence_length or LONGEST,
-            stride=self.settings.stride or LONGEST,
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-        )
-
-    def _recall(self, model: Any, what: str) -> dict[str, Any]:
-        return self.rows.measure(model, batch_size=self.settings.batch_size, what=what, progress=self.progress)
 
 
 def _make(
