@@ -327,7 +327,7 @@ def test_a_gate_needs_its_teacher(
     pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, nothing_loads: None
 ) -> None:
     for row in ("loss<=teacher", "kl<=1"):
-        with pytest.raises(SettingError, match="compares with a teacher, and there is none"):
+        with pytest.raises(SettingError, match="compares with a teacher, but there is none"):
             evaluate(pair[0], replace(settings, gate=row), records=tmp_path / "records")
     assert not (tmp_path / "records").exists()
 
@@ -367,7 +367,7 @@ def test_settings_refuse_before_anything_is_opened(given: dict[str, Any], words:
             {"sequence_length": 257},
             r"sequence_length is too large for the model's 256 positions \(got 257\); allowed: at most 256",
         ),
-        ({"stride": 65}, r"stride leaves tokens out.*allowed: 1 to 64"),
+        ({"stride": 65}, r"stride skips tokens.*allowed: 1 to 64"),
         ({"copy_distances": (240,)}, r"copy_distances is too large.*\(got 240\); allowed: at most 224"),
         ({"passkey_contexts": (300,)}, "passkey_contexts is too large"),
         ({"sample_tokens": 300}, "sample_tokens is too large.*at most 224"),

@@ -306,7 +306,7 @@ def test_a_student_takes_its_code_along(
 
 def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tmp_path: Path) -> None:
     student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 2})
-    with pytest.raises(UnsupportedModel, match="which transformers knows by itself; it needs no code: copy it"):
+    with pytest.raises(UnsupportedModel, match="which transformers loads without kvfold; it needs no code: copy it"):
         export(student, tmp_path / "out", "transformers", QUICK)
     mixed = convert(tiny_checkpoint("llama", name="other"), tmp_path / "mixed", "gqa", {"kv_heads": "4/2/1/2"})
     with pytest.raises(SettingError, match="the weights stay float32"):
@@ -387,7 +387,7 @@ def test_an_engine_that_computes_something_else_leaves_nothing(
 ) -> None:
     teacher = tiny_checkpoint("llama", rope_parameters=LLAMA3)
     monkeypatch.setattr(ours_ctranslate2, "frequency_factors", lambda rope: None)
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers: logits differ"):
         export(teacher, tmp_path / "out", "ctranslate2", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
@@ -604,7 +604,7 @@ def test_rows_ordered_by_another_layers_heads_are_found_out(
 ) -> None:
     monkeypatch.setattr(ours_gguf, "interleave", lambda rows, heads: interleave(rows, 1 if heads == 2 else heads))
     source = mixed_checkpoint("llama")
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers: logits differ"):
         export(source, tmp_path / "out", "gguf", QUICK)
     assert not list(tmp_path.glob("out*"))
 
@@ -626,7 +626,7 @@ def test_a_gguf_with_rows_in_the_wrong_order_is_found_out(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours_gguf, "interleave", lambda values, heads: values)
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does"):
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers"):
         export(tiny_checkpoint("llama"), tmp_path / "out", "gguf", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 

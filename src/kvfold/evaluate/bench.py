@@ -1,4 +1,4 @@
-"""Measure what a fold gains: live cache bytes against the plan, prefill and decode time over context x batch.
+"""What a student gains: live cache bytes against the plan, prefill and decode time over context x batch.
 
 Teacher and students take turns, round by round, so that whatever else the machine does slows all of them; each decodes
 with the kernel that was fastest for it in a short trial, and the row names it. The teacher is also measured with an
@@ -46,20 +46,20 @@ COPIES = 3  # caches' worth of memory that a model needs while it is measured: i
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure, how often, and in which numbers."""
+    """What to time, how often, and in which number format."""
 
-    context: tuple[int, ...] = field(default=(1024, 4096), metadata={"help": "Prompt lengths in tokens."})
+    context: tuple[int, ...] = field(default=(1024, 4096), metadata={"help": "Tokens of the prompts."})
     batch: tuple[int, ...] = field(default=(1, 8), metadata={"help": "Sequences decoded together."})
     new_tokens: int = field(default=16, metadata={"help": "Tokens decoded after each prompt."})
-    repeats: int = field(default=5, metadata={"help": "Rounds, in each of which every model has its turn."})
+    repeats: int = field(default=5, metadata={"help": "Rounds; each round times every model once."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Number format of computation and cache."}
+        default="float32", metadata={"help": "Format of computation and cache."}
     )
-    threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; by default its own choice."})
-    fp8: bool = field(default=True, metadata={"help": "Measure the teacher with an fp8 cache too."})
+    threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch. Default: PyTorch's own number."})
+    fp8: bool = field(default=True, metadata={"help": "Also time the teacher with an fp8 cache."})
     memory: int | None = field(
         default=None,
-        metadata={"help": "Bytes for weights and cache (2G): each model is timed at the largest batch that fits, too."},
+        metadata={"help": "Bytes (2G) of memory for which to time each model's largest batch. Default: not timed."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the prompts."})
 
@@ -283,7 +283,7 @@ def _sharing(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def _place(contenders: Sequence[Contender], ids_BT: torch.Tensor, settings: BenchSettings) -> tuple[Rows, Rows]:
-    """One row for each contender at one context and batch, and the seconds of every round behind it."""
+    """One row for each contender at one context and batch, and the seconds of every round."""
     prefill = time_prefill(contenders, ids_BT[:, : -settings.new_tokens], settings.repeats)
     rows, decode = time_decode(dict.fromkeys(contenders, ids_BT), settings.repeats)
     raw = []
@@ -295,7 +295,7 @@ def _place(contenders: Sequence[Contender], ids_BT: torch.Tensor, settings: Benc
 
 
 def _ratios(contenders: Sequence[Contender], rows: Rows) -> Iterator[dict[str, Any]]:
-    """How many times faster and smaller than the teacher at one place, beside the speed-up that the roofline allows."""
+    """Bytes and speed relative to the teacher at one context and batch, with the speed-up that the roofline allows."""
     teacher, first = contenders[0], rows[0]
     place = first["context"], first["batch"]
     for each, row in zip(contenders[1:], rows[1:], strict=True):

@@ -1,4 +1,4 @@
-"""What is refused before a model is loaded: settings that do not fit the models, the control or the tasks."""
+"""Checks before a model is loaded: settings that do not fit the models, the control or the tasks."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def for_models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpo
                 allowed=f"at most {most - besides}",
             )
     if stride > length:
-        raise SettingError("stride leaves tokens out between windows", got=stride, allowed=f"1 to {length}")
+        raise SettingError("stride skips tokens between windows", got=stride, allowed=f"1 to {length}")
     if student.family.encoder_decoder and settings.lm_eval:
         raise SettingError("lm-eval needs a decoder-only model", where="evaluate", got=settings.lm_eval)
     for row in gate.parse(settings.gate):
         if row.needs_teacher and teacher is None:
             raise SettingError(
-                "the gate compares with a teacher, and there is none", where="gate", got=row.expr, next="give --teacher"
+                "the gate compares with a teacher, but there is none", where="gate", got=row.expr, next="give --teacher"
             )
     return replace(settings, sequence_length=length, stride=stride)
 
@@ -64,7 +64,8 @@ def for_models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpo
 def read_control(settings: EvaluateSettings) -> dict[str, Any] | None:
     """The JSON of the control's record: the unconverted teacher, trained and evaluated on the same tokens.
 
-    Raises SettingError when it does not hold what the gate compares with."""
+    Raises SettingError for another file, and for a record without a metric of the gate.
+    """
     if settings.control is None:
         return None
     found = read_json(Path(settings.control))
@@ -94,7 +95,7 @@ def check_same(settings: EvaluateSettings, control: Mapping[str, Any] | None, to
     if control is None:
         return
     differ = [] if control["hashes"].get("tokens") == tokens_hash else ["data"]
-    # what an older record does not name, it did not measure: `_holds` has compared the numbers of the gate
+    # an older record lacks the settings of metrics that it does not hold
     differ += [
         each for each in SAME if control["settings"].get(each, getattr(settings, each)) != getattr(settings, each)
     ]

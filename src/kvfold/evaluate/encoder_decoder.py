@@ -125,7 +125,7 @@ def measure(
     length: int,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """The metrics of a `student`, and beside it of a `teacher`, on corrupted text or on pairs.
+    """The metrics of a `student`, compared with a `teacher` if there is one, on corrupted text or on pairs.
 
     Of pairs, the first `settings.answers` are answered with each number of beams, and the first samples are kept.
     """

@@ -32,7 +32,7 @@ from kvfold.text.tokens import token_file
 
 __all__ = ["EvaluateSettings", "evaluate", "teacher_of"]
 
-OF_PAIRS = ("beams", "answers", "answer_tokens")  # settings that say nothing about a decoder alone
+OF_PAIRS = ("beams", "answers", "answer_tokens")  # settings without effect on decoders
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Record:
-    """Measure a checkpoint, and beside it its teacher, and write the record.
+    """Measure a checkpoint and its teacher, and write the record.
 
     The default teacher is the root of the student's lineage, when it lies near the student; without one nothing is
     compared. `row` describes this model in tables; it is kept with the settings. A record of the same inputs is
@@ -138,7 +138,7 @@ def _read(settings: EvaluateSettings, model: Checkpoint, progress: Progress) -> 
 def _measure(
     settings: EvaluateSettings, checkpoints: Mapping[str, Checkpoint], text: _Text, progress: Progress
 ) -> dict[str, Any]:
-    """Everything but the gate. What a text or a task lacks is found before a model is loaded."""
+    """All metrics. Text and tasks are checked before a model is loaded."""
     path = checkpoints["student"].path
     if text.corpus:
         models = _load(checkpoints, settings)

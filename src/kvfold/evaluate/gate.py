@@ -18,7 +18,7 @@ from typing import Any
 
 from kvfold.errors import SettingError, choices, did_you_mean
 
-METRICS: dict[str, tuple[str | None, str | None]] = {  # metric -> its key, and the setting that has it measured
+METRICS: dict[str, tuple[str | None, str | None]] = {  # metric -> its key, and the setting that measures it
     **dict.fromkeys(("loss", "perplexity", "bits_per_byte", "kl", "agreement"), (None, None)),
     **dict.fromkeys(("last_word", "last_word_perplexity"), (None, "last_words")),
     **dict.fromkeys(("copy_loss", "copy_gain"), ("DISTANCE", "copy_distances")),
@@ -58,7 +58,7 @@ class Threshold:
 
     @property
     def needs_teacher(self) -> bool:
-        """Is this row measured against the teacher, or by it?"""
+        """Whether the row cannot be judged without a teacher."""
         return self.reference == "teacher" or self.metric in OF_THE_PAIR
 
     def judge(

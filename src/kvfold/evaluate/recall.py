@@ -74,7 +74,7 @@ def last_words(tokenizer: Any, ids_N: Tensor, *, count: int, length: int) -> Que
     text: those are guessed without recall. The passages are spread evenly over all that qualify, without a seed.
     """
     text = decode(tokenizer, ids_N)
-    if not tokenizer.is_fast:  # only those of the library `tokenizers` say which characters a token stands for
+    if not tokenizer.is_fast:  # only those of the library `tokenizers` give the characters of a token
         return None
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins, ends = ([offset[side] for offset in read["offset_mapping"]] for side in (0, 1))
@@ -103,9 +103,9 @@ def _rare(text: str) -> set[str]:
 
 
 def passkeys(tokenizer: Any, ids_N: Tensor, context: int, *, trials: int, seed: int) -> Questions:
-    """Texts of `context` tokens with a five-digit number hidden in each, at depths spread evenly, and asked for last.
+    """Texts of `context` tokens that hide a five-digit number, at evenly spread depths, and end with it.
 
-    The filler is held-out text. Raises SettingError when the context is too short for the question, DataError when the
+    The filler is held-out text; the number at the end follows a question. Raises SettingError when the context is too short for the question, DataError when the
     text is too short for the context.
     """
     opening, before, after, question = (_encode(tokenizer, text) for text in (HIDDEN, *NEEDLE, QUESTION))
@@ -192,7 +192,7 @@ def copy_loss(
 ) -> tuple[float, float]:
     """Mean loss in nats on the first and on the second span of rows made by `copy_rows`.
 
-    The first token of a span is left out: nothing says that the span begins there.
+    The first token of a span does not count: nothing predicts it.
     """
     first_BT, _ = _ends(model, rows_BT[:, :SPAN], SPAN - 1, batch_size, SILENT)
     second_BT, _ = _ends(model, rows_BT, SPAN - 1, batch_size, progress)
@@ -204,8 +204,8 @@ def answer(
 ) -> tuple[Tensor, Tensor]:
     """Whether greedy decoding gives each answer whole, 1.0 or 0.0, and the loss of the answer in nats: `(B,)` each.
 
-    Greedy decoding gives an answer when each of its tokens is the likeliest after those before it, so one pass over
-    the row, answer included, says both.
+    Greedy decoding gives an answer if each of its tokens is the most likely one after those before it, so one pass
+    over the row, answer included, is enough.
     """
     longest = max(questions.answers)
     loss_BT, right_BT = _ends(model, questions.ids_BT, longest, batch_size, progress)

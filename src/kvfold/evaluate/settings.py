@@ -18,48 +18,55 @@ TRIALS = 1_000_000  # at most: all of them are drawn before the first is read
 class EvaluateSettings:
     """What to measure, on which text, and what must hold."""
 
-    data: str = field(metadata={"help": "Held-out text: a file, a folder, a hub data set, stdlib:heldout."})
-    tokens: int = field(default=65_536, metadata={"help": "Tokens of the text that count, from its beginning."})
+    data: str = field(
+        metadata={"help": "Held-out text: a file, a folder, a hub data set, or stdlib:heldout (formats: see uptrain)."}
+    )
+    tokens: int = field(default=65_536, metadata={"help": "Tokens to evaluate, from the beginning of the text."})
     sequence_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a window; by default the length of the models' training, at most 1024."},
+        default=None, metadata={"help": "Tokens of a window. Default: that of training, at most 1024."}
     )
     stride: int | None = field(
-        default=None, metadata={"help": "Tokens from window to window; by default a whole window, without overlap."}
+        default=None, metadata={"help": "Tokens from one window to the next. Default: --sequence-length."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Windows of one forward pass."})
+    batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass."})
     copy_distances: tuple[int, ...] = field(
-        default=(16, 64, 128), metadata={"help": "Tokens between a random span and its repetition."}
+        default=(16, 64, 128), metadata={"help": "Tokens between a random span and its copy."}
     )
     copy_trials: int = field(default=64, metadata={"help": "Spans for each distance."})
     last_words: int = field(
-        default=200, metadata={"help": "Questions for the last word of a passage of the text, at most; 0 for none."}
+        default=200, metadata={"help": "Questions for the last word of a passage, at most; 0 for none."}
     )
     passkey_contexts: tuple[int, ...] = field(
-        default=(), metadata={"help": "Lengths in tokens of texts that hide a number; small models fail all."}
+        default=(), metadata={"help": "Tokens of the texts that hide a number. Default: none; small models fail."}
     )
-    passkey_trials: int = field(default=32, metadata={"help": "Numbers hidden for each context."})
+    passkey_trials: int = field(default=32, metadata={"help": "Hidden numbers for each context."})
     samples: int = field(default=3, metadata={"help": "Prompts that student and teacher continue greedily."})
-    sample_tokens: int = field(default=48, metadata={"help": "Tokens of a continuation."})
-    fp8: bool = field(default=True, metadata={"help": "Measure the loss with an fp8 cache too."})
+    sample_tokens: int = field(default=48, metadata={"help": "Tokens of each continuation."})
+    fp8: bool = field(default=True, metadata={"help": "Also measure the loss with an fp8 cache."})
     beams: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Numbers of beams with which an encoder-decoder answers pairs; 1 is greedy."}
     )
-    answers: int = field(default=256, metadata={"help": "Pairs that it answers, from the beginning; 0 for none."})
-    answer_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
-    lm_eval: tuple[str, ...] = field(default=(), metadata={"help": "Tasks of lm-eval."})
-    lm_eval_tasks_dir: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
-    lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each task; by default all."})
+    answers: int = field(default=256, metadata={"help": "Pairs that an encoder-decoder answers; 0 for none."})
+    answer_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    lm_eval: tuple[str, ...] = field(
+        default=(), metadata={"help": "Tasks of lm-eval (needs kvfold[eval]). Default: none."}
+    )
+    lm_eval_tasks_dir: str | None = field(
+        default=None, metadata={"help": "Folder of more lm-eval tasks. Default: none."}
+    )
+    lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each lm-eval task. Default: all."})
     gate: str | None = field(
         default=None,
-        metadata={"help": "What must hold, as in 'loss<=teacher+0.05, last_word>=0.9*teacher'; else exit 3."},
+        metadata={
+            "help": "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. Default: none."
+        },
     )
     control: str | None = field(
-        default=None, metadata={"help": "Record of the control's evaluation, for gates that name it."}
+        default=None, metadata={"help": "Record of the control's evaluation, for gates that name it. Default: none."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the probes."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Number format in which the models compute."}
+        default="float32", metadata={"help": "Format in which the models compute."}
     )
 
     def __post_init__(self) -> None:

@@ -35,10 +35,10 @@ class ExportSettings:
     """How an export is stored and how long the comparison with transformers is."""
 
     dtype: Literal["source", "float32", "float16", "bfloat16", "int8"] = field(
-        default="source", metadata={"help": "Precision of the stored weights; int8 is Q8_0 in a GGUF."}
+        default="source", metadata={"help": "Format of the stored weights; int8 is Q8_0 in a GGUF."}
     )
-    prompt_tokens: int = field(default=40, metadata={"help": "Tokens of each prompt of the comparison."})
-    new_tokens: int = field(default=16, metadata={"help": "Greedy tokens after each prompt."})
+    prompt_tokens: int = field(default=40, metadata={"help": "Tokens of each prompt of the check."})
+    new_tokens: int = field(default=16, metadata={"help": "Greedy tokens after each prompt of the check."})
 
     def __post_init__(self) -> None:
         """Refuse lengths below 1, with SettingError."""

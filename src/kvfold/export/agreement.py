@@ -1,4 +1,4 @@
-"""Does an engine compute what transformers computes? Logits of given texts, and tokens decoded with a cache."""
+"""The comparison of an engine with transformers: logits of given texts, and greedy tokens decoded with a cache."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from kvfold.text.pairs import start_id
 Logits = NDArray[np.float32]
 
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2, "int8": 0.1}
-"""Root mean square of the difference over the spread of the logits, by precision of the stored weights.
+"""Root mean square of the difference over the spread of the logits, by dtype of the stored weights.
 
-llama.cpp rounds activations to the precision of the weights too. A head in a wrong place costs about 1.
+llama.cpp also rounds activations to the dtype of the weights. A misplaced head costs about 1.
 """
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers answers in float32: prompts, their greedy continuations, and the logits of every position.
+    """The answers of transformers in float32: prompts, greedy continuations, and the logits of every position.
 
-    Of an encoder-decoder (`paired`) the prompt is what the encoder reads, and positions are those of the answer.
+    For an encoder-decoder (`paired`), the encoder reads the prompt, and positions are those of the answer.
     """
 
     prompts: list[list[int]]
     answers: list[list[int]]
-    logits: list[Logits]  # (T, V) of prompt and answer, the last token's left out
+    logits: list[Logits]  # (T, V) of prompt and answer without the last token
     paired: bool = False
 
     def texts(self) -> list[list[int]]:
@@ -43,9 +43,9 @@ class Reference:
 
 
 def reference(model: Any, *, vocab_size: int, prompt_tokens: int, new_tokens: int, prompts: int = 3) -> Reference:
-    """Ask a transformers model: random prompts of `prompt_tokens` ids (the same each time), continued greedily.
+    """Continue random prompts of `prompt_tokens` ids, the same each time, greedily with a transformers model.
 
-    No token ends an answer: an engine that stops at its end token is compared as far as it went.
+    No token ends an answer: an engine that stops at its end token is compared up to there.
     """
     import torch
 
@@ -116,4 +116,4 @@ def require(found: dict[str, Any], engine: str, weights: str) -> None:
                 "; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums of int8 "
                 "products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
             )
-        raise UnsupportedModel(f"{engine} does not compute what transformers does: {wrong}", next=remedy)
+        raise UnsupportedModel(f"{engine} disagrees with transformers: {wrong}", next=remedy)

@@ -129,8 +129,8 @@ def _decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
             layer.self_attention.rotary_scaling_long_factor = factors
             layer.self_attention.rotary_scaling_short_factor = factors
     loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
-    loader.set_decoder(spec.decoder, model.model)
-    loader.set_linear(spec.decoder.projection, model.lm_head)
+    loader.set_decoder(spec.decoder, model.base_model)
+    loader.set_linear(spec.decoder.projection, model.get_output_embeddings())
     return loader, spec
 
 
@@ -157,9 +157,9 @@ def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
         layer.self_attention.num_heads_kv = np.int32(sites[Site(number)].num_key_value_heads)
         layer.attention.num_heads_kv = np.int32(sites[Site(number, "cross")].num_key_value_heads)
     loader = loaders.MT5Loader() if source.shape.model_type == "mt5" else loaders.T5Loader()
-    loader.set_stack(encoder, model.encoder)
-    loader.set_stack(decoder, model.decoder, is_decoder=True)
-    loader.set_linear(decoder.projection, model.lm_head)
+    loader.set_stack(encoder, model.get_encoder())
+    loader.set_stack(decoder, model.get_decoder(), is_decoder=True)
+    loader.set_linear(decoder.projection, model.get_output_embeddings())
     if getattr(model.config, "scale_decoder_outputs", False):
         decoder.scale_outputs = np.float32(model.config.d_model**-0.5)
     return loader, TransformerSpec(encoder, decoder)

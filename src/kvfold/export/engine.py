@@ -1,4 +1,4 @@
-"""What every engine answers to `export`. An engine is one class on `Engine`, and one line in `ENGINES`."""
+"""The base class of engines. An engine is one subclass, and one entry in `kvfold.export.ENGINES`."""
 
 from __future__ import annotations
 

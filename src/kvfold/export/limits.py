@@ -1,4 +1,4 @@
-"""Facts of a model that several engines are given beside its weights."""
+"""Facts of a model that several engines need besides its weights."""
 
 from __future__ import annotations
 

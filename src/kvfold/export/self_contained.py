@@ -54,7 +54,7 @@ class SelfContained(Engine):
         """Raise UnsupportedModel for a model that transformers knows itself, and for files other than safetensors."""
         if source.config["model_type"] == stock_type(source.config):
             raise UnsupportedModel(
-                f"{source.path}: is a {source.config['model_type']}, which transformers knows by itself",
+                f"{source.path}: is a {source.config['model_type']}, which transformers loads without kvfold",
                 next="it needs no code: copy it",
             )
         other = next((path for path in source.files() if path.suffix != ".safetensors"), None)
@@ -62,7 +62,7 @@ class SelfContained(Engine):
             raise UnsupportedModel(
                 "the weights are not safetensors",
                 where=other,
-                next="kvfold convert SRC OUT --method identity makes them so",
+                next="convert them with kvfold convert SRC OUT --method identity",
             )
 
     @override
