@@ -365,19 +365,19 @@ def test_the_export_says_its_lineage_and_the_window_and_repeating_does_nothing(
 @pytest.mark.parametrize(
     ("engine", "weights", "vnni", "told"),
     [
-        ("CTranslate2", "int8", False, True),
-        ("CTranslate2", "int8", True, False),
-        ("CTranslate2", "float32", False, False),
-        ("llama.cpp", "int8", False, False),
+        ("ctranslate2", "int8", False, True),
+        ("ctranslate2", "int8", True, False),
+        ("ctranslate2", "float32", False, False),
+        ("gguf", "int8", False, False),
     ],
 )
 def test_a_refusal_names_the_saturation_where_it_may_be_the_cause(
     monkeypatch: pytest.MonkeyPatch, engine: str, weights: str, vnni: bool, told: bool
 ) -> None:
-    monkeypatch.setattr(agreement, "multiplies_int8", lambda: vnni)
+    monkeypatch.setattr(ours_ctranslate2, "multiplies_int8", lambda: vnni)
     measured = {"relative_difference": 0.167, "near_ties": 0, "differing_answers": 0}
     with pytest.raises(UnsupportedModel, match="differ by 0.167 of their spread.*nothing was exported") as caught:
-        agreement.require(measured, engine, weights)
+        agreement.require(measured, ENGINES[engine].name, weights, ENGINES[engine].advice(weights))
     assert ("no VNNI" in str(caught.value)) is told
 
 

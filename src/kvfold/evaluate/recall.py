@@ -105,8 +105,8 @@ def _rare(text: str) -> set[str]:
 def passkeys(tokenizer: Any, ids_N: Tensor, context: int, *, trials: int, seed: int) -> Questions:
     """Texts of `context` tokens that hide a five-digit number, at evenly spread depths, and end with it.
 
-    The filler is held-out text; the number at the end follows a question. Raises SettingError when the context is too short for the question, DataError when the
-    text is too short for the context.
+    The filler is held-out text; the number at the end follows a question. Raises SettingError when the context is too
+    short for the question, DataError when the text is too short for the context.
     """
     opening, before, after, question = (_encode(tokenizer, text) for text in (HIDDEN, *NEEDLE, QUESTION))
     generator = torch.Generator().manual_seed(seed)

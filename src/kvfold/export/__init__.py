@@ -142,7 +142,7 @@ def _make(
         found |= engine.inspect(source, folder, weights)
         if known is not None:
             found |= agreement.compare(known, *engine.answer(folder, known, weights))
-            agreement.require(found, engine.name, weights)
+            agreement.require(found, engine.name, weights, engine.advice(weights))
         progress.advance(1, "compared")
     finally:
         progress.stop()

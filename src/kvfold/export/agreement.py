@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.errors import UnsupportedModel
-from kvfold.machine import multiplies_int8
 from kvfold.text.pairs import start_id
 
 Logits = NDArray[np.float32]
@@ -101,7 +100,7 @@ def compare(known: Reference, logits: Sequence[Logits], answers: Sequence[Sequen
     }
 
 
-def require(found: dict[str, Any], engine: str, weights: str) -> None:
+def require(found: dict[str, Any], engine: str, weights: str, advice: str = "nothing was exported") -> None:
     """Raise UnsupportedModel unless the logits agree within the tolerance and every other token is a near tie."""
     tolerance = TOLERANCE[weights]
     wrong = None
@@ -110,10 +109,4 @@ def require(found: dict[str, Any], engine: str, weights: str) -> None:
     elif found["near_ties"] < found["differing_answers"]:
         wrong = f"{found['differing_answers'] - found['near_ties']} greedy answers differ where it is no near tie"
     if wrong:
-        remedy = "nothing was exported"
-        if weights == "int8" and engine == "CTranslate2" and not multiplies_int8():
-            remedy += (
-                "; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums of int8 "
-                "products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
-            )
-        raise UnsupportedModel(f"{engine} disagrees with transformers: {wrong}", next=remedy)
+        raise UnsupportedModel(f"{engine} disagrees with transformers: {wrong}", next=advice)

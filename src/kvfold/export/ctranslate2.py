@@ -26,6 +26,7 @@ from kvfold.disk.output import read_json
 from kvfold.export.agreement import Logits, Reference
 from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
+from kvfold.machine import multiplies_int8
 from kvfold.predict.engines import T5_ACTIVATIONS, t5_activation
 
 
@@ -60,6 +61,16 @@ class CTranslate2(Engine):
             spec.optimize(quantization=weights)
             spec.save(str(folder))
         return {}
+
+    @override
+    def advice(self, weights: str) -> str:
+        saturates = weights == "int8" and not multiplies_int8()
+        return super().advice(weights) + (
+            "; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums of int8 "
+            "products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
+            if saturates
+            else ""
+        )
 
     @override
     def _answer(self, folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:

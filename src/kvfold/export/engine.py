@@ -83,6 +83,10 @@ class Engine(ABC):
                 f"{self.name} cannot run the model: {reason}", next="nothing was exported"
             ) from error
 
+    def advice(self, weights: str) -> str:
+        """The end of the error when the engine disagrees with transformers."""
+        return "nothing was exported"
+
     def content(self, source: Checkpoint, folder: Path) -> str:
         """The content hash of the export: SHA-256 of its weights."""
         with (folder / self.file).open("rb") as file:
