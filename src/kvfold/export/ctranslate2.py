@@ -64,12 +64,11 @@ class CTranslate2(Engine):
 
     @override
     def advice(self, weights: str) -> str:
-        saturates = weights == "int8" and not multiplies_int8()
-        return super().advice(weights) + (
-            "; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums of int8 "
-            "products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
-            if saturates
-            else ""
+        if weights != "int8" or multiplies_int8():
+            return super().advice(weights)
+        return (
+            "nothing was exported; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums "
+            "of int8 products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
         )
 
     @override
