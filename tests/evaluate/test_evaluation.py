@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import root_teacher
 from kvfold.errors import CheckpointError, DataError, GateMissed, OutputError, SettingError
+from kvfold.evaluate.checks import check_same
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate, teacher_of
 from kvfold.progress import Silent
 from kvfold.text.tokens import token_file
@@ -321,6 +322,15 @@ def test_a_gate_against_the_control(
     ):
         with pytest.raises(SettingError, match=words):
             evaluate(pair[0], replace(gated, **changed), teacher=pair[1], records=tmp_path / "records")
+
+
+def test_a_control_of_an_older_version_lacks_newer_settings(settings: EvaluateSettings) -> None:
+    old = {key: value for key, value in asdict(settings).items() if key != "last_words"}
+    control = {"hashes": {"tokens": "these"}, "settings": old}
+    check_same(settings, control, "these")
+    for changed, tokens, words in (({}, "others", "other data"), ({"seed": 1}, "these", "other seed")):
+        with pytest.raises(SettingError, match=words):
+            check_same(replace(settings, **changed), control, tokens)
 
 
 def test_a_gate_needs_its_teacher(
