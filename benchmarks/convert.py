@@ -1,4 +1,4 @@
-"""Time and memory of a conversion, beside copying and hashing, and beside load-all conversion with transformers.
+"""Time and memory of a conversion, compared with copying and hashing, and with transformers' load-all conversion.
 
 A random Llama checkpoint of 1.4 GB (bfloat16, shards of 500 MB, 32 key/value heads of 64) becomes one of 8 heads:
 
@@ -6,16 +6,16 @@ A random Llama checkpoint of 1.4 GB (bfloat16, shards of 500 MB, 32 key/value he
     copy+hash  the same files copied, then source and student read and hashed by SHA-256, as `cp` and `sha256sum` would
     load-all   from_pretrained, pool every key and value, save_pretrained; nothing is hashed
 
-Each runs in a process of its own, timed after its imports, in turns, with the source in the page cache and the disk
-quiet before each start. Memory is the largest RssAnon of the process, seen every 5 ms: what is mapped from files can
-be let go at any time and does not count.
+Each runs in its own process, timed after its imports, in turns, with the source in the page cache and the disk idle
+before each start. Memory is the largest RssAnon of the process, sampled every 5 ms: pages mapped from files can be
+dropped at any time and do not count.
 
 Predicted, before it was first run: convert copies 1.26 GB as copy+hash does, but hashes 1.4 + 0.03 GB on two threads
 where the other hashes 1.4 + 1.26 GB on one. A copy through memory costs about what the kernel's own costs, so 0.7x of
 copy+hash, and 0.5x of load-all; anonymous memory 0.25 GB (Python and torch take 0.15, a float64 key 0.03) against 1.6.
 
-What came out is in results/. Wrong in this was load-all's memory (0.46 GB: transformers maps its source too), and a
-float64 copy of a whole key proved the dearest step of all, so `gqa` now pools head by head.
+The records are in results/. The prediction was wrong about load-all's memory (0.46 GB: transformers maps its source
+too), and the float64 copy of a whole key was the most expensive step, so `gqa` now pools head by head.
 
     python benchmarks/convert.py [--rounds 5] [--results results]
 """
@@ -150,7 +150,7 @@ def child(variant: str, source: Path, student: Path, out: Path) -> None:
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    os.sync()  # what the kernel still owed the disk when the work returned
+    os.sync()  # writes that the kernel had still buffered when the work returned
     durable = time.perf_counter() - start
     done.set()
     watcher.join()

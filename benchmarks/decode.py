@@ -5,10 +5,10 @@ One step, as when one token of each of 8 sequences is decoded: 32 query heads of
 
     sdpa, matmul   multi-head: PyTorch's fused kernel, and two matrix products with the softmax between them
     kvfold         kvfold's own, for any number of heads: query groups as rows of one matrix
-    enable_gqa     PyTorch's fused kernel, told of the groups
+    enable_gqa     PyTorch's fused kernel with its option for groups
     repeat_kv      keys and values repeated in memory, then the fused kernel
-    read           a plain sum over the same bytes: what no kernel beats
-    softmax        over logits of the step's size: the same whatever the number of key/value heads
+    read           a plain sum over the same bytes: the lower bound of every kernel
+    softmax        over logits of the step's size: the same for any number of key/value heads
 
 Predicted, before it was first run: multi-head by its best kernel takes 1.0x to 1.2x of reading its 537 MB (float32).
 Eight heads have a quarter of the bytes; softmax and 0.27 GFLOP stay, so 0.35x to 0.45x of multi-head; repeat_kv is 5x
@@ -38,13 +38,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kernels import matmul
+from kernels import matmul, parser
 from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
 from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.disk.record import Record
-from kvfold.evaluate.bench import BenchSettings, bench, interleave
+from kvfold.evaluate.bench import BenchSettings, bench
+from kvfold.evaluate.timing import interleave
 from kvfold.families import all_families
 from kvfold.progress import Silent
 
@@ -68,7 +69,7 @@ AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 class Lines(Silent):
-    """Prints what is said."""
+    """Prints lines of progress."""
 
     def say(self, line: str) -> None:
         """Print the line."""
@@ -188,12 +189,7 @@ def models(given: argparse.Namespace, room: Path) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: a trial of the benchmark, not a result")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--results", default="results")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    given = parser.parse_args()
+    given = parser(__doc__, rounds=15).parse_args()
     made = steps(given)
     for row in made.metrics["rows"]:
         print(f"{row['dtype']:9} {row['kv_heads'] or '':>3} {row['kernel']:10} {row['ms']:9.3f} ms")
@@ -202,7 +198,7 @@ def main() -> None:
     print(made.metrics["target"], record.write(made, given.results))
     with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
         whole = models(given, Path(room))
-    # the models are made anew each time: their place says nothing, what they are does
+    # the models are made in each run: the record names their shapes, not their paths
     settings = {**whole.settings, "models": ["multi-head", *(f"kv-heads-{heads}" for heads in FOLDED)]}
     settings |= {"config": MODEL, "quick": given.quick, "note": given.note}
     whole = record.Record(**{**vars(whole), "kind": "benchmark", "settings": settings})

@@ -1,15 +1,15 @@
 """Decoding one layer of a T5-XXL: heads folded in both attentions, and the encoder's output cached for all layers.
 
 One decoder layer of T5.1.1-XXL's shape with random weights, through transformers: 64 heads of 64, width 4,096, MLP
-10,240; 512 tokens of input, 8 and 32 sequences, the middle one of 256 tokens that are written (128 are cached). Float32
+10,240; 512 tokens of input, 8 and 32 sequences, at the middle of 256 output tokens (128 are cached). Float32
 and bfloat16. All variants take turns; medians over the rounds, each with the faster of its kernels:
 
-    grouped 64 to 1   so many key/value heads in self- and cross-attention; 64 is multi-head
+    grouped 64 to 1   number of key/value heads in self- and cross-attention; 64 is multi-head
     latent 4096       cross-attention absorbed from the encoder's output (`crosslatent`), which is exact
     latent 1024, 512  the same from narrower latents; 512 also with 8 heads of self-attention (`+ grouped 8`)
 
-`layer` is the whole layer with its MLP; `caches` is what is done with what is cached, without any weight of the layer
-but those that a latent is read by. The time of a sample is 256 steps of 24 layers over the batch; the encoder and the
+`layer` is the whole layer with its MLP; `caches` is attention over the caches alone, without the layer's weights,
+except those that read a latent. The time of a sample is 256 steps of 24 layers over the batch; the encoder and the
 output matrix, which no variant changes, are not in it. Beside it stand the paper's seconds per sample, encoder
 included, on 8 TPUv4 (arXiv 2305.13245, table 1): 1.51 multi-head, 0.28 with 8 groups, 0.24 with 1.
 
@@ -26,7 +26,6 @@ paper's ratios or better. A latent of 4,096 has half the bytes and 64 times the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -40,14 +39,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from kernels import matmul
+from kernels import matmul, parser
 from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 from kvfold.families import all_families
 from kvfold.machine import best_device
 from kvfold.predict.roofline import decode_step, hardware
@@ -90,9 +89,9 @@ class Variant:
         return f"latent {self.latent}" + ("" if self.heads == self.crossed else f" + grouped {self.heads}")
 
     def fields(self) -> dict[str, Any]:
-        """What config.json says of it."""
-        told = {"num_key_value_heads": self.heads, "cross_num_key_value_heads": self.crossed}
-        return told | ({} if self.latent is None else {"cross_latent_dim": self.latent})
+        """The fields of config.json."""
+        heads = {"num_key_value_heads": self.heads, "cross_num_key_value_heads": self.crossed}
+        return heads | ({} if self.latent is None else {"cross_latent_dim": self.latent})
 
 
 def variants(sizes: dict[str, Any]) -> list[Variant]:
@@ -187,7 +186,7 @@ class Layer:
         return {"kvfold": grouped_attention, **plain}
 
     def bytes(self, batch: int) -> int:
-        """Of the whole model's caches at the end of the output: all layers' own, and a latent once."""
+        """Bytes of the whole model's caches at the end of the output: those of all layers, and a latent once."""
         spec, item = grouped_cache(self.shape), DTYPE_BYTES[self.dtype]
         room = self.sizes["output"] // 2 + 1
         live = spec.bytes(room, batch=batch, itemsize=item, encoder_tokens=self.sizes["input"])
@@ -277,13 +276,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: a trial of the benchmark, not a result")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", choices=list(AGREE), action="append", help="one of them; may be said twice")
-    parser.add_argument("--results", default="results")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    given = parser.parse_args()
+    flags = parser(__doc__, rounds=7)
+    flags.add_argument("--dtype", choices=list(AGREE), action="append", help="one dtype; may be repeated")
+    given = flags.parse_args()
     sizes, start, rows = QUICK if given.quick else XXL, time.perf_counter(), []
     for dtype in given.dtype or AGREE:
         rows += measure(sizes, dtype, given.rounds)
@@ -297,8 +292,8 @@ def main() -> None:
     metrics: dict[str, Any] = {"rows": rows, **summarise(rows), "load_average": os.getloadavg()[0]}
     for name, each in summarise(rows).items():
         for variant, ratios in each.items():
-            told = {"seconds": ratios} if isinstance(ratios, float) else ratios
-            print(name, variant, {part: round(ratio, 3) for part, ratio in told.items()})
+            parts = {"seconds": ratios} if isinstance(ratios, float) else ratios
+            print(name, variant, {part: round(ratio, 3) for part, ratio in parts.items()})
     settings = {**sizes, "rounds": given.rounds, "quick": given.quick, "note": given.note}
     wall = time.perf_counter() - start
     made = record.make("benchmark", "encoder-decoder", settings, metrics, seed=0, wall_seconds=wall)

@@ -4,8 +4,8 @@
 
 llama-cpp-python is built from its source package, which carries llama.cpp with its own converter. A student is
 written as GGUF twice, by that converter and by `kvfold export`; the tensors of the two files are compared bit by bit,
-and the logits of both with those of transformers. CTranslate2 is asked the same. There are two students, one with as
-many key/value heads in every layer and a mixed one, and one record for each student and engine.
+and the logits of both with those of transformers. CTranslate2 is compared the same way. There are two students, one
+with the same number of key/value heads in every layer and a mixed one, and one record for each student and engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, KvfoldError
 from kvfold.export import ExportSettings, agreement, export, limits
-from kvfold.export import gguf as ggufs
+from kvfold.export.gguf import LlamaCpp, byte_level_split
 from kvfold.hf import load
 from kvfold.progress import Silent
 
@@ -64,7 +64,7 @@ with torch.inference_mode():
 
 
 class Lines(Silent):
-    """Prints what is said."""
+    """Prints lines of progress."""
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -179,10 +179,10 @@ def convert_officially(source: Checkpoint, out: Path, tree: Path) -> Path:
     """A float32 GGUF of the student, by the converter that llama.cpp carries."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
-    split = ggufs.byte_level_split(tokenizer) or "default"
+    split = byte_level_split(tokenizer) or "default"
     heads = limits.kv_heads(source)
     model = as_deci(source, heads, out / "deci") if len(set(heads)) > 1 else source.path
-    words = [str(tree), str(model), str(out / ggufs.FILE), "ALL_F32", split]
+    words = [str(tree), str(model), str(out / LlamaCpp.file), "ALL_F32", split]
     subprocess.run([sys.executable, "-c", CONVERTER, *words], check=True)
     return out
 
@@ -212,8 +212,8 @@ def compared(
         prompt_tokens=defaults.prompt_tokens,
         new_tokens=defaults.new_tokens,
     )
-    found = agreement.compare(known, *ggufs.answer(folder, known, "float32", flash_attention=flash_attention))
-    agreement.require(found, ggufs.NAME, tolerance)
+    found = agreement.compare(known, *LlamaCpp(flash_attention=flash_attention).answer(folder, known, "float32"))
+    agreement.require(found, LlamaCpp.name, tolerance)
     return {"weights": "float32", **found, "loaded": True}
 
 
@@ -227,7 +227,7 @@ def same_tensors(ours: Path, theirs: Path) -> int:
     import gguf
 
     first, second = (
-        {each.name: each for each in gguf.GGUFReader(folder / ggufs.FILE).tensors} for folder in (ours, theirs)
+        {each.name: each for each in gguf.GGUFReader(folder / LlamaCpp.file).tensors} for folder in (ours, theirs)
     )
     if first.keys() != second.keys():
         raise CheckpointError("the two converters write other tensors", got=sorted(first.keys() ^ second.keys()))

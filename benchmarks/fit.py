@@ -1,20 +1,20 @@
 """Time and peak memory of the closed form for one layer, over widths: its calibration, its merge and its repair.
 
-    calibrate   the teacher reads the text and sums the moments that `--init fit` asks for
+    calibrate   the teacher reads the text and sums the moments that `--init fit` needs
     merge       a quarter of the heads stay: eigenvectors of small matrices, no text
     repair      q, o and the MLP are refitted, teacher and student side by side
 
 The source is a random Llama of one layer: heads of 128, an MLP of 2.7 times the width, 2,048 words, bf16. Each width
-runs in a process of its own. Memory is the largest RssAnon, seen every 5 ms, above what the process had before the
-phase; beside the calibration's stands what `calibrate.memory_bytes` says of it beforehand. A model of L layers takes L
-times as long, and no more memory: one layer is open at a time.
+runs in a process of its own. Memory is the largest RssAnon, sampled every 5 ms, minus that before the
+phase; for the calibration, the record also holds the prediction of `calibrate.memory_bytes`. A model of L layers
+takes L times as long, and no more memory: one layer is open at a time.
 
 Predicted, before it was run, for 4k tokens on 2 cores at some 30 GFLOPS in float64 and 120 in float32: every term that
 counts grows as the cube of the width, or as its square times the tokens. At 4096: calibrate 30 s (a reading, and
 4 T D^2 operations in float64); merge 45 s; repair 400 s: eight readings 110 s, two times three sweeps of gate and up
 100 s, two products and two inverses as wide as the MLP 120 s, the system of down 40 s. At 512 two seconds. Readings
 and sweeps grow with the tokens; merge, the systems and the memory do not. Memory at 4096: calibrate 1.4 GB, within 20%
-of what memory_bytes says; repair 7 GB: two layers, and five float64 matrices as wide as the MLP.
+of the prediction; repair 7 GB: two layers, and five float64 matrices as wide as the MLP.
 
     python benchmarks/fit.py [--widths 512,1024,2048,4096] [--tokens 4k] [--no-repair] [--quick] [--results results]
 """
@@ -184,7 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="512,1024,2048,4096")
     parser.add_argument("--tokens", default="4k", help="tokens of the calibration text; convert reads 65k")
-    parser.add_argument("--quick", action="store_true", help="the two smallest widths on 1k tokens: does it run?")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the two smallest widths on 1k tokens: a trial of the benchmark, not a result",
+    )
     parser.add_argument("--no-repair", action="store_true", help="calibrate and merge alone")
     parser.add_argument("--results", default="results")
     parser.add_argument("--note", default="", help="what else ran on the machine")

@@ -1,20 +1,20 @@
-"""Decoding from a latent: one absorbed attention step at several splits of the same bytes, and prompts beside it.
+"""Decoding from a latent: one absorbed attention step at several splits of the same bytes, and prompts.
 
 One step, as when one token of each of 8 sequences is decoded: 32 query heads of 64 or 128, 4,096 cached tokens, float32
 and bfloat16. At 50, 25 and 12.5% of multi-head's bytes, with 1/16, 1/4 and 1/2 of them for rotated planes. All take
 turns; medians over the rounds:
 
     multi-head   the best of PyTorch's fused kernel and two matrix products
-    absorbed     kvfold's latent attention: the cache is read as it lies
-    expanded     keys and values of all heads written out anew, then multi-head's best kernel (one split for each part)
+    absorbed     kvfold's latent attention: the cache is read as it is stored
+    expanded     keys and values of all heads written out, then multi-head's best kernel (one split for each part)
     grouped      grouped-query attention of the same bytes by kvfold's kernel
 
 Prompts: 1,024 tokens of one sequence, causal, from hidden states on: the latent's projections, keys and values written
 out, attention; against multi-head's projections and attention.
 
-Predicted before it was run whole, from trials of the kernel on half the batch with one thread: a step multiplies each
-cached token with P + 2 R numbers a head, and not with 2 E. At 12.5% that is 2 to 12 times multi-head's arithmetic and
-an eighth of its bytes: in float32 0.3 to 0.8 of multi-head's time, the less the more of it is planes; at 25% 0.5 to
+Predicted before the first whole run, from trials of the kernel on half the batch with one thread: a step multiplies
+each cached token with P + 2 R numbers a head, and not with 2 E. At 12.5% that is 2 to 12 times multi-head's arithmetic
+and an eighth of its bytes: in float32 0.3 to 0.8 of multi-head's time, the less the more of it is planes; at 25% 0.5 to
 0.9; at 50% no faster. Grouped-query attention of the same bytes: its part of the bytes and a little, always faster.
 Expanded: 10 times multi-head and more. Prompts, by multiplications a token: `R (D + 2 H E)` and the rotated planes
 against `2 D H E`, before the same attention: 0.4 of multi-head at 12.5%, 0.7 at 25%, 1.1 at 50%.
@@ -24,7 +24,6 @@ against `2 D H E`, before the same attention: 0.4 of multi-head at 12.5%, 0.7 at
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -36,11 +35,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kernels import matmul
+from kernels import matmul, parser
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention, written_out
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 
 STEP = {"batch": 8, "heads": 32, "widths": (64, 128), "context": 4096, "prompt": 1024}
 QUICK = {**STEP, "batch": 2, "context": 1024, "prompt": 256}
@@ -53,7 +52,7 @@ TARGET = {"part": 0.125, "over_multi_head": 1.0}
 
 @dataclass(frozen=True)
 class Split:
-    """A cache of so many elements a token and layer: P rotated coordinates of each head and a latent of R."""
+    """A part of multi-head's cache per token and layer: P rotated coordinates of each head and a latent of R."""
 
     part: float
     rotated: int
@@ -66,7 +65,7 @@ class Split:
 
 
 def splits(heads: int, width: int) -> Iterator[Split]:
-    """The splits of each part, planes being whole."""
+    """The splits of each part, in whole planes."""
     for part in PARTS:
         elements = int(part * 2 * heads * width)
         for share in ROTATED:
@@ -196,12 +195,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: a trial of the benchmark, not a result")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--results", default="results")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    given = parser.parse_args()
+    given = parser(__doc__, rounds=9).parse_args()
     shape, start, rows = QUICK if given.quick else STEP, time.perf_counter(), []
     with torch.inference_mode():
         for width in shape["widths"]:

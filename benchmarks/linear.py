@@ -7,14 +7,14 @@ One step, as when one token of one sequence is decoded: 32 query heads of 64, fl
     supra       sums alone, for 32 and for 8 key heads (features of 64, decay)
     hybrid      a window of 64, 4 sinks, and sums (features of 128), for 32 and for 8 key heads
 
-A step of the last two is all that a layer does between its projections: features, the token that leaves the window into
-the sums, and the answer. All variants of a context take turns, so a state that fits a processor's cache is read from
-memory once others have read a gigabyte of keys; whether it grows with the text is told by the linear variants alone,
-all contexts in turn. Training: forward and backward of 2,048 tokens of one sequence, 8 query heads of 64 with 8 and
+A step of the last two is everything between a layer's projections: features, the sums with the token that leaves the
+window, and the output. All variants of a context take turns, so a state that fits a processor's cache is read from
+memory once others have read a gigabyte of keys; the linear variants alone, all contexts in turn, show whether a step
+grows with the text. Training: forward and backward of 2,048 tokens of one sequence, 8 query heads of 64 with 8 and
 with 2 key heads, features included, against the faster of PyTorch's causal attention and kvfold's blocks of matrix
 products, in float32 and bfloat16. All take turns; medians over the rounds.
 
-Predicted before it was run whole, from a trial on a busy machine: a step of multi-head grows with the
+Predicted before the first whole run, from a trial on a busy machine: a step of multi-head grows with the
 context, as it reads 16 KiB a token: 0.3 ms at 256 tokens, 100 ms at 65,536; grouped a quarter of that. Sums of 32 heads
 are half a MiB: supra takes 0.2 to 0.4 ms at any length, and wins from about 256 tokens against multi-head and 1,024
 against grouped; hybrid 0.5 to 1 ms, and wins from 512 and from 2,048. In training supra is 1.2 to 1.5 times as fast as
@@ -25,7 +25,6 @@ softmax attention, hybrid 0.6 to 1.0 times. Required: no worse than half.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kernels import matmul
+from kernels import matmul, parser
 from kvfold.attention.blocked import blocked_attention
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.linear import (
@@ -52,7 +51,7 @@ from kvfold.attention.linear import (
     slopes,
 )
 from kvfold.disk import record
-from kvfold.evaluate.bench import interleave
+from kvfold.evaluate.timing import interleave
 
 STEP = {"heads": 32, "width": 64, "contexts": (256, 1024, 4096, 16_384, 65_536), "groups": (32, 8)}
 TRAINING = {"heads": 8, "width": 64, "tokens": 2048, "groups": (8, 2), "dtypes": ("float32", "bfloat16")}
@@ -115,7 +114,7 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """What is kept of the text."""
+        """Bytes of the state and the window."""
         assert self.sums is not None
         kept = [self.keys, self.values, self.sums.state_BGFE]
         kept += [] if self.sums.mass_BGF is None else [self.sums.mass_BGF]
@@ -123,7 +122,7 @@ class Step:
         return sum(each.nbytes for each in kept)
 
     def run(self) -> Tensor:
-        """Features, the oldest token of the window into the sums, the answer."""
+        """Compute features, add the oldest token of the window to the sums, and attend."""
         keys, values = torch.cat([self.keys, self.key], dim=2), torch.cat([self.values, self.value], dim=2)
         phi_q = self.preset.maps(self.q, self.map_GFE)
         sums = absorbed(self.sums, self.preset.maps(keys[:, :, :1], self.map_GFE), values[:, :, :1], self.weights)
@@ -188,7 +187,7 @@ class Training:
         return lambda: self._both(kernel(*self.qkv))
 
     def linear(self, preset: Preset) -> Callable[[], object]:
-        """The chunked form behind its features."""
+        """The chunked form after its features."""
         width, heads = TRAINING["width"], TRAINING["heads"]
         rows = preset.features // (2 if preset.window else 1)
         map_GFE = (torch.randn(self.groups, rows, width, generator=self.draw) * width**-0.5).to(self.kind)
@@ -236,12 +235,7 @@ def training(tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: a trial of the benchmark, not a result")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--results", default="results")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    given = parser.parse_args()
+    given = parser(__doc__, rounds=9).parse_args()
     start = time.perf_counter()
     contexts, tokens = (STEP["contexts"][:3], 512) if given.quick else (STEP["contexts"], TRAINING["tokens"])
     with torch.inference_mode():

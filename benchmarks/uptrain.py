@@ -1,9 +1,9 @@
-"""Speed of the training loop beside a bare hand-written one, and what KL to a teacher costs, on the demo's model.
+"""Speed of the training loop compared with a bare hand-written one, and what KL to a teacher costs, on the demo.
 
-    bare       a loop as people write it: transformers' logits, torch's cross-entropy, AdamW, nothing else
-    bare+      the same with our attention, so that what is left of the difference is the loop's own
+    bare       a hand-written loop: transformers' logits, torch's cross-entropy, AdamW, nothing else
+    bare+      the same with kvfold's attention, so that the remaining difference is the loop's
     ce         kvfold.train.loop.train with cross-entropy: batches from a token file, chunked loss, guard, log
-    kl         the same with KL to a teacher of the same size, which runs forward beside it
+    kl         the same with KL to a teacher of the same size, which runs forward in each step
 
 All in bf16 autocast over fp32 weights, batch 16 x 256, one process, in turns. The numbers are ratios of medians.
 
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", default="results")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     config: dict[str, Any] = {**read_yaml(RECIPE)["config"], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     settings = PretrainSettings()
     rows = np.random.default_rng(0).integers(0, config["vocab_size"], 1 << 20).astype(np.uint16)
@@ -101,9 +101,9 @@ def main() -> None:
         run(2)
     begun = time.monotonic()
     pace: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(asked.rounds):
+    for turn in range(given.rounds):
         for name, run in variants.items():
-            pace[name].append(asked.steps * settings.step_tokens / run(asked.steps))
+            pace[name].append(given.steps * settings.step_tokens / run(given.steps))
         print(turn + 1, {name: round(each[-1]) for name, each in pace.items()}, flush=True)
     median = {name: statistics.median(each) for name, each in pace.items()}
     ratios = {
@@ -114,12 +114,12 @@ def main() -> None:
     made = record.make(
         "benchmark",
         "uptrain",
-        {"rounds": asked.rounds, "steps": asked.steps, "threads": asked.threads, "config": config},
+        {"rounds": given.rounds, "steps": given.steps, "threads": given.threads, "config": config},
         {"tokens_per_second": median, "every_round": pace, **ratios},
         wall_seconds=round(time.monotonic() - begun, 1),
     )
     print({name: round(value, 3) for name, value in ratios.items()})
-    print(record.write(made, asked.results))
+    print(record.write(made, given.results))
 
 
 if __name__ == "__main__":

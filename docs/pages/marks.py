@@ -203,7 +203,7 @@ def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
     for bench in tables.benches(records):
         if largest := largest_batches(bench):
             yield markdown(largest)
-            yield f"Measured on {tables.plain(bench.device)}."
+            yield _where(bench)
 
 
 KINDS: Mapping[str, Callable[..., Iterator[str]]] = {

@@ -23,8 +23,12 @@ from tokenizers import Tokenizer, models
 from kvfold.cli import commands
 from kvfold.convert.conversion import convert
 from kvfold.errors import Interrupted, OutputError
+from kvfold.evaluate.bench import BenchSettings, bench
+from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
 from kvfold.faults import disk_errors, fault_of
+from kvfold.predict.roofline import Hardware
 from kvfold.progress import SILENT
+from kvfold.report import report
 from kvfold.text import tokens
 from kvfold.text.tokens import text_facts, token_file
 from kvfold.train.uptrain import UptrainSettings, uptrain
@@ -325,3 +329,30 @@ def test_a_conversion_whose_disk_is_full_goes_on(tiny_checkpoint: Make, tmp_path
     made = convert(teacher, tmp_path / "out", "gqa", {"kv_heads": 2})
     other = convert(teacher, tmp_path / "other", "gqa", {"kv_heads": 2})
     assert (made / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_measurements_and_reports_on_a_full_disk_leave_nothing_half_written(
+    tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Hardware("local", "made-up", 10**9, 1e9, {"float32": 1e30})  # measuring this one takes seconds
+    for module in ("bench", "timing"):
+        monkeypatch.setattr(import_module(f"kvfold.evaluate.{module}"), "hardware", lambda name: made)
+    teacher, records = tiny_checkpoint(), tmp_path / "records"
+    asked = EvaluateSettings(str(text), tokens=300, sequence_length=64, copy_trials=2, samples=0)
+    timed = BenchSettings((4,), (1,), new_tokens=1, repeats=1, fp8=False)
+    token_file(text, teacher, max_tokens=301)  # what fails is the record
+    for measure in (
+        lambda: evaluate(teacher, asked, records=records),
+        lambda: bench([teacher], timed, records=records),
+        lambda: report(records),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with (
+            pytest.raises(OutputError, match="the file is larger than the system allows") as caught,
+            largest_file(1000),
+        ):
+            measure()
+        assert "\n" not in str(caught.value)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        measure()
+    assert (records / "report.html").is_file()

@@ -16,7 +16,8 @@ from kvfold.disk import record
 from kvfold.disk.lineage import _place_of, remembered
 from kvfold.disk.output import CLAIM, fingerprint, open_output, write_json
 from kvfold.errors import DataError, OutputError, SettingError
-from kvfold.evaluate.evaluation import EvaluateSettings, _control
+from kvfold.evaluate.checks import read_control
+from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.predict import roofline
 from kvfold.progress import Silent
 from kvfold.report import report
@@ -200,7 +201,7 @@ def test_a_control_that_is_damaged_is_one_line(content: str, tmp_path: Path) -> 
     (tmp_path / "control.json").write_text(content)
     settings = EvaluateSettings("text", gate="loss<=control", control=str(tmp_path / "control.json"))
     with pytest.raises(SettingError) as caught:
-        _control(settings)
+        read_control(settings)
     assert str(caught.value).isprintable()
 
 

@@ -18,8 +18,7 @@ from kvfold.disk.checkpoint import Checkpoint, save_model
 from kvfold.disk.finite import check_finite
 from kvfold.disk.output import write_json
 from kvfold.errors import CheckpointError, SettingError
-from kvfold.export import ExportSettings, export
-from kvfold.export.gguf import FILE
+from kvfold.export import ENGINES, ExportSettings, export
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
 Make = Callable[..., Path]
@@ -210,15 +209,13 @@ def test_a_gguf_holds_finite_numbers_alone(
     folder = tiny_checkpoint(hidden_size=64, head_dim=16, intermediate_size=64)
     name = "model.layers.2.mlp.up_proj.weight"
     spoil(folder, name, value)
-    from kvfold.export import gguf as engine
-
-    source = Checkpoint.open(folder)
+    source, engine = Checkpoint.open(folder), ENGINES["gguf"]
     if refused:
         with pytest.raises(SettingError, match=f"{dtype} cannot hold {name}"):
             engine.write(source, None, tmp_path, dtype)
         return
     engine.write(source, None, tmp_path, dtype)
-    for each in gguf.GGUFReader(tmp_path / FILE).tensors:
+    for each in gguf.GGUFReader(tmp_path / engine.file).tensors:
         assert np.isfinite(gguf.quants.dequantize(each.data, each.tensor_type)).all()
 
 

@@ -20,11 +20,13 @@ from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, KvfoldError, OutputError, SettingError
-from kvfold.evaluate.bench import KERNELS, BenchSettings, bench, interleave
+from kvfold.evaluate.bench import BenchSettings, bench
+from kvfold.evaluate.timing import KERNELS, interleave
 from kvfold.predict.roofline import Hardware
 from kvfold.progress import Silent
 from tolerance import assert_same
 
+TIMING: Any = importlib.import_module("kvfold.evaluate.timing")
 MODULE: Any = importlib.import_module("kvfold.evaluate.bench")
 Make = Callable[..., Path]
 SMALL = BenchSettings(context=(12,), batch=(1, 3), new_tokens=5, repeats=1)
@@ -46,7 +48,8 @@ class Listener(Silent):
 def made_up_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte a nanosecond, and operations cost nothing."""
     made = Hardware("local", "made-up", 10**9, 1e9, {"float32": 1e30, "bfloat16": 1e30})
-    monkeypatch.setattr(MODULE, "hardware", lambda name: made)
+    for module in (MODULE, TIMING):
+        monkeypatch.setattr(module, "hardware", lambda name: made)
 
 
 @pytest.fixture
@@ -140,8 +143,10 @@ def test_other_bytes_than_promised_are_an_error_with_a_record(
         return CacheSpec((*grouped_cache(shape).slots, Slot("forgotten", constant=1)))
 
     with monkeypatch.context() as patched:
-        patched.setattr(MODULE, "grouped_cache", one_more)
-        with pytest.raises(KvfoldError, match="teacher, native cache.*holds other bytes than the plan says") as raised:
+        patched.setattr(TIMING, "grouped_cache", one_more)
+        with pytest.raises(
+            KvfoldError, match="teacher, native cache.*holds other bytes than the plan predicts"
+        ) as raised:
             bench(pair, SMALL, records=tmp_path / "records")
     assert "\n" not in str(raised.value)
     (kept,) = record.read_all(tmp_path / "records")
@@ -175,7 +180,7 @@ def test_every_fork_of_a_cache_starts_from_the_same_place(kind: str, tiny_checkp
 
 def test_works_take_turns_and_only_their_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, ran = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(MODULE, "_clock", lambda: clock.now)
+    monkeypatch.setattr(TIMING, "_clock", lambda: clock.now)
 
     def work(name: str, seconds: float) -> Callable[[], Callable[[], None]]:
         def ready() -> Callable[[], None]:
@@ -201,7 +206,7 @@ def test_rows_and_ratios_are_medians_over_the_rounds_with_the_fastest_kernel(
     steps = {"teacher": [8.0, 80.0, 4.0], "fp8": [16.0] * 3, "student": [2.0, 1.0, 20.0]}
     best = {"teacher": "eager", "fp8": "sdpa", "student": "kvfold"}
     clock, seen, read = SimpleNamespace(now=0.0), [], hf.read
-    monkeypatch.setattr(MODULE, "_clock", lambda: clock.now)
+    monkeypatch.setattr(TIMING, "_clock", lambda: clock.now)
 
     def timed_read(model: Any, ids_BT: torch.Tensor, cache: Any, encoded: Any = None) -> torch.Tensor:
         kernel = model.config._attn_implementation
@@ -240,7 +245,7 @@ def test_rows_and_ratios_are_medians_over_the_rounds_with_the_fastest_kernel(
 def test_quick_prompts_are_read_in_every_round(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "QUICK", 1e9)
+    monkeypatch.setattr(TIMING, "QUICK", 1e9)
     made = bench(pair, BenchSettings((8,), (1,), new_tokens=1, repeats=3, fp8=False), records=tmp_path)
     assert [len(raw["prefill"]) for raw in made.metrics["seconds"]] == [3, 3]
     assert [row["prefill_s"] for row in made.metrics["rows"]] == [

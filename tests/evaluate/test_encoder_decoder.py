@@ -152,7 +152,7 @@ def test_gates_and_settings(teacher: Path, student: Path, pairs: Path, tmp_path:
         run(gate="exact_match@1>=0.9")
     with pytest.raises(SettingError, match="exact_match is not measured at 4 .*; add it to beams"):
         run(gate="exact_match@4>=0.9")
-    with pytest.raises(SettingError, match="lm-eval is asked of decoders alone"):
+    with pytest.raises(SettingError, match="lm-eval needs a decoder-only model"):
         run(lm_eval=("piqa",))
     for name, value in (("beams", (0,)), ("answers", -1), ("answer_tokens", 0)):
         with pytest.raises(SettingError, match=f"{name} must be at least"):

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import root_teacher
 from kvfold.errors import CheckpointError, DataError, GateMissed, OutputError, SettingError
+from kvfold.evaluate.checks import check_same
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate, teacher_of
 from kvfold.progress import Silent
 from kvfold.text.tokens import token_file
@@ -182,7 +183,8 @@ def test_a_model_against_itself(tiny_checkpoint: Make, settings: EvaluateSetting
 def test_without_a_teacher_nothing_is_compared(
     tiny_checkpoint: Make, settings: EvaluateSettings, tmp_path: Path
 ) -> None:
-    found = evaluate(tiny_checkpoint(), replace(settings, samples=0, copy_distances=()), records=tmp_path / "records")
+    asked = replace(settings, samples=0, copy_distances=(), last_words=0)
+    found = evaluate(tiny_checkpoint(), asked, records=tmp_path / "records")
     assert set(found.metrics) == {
         "tokens", "windows", "text_bytes", "loss", "loss_stderr", "perplexity", "bits_per_byte",
         "loss_fp8_cache",
@@ -198,6 +200,22 @@ def test_passkeys_are_measured_when_asked_for(
     for metrics in (found, found["teacher"]):
         assert set(metrics["passkey"]) == set(metrics["passkey_loss"]) == {"180", "220"}
         assert metrics["passkey_loss"]["180"] > 1.0
+
+
+def test_last_words_are_asked_of_both_and_a_gate_may_name_them(
+    pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Listener()
+    gated = replace(settings, gate="last_word<=1, last_word_perplexity<=9*teacher")
+    found = evaluate(pair[0], gated, teacher=pair[1], records=tmp_path / "records", progress=heard).metrics
+    assert 0 < found["last_word_questions"] == found["teacher"]["last_word_questions"] < 200
+    assert f"{found['last_word_questions']} of 200 last-word questions: the text has no more" in heard.lines
+    assert [row["left"] for row in found["gate"]["rows"]] == [found["last_word"], found["last_word_perplexity"]]
+    assert found["last_word_perplexity"] > 100  # random weights, about 260 guesses for each letter
+    Path(settings.data).write_text(" ".join(map(str, range(60))))
+    monkeypatch.setattr(hf, "load", None)
+    with pytest.raises(DataError, match=r"no passage of the text.*got 170 tokens, gate last_word<=1.*more text"):
+        evaluate(pair[0], replace(gated, copy_distances=()), teacher=pair[1], records=tmp_path / "others")
 
 
 def test_it_is_the_packages_own_name() -> None:
@@ -298,7 +316,7 @@ def test_a_gate_against_the_control(
     for changed, words in (
         ({"tokens": 300}, "other data"),
         ({"stride": 32}, "other stride"),
-        ({"gate": "agreement>=control"}, "does not hold what the gate asks for"),
+        ({"gate": "agreement>=control"}, "lacks a metric of the gate"),
         ({"control": text}, "is not the record of an evaluation"),
         ({"control": str(tmp_path / "absent.json")}, "is not the record of an evaluation"),
     ):
@@ -306,11 +324,20 @@ def test_a_gate_against_the_control(
             evaluate(pair[0], replace(gated, **changed), teacher=pair[1], records=tmp_path / "records")
 
 
+def test_a_control_of_an_older_version_lacks_newer_settings(settings: EvaluateSettings) -> None:
+    old = {key: value for key, value in asdict(settings).items() if key != "last_words"}
+    control = {"hashes": {"tokens": "these"}, "settings": old}
+    check_same(settings, control, "these")
+    for changed, tokens, words in (({}, "others", "other data"), ({"seed": 1}, "these", "other seed")):
+        with pytest.raises(SettingError, match=words):
+            check_same(replace(settings, **changed), control, tokens)
+
+
 def test_a_gate_needs_its_teacher(
     pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, nothing_loads: None
 ) -> None:
     for row in ("loss<=teacher", "kl<=1"):
-        with pytest.raises(SettingError, match="compares with a teacher, and there is none"):
+        with pytest.raises(SettingError, match="compares with a teacher, but there is none"):
             evaluate(pair[0], replace(settings, gate=row), records=tmp_path / "records")
     assert not (tmp_path / "records").exists()
 
@@ -325,14 +352,16 @@ def test_a_gate_needs_its_teacher(
         ({"stride": 0}, "stride must be at least 1"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
         ({"samples": -1}, "samples must be at least 0"),
-        ({"copy_distances": (4, -4)}, "copy_distances must not be negative"),
+        ({"copy_distances": (4, -4)}, "copy_distances must be at least 0"),
+        ({"last_words": -1}, "last_words must be at least 0"),
+        ({"gate": "last_word>=0.5", "last_words": 0}, "last_word is not measured.*set last_words"),
         ({"lm_eval_tasks_dir": "tasks"}, "lm_eval_tasks_dir needs tasks"),
         ({"gate": "lose<=1"}, "did you mean 'loss'"),
         ({"gate": "copy_loss@5<=1"}, "not measured at 5.*16, 64 or 128.*add it to copy_distances"),
         ({"gate": "copy_gain@5>=1"}, "not measured at 5.*add it to copy_distances"),
         ({"gate": "passkey@256>=0.5"}, "not measured at 256.*add it to passkey_contexts"),
         ({"gate": "lm_eval@piqa.acc>=0.5"}, "add it to lm_eval"),
-        ({"gate": "loss<=control"}, "names the control, and there is none"),
+        ({"gate": "loss<=control"}, "names the control, and none is given"),
     ],
 )
 def test_settings_refuse_before_anything_is_opened(given: dict[str, Any], words: str) -> None:
@@ -344,11 +373,14 @@ def test_settings_refuse_before_anything_is_opened(given: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"sequence_length": 257}, r"more than the model has positions \(got 257\); allowed: 1 to 256"),
-        ({"stride": 65}, r"stride leaves tokens out.*allowed: 1 to 64"),
-        ({"copy_distances": (240,)}, r"copy_distances: the model has 256 positions \(got 240\); allowed: to 224"),
-        ({"passkey_contexts": (300,)}, "passkey_contexts: the model has 256 positions"),
-        ({"sample_tokens": 300}, "the model has 256 positions"),
+        (
+            {"sequence_length": 257},
+            r"sequence_length is too large for the model's 256 positions \(got 257\); allowed: at most 256",
+        ),
+        ({"stride": 65}, r"stride skips tokens.*allowed: 1 to 64"),
+        ({"copy_distances": (240,)}, r"copy_distances is too large.*\(got 240\); allowed: at most 224"),
+        ({"passkey_contexts": (300,)}, "passkey_contexts is too large"),
+        ({"sample_tokens": 300}, "sample_tokens is too large.*at most 224"),
     ],
 )
 def test_refuses_what_the_model_cannot_do(

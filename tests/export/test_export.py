@@ -19,8 +19,10 @@ from kvfold.contracts.site import Rope
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
-from kvfold.export import ENGINES, NOT_LOADED, ExportSettings, agreement, export, limits
-from kvfold.export.gguf import byte_level_split, interleave
+from kvfold.export import ENGINES, ExportSettings, agreement, export, limits
+from kvfold.export import ctranslate2 as ours_ctranslate2
+from kvfold.export import gguf as ours_gguf
+from kvfold.export.gguf import NOT_LOADED, LlamaCpp, byte_level_split, interleave
 from kvfold.families import all_families
 from kvfold.progress import Silent
 
@@ -202,7 +204,7 @@ def test_ctranslate2_takes_a_number_of_heads_for_each_layer(
 def test_heads_given_to_the_wrong_layers_are_found_out(
     mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ENGINES["ctranslate2"], "kv_heads", lambda source: [2, 2, 2, 2])
+    monkeypatch.setattr(ours_ctranslate2, "kv_heads", lambda source: [2, 2, 2, 2])
     source = mixed_checkpoint("llama")
     refusal = "^CTranslate2 cannot run the model: .*has dimension.*; nothing was exported$"  # keys and heads do not fit
     with pytest.raises(UnsupportedModel, match=refusal):
@@ -304,7 +306,7 @@ def test_a_student_takes_its_code_along(
 
 def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tmp_path: Path) -> None:
     student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 2})
-    with pytest.raises(UnsupportedModel, match="which transformers knows by itself; it needs no code: copy it"):
+    with pytest.raises(UnsupportedModel, match="which transformers loads without kvfold; it needs no code: copy it"):
         export(student, tmp_path / "out", "transformers", QUICK)
     mixed = convert(tiny_checkpoint("llama", name="other"), tmp_path / "mixed", "gqa", {"kv_heads": "4/2/1/2"})
     with pytest.raises(SettingError, match="the weights stay float32"):
@@ -363,19 +365,19 @@ def test_the_export_says_its_lineage_and_the_window_and_repeating_does_nothing(
 @pytest.mark.parametrize(
     ("engine", "weights", "vnni", "told"),
     [
-        ("CTranslate2", "int8", False, True),
-        ("CTranslate2", "int8", True, False),
-        ("CTranslate2", "float32", False, False),
-        ("llama.cpp", "int8", False, False),
+        ("ctranslate2", "int8", False, True),
+        ("ctranslate2", "int8", True, False),
+        ("ctranslate2", "float32", False, False),
+        ("gguf", "int8", False, False),
     ],
 )
 def test_a_refusal_names_the_saturation_where_it_may_be_the_cause(
     monkeypatch: pytest.MonkeyPatch, engine: str, weights: str, vnni: bool, told: bool
 ) -> None:
-    monkeypatch.setattr(agreement, "multiplies_int8", lambda: vnni)
+    monkeypatch.setattr(ours_ctranslate2, "multiplies_int8", lambda: vnni)
     measured = {"relative_difference": 0.167, "near_ties": 0, "differing_answers": 0}
     with pytest.raises(UnsupportedModel, match="differ by 0.167 of their spread.*nothing was exported") as caught:
-        agreement.require(measured, engine, weights)
+        agreement.require(measured, ENGINES[engine].name, weights, ENGINES[engine].advice(weights))
     assert ("no VNNI" in str(caught.value)) is told
 
 
@@ -384,8 +386,8 @@ def test_an_engine_that_computes_something_else_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = tiny_checkpoint("llama", rope_parameters=LLAMA3)
-    monkeypatch.setattr(ENGINES["ctranslate2"], "frequency_factors", lambda rope: None)
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+    monkeypatch.setattr(ours_ctranslate2, "frequency_factors", lambda rope: None)
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers: logits differ"):
         export(teacher, tmp_path / "out", "ctranslate2", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
@@ -591,7 +593,7 @@ def test_llama_cpp_computes_mixed_heads_with_flash_attention(mixed_checkpoint: M
     source = mixed_checkpoint("llama")
     known = agreement.reference(load(source, attention="sdpa"), vocab_size=260, prompt_tokens=12, new_tokens=8)
     out = export(source, tmp_path / "out", "gguf", QUICK)
-    check = agreement.compare(known, *ENGINES["gguf"].answer(out, known, "float32", flash_attention=True))
+    check = agreement.compare(known, *LlamaCpp(flash_attention=True).answer(out, known, "float32"))
     assert 0 < check["relative_difference"] < agreement.TOLERANCE["float16"]
     assert check["max_difference"] != found(out)["max_difference"]  # it is another attention that answered
 
@@ -600,9 +602,9 @@ def test_llama_cpp_computes_mixed_heads_with_flash_attention(mixed_checkpoint: M
 def test_rows_ordered_by_another_layers_heads_are_found_out(
     mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ENGINES["gguf"], "interleave", lambda rows, heads: interleave(rows, 1 if heads == 2 else heads))
+    monkeypatch.setattr(ours_gguf, "interleave", lambda rows, heads: interleave(rows, 1 if heads == 2 else heads))
     source = mixed_checkpoint("llama")
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does: logits differ"):
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers: logits differ"):
         export(source, tmp_path / "out", "gguf", QUICK)
     assert not list(tmp_path.glob("out*"))
 
@@ -611,7 +613,7 @@ def test_rows_ordered_by_another_layers_heads_are_found_out(
 def test_a_gguf_that_llama_cpp_refuses_is_not_put_in_place(
     mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ENGINES["gguf"], "kv_heads", lambda source: [2, 2, 1, 4])  # not those of the tensors
+    monkeypatch.setattr(ours_gguf, "kv_heads", lambda source: [2, 2, 1, 4])  # not those of the tensors
     source = mixed_checkpoint("llama")
     refusal = "^llama.cpp cannot run the model: .*model.gguf; nothing was exported$"
     with pytest.raises(UnsupportedModel, match=refusal):
@@ -623,8 +625,8 @@ def test_a_gguf_that_llama_cpp_refuses_is_not_put_in_place(
 def test_a_gguf_with_rows_in_the_wrong_order_is_found_out(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ENGINES["gguf"], "interleave", lambda values, heads: values)
-    with pytest.raises(UnsupportedModel, match="does not compute what transformers does"):
+    monkeypatch.setattr(ours_gguf, "interleave", lambda values, heads: values)
+    with pytest.raises(UnsupportedModel, match="disagrees with transformers"):
         export(tiny_checkpoint("llama"), tmp_path / "out", "gguf", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 

@@ -24,7 +24,7 @@ from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.evaluate.bench import BenchSettings, bench
-from kvfold.export import ctranslate2
+from kvfold.export import ENGINES
 from kvfold.families import all_families, family_of
 from kvfold.methods import crosslatent
 from kvfold.predict.plan import PlanSettings, plan
@@ -424,9 +424,9 @@ def test_no_engine_is_promised_and_none_is_written(tiny_checkpoint: Make, tmp_pa
     student = Checkpoint.open(convert(teacher, tmp_path / "student", "crosslatent"))
     assert [engine.name for engine in plan(teacher, "crosslatent").engines if engine.loads] == ["transformers"]
     with pytest.raises(UnsupportedModel, match="keeps keys and values of heads"):
-        ctranslate2.check(student)
+        ENGINES["ctranslate2"].check(student)
     with pytest.raises(UnsupportedModel, match=r"its architecture is not known here \(got bart\)"):
-        ctranslate2.check(Checkpoint.open(tiny_checkpoint("bart", name="bart")))
+        ENGINES["ctranslate2"].check(Checkpoint.open(tiny_checkpoint("bart", name="bart")))
 
 
 def test_a_plan_says_what_is_held_and_what_is_read(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Quality of an encoder-decoder: loss on targets, distance to the teacher, and what it answers, greedily or by beams.
+"""Quality of an encoder-decoder: loss on targets, distance to the teacher, and its answers, greedily or by beam search.
 
-With what a model says and what was asked for, over all pairs, as strings:
+With answers and targets as strings, over all pairs:
 
-    exact_match = mean of [said = asked]
-    cer         = sum of edit distances / characters asked for      (insertions count, so it may pass 1)
-    bleu        = sacrebleu's corpus BLEU, 0 to 100, tokenised as it does by default
+    exact_match = mean of [answer = target]
+    cer         = sum of edit distances / characters of the targets      (insertions count, so it may exceed 1)
+    bleu        = sacrebleu's corpus BLEU, 0 to 100, with its default tokeniser
     rouge1, rouge2, rougeL = mean F of rouge-score without stemming, 0 to 100
 
 Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1.
@@ -12,7 +12,8 @@ Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,33 @@ from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.evaluate import loss
+from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress
 from kvfold.text.pairs import UNSEEN, Corpus, Ids, PairFile, batched
 from kvfold.train import losses
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-KEYED = ("exact_match", "cer", "bleu", *ROUGE)
-"""Metrics of answers; each has a value for each number of beams."""
 
 
 def score(
     models: Mapping[str, nn.Module], rows: Sequence[tuple[Ids, Ids]], *, batch_size: int, progress: Progress = SILENT
 ) -> dict[str, Tensor]:
-    """Sums over each row's target tokens, as `scores.token_scores` says of them, and `tokens_W`, their number.
+    """Sums over each row's target tokens, as `loss.collect` defines them.
 
     `models` is a `student`, and a `teacher` where there is one.
     """
     device = next(models["student"].parameters()).device
-    sums: dict[str, list[Tensor]] = {}
-    progress.start("loss", sum(len(asked) for _, asked in rows), "tokens")
-    try:
+
+    def parts() -> Iterator[loss.Scored]:
         for first in range(0, len(rows), batch_size):
             batch = batched(rows[first : first + batch_size]).to(device)
             counts_BT = batch.target_BT != UNSEEN
             logits = [
                 losses.Head.of(model).logits(losses.hidden_states(model, batch)[counts_BT]) for model in models.values()
             ]
-            found = loss.token_scores(*logits, targets_N=batch.target_BT[counts_BT])
-            found["tokens"] = torch.ones_like(found["student"])
-            for key, value_N in found.items():
-                parts = torch.split(value_N, counts_BT.sum(1).tolist())
-                sums.setdefault(key, []).extend(part.double().sum().cpu() for part in parts)
-            progress.advance(int(counts_BT.sum()))
-    finally:
-        progress.stop()
-    return {key: torch.stack(values) for key, values in sums.items()}
+            yield logits, batch.target_BT[counts_BT], counts_BT.sum(1).tolist()
+
+    return loss.collect(parts(), sum(len(target) for _, target in rows), progress)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -65,45 +58,52 @@ def answers(
     model: Any,
     tokenizer: Any,
     pairs: PairFile,
+    settings: EvaluateSettings,
     *,
     beams: int,
-    count: int,
     length: int,
-    new_tokens: int,
-    batch_size: int,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """What a model says to the first `count` inputs, cut to `length` tokens: the best of so many beams, as text."""
-    said: list[str] = []
+    """A model's answers to the first `settings.answers` inputs, each cut to `length` tokens, by beam search."""
+    texts: list[str] = []
     device = next(model.parameters()).device
-    rows = [(given[:length], asked) for given, asked in pairs.pairs[:count]]
+    rows = [(given[:length], target) for given, target in pairs.pairs[: settings.answers]]
     progress.start(f"answers, {beams} beam{'s' if beams > 1 else ''}", len(rows), "pairs")
     try:
-        for first in range(0, len(rows), batch_size):
-            batch = batched(rows[first : first + batch_size]).to(device)
+        for first in range(0, len(rows), settings.batch_size):
+            batch = batched(rows[first : first + settings.batch_size]).to(device)
             ids_BT = hf.generate(
                 model,
                 batch.input_BS,
                 attention_mask=batch.seen_BS.long(),
                 num_beams=beams,
-                max_new_tokens=new_tokens,
+                max_new_tokens=settings.answer_tokens,
             )
-            said += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+            texts += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
             progress.advance(len(batch.input_BS))
     finally:
         progress.stop()
-    return said
+    return texts
 
 
-def judge(said: Sequence[str], asked: Sequence[str]) -> dict[str, float]:
-    """The metrics of answers; those of a library that is not installed are left out."""
-    same = sum(one.strip() == other.strip() for one, other in zip(said, asked, strict=True))
-    errors = sum(edit_distance(one.strip(), other.strip()) for one, other in zip(said, asked, strict=True))
+def judge(answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """The metrics of answers, without those of a library that is not installed."""
+    pairs = [(answer.strip(), target.strip()) for answer, target in zip(answers, targets, strict=True)]
     found = {
-        "exact_match": same / len(asked),
-        "cer": errors / max(1, sum(len(other.strip()) for other in asked)),
+        "exact_match": sum(answer == target for answer, target in pairs) / len(pairs),
+        "cer": sum(edit_distance(*pair) for pair in pairs) / max(1, sum(len(target) for _, target in pairs)),
     }
-    return found | _bleu(said, asked) | _rouge(said, asked)
+    with suppress(ImportError):
+        import sacrebleu
+
+        found["bleu"] = float(sacrebleu.corpus_bleu(list(answers), [list(targets)]).score)
+    with suppress(ImportError):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(list(ROUGE))
+        scores = [scorer.score(target, answer) for answer, target in zip(answers, targets, strict=True)]
+        found |= {name: 100 * sum(row[name].fmeasure for row in scores) / len(scores) for name in ROUGE}
+    return found
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -111,64 +111,38 @@ def edit_distance(one: str, other: str) -> int:
     row = list(range(len(other) + 1))
     for number, letter in enumerate(one, 1):
         before, row[0] = row[0], number
-        for place, asked in enumerate(other, 1):
-            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (letter != asked))
+        for place, wanted in enumerate(other, 1):
+            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (letter != wanted))
     return row[-1]
-
-
-def _bleu(said: Sequence[str], asked: Sequence[str]) -> dict[str, float]:
-    try:
-        import sacrebleu
-    except ImportError:
-        return {}
-    return {"bleu": float(sacrebleu.corpus_bleu(list(said), [list(asked)]).score)}
-
-
-def _rouge(said: Sequence[str], asked: Sequence[str]) -> dict[str, float]:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        return {}
-    scorer = RougeScorer(list(ROUGE))
-    each = [scorer.score(other, one) for one, other in zip(said, asked, strict=True)]
-    return {name: 100 * sum(row[name].fmeasure for row in each) / len(each) for name in ROUGE}
 
 
 def measure(
     models: Mapping[str, Any],
     tokenizer_dir: str | Path,
     read: Corpus,
+    settings: EvaluateSettings,
     *,
     length: int,
-    seed: int,
-    batch_size: int,
-    beams: Sequence[int],
-    count: int,
-    new_tokens: int,
-    samples: int,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Everything that is measured of a `student`, and beside it of a `teacher`, on corrupted text or on pairs.
+    """The metrics of a `student`, compared with a `teacher` if there is one, on corrupted text or on pairs.
 
-    Of pairs, the first `count` are answered by each number of beams, and `samples` answers by the fewest are kept.
+    Of pairs, the first `settings.answers` are answered with each number of beams, and the first samples are kept.
     """
     with torch.inference_mode():
-        rows = list(read.rows(length, seed))
-        sums = score(models, rows, batch_size=batch_size, progress=progress)
+        rows = list(read.rows(length, settings.seed))
+        sums = score(models, rows, batch_size=settings.batch_size, progress=progress)
     own = {who: loss.summary(sums, who, 0) for who in models}
     answered: list[dict[str, str]] = []
-    if isinstance(read, PairFile) and count and beams:
-        tokenizer, asked = hf.load_tokenizer(tokenizer_dir), [text for _, text in read.texts[:count]]
-        answered = [{"input": given, "target": text} for given, text in read.texts[: min(samples, count)]]
-        how = {"count": count, "length": length, "new_tokens": new_tokens, "batch_size": batch_size}
+    if isinstance(read, PairFile) and settings.answers and settings.beams:
+        tokenizer, pairs = hf.load_tokenizer(tokenizer_dir), read.texts[: settings.answers]
+        targets = [target for _, target in pairs]
+        answered = [{"input": given, "target": target} for given, target in pairs[: settings.samples]]
         for who, model in models.items():
-            for number in sorted(beams):
-                said = answers(model, tokenizer, read, beams=number, progress=progress, **how)
-                for name, value in judge(said, asked).items():
-                    own[who].setdefault(name, {})[str(number)] = value
-                if number == min(beams):
-                    answered = [{**row, who: text} for row, text in zip(answered, said, strict=False)]
-    metrics = {"tokens": int(sums["tokens"].sum()), "windows": len(rows), **own["student"]}
-    if "teacher" in models:
-        metrics |= {"teacher_loss": own["teacher"]["loss"], **loss.distance(sums), "teacher": own["teacher"]}
-    return metrics | ({"answered": answered} if answered else {})
+            for beams in sorted(settings.beams):
+                texts = answers(model, tokenizer, read, settings, beams=beams, length=length, progress=progress)
+                for name, value in judge(texts, targets).items():
+                    own[who].setdefault(name, {})[str(beams)] = value
+                if beams == min(settings.beams):
+                    answered = [{**row, who: text} for row, text in zip(answered, texts, strict=False)]
+    return loss.metrics(own, sums) | ({"answered": answered} if answered else {})

@@ -1,10 +1,10 @@
 """Gates: thresholds on measured numbers. A run that misses one fails, with the numbers.
 
-    loss<=teacher+0.05, perplexity<=1.1*teacher, agreement>=0.8, copy_loss@64<=teacher+0.2, lm_eval@piqa.acc>=control
+    loss<=teacher+0.05, perplexity<=1.1*teacher, copy_gain@64>=teacher-0.2, last_word>=0.9*teacher, agreement>=0.8
 
 A row is `METRIC OP BOUND`. The bound is a number, or the same metric of the teacher or of the control, with a factor
-before it and an offset behind it. A metric that has several values names one after `@`: a distance, a context, or
-`TASK.METRIC` of lm-eval.
+before it and an offset after it. A metric with several values names one after `@`: a distance, a context, a number of
+beams, or `TASK.METRIC` of lm-eval.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from kvfold.errors import SettingError, choices, did_you_mean
 
-Reference = Literal["teacher", "control"]
-
-PLAIN = ("loss", "perplexity", "bits_per_byte", "kl", "agreement")
-KEYED = {
-    "copy_loss": "a distance",
-    "copy_gain": "a distance",
-    "passkey": "a context",
-    "passkey_loss": "a context",
-    "lm_eval": "TASK.METRIC",
-    **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), "a number of beams"),
+METRICS: dict[str, tuple[str | None, str | None]] = {  # metric -> its key, and the setting that measures it
+    **dict.fromkeys(("loss", "perplexity", "bits_per_byte", "kl", "agreement"), (None, None)),
+    **dict.fromkeys(("last_word", "last_word_perplexity"), (None, "last_words")),
+    **dict.fromkeys(("copy_loss", "copy_gain"), ("DISTANCE", "copy_distances")),
+    **dict.fromkeys(("passkey", "passkey_loss"), ("CONTEXT", "passkey_contexts")),
+    "lm_eval": ("TASK.METRIC", "lm_eval"),
+    **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), ("BEAMS", "beams")),
 }
 OF_THE_PAIR = ("kl", "agreement")  # measured between student and teacher: the teacher alone has none
 
@@ -38,9 +35,11 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_ROW = re.compile(r"(?P<metric>\w+)(?:@(?P<key>[^\s<>=@]+))?\s*(?P<op><=|>=|<|>)\s*(?P<bound>[^<>=]+)")
-_NAMED = re.compile(
-    rf"(?:(?P<factor>{_NUMBER})\s*\*\s*)?(?P<who>[A-Za-z_]+)(?:\s*(?P<sign>[+-])\s*(?P<offset>{_NUMBER}))?"
+_ROW = re.compile(
+    rf"""(?P<metric>\w+)(?:@(?P<key>[^\s<>=@]+))?\s*(?P<op><=|>=|<|>)\s*
+    (?:(?P<number>-?{_NUMBER})
+      |(?:(?P<factor>{_NUMBER})\s*\*\s*)?(?P<reference>[A-Za-z_]+)(?:\s*(?P<offset>[+-]\s*{_NUMBER}))?)""",
+    re.VERBOSE,
 )
 _SHAPE = "rows such as loss<=teacher+0.05, perplexity<=1.1*teacher or agreement>=0.8, between commas"
 
@@ -54,12 +53,12 @@ class Threshold:
     key: str | None
     op: str
     factor: float
-    reference: Reference | None
+    reference: str | None  # teacher or control
     offset: float
 
     @property
     def needs_teacher(self) -> bool:
-        """Is this row measured against the teacher, or by it?"""
+        """Whether the row cannot be judged without a teacher."""
         return self.reference == "teacher" or self.metric in OF_THE_PAIR
 
     def judge(
@@ -98,69 +97,49 @@ def _parse_row(text: str) -> Threshold:
     found = _ROW.fullmatch(text)
     if found is None:
         raise SettingError(f"cannot read {text!r}", where="gate", allowed=_SHAPE)
-    metric, key = found["metric"], found["key"]
-    if metric not in PLAIN and metric not in KEYED:
-        known = [*PLAIN, *(f"{name}@{what.removeprefix('a ').upper()}" for name, what in KEYED.items())]
-        hint = did_you_mean(metric, [*PLAIN, *KEYED])
-        raise SettingError(f"unknown metric {metric!r}", where="gate", got=text, allowed=choices(known), next=hint)
-    if metric in PLAIN and key is not None:
-        raise SettingError(f"{metric} has one value", where="gate", got=text, next=f"write {metric} without @{key}")
-    if metric in KEYED:
-        _check_key(metric, key, text)
-    factor, reference, offset = _parse_bound(found["bound"].strip(), metric, text)
-    return Threshold(text, metric, key, found["op"], factor, reference, offset)
-
-
-def _check_key(metric: str, key: str | None, text: str) -> None:
-    """A key is a whole number, or TASK.METRIC."""
-    if metric == "lm_eval":
-        good = key is not None and all(key.rpartition(".")[::2])
-        example = "lm_eval@arc_easy.acc"
-    else:
-        good = key is not None and re.fullmatch(r"0|[1-9]\d*", key) is not None
-        example = f"{metric}@64"
-    if not good:
-        raise SettingError(f"{metric} needs {KEYED[metric]}", where="gate", got=text, next=f"for example {example}")
-
-
-def _parse_bound(bound: str, metric: str, text: str) -> tuple[float, Reference | None, float]:
-    """`1.1*teacher+0.05` -> (1.1, "teacher", 0.05); `0.8` -> (0, None, 0.8)."""
-    if re.fullmatch(rf"-?{_NUMBER}", bound):
-        return 0.0, None, _finite(bound, text)
-    found = _NAMED.fullmatch(bound)
-    if found is None:
-        raise SettingError(f"cannot read the bound {bound!r}", where="gate", got=text, allowed=_SHAPE)
-    who = found["who"]
-    if who not in ("teacher", "control"):
-        hint = did_you_mean(who, ("teacher", "control"))
+    metric, key, reference = found["metric"], found["key"], found["reference"]
+    _check_metric(metric, key, text)
+    if reference not in (None, "teacher", "control"):
+        hint = did_you_mean(reference, ("teacher", "control"))
         raise SettingError(
-            f"unknown reference {who!r}", where="gate", got=text, allowed="teacher or control", next=hint
+            f"unknown reference {reference!r}", where="gate", got=text, allowed="teacher or control", next=hint
         )
-    if who == "teacher" and metric in OF_THE_PAIR:
+    if reference == "teacher" and metric in OF_THE_PAIR:
         raise SettingError(
             f"{metric} is the student's distance to the teacher; the teacher has none of its own",
             where="gate",
             got=text,
             next=f"compare with a number or with control, as in {metric}{'>=' if metric == 'agreement' else '<='}0.8",
         )
-    offset = _finite(f"{found['sign']}{found['offset']}", text) if found["offset"] else 0.0
-    reference: Reference = "teacher" if who == "teacher" else "control"
-    return _finite(found["factor"] or "1", text), reference, offset
-
-
-def _finite(number: str, text: str) -> float:
-    """A number of a gate's row. Raises SettingError for one that no float holds."""
-    value = float(number)
-    if not math.isfinite(value):
+    factor = float(found["factor"] or 1)
+    offset = float((found["number"] or found["offset"] or "0").replace(" ", ""))
+    if not math.isfinite(factor) or not math.isfinite(offset):
         raise SettingError("a number is too large", where="gate", got=text)
-    return value
+    return Threshold(text, metric, key, found["op"], factor, reference, offset)
+
+
+def _check_metric(metric: str, key: str | None, text: str) -> None:
+    """Refuse an unknown metric, and a key that is missing, not expected, or not what the metric has."""
+    if metric not in METRICS:
+        known = [name if what is None else f"{name}@{what}" for name, (what, _) in METRICS.items()]
+        hint = did_you_mean(metric, METRICS)
+        raise SettingError(f"unknown metric {metric!r}", where="gate", got=text, allowed=choices(known), next=hint)
+    what, _ = METRICS[metric]
+    if what is None and key is not None:
+        raise SettingError(f"{metric} has one value", where="gate", got=text, next=f"write {metric} without @{key}")
+    if metric == "lm_eval":
+        good, example = all((key or "").rpartition(".")[::2]), "lm_eval@arc_easy.acc"
+    else:
+        good, example = what is None or re.fullmatch(r"0|[1-9]\d*", key or "") is not None, f"{metric}@64"
+    if not good:
+        raise SettingError(f"{metric} needs @{what}", where="gate", got=text, next=f"for example {example}")
 
 
 def missed_line(rows: list[dict[str, Any]]) -> str:
     """The missed rows with their numbers, in one line."""
-    said = []
+    missed = []
     for row in rows:
         if not row["passed"]:
             numbers = ("not measured" if row[side] is None else f"{row[side]:.6g}" for side in ("left", "right"))
-            said.append(f"{row['expr']} ({' against '.join(numbers)})")
-    return "; ".join(said)
+            missed.append(f"{row['expr']} ({' against '.join(numbers)})")
+    return "; ".join(missed)

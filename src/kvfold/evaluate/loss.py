@@ -1,20 +1,20 @@
 """Loss, KL and agreement on held-out text, token by token, in windows.
 
-With tokens `x_1 .. x_N`, student `q` and teacher `p`, each in the context that its window holds:
+With tokens `x_1 .. x_N`, student `q` and teacher `p`, each in the context of its window:
 
     loss      = - mean_t log q(x_t | context)        nats per token; perplexity = exp(loss)
     kl        = mean_t sum_V p (log p - log q)       KL(teacher || student), nats per token
     agreement = mean_t [argmax p = argmax q]
     bits per byte = sum_t loss_t / (ln 2 * bytes of the text): comparable between tokenizers
 
-A window is `length` tokens; it moves on by `stride`. The first window is counted whole, each later one only where no
-window before it counted: every token but the very first counts once, with at least `length - stride` tokens before it.
+A window is `length` tokens; windows advance by `stride`. The first window counts in full, each later one only where no
+earlier window counted: every token except the first counts once, with at least `length - stride` tokens before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,10 +49,10 @@ def score(
     batch_size: int,
     progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
-    """Sums over each window, in float64, of what `token_scores` says of its tokens, and `tokens_W`, their number.
+    """Sums over each window, in float64, of its tokens' `token_scores`, and `tokens_W`, their number.
 
-    `models` is a `student`, and a `teacher` where there is one. Logits stand in memory for a part of a batch at a
-    time, and in fp32 for a chunk of it.
+    `models` is a `student`, and a `teacher` where there is one. Logits are in memory for a part of a batch at a time,
+    and in fp32 for a chunk of it.
     """
     student = models["student"]
     made = windows(len(ids_N) - 1, length, stride)
@@ -60,39 +60,46 @@ def score(
     device, itemsize = next(student.parameters()).device, next(student.parameters()).element_size()
     vocabulary = int(student.config.vocab_size)  # type: ignore[union-attr,arg-type]
     rows = max(1, min(batch_size, LOGITS_BYTES // (length * vocabulary * itemsize)))
-    sums: dict[str, list[Tensor]] = {}
-    progress.start("loss", sum(counted for _, counted in made), "tokens")
-    try:
+
+    def parts() -> Iterator[Scored]:
         for first in range(0, len(made), rows):
-            part = made[first : first + rows]
-            begins_B, counted_B = (torch.tensor(each) for each in zip(*part, strict=True))
+            begins_B, counted_B = (torch.tensor(each) for each in zip(*made[first : first + rows], strict=True))
             ids_BT = ids_N[begins_B[:, None] + torch.arange(length + 1)].to(device)
             keep = int(counted_B.max())
-            # None where all tokens of the last `keep` count: then the logits are looked at where they lie
-            counts_BT = None
-            if int(counted_B.min()) < keep:
-                counts_BT = (torch.arange(keep) >= keep - counted_B[:, None]).to(device)
-            logits = [
-                _pick(model(ids_BT[:, :-1], use_cache=False).logits[:, -keep:], counts_BT) for model in models.values()
-            ]
-            found = token_scores(*logits, targets_N=_pick(ids_BT[:, -keep:], counts_BT))
+            counts_BT = (torch.arange(keep) >= keep - counted_B[:, None]).to(device)
+            logits = [model(ids_BT[:, :-1], use_cache=False).logits[:, -keep:] for model in models.values()]
+            yield [_pick(each, counts_BT) for each in logits], _pick(ids_BT[:, -keep:], counts_BT), counted_B.tolist()
+
+    return collect(parts(), sum(counted for _, counted in made), progress)
+
+
+def _pick(value_BT: Tensor, counts_BT: Tensor) -> Tensor:
+    """The tokens that count; without a copy where all do."""
+    return value_BT.flatten(0, 1) if bool(counts_BT.all()) else value_BT[counts_BT]
+
+
+Scored = tuple[list[Tensor], Tensor, list[int]]
+"""Of a batch: the logits of each model, `logits_NV`, the tokens `targets_N`, and how many of them each row has."""
+
+
+def collect(parts: Iterable[Scored], total: int, progress: Progress) -> dict[str, Tensor]:
+    """Sums over each row, in float64, of its tokens' `token_scores`, and `tokens_B`, their number."""
+    sums: dict[str, list[Tensor]] = {}
+    progress.start("loss", total, "tokens")
+    try:
+        for logits, targets_N, counts in parts:
+            found = token_scores(*logits, targets_N=targets_N)
             found["tokens"] = torch.ones_like(found["student"])
             for key, value_N in found.items():
-                sums.setdefault(key, []).extend(
-                    each.double().sum().cpu() for each in torch.split(value_N, counted_B.tolist())
-                )
-            progress.advance(int(counted_B.sum()))
+                sums.setdefault(key, []).extend(each.double().sum().cpu() for each in torch.split(value_N, counts))
+            progress.advance(len(targets_N))
     finally:
         progress.stop()
     return {key: torch.stack(values) for key, values in sums.items()}
 
 
-def _pick(value_BT: Tensor, counts_BT: Tensor | None) -> Tensor:
-    return value_BT.flatten(0, 1) if counts_BT is None else value_BT[counts_BT]
-
-
 def token_scores(logits_NV: Tensor, teacher_NV: Tensor | None = None, *, targets_N: Tensor) -> dict[str, Tensor]:
-    """Of each token: `student_N` (loss in nats) and, with a teacher's logits, `teacher_N`, `kl_N` and `agreement_N`."""
+    """Per token: `student_N` (loss in nats) and, with a teacher's logits, `teacher_N`, `kl_N` and `agreement_N`."""
     rows = max(1, CHUNK_BYTES // (4 * logits_NV.shape[-1]))
     parts: dict[str, list[Tensor]] = {}
     for first in range(0, len(targets_N), rows):
@@ -117,12 +124,15 @@ def _log_softmax(logits_NV: Tensor) -> Tensor:
 def summary(scores: Mapping[str, Tensor], who: str, text_bytes: int) -> dict[str, Any]:
     """One model's loss with its standard error over windows, perplexity, and bits per byte of text."""
     mean, error = _mean(scores[who], scores["tokens"])
-    found: dict[str, Any] = {"loss": mean, "loss_stderr": error}
-    # past 700 nats a float holds no exponential; such a model is wrong anyway, and its record says so by its loss
-    found["perplexity"] = math.exp(min(mean, 700.0))
+    found: dict[str, Any] = {"loss": mean, "loss_stderr": error, "perplexity": perplexity(mean)}
     if text_bytes:
         found["bits_per_byte"] = float(scores[who].sum()) / (math.log(2) * text_bytes)
     return found
+
+
+def perplexity(nats: float) -> float:
+    """`exp(nats)`, at most `exp(700)`, which a float still holds."""
+    return math.exp(min(nats, 700.0))
 
 
 def distance(scores: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -135,6 +145,14 @@ def distance(scores: Mapping[str, Tensor]) -> dict[str, Any]:
         "kl": _mean(scores["kl"], tokens)[0],
         "agreement": _mean(scores["agreement"], tokens)[0],
     }
+
+
+def metrics(own: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A record's metrics: the numbers of the student, and where there is a teacher, its own and the distance to it."""
+    found = {"tokens": int(scores["tokens"].sum()), "windows": len(scores["tokens"]), **own["student"]}
+    if "teacher" in own:
+        found |= {"teacher_loss": own["teacher"]["loss"], **distance(scores), "teacher": own["teacher"]}
+    return found
 
 
 def _mean(sums_W: Tensor, tokens_W: Tensor) -> tuple[float, float | None]:

@@ -1,6 +1,6 @@
 """Other engines' formats: each export is loaded by its engine and compared with transformers before it is put in place.
 
-An export is a directory: the engine's files, the tokenizer and `kvfold.json`, whose last step says what was compared.
+An export is a directory: the engine's files, the tokenizer and `kvfold.json`, whose last step holds the comparison.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from kvfold.disk.checkpoint import Checkpoint, carry_over
@@ -18,16 +18,16 @@ from kvfold.disk.lineage import descend, known_root
 from kvfold.disk.output import MANIFEST, check_apart, disk_errors, open_output, write_json
 from kvfold.errors import Interrupted, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
-from kvfold.export import ctranslate2 as _ctranslate2
-from kvfold.export import gguf as _gguf
-from kvfold.export import self_contained as _self_contained
+from kvfold.export.ctranslate2 import CTranslate2
+from kvfold.export.engine import Engine
+from kvfold.export.gguf import LlamaCpp
+from kvfold.export.self_contained import SelfContained
 from kvfold.progress import SILENT, Progress
+from kvfold.settings import check_range
 
 __all__ = ["ENGINES", "ExportSettings", "export"]
 
-ENGINES: dict[str, ModuleType] = {"ctranslate2": _ctranslate2, "gguf": _gguf, "transformers": _self_contained}
-NOT_LOADED = "not loaded: llama-cpp-python is not installed"
-SAMPLE = "def fold(heads):\n    return [x ** 2 for x in heads]  # it's 3 of 8, or 1024?\n\nThe café — naïve."
+ENGINES: Mapping[str, Engine] = {"ctranslate2": CTranslate2(), "gguf": LlamaCpp(), "transformers": SelfContained()}
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,14 @@ class ExportSettings:
     """How an export is stored and how long the comparison with transformers is."""
 
     dtype: Literal["source", "float32", "float16", "bfloat16", "int8"] = field(
-        default="source", metadata={"help": "Precision of the stored weights; int8 is Q8_0 in a GGUF."}
+        default="source", metadata={"help": "Format of the stored weights; int8 is Q8_0 in a GGUF."}
     )
-    prompt_tokens: int = field(default=40, metadata={"help": "Tokens of each prompt of the comparison."})
-    new_tokens: int = field(default=16, metadata={"help": "Greedy tokens after each prompt."})
+    prompt_tokens: int = field(default=40, metadata={"help": "Tokens of each prompt of the check."})
+    new_tokens: int = field(default=16, metadata={"help": "Greedy tokens after each prompt of the check."})
 
     def __post_init__(self) -> None:
-        """Refuse lengths that cannot be, with SettingError."""
-        for name in ("prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1", where="export", got=getattr(self, name))
+        """Refuse lengths below 1, with SettingError."""
+        check_range(self, "export", 1, float("inf"), "prompt_tokens", "new_tokens")
 
 
 def export(
@@ -58,11 +56,11 @@ def export(
 ) -> Path:
     """Write `src` in the format of an engine to the directory `dst`, and return its path.
 
-    `transformers` is for a student of an architecture of ours: the checkpoint with the code that it needs. The model is
-    loaded in float32 for the comparison. A GGUF is loaded by llama.cpp where llama-cpp-python is installed, and
-    otherwise read back with gguf-py and said to be so. Raises SettingError for an unknown engine or a missing extra,
-    UnsupportedModel when the engine cannot say what the model is or computes something else, and OutputError when
-    `dst` holds something else.
+    `transformers` is for a student of one of kvfold's architectures: the checkpoint with the code that it needs. The
+    model is loaded in float32 for the comparison. A GGUF is loaded by llama.cpp where llama-cpp-python is installed,
+    and otherwise only read back with gguf-py, which the command reports. Raises SettingError for an unknown engine, a
+    missing extra or a dtype that cannot be stored, UnsupportedModel when the engine cannot represent the model or
+    computes something else, and OutputError when `dst` holds something else.
     """
     if to not in ENGINES:
         raise SettingError(f"no engine is called {to!r}", allowed=choices(ENGINES), next=did_you_mean(to, ENGINES))
@@ -71,10 +69,7 @@ def export(
     source = Checkpoint.open(src)
     check_apart(dst, {"source": source.path, "root teacher": known_root(source)})
     engine.check(source)
-    site = next(iter(source.shape.sites))
-    stored = source.spec(source.family.tensor(site, "q")).dtype
-    weights = stored if settings.dtype == "source" else settings.dtype
-    weights = "float32" if weights == "float64" else weights  # which no engine takes
+    weights = _stored_dtype(source, engine, settings.dtype)
     asked = {"stage": "export", "to": to, **dataclasses.asdict(settings)}
     with disk_errors(dst):
         output = open_output(dst, {**asked, "source": source.hash(progress)}, overwrite=overwrite)
@@ -96,28 +91,47 @@ def export(
         lineage["steps"][-1]["check"] = found
         write_json(output.work / MANIFEST, {**lineage, "hash": engine.content(source, output.work)})
         output.commit()
-    for line in _said(found, engine.NAME):
+    if found["loaded"]:
+        progress.say(
+            f"{engine.name} agrees with transformers: logits within {found['max_difference']:.2g} at "
+            f"{found['positions']} positions, {found['same_tokens']} of {found['tokens']} greedy tokens the same"
+        )
+    if found["exact_up_to"]:
+        progress.say(f"{engine.name} has no sliding window: exact for contexts of {found['exact_up_to']} tokens")
+    for line in engine.notes(found):
         progress.say(line)
     return output.path
 
 
+def _stored_dtype(source: Checkpoint, engine: Engine, dtype: str) -> str:
+    """The dtype of the stored weights; no other engine takes float64. Raises SettingError."""
+    stored = source.spec(source.family.tensor(next(iter(source.shape.sites)), "q")).dtype
+    if engine.keeps_dtype and dtype not in ("source", stored):
+        raise SettingError(f"the weights stay {stored}", where="dtype", got=dtype, next="leave it out")
+    weights = stored if dtype == "source" else dtype
+    return "float32" if weights == "float64" and not engine.keeps_dtype else weights
+
+
 def _make(
-    source: Checkpoint, engine: ModuleType, folder: Path, weights: str, settings: ExportSettings, progress: Progress
+    source: Checkpoint, engine: Engine, folder: Path, weights: str, settings: ExportSettings, progress: Progress
 ) -> dict[str, Any]:
-    """Write the engine's files and compare; returns what was found. Raises UnsupportedModel when they disagree."""
+    """Write the engine's files and compare; returns the findings. Raises UnsupportedModel when they disagree."""
     from kvfold.hf import load  # imports transformers
 
-    room = min(source.shape.max_positions, limits.window(source) or source.shape.max_positions)
+    window, room, known = limits.window(source), source.shape.max_positions, None
+    room = min(room, window or room)
     new_tokens = max(1, min(settings.new_tokens, room // 2))
     prompt_tokens = max(1, min(settings.prompt_tokens, room - new_tokens))
-    loaded = engine is not _gguf or _gguf.loadable()
-    window = None if engine.TOLD_OF_WINDOWS else limits.window(source)
-    found: dict[str, Any] = {"engine": engine.version(), "weights": weights, "exact_up_to": window}
-    progress.start(f"exporting to {engine.NAME}", 3, "steps")
+    found: dict[str, Any] = {
+        "engine": engine.version(),
+        "weights": weights,
+        "exact_up_to": None if engine.knows_windows else window,
+        "loaded": engine.loadable(),
+    }
+    progress.start(f"exporting to {engine.name}", 3, "steps")
     try:
-        model = load(source.path, attention=engine.ATTENTION) if loaded else None
-        known = None
-        if loaded:
+        model = load(source.path, attention=engine.attention) if found["loaded"] else None
+        if model is not None:
             known = agreement.reference(
                 model, vocab_size=source.shape.vocab_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
             )
@@ -125,42 +139,11 @@ def _make(
         found |= engine.write(source, model, folder, weights)
         del model
         progress.advance(1, "written")
-        if engine is _gguf:
-            found |= _gguf.inspect(source, folder, weights)
+        found |= engine.inspect(source, folder, weights)
         if known is not None:
             found |= agreement.compare(known, *engine.answer(folder, known, weights))
-            agreement.require(found, engine.NAME, weights)
-        if engine is _gguf and loaded and not found["vocabulary"].startswith("none"):
-            found["same_text_ids"] = _same_ids(source, folder)
+            agreement.require(found, engine.name, weights, engine.advice(weights))
         progress.advance(1, "compared")
     finally:
         progress.stop()
-    return {**found, "loaded": loaded}
-
-
-def _same_ids(source: Checkpoint, folder: Path) -> bool:
-    """Does llama.cpp read a sample of text as the tokenizer does?"""
-    from kvfold.hf import load_tokenizer
-
-    return bool(_gguf.tokenize(folder, SAMPLE) == load_tokenizer(source.path).encode(SAMPLE, add_special_tokens=False))
-
-
-def _said(found: dict[str, Any], name: str) -> list[str]:
-    """The lines that a reader should not miss."""
-    lines = []
-    if found["loaded"]:
-        lines.append(
-            f"{name} agrees with transformers: logits within {found['max_difference']:.2g} at {found['positions']} "
-            f"positions, {found['same_tokens']} of {found['tokens']} greedy tokens the same"
-        )
-    else:
-        lines.append(f"{NOT_LOADED}; {found['tensors']} tensors were read back and are as planned")
-    if found["exact_up_to"]:
-        lines.append(f"{name} is not told of the sliding window: exact for contexts of {found['exact_up_to']} tokens")
-    if isinstance(found.get("head_count_kv"), list):
-        lines.append(f"serve it with flash attention: without it, {name} keeps V as wide as the widest layer's")
-    if found.get("vocabulary", "").startswith("none"):
-        lines.append(f"vocabulary: {found['vocabulary']}")
-    if found.get("same_text_ids") is False:
-        lines.append("vocabulary: llama.cpp splits a sample text otherwise than the tokenizer; give it token ids")
-    return lines
+    return found

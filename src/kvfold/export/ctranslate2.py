@@ -1,9 +1,14 @@
-"""CTranslate2: its own loader reads the weights, and is told the head width and the rotary scaling that it overlooks.
+"""CTranslate2: the specification is built here, and CTranslate2's own loader reads the weights into it.
 
-The converter of CTranslate2 4.8 takes `hidden_size / num_attention_heads` for the head width of a Llama, ignores
-`llama3` rotary scaling on a CPU, and decodes wrongly once a sliding window is full; so the specification is built
-here, per-frequency factors say the scaling, and a window becomes a limit on the context (`limits.window`). Each layer
-is told its own number of key/value heads, which the converter has one of.
+The converter of CTranslate2 4.8 gets several models wrong:
+
+- For a Llama, it takes `hidden_size / num_attention_heads` for the head width, ignores `llama3` rotary scaling on a
+  CPU, and decodes wrongly once a sliding window is full. So per-frequency factors express the scaling, and a window
+  becomes a limit on the context (`limits.window`).
+- For a T5, it builds every attention with as many key/value heads as query heads, takes `d_model / num_heads` for the
+  head width, and scales the decoder's outputs whenever `tie_word_embeddings` is true. transformers 5 sets that field
+  for every T5, and T5.1.1 is not scaled.
+- It has one number of key/value heads for all layers. Here, each layer has its own.
 """
 
 from __future__ import annotations
@@ -12,81 +17,96 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
+from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.finite import check_finite
 from kvfold.disk.output import read_json
-from kvfold.errors import SettingError, UnsupportedModel
-from kvfold.export import ct2_pairs, limits
-from kvfold.export.agreement import Logits, Reference, file_hash
+from kvfold.export.agreement import Logits, Reference
+from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
-
-NAME = "CTranslate2"
-FILE = "model.bin"
-ATTENTION = "sdpa"  # that transformers is asked with
-TOLD_OF_WINDOWS = False
+from kvfold.machine import multiplies_int8
+from kvfold.predict.engines import T5_ACTIVATIONS, t5_activation
 
 
-def available() -> None:
-    """Raise SettingError when CTranslate2 is not installed."""
-    try:
-        import ctranslate2  # noqa: F401
-    except ImportError as error:
-        raise SettingError("ctranslate2 is not installed", next="pip install 'kvfold[ct2]'") from error
+class CTranslate2(Engine):
+    """`model.bin`, `config.json` and the vocabulary. Without a tokenizer, DataError: it reads tokens, not ids."""
 
+    name = "CTranslate2"
+    package, extra = "ctranslate2", "ct2"
+    file = "model.bin"
 
-def content(source: Checkpoint, folder: Path) -> str:
-    """SHA-256 of the weights that were written."""
-    return file_hash(folder / FILE)
+    @override
+    def version(self) -> str:
+        import ctranslate2
 
+        return str(ctranslate2.__version__)
 
-def version() -> str:
-    """The version of CTranslate2."""
-    import ctranslate2
+    @override
+    def write(self, source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
+        import torch
 
-    return str(ctranslate2.__version__)
+        from kvfold.hf import load_tokenizer
 
-
-def check(source: Checkpoint) -> None:
-    """Raise UnsupportedModel for what CTranslate2 has no place for."""
-    limits.check(source, NAME)
-
-
-def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
-    """Write `model.bin`, `config.json` and the vocabulary; takes the modules out of `model` on the way.
-
-    Raises DataError without a tokenizer: CTranslate2 speaks in tokens, not in ids; SettingError for weights that the
-    precision cannot hold.
-    """
-    import torch
-    from ctranslate2.converters import transformers as loaders
-
-    from kvfold.hf import load_tokenizer
-
-    paired, tokenizer = source.family.encoder_decoder, load_tokenizer(source.path)
-    for name in source.names():
-        check_finite(source.read(name), "float32" if weights == "int8" else weights, name, source.path)
-    with torch.no_grad():
-        if paired:
-            loader, spec = ct2_pairs.loader(source), ct2_pairs.specification(source, model)
-            ct2_pairs.fill(spec, loader, model)
+        tokenizer = load_tokenizer(source.path)
+        for name in source.names():
+            check_finite(source.read(name), "float32" if weights == "int8" else weights, name, source.path)
+        with torch.no_grad():
+            loader, spec = (_encoder_decoder if source.family.encoder_decoder else _decoder)(source, model)
             loader.set_vocabulary(spec, loader.get_vocabulary(model, tokenizer))
-        else:
-            loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
-            spec = _specification(source)
-            loader.set_decoder(spec.decoder, model.base_model)
-            loader.set_linear(spec.decoder.projection, model.get_output_embeddings())
-            spec.register_vocabulary(loader.get_vocabulary(model, tokenizer))
-        loader.set_config(spec.config, model, tokenizer)
-        spec.config.unk_token = spec.config.unk_token or ""  # which a tokenizer of bytes has none of
-        spec.validate()
-        spec.optimize(quantization=weights)
-        spec.save(str(folder))
-    return {}
+            loader.set_config(spec.config, model, tokenizer)
+            spec.config.unk_token = spec.config.unk_token or ""  # a tokenizer of bytes has none
+            spec.validate()
+            spec.optimize(quantization=weights)
+            spec.save(str(folder))
+        return {}
+
+    @override
+    def advice(self, weights: str) -> str:
+        if weights != "int8" or multiplies_int8():
+            return super().advice(weights)
+        return (
+            "nothing was exported; this processor has no VNNI (or ONEDNN_MAX_CPU_ISA excludes it), and without it sums "
+            "of int8 products saturate at 16 bits: export and serve int8 on one that has it, or choose --dtype float32"
+        )
+
+    @override
+    def _answer(self, folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
+        import ctranslate2
+        import torch
+
+        options: dict[str, Any] = {"device": "cpu", "intra_threads": torch.get_num_threads()}
+        options["compute_type"] = "int8" if weights == "int8" else "float32"
+        files = (folder / f"{kind}vocabulary.json" for kind in ("", "shared_", "source_"))
+        words = next(read_json(file) for file in files if file.exists())
+        prompts = [[words[number] for number in prompt] for prompt in known.prompts]
+        count = len(known.answers[0])
+        if not known.paired:
+            generator = ctranslate2.Generator(str(folder), **options)
+            rows = [np.array(generator.forward_batch([text]), dtype=np.float32)[0] for text in known.texts()]
+            continued = generator.generate_batch(
+                prompts, max_length=count, beam_size=1, include_prompt_in_result=False, return_end_token=True
+            )
+            return rows, [list(each.sequences_ids[0]) for each in continued]
+        translated = ctranslate2.Translator(str(folder), **options).translate_batch(
+            prompts,
+            beam_size=1,
+            min_decoding_length=0,  # else the end token is excluded at first
+            max_decoding_length=count,
+            max_input_length=0,
+            return_end_token=True,
+            return_logits_vocab=True,
+        )
+        ids = {word: number for number, word in enumerate(words)}
+        answers = [[ids[word] for word in each.hypotheses[0]] for each in translated]
+        logits = [np.stack([np.array(row, dtype=np.float32) for row in each.logits[0]]) for each in translated]
+        return [rows[: len(answer)] for rows, answer in zip(logits, answers, strict=True)], answers
 
 
-def _specification(source: Checkpoint) -> Any:
-    """The empty specification of a decoder of this shape."""
+def _decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
+    """The loader and the filled specification of a decoder."""
+    from ctranslate2.converters import transformers as loaders
     from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
     from ctranslate2.specs.attention_spec import RotaryScalingType
 
@@ -118,38 +138,38 @@ def _specification(source: Checkpoint) -> Any:
         if factors is not None:
             layer.self_attention.rotary_scaling_long_factor = factors
             layer.self_attention.rotary_scaling_short_factor = factors
-    return spec
+    loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
+    loader.set_decoder(spec.decoder, model.base_model)
+    loader.set_linear(spec.decoder.projection, model.get_output_embeddings())
+    return loader, spec
 
 
-def answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
-    """Load the export on the CPU and ask it what transformers was asked: logits by text, and greedy answers.
+def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
+    """The loader and the filled specification of a T5."""
+    from ctranslate2.converters import transformers as loaders
+    from ctranslate2.specs import common_spec
+    from ctranslate2.specs.transformer_spec import TransformerDecoderSpec, TransformerEncoderSpec, TransformerSpec
 
-    Raises UnsupportedModel when CTranslate2 refuses to load or to run it.
-    """
-    try:
-        return (ct2_pairs.answer if known.paired else _answer)(folder, known, weights)
-    except (ValueError, RuntimeError) as error:  # what its C++ throws
-        said = " ".join(str(error).split())[:200]
-        raise UnsupportedModel(f"{NAME} cannot run the model: {said}", next="nothing was exported") from error
-
-
-def _answer(folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
-    import ctranslate2
-    import torch
-
-    engine = ctranslate2.Generator(
-        str(folder),
-        device="cpu",
-        compute_type="int8" if weights == "int8" else "float32",
-        intra_threads=torch.get_num_threads(),
-    )
-    words = read_json(folder / "vocabulary.json")
-    logits = [np.array(engine.forward_batch([text]), dtype=np.float32)[0] for text in known.texts()]
-    answers = engine.generate_batch(
-        [[words[number] for number in prompt] for prompt in known.prompts],
-        max_length=len(known.answers[0]),
-        beam_size=1,
-        include_prompt_in_result=False,
-        return_end_token=True,
-    )
-    return logits, [list(answer.sequences_ids[0]) for answer in answers]
+    sites = source.shape.sites
+    first = sites[Site(0)]
+    common = {
+        "pre_norm": True,
+        "activation": getattr(common_spec.Activation, T5_ACTIVATIONS[t5_activation(source.config)]),
+        "ffn_glu": bool(model.config.is_gated_act),
+        "relative_attention_bias": True,
+        "rms_norm": True,
+        "head_dim": first.head_dim,
+    }
+    heads, encoders = first.num_attention_heads, sum(site.kind == "encoder" for site in sites)
+    encoder = TransformerEncoderSpec(encoders, heads, num_heads_kv=heads, **common)
+    decoder = TransformerDecoderSpec(source.shape.num_layers, heads, num_heads_kv=first.num_key_value_heads, **common)
+    for number, layer in enumerate(decoder.layer):
+        layer.self_attention.num_heads_kv = np.int32(sites[Site(number)].num_key_value_heads)
+        layer.attention.num_heads_kv = np.int32(sites[Site(number, "cross")].num_key_value_heads)
+    loader = loaders.MT5Loader() if source.shape.model_type == "mt5" else loaders.T5Loader()
+    loader.set_stack(encoder, model.get_encoder())
+    loader.set_stack(decoder, model.get_decoder(), is_decoder=True)
+    loader.set_linear(decoder.projection, model.get_output_embeddings())
+    if getattr(model.config, "scale_decoder_outputs", False):
+        decoder.scale_outputs = np.float32(model.config.d_model**-0.5)
+    return loader, TransformerSpec(encoder, decoder)

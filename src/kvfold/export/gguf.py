@@ -1,13 +1,15 @@
 """GGUF for llama.cpp: written tensor by tensor with gguf-py, and read back.
 
 The layout is that of llama.cpp's own converter, which is the better choice where it knows the tokenizer; it refuses
-byte-level tokenizers that are not on its list, and every model with a vocabulary of its own is one. Architectures
-`llama` and `deci` rotate neighbouring pairs where transformers rotates halves: the rows of each head of q and k change
-places. `deci` is the one whose layers may differ in their key/value heads: a model of mixed heads is written as one.
+byte-level tokenizers that are not on its list, and every model with a vocabulary of its own has one. Architectures
+`llama` and `deci` rotate neighbouring pairs where transformers rotates halves, so the rows of each head of q and k
+change places. `deci` is the architecture whose layers may differ in their key/value heads.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import math
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,19 +18,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from kvfold.disk.checkpoint import TIED, Checkpoint
 from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
-from kvfold.export import limits
-from kvfold.export.agreement import Logits, Reference, file_hash
+from kvfold.export.agreement import Logits, Reference
+from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
 from kvfold.predict.engines import mixed
 
-NAME = "llama.cpp"
-ATTENTION = "sdpa"  # that transformers is asked with
-TOLD_OF_WINDOWS = False
-FILE = "model.gguf"
+NOT_LOADED = "not loaded: llama-cpp-python is not installed"
+SAMPLE = "def fold(heads):\n    return [x ** 2 for x in heads]  # it's 3 of 8, or 1024?\n\nThe café — naïve."
 _PAIRED = ("llama", "deci")  # architectures that rotate neighbouring pairs
 
 _KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "int8"}
@@ -47,62 +48,135 @@ _SPLITS = {  # the pattern of a tokenizer.json -> llama.cpp's name for it
 }
 
 
-def available() -> None:
-    """Raise SettingError when gguf-py is not installed."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise SettingError("gguf is not installed", next="pip install 'kvfold[gguf]'") from error
+class LlamaCpp(Engine):
+    """`model.gguf`, which holds the hyperparameters, the tensors and the vocabulary."""
 
+    name = "llama.cpp"
+    package = extra = "gguf"
+    file = "model.gguf"
 
-def check(source: Checkpoint) -> None:
-    """Raise UnsupportedModel for what no architecture of llama.cpp has a place for."""
-    limits.check(source, NAME)
+    def __init__(self, *, flash_attention: bool = False) -> None:
+        """Flash attention rounds more, so the comparison runs without it."""
+        self.flash_attention = flash_attention
+
+    @override
+    def loadable(self) -> bool:
+        try:
+            importlib.import_module("llama_cpp")
+        except ImportError:
+            return False
+        return True
+
+    @override
+    def version(self) -> str:
+        package = "llama-cpp-python" if self.loadable() else "gguf"
+        return f"{package} {importlib.metadata.version(package)}"
+
+    @override
+    def write(self, source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
+        """One tensor in memory at a time. `model` is not used.
+
+        Raises UnsupportedModel for tensors that the architecture does not know, SettingError for numbers that the
+        dtype cannot hold.
+        """
+        import gguf
+
+        with closing(gguf.GGUFWriter(folder / self.file, _architecture(source))) as writer:
+            _describe(writer, source, weights)
+            vocabulary = _vocabulary(writer, source)
+            plan = list(_tensors(source, weights))
+            for name, _, kind, shape in plan:
+                block, size = gguf.GGML_QUANT_SIZES[kind]
+                count = math.prod(shape) // block * size
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, origin, kind, _ in plan:
+                writer.write_tensor_data(_data(source, name, origin, kind))
+        return {"vocabulary": vocabulary}
+
+    @override
+    def inspect(self, source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
+        """Read the file with gguf-py: the planned tensors with their shapes, the head counts, the vocabulary."""
+        import gguf
+
+        reader = gguf.GGUFReader(folder / self.file)
+        there = {each.name: (each.tensor_type, tuple(int(n) for n in each.shape[::-1])) for each in reader.tensors}
+        wanted = {name: (kind, shape) for name, _, kind, shape in _tensors(source, weights)}
+        heads = _head_counts(source)
+        found = {key: reader.get_field(f"{_architecture(source)}.attention.{key}").contents() for key in heads}
+        if there != wanted or found != heads:
+            raise CheckpointError(
+                "the file does not hold what was written", where=folder / self.file, got=found, allowed=heads
+            )
+        found["tensors"] = len(there)
+        if self.loadable() and reader.get_field("tokenizer.ggml.model").contents() != "none":
+            from kvfold.hf import load_tokenizer
+
+            ids = load_tokenizer(source.path).encode(SAMPLE, add_special_tokens=False)
+            with self.refusals(folder):
+                engine = self._load(folder, 8, 1)
+                found["same_text_ids"] = engine.tokenize(SAMPLE.encode(), add_bos=False, special=False) == ids
+                engine.close()
+        return found
+
+    @override
+    def _answer(self, folder: Path, known: Reference, weights: str) -> tuple[list[Logits], list[list[int]]]:
+        import torch
+
+        engine = self._load(folder, len(known.texts()[0]) + 1, torch.get_num_threads())
+        logits, answers = [], []
+        for text, prompt, wanted in zip(known.texts(), known.prompts, known.answers, strict=True):
+            engine.reset()
+            engine.eval(text)
+            logits.append(np.array(engine.scores[: len(text)], dtype=np.float32))
+            engine.reset()
+            engine.eval(prompt)
+            answer: list[int] = []
+            for _ in wanted:
+                answer.append(int(engine.scores[engine.n_tokens - 1].argmax()))
+                if len(answer) < len(wanted):
+                    engine.eval(answer[-1:])
+            answers.append(answer)
+        engine.close()
+        return logits, answers
+
+    def _load(self, folder: Path, context: int, threads: int) -> Any:
+        import llama_cpp
+
+        return llama_cpp.Llama(
+            str(folder / self.file),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=True,
+            flash_attn=self.flash_attention,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            verbose=False,
+        )
+
+    @override
+    def notes(self, found: dict[str, Any]) -> list[str]:
+        lines = []
+        if not found["loaded"]:
+            lines.append(f"{NOT_LOADED}; {found['tensors']} tensors were read back and are as planned")
+        if isinstance(found["head_count_kv"], list):
+            lines.append(
+                f"serve it with flash attention: without it, {self.name} keeps V as wide as the widest layer's"
+            )
+        if found["vocabulary"].startswith("none"):
+            lines.append(f"vocabulary: {found['vocabulary']}")
+        if found.get("same_text_ids") is False:
+            lines.append("vocabulary: llama.cpp splits a sample text otherwise than the tokenizer; give it token ids")
+        return lines
 
 
 def _architecture(source: Checkpoint) -> str:
-    """The architecture that holds this model, by llama.cpp's name."""
+    """The architecture of the file, by llama.cpp's name."""
     model_type = source.shape.model_type
     return "deci" if mixed(source.shape) else model_type if model_type.startswith("qwen") else "llama"
-
-
-def content(source: Checkpoint, folder: Path) -> str:
-    """SHA-256 of the weights that were written."""
-    return file_hash(folder / FILE)
-
-
-def version() -> str:
-    """The version of llama-cpp-python, or of gguf-py where that is all there is."""
-    import importlib.metadata
-
-    for package in ("llama-cpp-python", "gguf"):
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise AssertionError("available() comes first")
-
-
-def write(source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
-    """Write `model.gguf`, one tensor in memory at a time; says which vocabulary it holds. `model` is not used.
-
-    Raises UnsupportedModel for tensors that the architecture does not know, SettingError for float16 that overflows.
-    """
-    import gguf
-
-    with closing(gguf.GGUFWriter(folder / FILE, _architecture(source))) as writer:
-        _describe(writer, source, weights)
-        vocabulary = _vocabulary(writer, source)
-        plan = list(_tensors(source, weights))
-        for name, _, kind, shape in plan:
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, origin, kind, _ in plan:
-            writer.write_tensor_data(_data(source, name, origin, kind))
-    return {"vocabulary": vocabulary}
 
 
 def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
@@ -131,12 +205,10 @@ def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
 
 
 def _head_counts(source: Checkpoint) -> dict[str, Any]:
-    """What the file says of heads: of key/value heads one number, or a list of each layer's."""
+    """Heads, and key/value heads as one number or a list with each layer's."""
     heads = kv_heads(source)
-    return {
-        "head_count": common_attention(source).num_attention_heads,
-        "head_count_kv": heads if len(set(heads)) > 1 else heads[0],
-    }
+    shared = heads if mixed(source.shape) else heads[0]
+    return {"head_count": common_attention(source).num_attention_heads, "head_count_kv": shared}
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -157,7 +229,7 @@ def _tensors(source: Checkpoint, weights: str) -> Iterator[tuple[str, str, Any, 
             continue  # computed from the base; the embedding itself
         name = names.get_name(origin, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UnsupportedModel(f"{NAME} has no place for tensor {origin}", where=source.path)
+            raise UnsupportedModel(f"llama.cpp has no place for tensor {origin}", where=source.path)
         shape = source.spec(origin).shape
         kind = wanted
         if len(shape) == 1:
@@ -204,7 +276,7 @@ def interleave(values: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def _vocabulary(writer: Any, source: Checkpoint) -> str:
-    """Put the tokenizer into the file where llama.cpp can run it; returns its name, or why there is none."""
+    """Write the tokenizer where llama.cpp can run it; return its name, or the reason why there is none."""
     import gguf
 
     tokenizer = read_json(source.path / "tokenizer.json")
@@ -246,92 +318,3 @@ def byte_level_split(tokenizer: dict[str, Any]) -> str | None:
         pattern = steps[0].get("pattern", {}).get("Regex")
         return _SPLITS.get(pattern) if steps[0].get("behavior") == "Isolated" else None
     return None
-
-
-# --- reading back ---------------------------------------------------------------------------------------------------
-
-
-def loadable() -> bool:
-    """Is llama-cpp-python here to load the file?"""
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def inspect(source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
-    """Read the file with gguf-py: the tensors that were planned, with their shapes, and the head counts.
-
-    Raises CheckpointError when something is not as it should be.
-    """
-    import gguf
-
-    reader = gguf.GGUFReader(folder / FILE)
-    there = {each.name: (each.tensor_type, tuple(int(n) for n in each.shape[::-1])) for each in reader.tensors}
-    wanted = {name: (kind, shape) for name, _, kind, shape in _tensors(source, weights)}
-    prefix, heads = _architecture(source), _head_counts(source)
-    found = {key: reader.get_field(f"{prefix}.attention.{key}").contents() for key in heads}
-    if there != wanted or found != heads:
-        raise CheckpointError("the file does not hold what was written", where=folder / FILE, got=found, allowed=heads)
-    return {"tensors": len(there), **found}
-
-
-def answer(
-    folder: Path, known: Reference, weights: str, *, flash_attention: bool = False
-) -> tuple[list[Logits], list[list[int]]]:
-    """Load the file in llama.cpp, with a float32 cache, and ask it what transformers was asked.
-
-    Flash attention rounds more, and is therefore off. Raises UnsupportedModel when llama.cpp refuses to load or to run
-    the file.
-    """
-    try:
-        return _answer(folder, known, flash_attention)
-    except (ValueError, RuntimeError) as error:  # what llama-cpp-python makes of a refusal
-        said = " ".join(str(error).replace(str(folder / FILE), FILE).split())[:200]
-        raise UnsupportedModel(f"{NAME} cannot run the model: {said}", next="nothing was exported") from error
-
-
-def _answer(folder: Path, known: Reference, flash_attention: bool) -> tuple[list[Logits], list[list[int]]]:
-    import torch
-
-    engine = _load(folder, len(known.texts()[0]) + 1, torch.get_num_threads(), flash_attention)
-    logits, answers = [], []
-    for text, prompt, wanted in zip(known.texts(), known.prompts, known.answers, strict=True):
-        engine.reset()
-        engine.eval(text)
-        logits.append(np.array(engine.scores[: len(text)], dtype=np.float32))
-        engine.reset()
-        engine.eval(prompt)
-        said: list[int] = []
-        for _ in wanted:
-            said.append(int(engine.scores[engine.n_tokens - 1].argmax()))
-            if len(said) < len(wanted):
-                engine.eval(said[-1:])
-        answers.append(said)
-    engine.close()
-    return logits, answers
-
-
-def tokenize(folder: Path, text: str) -> list[int]:
-    """The ids that llama.cpp reads a text as."""
-    engine = _load(folder, 8, 1)
-    ids = list(engine.tokenize(text.encode(), add_bos=False, special=False))
-    engine.close()
-    return ids
-
-
-def _load(folder: Path, context: int, threads: int, flash_attention: bool = False) -> Any:
-    import llama_cpp
-
-    return llama_cpp.Llama(
-        str(folder / FILE),
-        n_ctx=context,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,
-        flash_attn=flash_attention,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )

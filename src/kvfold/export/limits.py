@@ -1,4 +1,4 @@
-"""What an engine must be told of a model beyond its weights, and what none of them can be told."""
+"""Facts of a model that several engines need besides its weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from numpy.typing import NDArray
 
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.predict.engines import refusal, rope_kind
-
-
-def check(source: Checkpoint, engine: str) -> None:
-    """Raise UnsupportedModel when an engine has no place for what config.json says: what a plan says of it too."""
-    found = refusal(engine, source.config, source.shape)
-    if found is not None:
-        raise found.error(engine, source.path)
+from kvfold.predict.engines import rope_kind
 
 
 def common_attention(source: Checkpoint) -> Attention:
-    """The one shape that every layer's attention has, windows and key/value heads aside."""
+    """The shape of every layer's attention, which differs only in windows and key/value heads."""
     return next(iter(source.shape.sites.values()))
 
 
@@ -35,7 +28,7 @@ def window(source: Checkpoint) -> int | None:
 
 
 def frequency_factors(rope: Rope | None) -> NDArray[np.float32] | None:
-    """What each rotary frequency is divided by, `(dims / 2,)`; None when nothing scales them.
+    """The divisor of each rotary frequency, `(dims / 2,)`; None without scaling.
 
     `llama3` stretches long wavelengths only (Llama 3.1; transformers' `_compute_llama3_parameters`).
     """
@@ -44,7 +37,7 @@ def frequency_factors(rope: Rope | None) -> NDArray[np.float32] | None:
     scaling = rope.scaling or {}
     if rope_kind(rope) == "linear":
         return np.full(rope.dims // 2, scaling["factor"], dtype=np.float32)
-    assert rope_kind(rope) == "llama3", "`check` comes first"
+    assert rope_kind(rope) == "llama3", "`Engine.check` comes first"
     wavelength = 2 * math.pi * rope.theta ** (np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims)
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(scaling["original_max_position_embeddings"])

@@ -1,0 +1,140 @@
+"""Tasks of lm-eval: found and loaded before any model, then run on models in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from torch import nn
+
+from kvfold.errors import DataError, SettingError, did_you_mean
+from kvfold.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Tasks of lm-eval with the names of their metrics."""
+
+    tasks: tuple[str, ...]
+    metrics: Mapping[str, tuple[str, ...]]  # by task; a group has those of its tasks
+    manager: Any
+    limit: int | None
+
+    def run(
+        self, model: nn.Module, tokenizer: Any, *, batch_size: int, max_length: int, progress: Progress = SILENT
+    ) -> dict[str, dict[str, float]]:
+        """Scores by task (and by group) and metric, each with its standard error where lm-eval has one."""
+        from lm_eval import simple_evaluate
+
+        wrapper = _wrapper(progress, sys.stderr)
+        with _quiet():
+            found = simple_evaluate(
+                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+                tasks=list(self.tasks),
+                task_manager=self.manager,
+                limit=self.limit,
+                bootstrap_iters=100,
+                log_samples=False,
+            )
+        return {task: _scores(values) for task, values in found["results"].items()}
+
+
+def _wrapper(progress: Progress, stderr: TextIO) -> Any:
+    """lm-eval's wrapper of transformers' models, with kvfold's progress in place of its bars."""
+    from lm_eval.models.huggingface import HFLM
+
+    @contextlib.contextmanager
+    def shown(requests: int) -> Iterator[None]:
+        with contextlib.redirect_stderr(stderr):
+            progress.start("lm-eval", requests, "requests")
+            try:
+                yield
+            finally:
+                progress.stop()
+
+    class Wrapper(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+            with shown(len(requests)):
+                return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            with shown(len(requests)):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, **options: Any) -> Any:
+            progress.advance(len(inps))
+            return super()._model_call(inps, **options)
+
+        def _model_generate(self, context: Any, **options: Any) -> Any:
+            progress.advance(len(context))
+            return super()._model_generate(context, **options)
+
+    return Wrapper
+
+
+def find_tasks(tasks: Sequence[str], folder: str | None, limit: int | None) -> Harness:
+    """Find tasks in a folder of task files first, then among lm-eval's own.
+
+    Raises SettingError when lm-eval is not installed, the folder does not exist, or no task has that name, and
+    DataError when a task's data cannot be loaded.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SettingError("tasks need lm-eval", where="lm_eval", next="pip install 'kvfold[eval]'") from error
+    if folder is not None and not os.path.isdir(folder):
+        raise SettingError("is not a folder", where="lm_eval_tasks_dir", got=folder)
+    with _quiet():
+        manager = TaskManager(include_path=folder, include_defaults=folder is None)
+        if folder is not None and not set(tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise SettingError(
+                f"unknown task {task!r}",
+                where="lm_eval",
+                next=did_you_mean(task, manager.all_tasks) or "put its file in --lm-eval-tasks-dir",
+            )
+    try:
+        with _quiet():
+            found = manager.load(list(tasks))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"lm-eval cannot load its tasks: {' '.join(str(error).split())[:200] or type(error).__name__}",
+            where="lm_eval",
+            got=", ".join(tasks),
+            next="check the data's path in the task's file, or the network",
+        ) from error
+    metrics = {name: tuple(task.aggregation()) for name, task in found["tasks"].items()}
+    for group in found["groups"]:
+        metrics[group] = tuple(dict.fromkeys(each for name in list(metrics) for each in metrics[name]))
+    return Harness(tuple(tasks), metrics, manager, limit)
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, float]:
+    """`{"acc,none": 0.3, "acc_stderr,none": 0.01}` -> `{"acc": 0.3, "acc_stderr": 0.01}`; other filters are kept."""
+    scores = {}
+    for name, value in values.items():
+        metric, comma, chosen = name.partition(",")
+        if comma and isinstance(value, int | float):
+            scores[metric if chosen == "none" else f"{metric}/{chosen}"] = float(value)
+    return scores
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval: its log below errors, its bars and prints."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap then runs in this process, without a fork
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logger.setLevel(level)
