@@ -88,7 +88,7 @@ def test_it_asks_for_what_it_reads() -> None:
 
 def test_normed_keys_and_mixed_heads_are_refused() -> None:
     config = elitekv.Config(rope_chunks=2, latent_dim=8)
-    with pytest.raises(SettingError, match="layer 0: keys are normed head by head, and no normed key is a linear"):
+    with pytest.raises(SettingError, match="layer 0: keys are normed, and no normed key is a linear"):
         config.check(shape_of("qwen3"))
     shape = shape_of()
     mixed = shape.with_sites({Site(1): replace(shape.sites[Site(1)], num_key_value_heads=2)})

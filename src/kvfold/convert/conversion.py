@@ -434,7 +434,7 @@ class _Job:
             for name, held in after.items():
                 if name in writer.digests:
                     continue
-                if name in same:
+                if name in same and before[name] == held:
                     crew.give(self._copy, name, source.read(name), writer)
                 else:
                     writer.write(name, family.joined(attention, {role: new[role] for role in held}))

@@ -52,7 +52,7 @@ LIMITS: Sequence[Limit] = (
     ("keys are not rotated, so there are no planes to choose", lambda _, attention: attention.rope is None),
     ("it reads the keys and values of another layer", lambda _, attention: attention.source is not None),
     (
-        "keys are normed head by head, and no normed key is a linear map of a latent",
+        "keys are normed, and no normed key is a linear map of a latent",
         lambda _, attention: attention.norms != "none",
     ),
     ("logits have a soft cap, and attention over latents has none", lambda _, attention: attention.softcap is not None),
