@@ -8,15 +8,14 @@ python docs/generate.py --check  changes nothing; exit 1 when one of them is out
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
-import typing
+from collections.abc import Sequence
 from pathlib import Path
 
-from typer.models import ArgumentInfo, OptionInfo
-
 import kvfold
+from kvfold import errors
 from kvfold.cli.commands import COMMANDS
+from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
 from pages.conversion import conversion_pages
@@ -37,34 +36,35 @@ def commands() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        parameters = inspect.signature(command.with_flags(), eval_str=True).parameters
-        arguments, options = [], []
-        for parameter in parameters.values():
-            if not typing.get_args(parameter.annotation):
-                continue
-            info = next(
-                each for each in parameter.annotation.__metadata__ if isinstance(each, ArgumentInfo | OptionInfo)
-            )
-            if isinstance(info, ArgumentInfo):
-                arguments.append((info.metavar or parameter.name.upper(), info.help))
-            else:
-                named = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
-                flag = next((each for each in named if each.startswith("--")), f"--{parameter.name}")
-                options.append((flag, info.help))
-        parts += [f"## kvfold {name}", "", (command.function.__doc__ or "").strip(), ""]
-        parts += ["```", " ".join(["kvfold", name, *(metavar for metavar, _ in arguments), "[flags]"]), "```", ""]
-        parts += [f"- `{metavar}`: {words}" for metavar, words in arguments]
-        parts += ["", "| flag | |", "|---|---|"]
-        parts += [f"| `{flag}` | {str(words).replace('|', chr(92) + '|')} |" for flag, words in options]
-        parts += [""]
+        panels = {panel.title: panel.flags for panel in command.panels()}
+        arguments = panels.pop("Arguments", ())
+        usage = " ".join(["kvfold", name, *(each.written for each in arguments), "[flags]"])
+        parts += [f"## kvfold {name}", "", command.function.__doc__ or "", "", "```", usage, "```", ""]
+        if arguments:
+            parts += [*(f"- `{each.written}`: {each.help}" for each in arguments), ""]
+        own = [flag for title, flags in panels.items() if not title.startswith("Method ") for flag in flags]
+        parts += _flags(own)
+        if command.methods:
+            parts += ["and the flags of the [method](#methods).", ""]
+    parts += ["## Methods", "", "`kvfold plan` and `kvfold convert` take the flags of their `--method`.", ""]
+    for panel in COMMANDS["convert"].panels():
+        if panel.title.startswith("Method "):
+            parts += [f"### {panel.title.removeprefix('Method ')}", "", *_flags(panel.flags)]
     return "\n".join(parts)
+
+
+def _flags(flags: Sequence[Flag]) -> list[str]:
+    """A table of flags, their values and their help."""
+    rows = [(f"`{each.written}`", f"`{each.values}`" if each.values else "", each.help) for each in flags]
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return ["| flag | values | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def api() -> str:
     """Every public name of `kvfold`: mkdocstrings adds signatures and docstrings, the fields of settings are here."""
     places = {name: f"{getattr(kvfold, name).__module__}.{name}" for name in kvfold.__all__ if name != "__version__"}
     settings = [name for name in places if dataclasses.is_dataclass(getattr(kvfold, name))]
-    errors = [name for name in places if name.endswith("Error")]
+    raised = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, kvfold.KvfoldError)]
     parts = [
         "# Python API",
         "",
@@ -73,7 +73,7 @@ def api() -> str:
         "",
         "## Functions",
         "",
-        *(f"::: {path}\n" for name, path in places.items() if name not in (*settings, *errors)),
+        *(f"::: {path}\n" for name, path in places.items() if name not in (*settings, "KvfoldError")),
         "## Settings",
         "",
     ]
@@ -90,7 +90,7 @@ def api() -> str:
             words = str(each.metadata.get("help", "")).replace("|", chr(92) + "|")
             parts.append(f"| `{each.name}` | {default} | {words} |")
         parts.append("")
-    return "\n".join([*parts, "## Errors", "", *(f"::: {places[name]}\n" for name in errors)])
+    return "\n".join([*parts, "## Errors", "", *(f"::: kvfold.errors.{each.__name__}\n" for each in raised)])
 
 
 def pages() -> dict[Path, str]:

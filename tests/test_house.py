@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
+import re
 import runpy
 import subprocess
 import sys
@@ -125,13 +125,19 @@ def test_public_names_are_functions_even_after_their_modules_were_imported() -> 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_help_and_appears_in_the_docs(name: str) -> None:
     each = COMMANDS[name]
-    assert each.function.__doc__
-    flags = inspect.signature(each.with_flags(), eval_str=True).parameters
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert f"## kvfold {name}" in page
-    assert flags
-    for flag, parameter in flags.items():
-        assert parameter.annotation.__metadata__[0].help, f"{name}: --{flag} has no help"
+    assert f"## kvfold {name}\n\n{each.function.__doc__}\n" in page
+    stage, method = set(), set()
+    for panel in each.panels():
+        for flag in panel.flags:
+            (method if panel.title.startswith("Method ") else stage).add(flag.name)
+            about = f"kvfold {name} {flag.written}: {flag.help}"
+            assert re.match(r"[A-Z]", flag.help), about
+            assert re.search(r"\.( \[(default: \S+|required)\])?$", flag.help), about
+            if flag.values:  # neither a switch nor an argument
+                assert re.search(r"[Dd]efault: |required|Without --|instead of|repeatable", flag.help), about
+            assert f"`{flag.written}`" in page
+    assert not stage & method, f"a method cannot see its own {stage & method}: the stage has flags of these names"
 
 
 def test_the_generated_pages_are_in_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""kvfold folds the KV cache of a transformer that is already trained.
+"""kvfold folds the KV cache of trained transformers.
 
-The public names are imported when they are first used: `import kvfold` alone loads neither torch nor transformers.
+Public names are imported when they are first used: `import kvfold` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WHERE = {
     "KvfoldError": "kvfold.errors",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604 - strings, all of them
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604 - all are strings
 
 
 def __getattr__(name: str) -> Any:
@@ -46,10 +46,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`kvfold.convert` is the function; its package of the same name is reached by `from kvfold.convert import ...`."""
+    """`kvfold.convert` is the function; the package of that name is imported by `from kvfold.convert import ...`."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        # the import system binds a submodule to its package: that would hide the function behind its module
+        # the import system binds each submodule to its package, which would hide the function of the same name
         if not (name in _WHERE and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 

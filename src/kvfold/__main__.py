@@ -13,21 +13,21 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line and leave with its exit status."""
+    """Run the command line and exit with its status."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
-            signal.signal(kind, _leave)  # while this imports, and when all is done: there is nothing to save
+            signal.signal(kind, _leave)  # during imports and after the command, when there is nothing to save
     prepare_threads()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal can show
-    from kvfold.cli.commands import run_command  # here, so that a spawned worker that imports this file stays light
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for terminals without UTF-8
+    from kvfold.cli.commands import run_command  # here: a spawned worker imports this file
     from kvfold.cli.console import silence
 
     status = run_command(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # its reader has left, or its disk is full, which was said
+        except OSError:  # the reader has gone, or the disk is full, which was reported
             silence(stream)
     sys.exit(status)
 

@@ -1,16 +1,16 @@
-"""The tree of errors that kvfold raises on purpose.
+"""The errors that kvfold raises on purpose, with the exit status of the command line.
 
-    KvfoldError                 exit 2: the user can mend it; one clear line
-    ├── SettingError            a flag, a recipe key, a head count that cannot be
-    ├── CheckpointError         a checkpoint that is missing, damaged or of the wrong kind
-    │   └── UnsupportedModel    a checkpoint that is whole, but that no family or method can take
-    ├── DataError               text, token files, tokenizers
-    ├── OutputError             an output that exists, a full disk, no permission
-    ├── TrainingError           a loss that is not a number, a run that diverged
-    ├── GateMissed              exit 3: a threshold on a measured number does not hold
-    └── Interrupted             exit 130: stopped by Ctrl-C or a signal; nothing lost
+    KvfoldError                 2    an error that the user can correct
+    ├── SettingError            2    a flag, a recipe key or a method's setting is invalid
+    ├── CheckpointError         2    a checkpoint is missing, damaged or of the wrong kind
+    │   └── UnsupportedModel    2    no family or method supports a checkpoint
+    ├── DataError               2    a text, a token file or a tokenizer cannot be used
+    ├── OutputError             2    an output exists, the disk is full, or permission is missing
+    ├── TrainingError           2    a loss is not finite
+    ├── GateMissed              3    a measured number misses its threshold
+    └── Interrupted             130  Ctrl-C or a signal stopped the command
 
-Anything else that escapes is a bug of kvfold and keeps its traceback.
+Any other exception is a bug in kvfold and keeps its traceback (exit status 1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 
 class KvfoldError(Exception):
-    """A mistake that the user can mend, told as what, where, got, allowed and next."""
+    """An error that the user can correct: one line of what, where, got, allowed and next. Exit status 2."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class KvfoldError(Exception):
         where: object = None,
         got: object = None,
         allowed: object = None,
-        next: str | None = None,  # the word of the house: what, where, got, allowed, next
+        next: str | None = None,
     ) -> None:
         self.what, self.where, self.got, self.allowed, self.next = what, where, got, allowed, next
         line = plain(what, 600)
@@ -47,46 +47,45 @@ class KvfoldError(Exception):
 
 
 class SettingError(KvfoldError):
-    """A flag, a recipe key or a method's setting that cannot be."""
+    """A flag, a recipe key or a method's setting is invalid. Exit status 2."""
 
 
 class CheckpointError(KvfoldError):
-    """A checkpoint that is missing, damaged or of the wrong kind."""
+    """A checkpoint is missing, damaged or of the wrong kind. Exit status 2."""
 
 
 class UnsupportedModel(CheckpointError):
-    """A whole checkpoint that no family or method of kvfold can take."""
+    """No family or method supports this checkpoint, although it is valid. Exit status 2."""
 
 
 class DataError(KvfoldError):
-    """Text, token files or tokenizers that cannot be used."""
+    """A text, a token file or a tokenizer cannot be used. Exit status 2."""
 
 
 class OutputError(KvfoldError):
-    """An output that exists already, or a place that cannot be written."""
+    """An output exists already, or cannot be written. Exit status 2."""
 
 
 class TrainingError(KvfoldError):
-    """A training run that cannot go on: its last good state is on disk."""
+    """A training run cannot continue; its last valid state is on disk. Exit status 2."""
 
 
 class GateMissed(KvfoldError):
-    """A threshold on a measured number does not hold."""
+    """A measured number misses its threshold. Exit status 3."""
 
     exit_code = 3
 
 
 class Interrupted(KvfoldError):
-    """Stopped by Ctrl-C or a signal; the same command continues."""
+    """Ctrl-C or a signal stopped the command, which continues when it is repeated. Exit status 130."""
 
     exit_code = 130
 
 
 def plain(value: object, limit: int) -> str:
-    """A value as one line of at most about `limit` characters that is safe to print.
+    """A value as one printable line of about `limit` characters at most; the middle of a longer text is left out.
 
-    Control characters, those that change the direction of text, and lone surrogates are escaped: a message may quote
-    a file from anywhere, and must not steer the terminal. The middle of a longer text is left out.
+    Control characters, directional marks and lone surrogates are escaped, because a message may quote any file.
     """
     text = value if isinstance(value, str) else str(value)
     if len(text) > limit:
@@ -95,14 +94,12 @@ def plain(value: object, limit: int) -> str:
 
 
 def choices(options: Iterable[object]) -> str:
-    """Say a list of options as people do: `1, 2, 3 or 4`."""
+    """Options as a list in words: `1, 2, 3 or 4`."""
     words = [str(option) for option in options]
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return `did you mean 'x'?` for the known word nearest to this one, or None."""
+    """`did you mean 'x'?` for the known word nearest to `word`, or None."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else None

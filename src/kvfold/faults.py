@@ -1,7 +1,7 @@
-"""Faults of the machine: a full disk, too many open files, no memory. Each becomes one clear OutputError.
+"""Faults of the machine (a full disk, too many open files, no memory) as an OutputError of one line.
 
-Libraries hide the system's own error in errors of theirs: `torch.save` raises RuntimeError, safetensors an error of
-Rust, numpy an OSError without a number. `fault_of` finds the system's error behind them.
+Libraries hide the system's error: `torch.save` raises RuntimeError, safetensors an error of Rust, numpy an OSError
+without a number. `fault_of` finds the system's error behind them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from kvfold.errors import Interrupted, KvfoldError, OutputError
 
-_ROOM = "free some space; the same command goes on from here"
-_FILES = "raise the limit (ulimit -n), or run fewer processes at once; the same command goes on from here"
-_MEMORY = "free some memory, or choose a smaller batch or model; the same command goes on from here"
+_ROOM = "free some space; the same command continues from here"
+_FILES = "raise the limit (ulimit -n), or run fewer processes at once; the same command continues from here"
+_MEMORY = "free some memory, or choose a smaller batch or model; the same command continues from here"
 _FAULTS = {
     errno.ENOSPC: ("the disk is full", _ROOM),
     errno.EDQUOT: ("the disk quota is used up", _ROOM),
     errno.EFBIG: ("the file is larger than the system allows", "raise the limit (ulimit -f), or choose another disk"),
-    errno.EIO: ("the disk cannot be read or written", "check the disk; the same command goes on from here"),
+    errno.EIO: ("the disk cannot be read or written", "check the disk; the same command continues from here"),
     errno.ENOMEM: ("the memory is used up", _MEMORY),
     errno.EMFILE: ("too many files are open", _FILES),
     errno.ENFILE: ("too many files are open on this machine", _FILES),
@@ -34,14 +34,14 @@ _FAULTS = {
     errno.ELOOP: ("the path goes through too many symbolic links", "choose another path"),
     errno.EBUSY: ("the path is in use, such as a mount point", "choose another path"),
     errno.EXDEV: ("the path is on two file systems", "choose another path"),
-    errno.ESTALE: ("the network file system lost the file", "mount it again; the same command goes on from here"),
+    errno.ESTALE: ("the network file system lost the file", "mount it again; the same command continues from here"),
 }
 _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
 )
-"""Those that no path and no flag causes: they are a fault of the machine wherever they occur."""
+"""Errors that no path and no flag causes: they are faults of the machine wherever they occur."""
 
-_NUMBER = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries (safetensors, tokenizers) spell the system's error
+_NUMBER = re.compile(r"\(os error (\d+)\)")  # of Rust libraries: safetensors, tokenizers
 _SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's `tofile`
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos", re.S)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA out of memory|Cannot allocate memory", re.I)
@@ -49,7 +49,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA out of me
 
 @contextmanager
 def disk_errors(where: str | Path) -> Iterator[None]:
-    """Turn the machine's refusal to write, in whatever error it is hidden, into one clear OutputError."""
+    """Raise OutputError for a fault of the machine, in whatever error a library hides it."""
     try:
         yield
     except KvfoldError:
@@ -62,9 +62,9 @@ def disk_errors(where: str | Path) -> Iterator[None]:
 
 
 def fault_of(error: BaseException, where: object = None, *, paths: bool = False) -> KvfoldError | None:
-    """The machine's fault behind an error as an OutputError; None when it is something else.
+    """The machine's fault behind an error as OutputError, or None.
 
-    With `paths`, a path that cannot be written is a fault too. A Ctrl-C that a library turned into an error of its own
+    With `paths`, a path that cannot be written is a fault too. Ctrl-C that a library turned into an error of its own
     is Interrupted.
     """
     chain = list(_chain(error))
@@ -81,7 +81,7 @@ def fault_of(error: BaseException, where: object = None, *, paths: bool = False)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what a library met before it raised that: only where the error has no number of its own."""
+    """An error and, where it has no number of its own, the errors behind it."""
     seen: set[int] = set()
     each: BaseException | None = error
     while each is not None and id(each) not in seen:
@@ -93,7 +93,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error, where it has one."""
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     if isinstance(error, OSError):

@@ -1,7 +1,6 @@
-"""Files from outside, read once and with bounds: regular files of bounded size, JSON and YAML of bounded depth.
+"""Bounded reading of files from outside: regular files of bounded size, JSON and YAML of bounded depth.
 
-A FIFO would block, `/dev/zero` would fill the memory, and nesting without end would exhaust Python's stack. Each of
-these is one clear error here, so that no reader has to think of them again.
+A FIFO would block, `/dev/zero` would fill the memory, and deep nesting would exhaust Python's stack.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ import yaml
 
 from kvfold.errors import CheckpointError, KvfoldError, SettingError
 
-SMALL = 64 << 20  # bytes: the largest config, index, manifest, record or recipe that is read
+SMALL = 64 << 20  # bytes: the largest config, index, manifest or record that is read
 LARGE = 1 << 30  # bytes: the largest tokenizer file that is read
 DEPTH = 64  # levels of nesting of JSON or YAML; real configs have about six
-LARGEST = 2**63 - 1  # whole numbers beyond it fit into no tensor, no file and no generator
+LARGEST = 2**63 - 1  # the largest integer of tensors, files and generators
 
 
 def open_regular(path: Path, *, limit: int | None = None, error: type[KvfoldError] = CheckpointError) -> int:
     """Open a regular file of at most `limit` bytes for reading, and return its descriptor.
 
-    Raises `error` for a file that cannot be opened, for a FIFO, device, socket or directory, and for a longer file.
+    Raises `error` for a file that cannot be opened, a FIFO, device, socket or directory, and a longer file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO does not block
@@ -48,7 +47,7 @@ def open_regular(path: Path, *, limit: int | None = None, error: type[KvfoldErro
 
 
 def check_regular(path: Path, *, limit: int | None = None, error: type[KvfoldError] = CheckpointError) -> None:
-    """Refuse a file that `open_regular` refuses, before another library opens it."""
+    """Check a file before another library opens it. Raises `error` as `open_regular` does."""
     os.close(open_regular(path, limit=limit, error=error))
 
 
@@ -76,7 +75,7 @@ def load_json(
 def parse_json(
     text: str | bytes, *, where: object, error: type[KvfoldError] = CheckpointError, unique: bool = False
 ) -> Any:
-    """A JSON value from text. Raises `error` for what is no JSON, or nested deeper than `DEPTH`.
+    """A JSON value from text. Raises `error` for invalid JSON and for nesting deeper than `DEPTH`.
 
     With `unique`, also for a mapping that has a key twice, of which Python would keep the last.
     """
@@ -95,12 +94,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} appears twice")
     return found
 
 
 def check_depth(value: Any, *, where: object, error: type[KvfoldError] = CheckpointError) -> None:
-    """Refuse a value nested deeper than `DEPTH`: what recurses over it later stays within Python's stack."""
+    """Raise `error` for a value nested deeper than `DEPTH`, over which later code could not recurse."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEPTH):
         level = [
@@ -125,7 +124,7 @@ NODES = 100_000  # values of a YAML file after its aliases are expanded
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (PyYAML reads `1e-6` as text), and dates as text, as JSON has them."""
+    """Numbers as in YAML 1.2 (PyYAML reads `1e-6` as text), and dates as text, as in JSON."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -143,7 +142,7 @@ def load_yaml(path: Path, *, error: type[KvfoldError] = SettingError) -> Any:
 
 
 def parse_yaml(text: str, *, where: object, error: type[KvfoldError] = SettingError) -> Any:
-    """A value of YAML that JSON could hold too: text keys, no key twice, finite numbers that fit into 64 bits.
+    """A YAML value that JSON can express: text keys, no key twice, finite numbers of 64 bits.
 
     Raises `error` for anything else, and for aliases that expand to more than `NODES` values.
     """
@@ -161,7 +160,7 @@ def parse_yaml(text: str, *, where: object, error: type[KvfoldError] = SettingEr
         line = f", line {mark.line + 1}" if mark else ""
         said = getattr(failure, "problem", None) or getattr(failure, "reason", None)
         raise error(f"is not YAML{line}", where=where, next=said) from failure
-    except (ValueError, KeyError, AttributeError, TypeError) as failure:  # a tag such as !!int before another value
+    except (ValueError, KeyError, AttributeError, TypeError) as failure:  # !!int before text
         raise error(f"holds a value that its tag does not allow: {failure}", where=where) from failure
     check_depth(value, where=where, error=error)
     _check_value(value, where, error)
@@ -171,7 +170,7 @@ def parse_yaml(text: str, *, where: object, error: type[KvfoldError] = SettingEr
 def _weigh(
     node: yaml.Node, where: object, error: type[KvfoldError], above: list[yaml.Node], known: dict[int, int]
 ) -> int:
-    """Values below a node, aliases expanded, without expanding them."""
+    """The number of values below a node if its aliases were expanded."""
     if id(node) in known:
         return known[id(node)]
     if any(node is each for each in above):
@@ -183,7 +182,7 @@ def _weigh(
         keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key, count in Counter(keys).items() if count > 1), None)
         if twice is not None:
-            raise error(f"key {twice[1]!r} stands twice", where=where, got=f"in the section of line {_line(node)}")
+            raise error(f"key {twice[1]!r} appears twice", where=where, got=f"in the section of line {_line(node)}")
         inner = [each for pair in node.value for each in pair]
     elif isinstance(node, yaml.SequenceNode):
         inner = node.value
@@ -200,7 +199,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def _check_value(value: Any, where: object, error: type[KvfoldError]) -> None:
-    """Refuse what JSON has no word for, at any level."""
+    """Raise `error` for what JSON cannot express, at any level."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):

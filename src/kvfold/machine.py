@@ -1,6 +1,6 @@
-"""The machine that computes: its accelerator, its words for records, its threads, and what it multiplies natively.
+"""This machine: its accelerator, its name in records, its threads, and the formats that it multiplies natively.
 
-Nothing here imports torch before a function needs it.
+torch is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Literal
 Precision = Literal["bf16", "fp32"]
 
 SPINS = "1000"
-"""Turns that a thread of OpenMP waits actively, as GOMP_SPINCOUNT; then it sleeps.
+"""GOMP_SPINCOUNT: turns that a thread of OpenMP waits actively before it sleeps.
 
-A turn is one PAUSE: 25 ns on an AMD EPYC of Zen 4 (measured), so 25 microseconds here. Two threads on two cores, the
-demo's model in fp32, 256 tokens a step: 114 ms alone (118 ms at 20,000 turns, 152 ms at 300, 164 ms when they sleep at
-once), and beside other busy processes 345 to 535 ms (830 to 2,500 ms at 20,000 turns).
+A turn is one PAUSE: 25 ns on an AMD EPYC of Zen 4 (measured), so 25 microseconds here. A training step of the demo
+(fp32, 256 tokens, two threads on two cores) takes 114 ms alone (118 ms at 20,000 turns, 152 ms at 300, 164 ms at 0),
+and 345 to 535 ms beside other busy processes (830 to 2,500 ms at 20,000 turns).
 """
 
-_NO_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE"})  # of 512 bits
+# limits of oneDNN that exclude 512-bit VNNI, and AVX512-BF16
+_NO_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE"})
 _NO_BF16 = _NO_VNNI | {"AVX512_CORE_VNNI"}
 
 
 def prepare_threads() -> None:
-    """Set how OpenMP's threads wait and how many there are; what the user has set stays. Call it before torch loads.
+    """Set how OpenMP's threads wait and how many there are, unless the user has. Call it before torch loads.
 
-    A barrier of threads waits for the slowest, and beside another process that is one that does not run: waiting
-    actively for long takes its core away. More threads than a container's quota of processor time do the same.
+    A barrier waits for the slowest thread. Beside another process that thread does not run, and active waiting takes
+    its core away. So do more threads than the container's quota of processor time.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -42,7 +43,7 @@ def available() -> int:
 
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may keep busy: those that it may run on, or its container's quota when that is less."""
+    """Cores that this process may keep busy: the available ones, or its container's quota if that is less."""
     quota, period = "max", "100000"
     if (cgroup / "cpu.max").is_file():
         quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
@@ -55,15 +56,27 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return min(available(), max(1, round(int(quota) / int(period))))
 
 
+def device_memory(device: str) -> int:
+    """Bytes of a GPU's memory, or for `cpu` of the machine's, or its container's limit if that is less."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
 def best_device() -> str:
-    """Where models run: the accelerator when there is one."""
+    """The device of models: `cuda` if there is one, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe() -> str:
-    """The processor in words: its model and the threads that PyTorch uses."""
+    """The name of the GPU, or of the processor with the threads that PyTorch uses."""
     import torch
 
     if torch.cuda.is_available():
@@ -72,36 +85,36 @@ def describe() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:  # not Linux: the platform's own word stands
+    except OSError:  # not Linux
         model = model or "cpu"
     return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def best_precision() -> Precision:
-    """What training multiplies in here: bf16 where the hardware multiplies it natively, else fp32.
+    """The format of matrix products in training: bf16 where the hardware multiplies it natively, else fp32.
 
     Seconds for 16,384 tokens of the demo's uptraining on two cores of an AMD EPYC of Zen 4 (AVX512-BF16, no AMX):
-    3.8 in bf16 and 4.6 to 5.1 in fp32; with PyTorch and oneDNN limited to AVX2, 70 in bf16 and 4.7 to 5.0 in fp32;
-    with oneDNN limited to AVX512 without BF16, 2 to 4 times the processor time of fp32 in bf16.
+    3.8 in bf16 and 4.6 to 5.1 in fp32. With PyTorch and oneDNN limited to AVX2: 70 in bf16 and 4.7 to 5.0 in fp32.
+    With oneDNN limited to AVX512 without BF16, bf16 takes 2 to 4 times the processor time of fp32.
     """
     return "bf16" if multiplies_bf16() else "fp32"
 
 
 def multiplies_bf16() -> bool:
-    """Are there instructions that multiply bf16, and may PyTorch use them?
+    """Whether PyTorch multiplies bf16 natively; elsewhere it emulates it.
 
-    GPUs from compute capability 8.0 on; ARM with BF16; x86 with AVX512-BF16 or AMX, unless ATEN_CPU_CAPABILITY or
-    ONEDNN_MAX_CPU_ISA excludes them. Elsewhere bf16 is emulated.
+    GPUs from compute capability 8.0 on, ARM with BF16, and x86 with AVX512-BF16 or AMX, unless ATEN_CPU_CAPABILITY
+    or ONEDNN_MAX_CPU_ISA excludes them.
     """
     import torch
 
     if best_device() == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # oneDNN multiplies bf16; a build without it has no operator of that name
+    # oneDNN multiplies bf16; a build without oneDNN lacks the operator
     if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return True  # there, oneDNN asks for the instructions themselves
+        return True  # oneDNN has checked the instructions
     known = torch.backends.cpu.get_cpu_capability()  # what ATEN_CPU_CAPABILITY leaves
     return (
         known.startswith(("AVX512", "AVX10", "AMX")) and _onednn() not in _NO_BF16 and "avx512_bf16" in _instructions()
@@ -109,7 +122,7 @@ def multiplies_bf16() -> bool:
 
 
 def multiplies_int8() -> bool:
-    """Are there instructions that add products of int8 in 32 bits? Without them, x86 adds pairs in 16 bits."""
+    """Whether products of int8 are added in 32 bits; x86 without VNNI adds pairs in 16 bits."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     known, limit = _instructions(), _onednn()
@@ -118,17 +131,17 @@ def multiplies_int8() -> bool:
 
 
 def _onednn() -> str | None:
-    """The instruction set that oneDNN is limited to."""
+    """The instruction set to which oneDNN is limited."""
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
 
 
 def _instructions() -> frozenset[str]:
-    """Instruction sets of an x86 processor, spelled as Linux does: `avx512_bf16`, `avx512_vnni`, `avx_vnni`, ..."""
+    """Instruction sets of an x86 processor by their Linux names: `avx512_bf16`, `avx512_vnni`, `avx_vnni`, ..."""
     import torch
 
-    asked = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and later
-    if asked is not None:
-        return frozenset(name for name, value in asked().items() if value is True)
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and later
+    if capabilities is not None:
+        return frozenset(name for name, value in capabilities().items() if value is True)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

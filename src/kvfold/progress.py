@@ -1,4 +1,4 @@
-"""What a stage tells while it works; who shows it, and how, is the command line's affair."""
+"""Progress of a stage. The command line shows it; the Python API is silent by default."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ class Progress(Protocol):
     """A listener to one task at a time."""
 
     def start(self, what: str, total: float, unit: str) -> None:
-        """A task of `total` units (`tokens`, `bytes`, `layers`, ...) begins."""
+        """Begin a task of `total` units (`tokens`, `bytes`, `layers`, ...)."""
 
     def advance(self, amount: float, note: str = "") -> None:
-        """`amount` more units are done; `note` is shown beside the bar."""
+        """Count `amount` more units; `note` stands beside the bar."""
 
     def stop(self) -> None:
-        """The task has ended, well or not."""
+        """End the task, complete or not."""
 
     def say(self, line: str) -> None:
-        """One line for the reader, kept on the screen."""
+        """Print one line that stays on the screen."""
 
 
 class Silent:
-    """The listener of the Python API: nothing is shown."""
+    """A listener that shows nothing."""
 
     def start(self, what: str, total: float, unit: str) -> None:
-        """Ignore the beginning of a task."""
+        """Show nothing."""
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Ignore an advance."""
+        """Show nothing."""
 
     def stop(self) -> None:
-        """Ignore the end of a task."""
+        """Show nothing."""
 
     def say(self, line: str) -> None:
-        """Ignore a line."""
+        """Show nothing."""
 
 
 SILENT: Progress = Silent()

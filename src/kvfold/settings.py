@@ -1,4 +1,4 @@
-"""Settings from people: strict decoding of flags and YAML into the settings dataclasses of the stages."""
+"""Strict decoding of flags and YAML into the settings dataclasses of the stages."""
 
 from __future__ import annotations
 
@@ -29,19 +29,15 @@ SEEDS = 2**32  # seeds are below this: generators take them, also times a millio
 
 
 MOST = 2**31 - 1  # tokens, sequences, rounds: an index of this many still fits
-
-
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGBT])")
-
-
 _FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
-    """Build a settings dataclass from a mapping.
+    """Build a settings dataclass from a mapping; `where` begins the line of an error.
 
-    Raises SettingError for an unknown key (with the nearest), a missing one, a value of the wrong type, or a number
-    that is not finite or does not fit into 64 bits.
+    Raises SettingError for an unknown key (with the nearest known one), a missing key, a value of the wrong type, and
+    a number that is not finite or exceeds 64 bits.
     """
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -75,7 +71,7 @@ def decode(cls: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 def _fits(value: Any) -> bool:
-    """Is it finite, does it fit into 64 bits, and can a file be named so?"""
+    """Whether a value is finite, fits into 64 bits and can name a file."""
     if isinstance(value, tuple | list):
         return all(map(_fits, value))
     if isinstance(value, float):
@@ -86,7 +82,7 @@ def _fits(value: Any) -> bool:
 
 
 def check_range(settings: Any, where: str | None, least: float, most: float, *names: str) -> None:
-    """Refuse numbers below `least` or above `most` in these fields, where they are set, with SettingError."""
+    """Check that these fields, unless None, lie between `least` and `most`. Raises SettingError."""
     for name in names:
         value = getattr(settings, name)
         for each in value if isinstance(value, tuple) else (value,):
@@ -97,24 +93,22 @@ def check_range(settings: Any, where: str | None, least: float, most: float, *na
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Read what people write: `20M`, `1e-3`, `1,2,4`. Booleans are never numbers."""
+    """A value for pydantic from `20M`, `1e-3` or `1,2,4`. Booleans are never numbers."""
     kinds = _kinds(hint)
+    item = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
     if isinstance(value, bool):
         return value if bool in kinds else object()
     if isinstance(value, str):
         text = value.strip()
-        words = any(typing.get_args(kind)[:1] == (str,) for kind in kinds)  # in a list of words, none is one of them
-        if text.lower() in ("none", "null") and type(None) in kinds and not words:
+        if text.lower() in ("none", "null") and type(None) in kinds and item is not str:
             return None
-        if any(typing.get_origin(kind) is tuple for kind in kinds):
+        if item is not None:
             value = [part.strip() for part in text.split(",") if part.strip()]
         elif int in kinds and str not in kinds and (count := _COUNT.fullmatch(text)):
             number = float(count[1]) * _FACTOR[count[2]]
             return round(number) if math.isfinite(number) else text
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        items = value if isinstance(value, list | tuple) else [value]
-        inner = next(typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple)
-        return tuple(_plain(item, inner) for item in items)
+    if item is not None:
+        return tuple(_plain(each, item) for each in (value if isinstance(value, list | tuple) else [value]))
     return value
 
 
@@ -123,7 +117,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def describe(hint: Any) -> str:
-    """A type in words: `a whole number`, `mean, first or random`."""
+    """The allowed values of a type: `a whole number`, `mean, first, random`."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     parts = []
     for kind in _kinds(hint):
@@ -145,20 +139,20 @@ def _in_words(kind: Any) -> str:
 
 
 def metavar(hint: Any) -> str:
-    """A type as a flag's help shows it: `N`, `TEXT`, `mean|first|random`, `N,N`."""
-    short = {int: "N", float: "X", str: "TEXT"}
+    """The values of a type as a flag's help shows them: `N`, `X`, `TEXT`, `mean|first|random`, `N,N`."""
+    short = {int: "N", float: "X"}
     kind = next(each for each in _kinds(hint) if each is not type(None))
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return ",".join([short[typing.get_args(kind)[0]]] * 2)
-    return short.get(kind, "VALUE")
+        return ",".join([short.get(typing.get_args(kind)[0], "TEXT")] * 2)
+    return short.get(kind, "TEXT")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file with keys at its top level. Raises SettingError when it is not there or is something else."""
+    """Read a YAML file with keys at its top level. Raises SettingError for any other file."""
     path = Path(path)
     content = load_yaml(path, error=SettingError)
     if not isinstance(content, dict):
-        raise SettingError("is not a recipe: no keys at its top level", where=path)
+        raise SettingError("is not a recipe: it has no keys at its top level", where=path)
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -18,10 +19,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.commands import COMMANDS, run_command
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Writer
-from kvfold.methods import gqa
+from kvfold.methods import all_methods, gqa
 
 Run = Callable[..., tuple[int, str, str]]
 CONVERT = ["convert", "teacher", "student", "--kv-heads", "2"]
@@ -154,11 +155,19 @@ BELOW_A_FILE = ["convert", "teacher", "text.txt/student", "--kv-heads", "2"]
 EMPTY = lambda folder: (folder / "text.txt").write_text("") and None  # noqa: E731
 QUANTISED = _config(quantization_config={"quant_method": "gptq", "bits": 4})
 MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
-    "unknown command": (["fold"], _nothing, "No such command 'fold'"),
-    "near command": (["covert"], _nothing, "convert"),
+    "unknown command": (["fold"], _nothing, "no command is named 'fold'; allowed: plan, convert"),
+    "near command": (["covert"], _nothing, "did you mean 'convert'?"),
     "unknown option of all": (["--verson"], _nothing, "--version"),
     "unknown flag": (["convert", "teacher", "student", "--kv-head", "2"], _nothing, "--kv-heads"),
-    "missing argument": (["convert", "teacher"], _nothing, "DST"),
+    "unexpected argument": (
+        [*CONVERT, "more"],
+        _nothing,
+        "convert: unexpected argument more; see kvfold convert --help",
+    ),
+    "flag without its value": (["plan", "teacher", "--kv-heads"], _nothing, "plan: argument --kv-heads: expected one"),
+    "no such config": (["pretrain", "nowhere.json", "out"], _nothing, "nowhere.json: no such file"),
+    "report of a file": (["report", "text.txt"], _nothing, "text.txt: no such directory"),
+    "missing argument": (["convert", "teacher"], _nothing, "required: DST; see kvfold convert --help"),
     "missing setting": (["convert", "teacher", "student"], _nothing, "kv_heads is needed"),
     "heads that do not divide": ([*CONVERT[:-1], "3"], _nothing, "choose 1, 2 or 4"),
     "no number": ([*CONVERT, "--shard-size", "big"], _nothing, "shard_size cannot be 'big'"),
@@ -344,6 +353,44 @@ def test_people_read_it_on_standard_output(arguments: list[str], says: str, kvfo
     assert code == 0
     assert says in out
     assert len(out.splitlines()) > 1 or out.startswith(("kvfold ", "student: "))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_plain_text_of_80_columns(command: str, kvfold: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = kvfold(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: kvfold {command}")
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.isascii()
+    assert "..." not in out.replace("[ARGS]...", "").replace("RECIPE...", "").replace("OUT...", "")
+
+
+def test_help_shows_each_method_in_a_panel_of_its_own_after_the_common_flags(kvfold: Run) -> None:
+    _, out, _ = kvfold("convert", "--help")
+    panels = dict(part.split(":\n", 1) for part in out.split("\n\n")[2:])
+    named = [f"Method {name}" for name, each in all_methods().items() if dataclasses.fields(each.Config)]
+    assert list(panels) == ["Arguments", "Flags", "Settings", *named]
+    assert "--overwrite" in panels["Flags"]
+    assert "--calibration-tokens" in panels["Settings"]
+    assert "--init fit|align|align-norm|mean|first|random" in panels["Method gqa"]
+    assert "--init fit|copy|mean" in panels["Method cla"]
+
+
+def test_the_list_of_commands_and_the_help_of_a_plan_are_light() -> None:
+    code = (
+        "import sys; from kvfold.cli.commands import run_command; run_command(['--help']); "
+        "early = {'kvfold.methods.gqa', 'kvfold.predict.plan'} & set(sys.modules); run_command(['plan', '--help']); "
+        "sys.exit(str(sorted(early | {'torch', 'transformers', 'numpy'} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"
+
+
+def test_flags_and_arguments_come_in_any_order_and_the_last_value_counts(kvfold: Run) -> None:
+    code, out, err = kvfold("plan", "--kv-heads=4", "--no-kl", "teacher", "--json", "--kv-heads", "2")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["settings"]["kv_heads"] == "2"
 
 
 def test_a_gate_that_is_missed_is_exit_3_with_its_record(here: Path, kvfold: Run) -> None:

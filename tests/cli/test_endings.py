@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.cli import commands
-from kvfold.cli.commands import run_command
+from kvfold.cli.commands import COMMANDS, run_command
 from kvfold.cli.console import ERR, OUT, table
+from kvfold.cli.flags import Command
 
 PLAN = [sys.executable, "-m", "kvfold", "plan", "kvfold:demo", "--kv-heads", "2"]
 
@@ -29,12 +29,12 @@ def _raise(error: BaseException) -> Callable[..., None]:
 def test_a_fault_of_ours_says_so_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "build", lambda asked: _raise(KeyError("\x1b[31m lost")))
+    monkeypatch.setitem(COMMANDS, "plan", Command(_raise(KeyError("\x1b[31m lost")), ()))
     assert run_command(["plan"]) == 1
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("Traceback")
     assert any("KeyError" in line for line in told)
-    assert told[-1].startswith("kvfold: this is a fault of kvfold")
+    assert told[-1].startswith("kvfold: this is a bug in kvfold")
     assert "report" in told[-1]
     assert all(line.isprintable() for line in told)
 
@@ -54,7 +54,7 @@ def test_what_is_no_fault_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands, "build", lambda asked: _raise(error))
+    monkeypatch.setitem(COMMANDS, "plan", Command(_raise(error), ()))
     assert run_command(["plan"]) == code
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
@@ -71,7 +71,7 @@ def test_an_import_that_makes_another_error_of_ctrl_c_is_interrupted(
         except KeyboardInterrupt:
             raise ImportError("KeyboardInterrupt") from None
 
-    monkeypatch.setattr(commands, "build", lambda asked: imports)
+    monkeypatch.setitem(COMMANDS, "plan", Command(imports, ()))
     before = signal.getsignal(signal.SIGINT)
     assert run_command(["plan"]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -130,9 +130,9 @@ REFUSED: dict[str, tuple[list[str], Callable[[], object], str]] = {
         "would overwrite the source",
     ),
     "files of others": ([*CONVERT, "mine"], _nothing, "holds files that kvfold did not write"),
-    "a page over a text": (["report", "run", "--out", "text.txt"], _nothing, "is no page that kvfold wrote"),
-    "a page over a config": (["report", "run", "--out", "config.json"], _nothing, "is no page that kvfold wrote"),
-    "a page of others": (["report", "run"], _theirs("run/report.html", "<html>"), "is no page that kvfold wrote"),
+    "a page over a text": (["report", "run", "--out", "text.txt"], _nothing, "was not written by kvfold"),
+    "a page over a config": (["report", "run", "--out", "config.json"], _nothing, "was not written by kvfold"),
+    "a page of others": (["report", "run"], _theirs("run/report.html", "<html>"), "was not written by kvfold"),
     "a page over a record": (["report", "run", "--out", "run/records"], _nothing, "is a directory"),
     "a recipe of others": (RUN, _theirs("runs/tiny/recipe.yaml", "name: other # mine"), "was not written by kvfold"),
     "a recipe that is a link": (

@@ -328,7 +328,7 @@ def flag_case(seed: int, folder: Path) -> list[str]:
     draw = random.Random(seed)
     name = draw.choice(list(COMMANDS))
     known = COMMANDS[name]
-    flags = [flag for group in known.flags([]) for flag in group]
+    flags = [flag for panel in known.panels() for flag in panel.flags if flag.values]
     places = {"SRC": "kvfold:demo", "DST": str(folder / "out")}
     words = [places.get(word, word) for word in _USUAL[name]]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):

@@ -423,9 +423,9 @@ def test_no_engine_is_promised_and_none_is_written(tiny_checkpoint: Make, tmp_pa
     teacher = tiny_checkpoint("t5")
     student = Checkpoint.open(convert(teacher, tmp_path / "student", "crosslatent"))
     assert [engine.name for engine in plan(teacher, "crosslatent").engines if engine.loads] == ["transformers"]
-    with pytest.raises(UnsupportedModel, match="keeps keys and values of heads"):
+    with pytest.raises(UnsupportedModel, match="caches keys and values of heads"):
         ENGINES["ctranslate2"].check(student)
-    with pytest.raises(UnsupportedModel, match=r"its architecture is not known here \(got bart\)"):
+    with pytest.raises(UnsupportedModel, match=r"its architecture is not supported \(got bart\)"):
         ENGINES["ctranslate2"].check(Checkpoint.open(tiny_checkpoint("bart", name="bart")))
 
 

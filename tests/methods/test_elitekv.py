@@ -270,7 +270,7 @@ def test_engines_that_cannot_serve_it_say_so(tiny_checkpoint: Callable[..., Path
     assert planned.after.model_type == "kvfold_latent_llama"
     student = convert(teacher, tmp_path / "student", "elitekv", settings)
     for engine in ("gguf", "ctranslate2"):
-        with pytest.raises(UnsupportedModel, match=r"keeps keys and values of heads \(got rotated and latent\)"):
+        with pytest.raises(UnsupportedModel, match=r"caches keys and values of heads \(got rotated and latent\)"):
             export(student, tmp_path / engine, engine)
 
 

@@ -283,8 +283,8 @@ def test_the_root_teacher_is_the_measure(saved: Callable[..., Path]) -> None:
         ({"context": 0}, "plan: context must be at least 1 (got 0)"),
         ({"batch": -1}, "plan: batch must be at least 1 (got -1)"),
         ({"utilisation": 0.0}, "plan: utilisation must lie between 0 and 1 (got 0.0)"),
-        ({"alpha": 0.05}, "plan: alpha is a part of the pre-training tokens, and their number is missing; add"),
-        ({"alpha": 0.05, "tokens": 1}, "plan: alpha and tokens both say how long to train; give one of them"),
+        ({"alpha": 0.05}, "plan: alpha is a share of the pre-training tokens, whose number is missing; add"),
+        ({"alpha": 0.05, "tokens": 1}, "plan: alpha and tokens both set the length of uptraining; give one"),
     ],
 )
 def test_settings_that_cannot_be(given: dict[str, Any], line: str) -> None:

@@ -86,7 +86,7 @@ def test_a_pretraining_without_a_config_is_one_line(recipe: Recipe) -> None:
     [
         ({"finetune": {"tokens": 1, "los": "ce"}}, "finetune: unknown setting 'los'; did you mean 'loss'?"),
         ({"uptrain": {"tokens": 1, "schedule": "slow"}}, "uptrain: schedule cannot be 'slow'"),
-        ({"control": True}, "tiny: a control is not fine-tuned; give method identity a row of its own"),
+        ({"control": True}, "tiny: the control cannot be fine-tuned; add a row of method identity"),
     ],
 )
 def test_a_typing_error_costs_no_pretraining(recipe: Recipe, changes: dict[str, Any], line: str) -> None:

@@ -197,8 +197,8 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a {<<: *a}", "a value contains itself"),
         ("a: " + "[" * 100 + "]" * 100, "is nested too deeply; allowed: at most 64 levels"),
         ("a: " + "[" * 3_000, "is nested too deeply"),
-        ("name: x\nname: y", "key 'name' stands twice"),
-        ("uptrain: {tokens: 1, tokens: 2}", "key 'tokens' stands twice"),
+        ("name: x\nname: y", "key 'name' appears twice"),
+        ("uptrain: {tokens: 1, tokens: 2}", "key 'tokens' appears twice"),
         ("a: .nan", "nan is not a finite number"),
         ("a: -.inf", "-inf is not a finite number"),
         ("a: 1e400", "inf is not a finite number"),
@@ -249,7 +249,7 @@ def test_a_recipe_extends_one_beside_it(other: str, tmp_path: Path) -> None:
 def test_a_long_chain_of_recipes_ends(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml")
-    with pytest.raises(SettingError, match="extend one another too often"):
+    with pytest.raises(SettingError, match="too many recipes extend one another"):
         read_recipe(tmp_path / "0.yaml")
 
 
@@ -274,7 +274,7 @@ def test_an_odd_change_costs_one_line(change: str, tmp_path: Path) -> None:
         ("seeds: [4294967296]", "seeds must be at most 4,294,967,295"),
         ("seeds: [1.5]", "seeds cannot be"),
         ("seeds: [a]", "seeds cannot be"),
-        ("seeds: []", "seeds names none"),
+        ("seeds: []", "seeds is empty"),
         (f"matrix: {{convert.a: {[*range(100)]}, convert.b: {[*range(100)]}, uptrain.c: {[*range(100)]}}}", "too many"),
         ("matrix: {convert.a: []}", "'convert.a' has no values"),
         (f"matrix: {{convert.a: {'x' * 300}}}", "the name of a row is too long"),

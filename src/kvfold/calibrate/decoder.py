@@ -27,8 +27,7 @@ from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, replacing
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import CheckpointError, SettingError
-from kvfold.machine import best_device
-from kvfold.predict.roofline import processor_memory
+from kvfold.machine import best_device, device_memory
 from kvfold.progress import SILENT, Progress
 from kvfold.text.pairs import Corpus
 from kvfold.text.tokens import TokenFile
@@ -334,8 +333,7 @@ def _device(settings: CalibrationSettings) -> str:
 
 def _check_memory(shape: Shape, requests: Iterable[Request], settings: CalibrationSettings, device: str) -> None:
     """Refuse what would not fit, before anything is loaded."""
-    whole = processor_memory() if device == "cpu" else int(torch.cuda.get_device_properties(0).total_memory)
-    limit = settings.max_bytes or int(MEMORY_SHARE * whole)
+    limit = settings.max_bytes or int(MEMORY_SHARE * device_memory(device))
     needed = memory_bytes(shape, requests, settings)
     if needed > limit:
         raise SettingError(

@@ -1,7 +1,7 @@
-"""The command line: the same functions as the Python API, with flags generated from their settings.
+"""The command line: the functions of the Python API, with flags generated from their settings.
 
-Exit 0 done, 2 a mistake that the user can mend (one line on standard error), 3 a gate missed, 130 interrupted. Anything
-else is a fault of kvfold: 1, with its traceback and a line that says so.
+Exit status: 0 success, 2 an error that the user can correct (one line on standard error), 3 a missed gate, 130
+interrupted. Any other exception is a bug in kvfold: exit status 1, with its traceback.
 """
 
 from __future__ import annotations
@@ -9,38 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from kvfold import __version__
-from kvfold.cli.console import ERR, OUT, Bars, Lines, silence, table
-from kvfold.cli.flags import Command
-from kvfold.errors import Interrupted, KvfoldError, SettingError
+import kvfold
+from kvfold.cli.console import ERR, OUT, Bars, Lines, table
+from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
+from kvfold.errors import Interrupted, KvfoldError, SettingError, did_you_mean
 from kvfold.families import all_families
 from kvfold.faults import fault_of
+from kvfold.formats import size
 from kvfold.methods import all_methods
 from kvfold.progress import Progress
-from kvfold.settings import decode
 
-FAULT = 1  # the exit status of what is no mistake of the user: a fault of kvfold
-
-Source = Annotated[str, typer.Argument(help="A checkpoint: a directory, a hub id, or kvfold:demo.", metavar="SRC")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of other inputs or settings.")]
-MethodName = Annotated[str, typer.Option("--method", help="How to fold; `kvfold methods` lists them.")]
-Teacher = Annotated[str | None, typer.Option(help="The teacher; by default the root of the student's lineage.")]
-Records = Annotated[str, typer.Option(help="Folder for the record of this result.", metavar="DIR")]
-Name = Annotated[str | None, typer.Option(help="Name of the record; by default that of the directory.")]
+api: Any = kvfold  # its functions are imported when they are called
+BUG = 1  # the exit status of an exception that is not the user's error
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status; a user's mistake costs one line on standard error."""
+    """Run one command and return its exit status. An error of the user is one line on standard error."""
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -50,69 +40,70 @@ def run_command(arguments: Sequence[str]) -> int:
 
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
+        if handler is not signal.SIG_IGN:  # a shell ignores SIGINT for background jobs
             signal.signal(kind, stop)
     try:
-        return _run(arguments)
+        _run(arguments)
+    except KvfoldError as error:
+        return _line(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _interrupted()
-    except Exception as error:
-        return _interrupted() if stopped else _fault(error)  # an import in C makes an ImportError of Ctrl-C
+    except (Exception, SystemExit) as error:
+        if stopped:  # importing a C extension turns Ctrl-C into ImportError
+            return _interrupted()
+        fault = fault_of(error, paths=True)
+        return _bug(error) if fault is None else _line(str(fault), fault.exit_code)
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    """Run one command, and say in one line what the user can mend."""
-    try:
-        asked = next((word for word in arguments if not word.startswith("-")), None)
-        left = build(asked)(args=list(arguments) or ["--help"], standalone_mode=False)
-        if left == Interrupted.exit_code:  # typer swallows Ctrl-C, and returns this instead
-            raise KeyboardInterrupt
-    except KvfoldError as error:
-        _line(str(error))
-        return error.exit_code
-    except typer.Abort:
-        raise KeyboardInterrupt from None
-    except typer.Exit as leaving:
-        return leaving.exit_code
-    except SystemExit as leaving:
-        if not isinstance(leaving.__context__, BrokenPipeError):
-            raise RuntimeError("a library ended the process") from leaving
-        silence(sys.stdout)  # typer's, when the reader of its help has left
-        return 0
-    except Exception as error:  # typer's own usage errors come in classes that moved between its releases
-        fault = fault_of(error, paths=True)
-        if fault is not None:
-            _line(str(fault))
-            return fault.exit_code
-        said = getattr(error, "format_message", None)
-        if said is None:
-            raise
-        _line(said())
-        return KvfoldError.exit_code
     return 0
 
 
-def _line(message: str) -> None:
+def _run(arguments: Sequence[str]) -> None:
+    first, *others = arguments or ["--help"]
+    if first in HELP:
+        _print(_help())
+    elif first == "--version":
+        _print(f"kvfold {kvfold.__version__}")
+    elif first not in COMMANDS:
+        near = did_you_mean(first, [*COMMANDS, *HELP, "--version"])
+        raise SettingError(
+            f"no command is named {first!r}", allowed=", ".join(COMMANDS), next=near or "see kvfold --help"
+        )
+    elif any(word in HELP for word in others):
+        _print(COMMANDS[first].help(first))
+    else:
+        COMMANDS[first].run(first, others)
+
+
+def _help() -> str:
+    listed = [Flag(name, name, each.function.__doc__ or "") for name, each in COMMANDS.items()]
+    return help_text(
+        "COMMAND [arguments] [flags]",
+        "Fold the KV cache of a trained transformer.",
+        [
+            Panel("Commands", listed),
+            Panel("Flags", [Flag("version", "--version", "Print the version and exit."), SHOW_HELP]),
+        ],
+        "Start with `kvfold demo`; `kvfold COMMAND --help` lists the flags of a command.",
+    )
+
+
+def _line(message: str, status: int) -> int:
     ERR.show(f"kvfold: {' '.join(message.split())}")
+    return status
 
 
 def _interrupted() -> int:
-    _line("interrupted; the same command goes on from what was finished")
-    return Interrupted.exit_code
+    return _line("interrupted; the same command continues from what is finished", Interrupted.exit_code)
 
 
-def _fault(error: Exception) -> int:
-    """Say what nobody but us can mend, with everything that we need to know of it."""
+def _bug(error: BaseException) -> int:
+    """Print a traceback and ask for a report."""
     for line in "".join(traceback.format_exception(error)).splitlines():
         ERR.show(line)
-    _line(
-        f"this is a fault of kvfold {__version__}, not of yours: please report the lines above, with the command and "
-        "the versions of torch and transformers"
-    )
-    return FAULT
+    message = f"this is a bug in kvfold {kvfold.__version__}: please report the lines above, with the command and "
+    return _line(f"{message}the versions of torch and transformers", BUG)
 
 
 # --- the table of commands -----------------------------------------------------------------------------------------
@@ -120,80 +111,51 @@ def _fault(error: Exception) -> int:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*settings: str, methods: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command under its function's name."""
+def command(*own: Flag, settings: str | None = None, methods: bool = False) -> Callable[[Callable[..., None]], None]:
+    """Register a function as the command of its name, with its own flags, a stage's, and those of every method."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        COMMANDS[function.__name__.strip("_")] = Command(function, settings, methods)
-        return function
+    def register(function: Callable[..., None]) -> None:
+        COMMANDS[function.__name__] = Command(function, own, settings, methods)
 
     return register
-
-
-def build(asked: str | None) -> typer.Typer:
-    """The command line, with the flags of one command: building those of all would import everything."""
-    app = typer.Typer(
-        name="kvfold",
-        help="Fold the KV cache of a trained transformer: plan, convert, uptrain, evaluate, bench, report.",
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
-    app.callback()(_top)
-    for name, each in COMMANDS.items():
-        app.command(name)(each.with_flags() if name == asked else _listed(each.function))
-    return app
-
-
-def _listed(function: Callable[..., None]) -> Callable[[], None]:
-    def listed() -> None:
-        raise AssertionError("only listed: its flags were not built")
-
-    listed.__doc__ = function.__doc__
-    return listed
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        OUT.print(f"kvfold {__version__}")
-        raise typer.Exit
-
-
-def _top(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Fold the KV cache of a trained transformer: plan, convert, uptrain, evaluate, bench, report."""
 
 
 def _progress() -> Progress:
     return Bars() if ERR.is_terminal else Lines()
 
 
+def _print(text: str) -> None:
+    OUT.print(text, markup=False, soft_wrap=True)
+
+
 def _print_json(value: Any) -> None:
-    OUT.print(json.dumps(value, indent=2, default=str), markup=False, soft_wrap=True)  # ASCII, controls escaped
+    _print(json.dumps(value, indent=2, default=str))  # ASCII, controls escaped
 
 
-def _finish(value: Mapping[str, Any], as_json: bool, line: str) -> None:
-    """End of a stage: JSON for machines, or one line for people."""
+def _made(what: str, path: Path, as_json: bool) -> None:
+    """Print where a stage wrote its output."""
     if as_json:
-        _print_json(value)
+        _print_json({"path": str(path)})
     else:
-        OUT.show(line)
+        OUT.show(f"{what}: {path}")
 
 
-# --- the commands, in the order of the house -----------------------------------------------------------------------
+SOURCE = Flag("src", "SRC", "Checkpoint: a directory, a hub id, or kvfold:demo.")
+METHOD = Flag("method", "--method", "Conversion method. [default: gqa]", "NAME", "gqa")
+TEACHER = Flag("teacher", "--teacher", "Teacher checkpoint. Default: the root of the student's lineage.", "SRC")
+RECORDS = Flag("records", "--records", "Folder for the record. [default: records]", "DIR", "records")
+NAME = Flag("name", "--name", "Name of the record. Default: the directory's name.", "TEXT")
+OVERWRITE = Flag("overwrite", "--overwrite", "Replace an output of other inputs or settings.", default=False)
+AS_JSON = Flag("as_json", "--json", "Print the result as one JSON object.", default=False)
 
 
-@command("predict.plan:PlanSettings", methods=True)
-def plan(*, src: Source, given: list[dict[str, Any]], method: MethodName = "gqa", as_json: AsJson = False) -> None:
-    """Say what a conversion would save and cost, from config.json alone."""
-    from kvfold.predict.plan import PlanSettings
-    from kvfold.predict.plan import plan as make
+# --- the commands, in the order of their help ----------------------------------------------------------------------
 
-    made = make(src, method, given[1], options=decode(PlanSettings, given[0], "plan"))
+
+@command(SOURCE, METHOD, AS_JSON, settings="predict.plan:PlanSettings", methods=True)
+def plan(src: str, options: Any, chosen: Mapping[str, Any], method: str, as_json: bool) -> None:
+    """Predict what a conversion saves and costs, from config.json."""
+    made = api.plan(src, method, chosen, options=options)
     if as_json:
         _print_json(made.as_dict())
         return
@@ -202,63 +164,39 @@ def plan(*, src: Source, given: list[dict[str, Any]], method: MethodName = "gqa"
         OUT.show(f"warning: {warning}")
 
 
-@command("convert.conversion:ConvertSettings", methods=True)
+@command(
+    *(SOURCE, Flag("dst", "DST", "Directory of the student."), METHOD, OVERWRITE, AS_JSON),
+    settings="convert.conversion:ConvertSettings",
+    methods=True,
+)
 def convert(
-    *,
-    src: Source,
-    dst: Annotated[Path, typer.Argument(help="Where the student goes.", metavar="DST")],
-    given: list[dict[str, Any]],
-    method: MethodName = "gqa",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    src: str, dst: str, options: Any, chosen: Mapping[str, Any], method: str, overwrite: bool, as_json: bool
 ) -> None:
-    """Turn a checkpoint into a student with a smaller cache; no training."""
-    from kvfold.convert.conversion import ConvertSettings
-    from kvfold.convert.conversion import convert as make
-
-    options = decode(ConvertSettings, given[0], "convert")
-    made = make(src, dst, method, given[1], options=options, overwrite=overwrite, progress=_progress())
-    _finish({"path": str(made)}, as_json, f"student: {made}")
+    """Convert a checkpoint to a smaller cache, without training."""
+    made = api.convert(src, dst, method, chosen, options=options, overwrite=overwrite, progress=_progress())
+    _made("student", made, as_json)
 
 
-@command("train.uptrain:UptrainSettings")
-def uptrain(
-    *,
-    student: Annotated[str, typer.Argument(help="The converted checkpoint.", metavar="STUDENT")],
-    out: Annotated[Path, typer.Argument(help="Where the trained student goes.", metavar="OUT")],
-    given: list[dict[str, Any]],
-    teacher: Teacher = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train a student back to quality; stopped at any moment, the same command goes on."""
-    from kvfold.train.uptrain import UptrainSettings
-    from kvfold.train.uptrain import uptrain as make
-
-    settings = decode(UptrainSettings, given[0], "uptrain")
-    made = make(student, out, settings, teacher=teacher, overwrite=overwrite, progress=_progress())
-    _finish({"path": str(made)}, as_json, f"uptrained: {made}")
+@command(
+    Flag("student", "STUDENT", "Converted checkpoint."),
+    Flag("out", "OUT", "Directory of the trained student."),
+    *(TEACHER, OVERWRITE, AS_JSON),
+    settings="train.uptrain:UptrainSettings",
+)
+def uptrain(student: str, out: str, options: Any, teacher: str | None, overwrite: bool, as_json: bool) -> None:
+    """Train a student; repeat the command to continue after a stop."""
+    made = api.uptrain(student, out, options, teacher=teacher, overwrite=overwrite, progress=_progress())
+    _made("uptrained", made, as_json)
 
 
-@command("evaluate.evaluation:EvaluateSettings")
-def evaluate(
-    *,
-    model: Annotated[str, typer.Argument(help="The checkpoint to evaluate.", metavar="OUT")],
-    given: list[dict[str, Any]],
-    teacher: Teacher = None,
-    records: Records = "records",
-    name: Name = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure quality: perplexity, distance to the teacher, recall, lm-eval tasks, samples, and a gate."""
-    from kvfold.evaluate.evaluation import EvaluateSettings
-    from kvfold.evaluate.evaluation import evaluate as measure
-
-    settings = decode(EvaluateSettings, given[0], "evaluate")
-    made = measure(
-        model, settings, teacher=teacher, records=records, name=name, overwrite=overwrite, progress=_progress()
-    )
+@command(
+    Flag("model", "MODEL", "Checkpoint to evaluate."),
+    *(TEACHER, RECORDS, NAME, OVERWRITE, AS_JSON),
+    settings="evaluate.evaluation:EvaluateSettings",
+)
+def evaluate(model: str, options: Any, as_json: bool, **given: Any) -> None:
+    """Measure loss, recall, lm-eval tasks and samples; check a gate."""
+    made = api.evaluate(model, options, **given, progress=_progress())
     if as_json:
         _print_json(dataclasses.asdict(made))
         return
@@ -275,119 +213,90 @@ def _metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{key}", str(value)
 
 
-@command("evaluate.bench:BenchSettings")
-def bench(
-    *,
-    models: Annotated[list[str], typer.Argument(help="The teacher, then its students.", metavar="SRC OUT...")],
-    given: list[dict[str, Any]],
-    records: Records = "records",
-    name: Name = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure cache bytes, prefill and decode time, teacher and students side by side."""
-    from kvfold.evaluate.bench import BenchSettings
-    from kvfold.evaluate.bench import bench as measure
-    from kvfold.formats import size
-
-    settings = decode(BenchSettings, given[0], "bench")
-    made = measure(models, settings, records=records, name=name, overwrite=overwrite, progress=_progress())
+@command(
+    Flag("models", "SRC OUT...", "Teacher, then its students."),
+    *(RECORDS, NAME, OVERWRITE, AS_JSON),
+    settings="evaluate.bench:BenchSettings",
+)
+def bench(models: Sequence[str], options: Any, as_json: bool, **given: Any) -> None:
+    """Measure cache bytes and the time of prefill and decoding."""
+    made = api.bench(models, options, **given, progress=_progress())
     if as_json:
         _print_json(dataclasses.asdict(made))
         return
-    table(
-        made.name,
-        ["tokens x batch", "model", "cache", "prefill ms", "decode ms", "kernel"],
-        [
-            [
-                f"{row['context']:,} x {row['batch']}",
-                row["model"] + (", fp8" if row["cache"] == "fp8" else ""),
-                size(row["cache_bytes"]),
-                f"{1e3 * row['prefill_s']:.4g}",
-                f"{1e3 * row['decode_s_per_token']:.4g}",
-                row["kernel"],
-            ]
-            for row in made.metrics["rows"]
-        ],
-    )
-    if made.metrics["largest"]:
-        table(
-            f"largest batch in {size(settings.memory or 0)}",
-            ["tokens", "model", "batch", "cache", "tokens/s"],
-            [
-                [
-                    f"{row['context']:,}",
-                    row["model"],
-                    f"{row['batch']:,}",
-                    size(row["cache_bytes"]),
-                    f"{row['tokens_per_s']:,.0f}",
-                ]
-                for row in made.metrics["largest"]
-            ],
+    rows = [
+        (
+            f"{row['context']:,} x {row['batch']}",
+            row["model"] + (", fp8" if row["cache"] == "fp8" else ""),
+            size(row["cache_bytes"]),
+            f"{1e3 * row['prefill_s']:.4g}",
+            f"{1e3 * row['decode_s_per_token']:.4g}",
+            row["kernel"],
         )
+        for row in made.metrics["rows"]
+    ]
+    table(made.name, ["tokens x batch", "model", "cache", "prefill ms", "decode ms", "kernel"], rows)
+    largest = [
+        (
+            f"{row['context']:,}",
+            row["model"],
+            f"{row['batch']:,}",
+            size(row["cache_bytes"]),
+            f"{row['tokens_per_s']:,.0f}",
+        )
+        for row in made.metrics["largest"]
+    ]
+    if largest:
+        title = f"largest batch in {size(options.memory or 0)}"
+        table(title, ["tokens", "model", "batch", "cache", "tokens/s"], largest)
     for note in made.metrics["notes"]:
         OUT.show(note)
 
 
-@command()
-def report(
-    *,
-    run_dir: Annotated[Path, typer.Argument(help="A folder with checkpoints and records.", metavar="RUN_DIR")],
-    out: Annotated[Path | None, typer.Option(help="The page; by default RUN_DIR/report.html.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write one self-contained HTML page and the model cards of a run."""
-    from kvfold.report import report as write
-
-    made = write(run_dir, out=out, progress=_progress())
-    _finish({"path": str(made)}, as_json, f"report: {made}")
+@command(
+    Flag("run_dir", "RUN_DIR", "Folder with checkpoints and records."),
+    Flag("out", "--out", "The HTML page. Default: RUN_DIR/report.html.", "FILE"),
+    AS_JSON,
+)
+def report(run_dir: str, out: str | None, as_json: bool) -> None:
+    """Write the HTML report and the model cards of a run."""
+    _made("report", api.report(run_dir, out=out, progress=_progress()), as_json)
 
 
-@command()
-def run(
-    *,
-    recipes: Annotated[
-        list[Path], typer.Argument(help="Recipes, strict YAML files, in this order.", metavar="RECIPE...")
-    ],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Do all of it from one recipe, over its grid and seeds; safe to repeat."""
-    from kvfold.run.runner import run as work
-
+@command(
+    Flag("recipes", "RECIPE...", "Recipes: YAML files, run in this order."),
+    Flag("changes", "--set", "Change one key of the recipe; repeatable.", "KEY=VALUE", repeatable=True),
+    Flag("out", "--out", "Folder of the run. Default: runs/ and the recipe's name.", "DIR"),
+    *(OVERWRITE, AS_JSON),
+)
+def run(recipes: Sequence[str], changes: Sequence[str] | None, out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Run every stage of a recipe, over its grid and seeds."""
     if out is not None and len(recipes) > 1:
         raise SettingError(
-            "several recipes cannot share a folder", where="--out", got=out, next="leave it out: each has runs/NAME"
+            "several recipes cannot share a folder", where="--out", got=out, next="omit it: each run has its own"
         )
     for recipe in recipes:
-        made = work(recipe, out=out, changes=changes or (), overwrite=overwrite, progress=_progress())
-        _summary(made.parent, made, as_json)
+        page = api.run(recipe, out=out, changes=changes or (), overwrite=overwrite, progress=_progress())
+        _summary(page, as_json)
 
 
-@command()
-def demo(
-    *,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fold the checkpoint that ships with the package: GQA and MQA, uptrained, measured, reported."""
+@command(
+    Flag("out", "--out", "Folder of the run. [default: runs/demo]", "DIR", "runs/demo"),
+    *(OVERWRITE, AS_JSON),
+)
+def demo(out: str, overwrite: bool, as_json: bool) -> None:
+    """Fold the packaged checkpoint, train, measure and report."""
     from kvfold.run.runner import demo_recipe
-    from kvfold.run.runner import run as work
 
-    made = work(demo_recipe(), out=out, overwrite=overwrite, progress=_progress())
-    _summary(made.parent, made, as_json)
+    _summary(api.run(demo_recipe(), out=out, overwrite=overwrite, progress=_progress()), as_json)
 
 
-def _summary(folder: Path, page: Path, as_json: bool) -> None:
+def _summary(page: Path, as_json: bool) -> None:
+    """Print the students of a run, whose report is `page`."""
     from kvfold.report import summary
     from kvfold.report.folder import collect
 
-    records = collect(folder).records
+    records = collect(page.parent).records
     if as_json:
         _print_json({"report": str(page), "records": [dataclasses.asdict(each) for each in records]})
         return
@@ -396,73 +305,60 @@ def _summary(folder: Path, page: Path, as_json: bool) -> None:
     OUT.show(f"report: {page}")
 
 
-@command("train.pretrain:PretrainSettings")
-def pretrain(
-    *,
-    config: Annotated[Path, typer.Argument(help="A config.json of a supported architecture, or a recipe.")],
-    out: Annotated[Path, typer.Argument(help="Where the model goes.", metavar="OUT")],
-    given: list[dict[str, Any]],
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train a model from nothing, with a tokenizer of its own, in the same loop."""
-    from kvfold.train.pretrain import PretrainSettings
-    from kvfold.train.pretrain import pretrain as make
-
-    settings = decode(PretrainSettings, given[0], "pretrain")
-    made = make(config, out, settings, overwrite=overwrite, progress=_progress())
-    _finish({"path": str(made)}, as_json, f"model: {made}")
+@command(
+    Flag("config", "CONFIG", "A config.json of a supported architecture, or a recipe."),
+    Flag("out", "OUT", "Directory of the model."),
+    *(OVERWRITE, AS_JSON),
+    settings="train.pretrain:PretrainSettings",
+)
+def pretrain(config: str, out: str, options: Any, overwrite: bool, as_json: bool) -> None:
+    """Train a model and its tokenizer from scratch."""
+    if not Path(config).exists():
+        raise SettingError("no such file", where=config, allowed="a config.json, or a recipe (.yaml)")
+    _made("model", api.pretrain(config, out, options, overwrite=overwrite, progress=_progress()), as_json)
 
 
-@command("export:ExportSettings")
-def export(
-    *,
-    src: Source,
-    dst: Annotated[Path, typer.Argument(help="Where the export goes.", metavar="DST")],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="The engine: ctranslate2, gguf, or transformers (with the code that a student needs).",
-            metavar="ENGINE",
-        ),
-    ],
-    given: list[dict[str, Any]],
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a checkpoint in another engine's format, and check it by loading it there."""
-    from kvfold.export import ExportSettings
-    from kvfold.export import export as write
-
-    settings = decode(ExportSettings, given[0], "export")
-    made = write(src, dst, to, settings, overwrite=overwrite, progress=_progress())
-    _finish({"path": str(made)}, as_json, f"export: {made}")
+@command(
+    SOURCE,
+    Flag("dst", "DST", "Directory of the export."),
+    Flag(
+        "to",
+        "--to",
+        "Engine. `transformers` adds the modelling code of the student. [required]",
+        "ctranslate2|gguf|transformers",
+        required=True,
+    ),
+    *(OVERWRITE, AS_JSON),
+    settings="export:ExportSettings",
+)
+def export(src: str, dst: str, to: str, options: Any, overwrite: bool, as_json: bool) -> None:
+    """Write a checkpoint for another engine and check it there."""
+    _made("export", api.export(src, dst, to, options, overwrite=overwrite, progress=_progress()), as_json)
 
 
-@command()
-def methods(*, as_json: AsJson = False) -> None:
+@command(AS_JSON)
+def methods(as_json: bool) -> None:
     """List the methods and their settings."""
-    found = {name: _described(each.Config) for name, each in all_methods().items()}
-    about = {name: each.about for name, each in all_methods().items()}
+    found = all_methods()
+    settings = {
+        name: {field.name: field.metadata.get("help", "") for field in dataclasses.fields(each.Config)}
+        for name, each in found.items()
+    }
     if as_json:
-        _print_json({name: {"about": about[name], "settings": settings} for name, settings in found.items()})
+        _print_json({name: {"about": each.about, "settings": settings[name]} for name, each in found.items()})
         return
-    for name, settings in found.items():
-        OUT.show(about[name])
-        for setting, words in settings.items():
-            OUT.show(f"    --{setting.replace('_', '-')}  {words}")
+    for name, each in found.items():
+        OUT.show(each.about)
+        for setting, about in settings[name].items():
+            OUT.show(f"    --{setting.replace('_', '-')}  {about}")
 
 
-def _described(settings: type) -> dict[str, str]:
-    return {each.name: each.metadata.get("help", "") for each in dataclasses.fields(settings)}
-
-
-@command()
-def families(*, as_json: AsJson = False) -> None:
-    """List the model families and the architectures that each takes."""
+@command(AS_JSON)
+def families(as_json: bool) -> None:
+    """List the model families and the architectures of each."""
     found = list(all_families().values())
     if as_json:
         _print_json({each.name: {"model_types": each.model_types, "about": each.about} for each in found})
         return
-    table("", ["family", "model_type", ""], [(each.name, ", ".join(each.model_types), each.about) for each in found])
+    rows = [(each.name, ", ".join(each.model_types), each.about) for each in found]
+    table("", ["family", "model_type", ""], rows, words=3)

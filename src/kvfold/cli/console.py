@@ -1,4 +1,4 @@
-"""What people see: progress with an estimate, and tables. Machines read `--json` on standard output instead."""
+"""Progress, lines and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -8,33 +8,37 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from kvfold.errors import plain
+from kvfold.formats import count, size
+from kvfold.progress import Progress
 
-LONGEST = 4000  # characters of a line, and of a cell: what is longer is left out in the middle
+LONGEST = 4000  # characters of a line and of a cell; the middle of longer ones is left out
 
 
 class Screen(Console):
-    """A console whose lines are safe to print, and whose reader may leave: `kvfold plan SRC | head -1` is no fault."""
+    """A console that prints control characters escaped, and whose reader may leave, as in `kvfold plan SRC | head`."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, emoji=False)
 
     def show(self, text: str) -> None:
-        """Print one line, as it is but for control characters."""
+        """Print one line, with control characters escaped."""
         self.print(plain(text, LONGEST), markup=False, soft_wrap=True)
 
+    @override
     def on_broken_pipe(self) -> None:
-        """Go on in silence."""
         self.quiet = True
         silence(self.file)
 
 
 def silence(stream: IO[str]) -> None:
-    """Lead a stream that nobody reads any more to nowhere, so that its end is no error either."""
+    """Redirect a stream whose reader has gone to the null device, so that flushing it is no error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -42,23 +46,17 @@ def silence(stream: IO[str]) -> None:
 
 OUT = Screen()
 if not OUT.is_terminal:
-    OUT.width = 160  # a log has no edge: no word of a table is broken
+    OUT.width = 160  # a file has no edge, so tables need not wrap
 ERR = Screen(stderr=True)
 
-QUIET_SECONDS = 20  # between two lines where no bar can be drawn
+QUIET_SECONDS = 20  # between two lines of `Lines`
 
 
 def quantity(amount: float, unit: str) -> str:
-    """An amount for people: bytes in powers of 1024, the rest in thousands and millions."""
+    """An amount as text: `5.8 MiB`, `1.2M tokens`."""
     if unit == "bytes":
-        for name in ("B", "KiB", "MiB", "GiB", "TiB"):
-            if abs(amount) < 1024 or name == "TiB":
-                return f"{amount:.0f} {name}" if name == "B" else f"{amount:.1f} {name}"
-            amount /= 1024
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(amount) >= limit:
-            return f"{amount / {'B': 1e9, 'M': 1e6, 'k': 1e3}[suffix]:.1f}{suffix} {unit}"
-    return f"{amount:.0f} {unit}"
+        return size(amount)
+    return f"{count(amount) if amount >= 10 else f'{amount:.0f}'} {unit}"
 
 
 class _Amount(ProgressColumn):
@@ -68,16 +66,16 @@ class _Amount(ProgressColumn):
         return Text(f"{quantity(task.completed, unit)}{total}", style="progress.download")
 
 
-class Bars:
-    """Progress on a terminal: one bar at a time, with an estimate of what is left."""
+class Bars(Progress):
+    """Progress on a terminal: one bar at a time, with the estimated time left."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
+        self._bar: Bar | None = None
 
+    @override
     def start(self, what: str, total: float, unit: str) -> None:
-        """Draw a new bar."""
         self.stop()
-        self._progress = Progress(
+        self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             _Amount(),
@@ -87,63 +85,63 @@ class Bars:
             TextColumn("{task.fields[note]}", markup=False),
             console=ERR,
         )
-        self._progress.add_task(plain(what, LONGEST), total=total, unit=unit, note="")
-        self._progress.start()
+        self._bar.add_task(plain(what, LONGEST), total=total, unit=unit, note="")
+        self._bar.start()
 
+    @override
     def advance(self, amount: float, note: str = "") -> None:
-        """Move the bar."""
-        if self._progress is not None:
-            task = self._progress.tasks[0]
-            self._progress.update(task.id, advance=amount, note=plain(note, LONGEST) or task.fields["note"])
+        if self._bar is not None:
+            task = self._bar.tasks[0]
+            self._bar.update(task.id, advance=amount, note=plain(note, LONGEST) or task.fields["note"])
 
+    @override
     def stop(self) -> None:
-        """Leave the bar as it stands."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
+    @override
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        ERR.print(plain(line, LONGEST), markup=False)  # which knows of the bar below
+        ERR.print(plain(line, LONGEST), markup=False)  # above the bar
 
 
-class Lines:
-    """Progress where no bar can be drawn, as in a log: a line at the start, one now and then, one at the end."""
+class Lines(Progress):
+    """Progress in a log: a line at the start, one every `QUIET_SECONDS`, and one at the end."""
 
     def __init__(self) -> None:
         self._what = self._unit = ""
         self._total = self._done = 0.0
-        self._began = self._said = 0.0
+        self._began = self._shown = 0.0
 
+    @override
     def start(self, what: str, total: float, unit: str) -> None:
-        """Say what begins."""
         self.stop()
         self._what, self._total, self._unit, self._done = what, total, unit, 0.0
-        self._began = self._said = time.monotonic()
+        self._began = self._shown = time.monotonic()
         self.say(f"{what}: {quantity(total, unit)}")
 
+    @override
     def advance(self, amount: float, note: str = "") -> None:
-        """Say how far it is, now and then."""
         self._done += amount
         now = time.monotonic()
-        if now - self._said >= QUIET_SECONDS and self._done:
-            self._said = now
+        if now - self._shown >= QUIET_SECONDS and self._done:
+            self._shown = now
             left = (now - self._began) * (self._total - self._done) / self._done
             self.say(f"{self._what}: {self._done / max(self._total, 1e-9):.0%}, {left:.0f} s left {note}".rstrip())
 
+    @override
     def stop(self) -> None:
-        """Say how long it took."""
         if self._what:
             self.say(f"{self._what}: {time.monotonic() - self._began:.1f} s")
             self._what = ""
 
+    @override
     def say(self, line: str) -> None:
-        """Print a line."""
         ERR.show(line)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> None:
-    """Print a table whose first `words` columns are words and whose others are numbers."""
+    """Print a table whose first `words` columns are text and whose other columns are numbers."""
     made = Table(title=Text(plain(title, LONGEST)) if title else None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
         made.add_column(Text(plain(column, LONGEST)), justify="left" if number < words else "right")

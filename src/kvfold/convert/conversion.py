@@ -68,17 +68,16 @@ class ConvertSettings:
     """How a student is written, and what a method may read besides the weights."""
 
     calibration: str | None = field(
-        default=None, metadata={"help": "Text that the teacher reads once, for methods that ask something of it."}
+        default=None,
+        metadata={"help": "Calibration text: a file, a folder, a hub data set, stdlib, or self. Default: none."},
     )
-    calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens of it."})
-    calibration_seed: int = field(default=0, metadata={"help": "Seed with which they are drawn from all of the text."})
+    calibration_tokens: int = field(default=65_536, metadata={"help": "Tokens of calibration text."})
+    calibration_seed: int = field(default=0, metadata={"help": "Seed that draws the calibration tokens from the text."})
     repair: tuple[str, ...] | None = field(
         default=None,
-        metadata={
-            "help": "What is refitted in closed form afterwards: q,o,gate,up,down or none; what the method asks for."
-        },
+        metadata={"help": "Roles to refit in closed form: q,o,gate,up,down, or none. Default: the method's choice."},
     )
-    shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest file of weights, in bytes (5G)."})
+    shard_size: int = field(default=5 * 10**9, metadata={"help": "Largest weight file, in bytes; 5G is 5 billion."})
     dtype: Literal["source", "bfloat16", "float16", "float32"] = field(
         default="source", metadata={"help": "Format of the student's weights."}
     )

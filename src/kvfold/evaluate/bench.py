@@ -34,8 +34,8 @@ from kvfold.disk.record import Record
 from kvfold.errors import KvfoldError, SettingError
 from kvfold.evaluate.timing import Contender, Rows, time_decode, time_prefill
 from kvfold.formats import size
-from kvfold.machine import best_device
-from kvfold.predict.roofline import hardware, processor_memory
+from kvfold.machine import best_device, device_memory
+from kvfold.predict.roofline import hardware
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import MOST, SEEDS, check_range
 
@@ -169,8 +169,7 @@ def _check_room(checkpoints: Sequence[Checkpoint], settings: BenchSettings) -> N
                 )
         caches = max(caches, len(checkpoints) * settings.memory)
     needed = COPIES * caches + item * sum(each.shape.parameters for each in checkpoints)
-    gpu = best_device() == "cuda"
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else processor_memory()
+    memory = device_memory(best_device())
     if needed > memory:
         raise SettingError(
             "models and caches do not fit in memory",

@@ -53,7 +53,7 @@ class Config:
     """Which layers share, and what they start from."""
 
     share: int | None = setting(
-        None, "Layers per owner; 1: no layer shares. Default 2. For --layout auto: at most this many, default 4."
+        None, "Layers per owner; 1: no layer shares. Default: 2; for --layout auto at most this many, 4."
     )
     layout: str = setting(
         "pairs",
@@ -64,7 +64,7 @@ class Config:
         "fit", "What owners start from. Without --calibration: copy, which reads weights alone."
     )
     budget: float | None = setting(
-        None, "For --layout auto: cache bytes as a fraction of the root teacher's, e.g. 0.25."
+        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; required for --layout auto."
     )
 
     def check(self, shape: Shape) -> None:

@@ -68,13 +68,13 @@ class Config:
     """How many planes stay rotated, how wide the latent is, and how both are chosen."""
 
     ratio: float | None = setting(
-        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; chooses rope_chunks and latent_dim."
+        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25, instead of --rope-chunks and --latent-dim."
     )
     rope_chunks: PerSite | None = setting(
-        None, "Rotated planes (pairs of coordinates) per key head, e.g. 4. By layer: 4/4/2/3."
+        None, "Rotated planes (pairs of coordinates) per key head, e.g. 4. By layer: 4/4/2/3. Default: from --ratio."
     )
     latent_dim: PerSite | None = setting(
-        None, "Width of the latent of unrotated keys and values, e.g. 256. By layer: 256/128."
+        None, "Width of the latent of unrotated keys and values, e.g. 256. By layer: 256/128. Default: from --ratio."
     )
     search: Search = setting("elite", "How rotated planes are chosen. Without --calibration: uniform.")
     metric: Metric = setting("outputs", "How errors of the latent are weighed. Without --calibration: weights.")

@@ -63,7 +63,7 @@ class Config:
     init: Init = setting("fit", "How a group becomes one head. Without --calibration: mean, which reads weights alone.")
     init_seed: int = setting(0, "Seed of --init random.")
     budget: float | None = setting(
-        None, "For --kv-heads auto: cache bytes as a fraction of the root teacher's, e.g. 0.25."
+        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; required for --kv-heads auto."
     )
 
     def check(self, shape: Shape) -> None:

@@ -65,7 +65,7 @@ LIMITS: Sequence[Limit] = (
 class Config:
     """A preset, and what differs from it."""
 
-    preset: Literal["supra", "hybrid"] = setting("supra", "supra (as published), or hybrid (with a softmax window).")
+    preset: Literal["supra", "hybrid"] = setting("supra", "As SUPRA published it, or a hybrid with a softmax window.")
     features: Literal["preset", "relu", "hedgehog", "none"] = setting(
         PRESET, "Feature map of queries and keys; none: the window and the sinks alone."
     )
@@ -85,7 +85,7 @@ class Config:
     sinks: int | None = setting(None, "First tokens that softmax sees. Default: 0; for hybrid 4.")
     gate: float = setting(50.0, "Initial factor of the window's weights beside the features'; LoLCATs: 0.1.")
     keep_layers: str | int | None = setting(
-        None, "Layers that keep softmax attention, e.g. 0,5, or auto:2 (the two that copying needs most)."
+        None, "Layers that keep softmax attention: 0,5, or auto:2 (the two that copying needs most). Default: none."
     )
     recall_tokens: int = setting(16_384, "Tokens on which --keep-layers auto measures each layer.")
 

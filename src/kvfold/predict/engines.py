@@ -1,10 +1,10 @@
-"""Which engines load a student, and how much of that was tried.
+"""The engines that load a student, and what was tested of each.
 
-A student in its source's own architecture is loaded by every engine that knows the architecture. One whose layers
-differ in their key/value heads needs an engine that takes a number for each layer; one whose layers share keys and
-values, or that needs another of kvfold's own classes, is loaded by transformers with kvfold installed.
+A student with its source's architecture loads in every engine that knows the architecture. If its layers differ in
+their key/value heads, the engine must take a number for each layer. If its layers share keys and values, or it needs
+another of kvfold's own classes, it loads in transformers with kvfold installed.
 
-`refusal` decides for the engines that kvfold exports to: a plan promises what an export writes, and nothing else.
+`refusal` decides for the engines that kvfold exports to, so a plan lists exactly what an export writes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfold.contracts.method import Student
+from kvfold.contracts.runtimes import LAYERS, PAIRS, STOCK
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: whether it should load the student, through what, and what was tried."""
+    """An engine: whether it loads the student, how, or why not, and what was tested."""
 
     name: str
     loads: bool
@@ -31,7 +32,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of an engine: architectures that it implements, those that were run folded, and what came out."""
+    """What is known of an engine: the architectures that it implements, those that were run, and the result."""
 
     name: str
     how: str
@@ -41,19 +42,18 @@ class _Known:
 
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_STOCK = _LAYOUT | {"olmo2", "phi", "gpt_neox"}
 _LLAMA = frozenset({"llama"})
 
 _KNOWN = (
-    _Known("transformers", "AutoModelForCausalLM, without kvfold", _STOCK, _STOCK, "loaded in the tests"),
+    _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
     _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
     _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
 )
 
-_MIXED = (  # key/value heads of each layer's own: `per_layer_config`
-    _Known("transformers", "with kvfold installed", _LAYOUT | {"olmo2"}, _LAYOUT | {"olmo2"}, "loaded in the tests"),
+_MIXED = (  # layers that differ in their key/value heads: `per_layer_config`
+    _Known("transformers", "with kvfold installed", LAYERS.models, LAYERS.models, "loaded in the tests"),
     _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
@@ -63,9 +63,9 @@ _MIXED = (  # key/value heads of each layer's own: `per_layer_config`
 
 _T5 = frozenset({"t5", "mt5"})
 _T5GEMMA = frozenset({"t5gemma"})
-_PAIRED = _T5 | {"bart", "mbart"} | _T5GEMMA
+_PAIRED = PAIRS.models
 
-_GROUPED_T5 = (  # encoder-decoders with shared heads: an architecture of kvfold's own
+_GROUPED_T5 = (  # encoder-decoders with shared heads, in an architecture of kvfold's own
     _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
     _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
@@ -80,17 +80,16 @@ _PLAIN_T5 = (
     *_GROUPED_T5[3:],
 )
 
-_ONE_NUMBER = (  # of key/value heads in the whole decoder, which the architecture has a place for
+_ONE_NUMBER = (  # one number of key/value heads for the whole decoder, which a stock config expresses
     _Known("transformers", "AutoModelForSeq2SeqLM, without kvfold", _T5GEMMA, _T5GEMMA, "loaded in the tests"),
-    _Known("vLLM", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
-    _Known("llama.cpp", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("vLLM", "no support for T5Gemma was found", frozenset(), frozenset(), ""),
+    _Known("llama.cpp", "no support for T5Gemma was found", frozenset(), frozenset(), ""),
     _Known("CTranslate2", "its T5Gemma has no soft caps, and one window for all layers", frozenset(), frozenset(), ""),
-    _Known("SGLang", "has no T5Gemma, as far as was seen", frozenset(), frozenset(), ""),
+    _Known("SGLang", "no support for T5Gemma was found", frozenset(), frozenset(), ""),
 )
 
 
 def _table(student: Student) -> tuple[_Known, ...]:
-    """What is known of students of this kind."""
     sites = student.shape.sites
     if any(site.kind == "cross" for site in sites):
         counts = {attention.num_key_value_heads for site, attention in sites.items() if site.kind != "encoder"}
@@ -101,7 +100,7 @@ def _table(student: Student) -> tuple[_Known, ...]:
 
 
 def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
-    """Every engine that was looked at, for a student of a source with this config.json."""
+    """Every known engine, for a student of a source with this config.json."""
     shape = student.shape
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
     if student.model_type is not None or kept is not None:
@@ -115,52 +114,52 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
 
 
 def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
-    """One engine: by the check of its export where there is one, else by what is known of it."""
+    """One engine, by the check of its export if there is one, else by its table."""
     problem: str | None = None
     if known.name in EXPORTED:
         found = refusal(known.name, config, shape)
         problem = None if found is None else found.line
     elif shape.model_type not in known.model_types:
-        problem = f"no place for {shape.model_type}"
+        problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in ARCHITECTURES and _activation(config) not in _SILU:
-        problem = f"its MLP knows silu alone (got {_activation(config)})"
-    if problem is not None and not known.model_types:  # no model of this kind is loaded, and the table says why
+        problem = f"its MLP supports only silu (got {_activation(config)})"
+    if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
         problem = known.how
     tried = known.checked if shape.model_type in known.ran else f"not run with {shape.model_type}"
     return Engine(known.name, problem is None, problem or known.how, tried if problem is None else "no")
 
 
 def _sharing() -> tuple[Engine, ...]:
-    """Layers that read another layer's keys and values: kvfold's own classes, and no engine's."""
-    told = {"llama.cpp": "shares the last layers of Gemma's architectures alone", "CTranslate2": "no place for it"}
+    """The engines for layers that read another layer's keys and values, which only kvfold's own classes do."""
+    why = {"llama.cpp": "shares layers only in Gemma's architectures", "CTranslate2": "cannot share layers"}
     rest = (
-        Engine(known.name, False, told.get(known.name, "does not find kvfold's classes"), "no") for known in _KNOWN[1:]
+        Engine(known.name, False, why.get(known.name, "does not find kvfold's classes"), "no") for known in _KNOWN[1:]
     )
     return (Engine("transformers", True, "with kvfold installed", "loaded in the tests"), *rest)
 
 
-# --- what an export cannot write --------------------------------------------------------------------------------------
+# --- what an export cannot write ------------------------------------------------------------------------------------
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Decoders that exports know."""
+"""Decoders that can be exported."""
 
 T5_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
-"""What CTranslate2 calls the activations of a T5."""
+"""Activation of a T5 -> its name in CTranslate2."""
 
 EXPORTED = ("llama.cpp", "CTranslate2")
-_SILU = ("silu", "swish")  # two names of one function
+_SILU = ("silu", "swish")  # the same function
 _SILU_ALONE = ("vLLM", "SGLang")
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""Rotary scalings that exports write, and the numbers that each needs."""
+"""RoPE scalings that can be exported, and the numbers that each needs."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an engine has no place for a model."""
+    """Why a model cannot be exported to an engine."""
 
     what: str
     got: object = None
@@ -169,7 +168,7 @@ class Refusal:
 
     @property
     def line(self) -> str:
-        """The refusal as a plan says it."""
+        """The refusal in a plan."""
         return self.what if self.got is None else f"{self.what} (got {plain(self.got, 80)})"
 
     def error(self, engine: str, where: object) -> UnsupportedModel:
@@ -184,7 +183,7 @@ class Refusal:
 
 
 def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | None:
-    """Why kvfold cannot write a model of this config.json and shape for an engine of `EXPORTED`; None when it can."""
+    """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
         return _of_t5(config, shape)
     found = _of_decoder(config, shape)
@@ -192,12 +191,12 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
 
 
 def mixed(shape: Shape) -> bool:
-    """Do layers differ in their key/value heads?"""
+    """Whether layers differ in their key/value heads."""
     return len({attention.num_key_value_heads for attention in shape.sites.values()}) > 1
 
 
 def rope_kind(rope: Rope) -> str:
-    """What config.json calls the scaling of a rotation."""
+    """The name of the RoPE scaling in config.json."""
     scaling = rope.scaling or {}
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
@@ -207,44 +206,43 @@ def _activation(config: Mapping[str, Any]) -> object:
 
 
 def _kept(shape: Shape) -> Refusal | None:
-    """No engine caches a latent or a state."""
+    """Refuse latents and states, which no engine caches."""
     other = next((each for each in shape.sites.values() if each.kept is not None or each.linear is not None), None)
     if other is None:
         return None
     kept = " and ".join(other.cached)
-    return Refusal("the engine keeps keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
+    return Refusal("the engine caches keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
 
 
 def _of_t5(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
-    """What CTranslate2 lacks for an encoder-decoder."""
+    """Refuse encoder-decoders that CTranslate2 does not support."""
     if shape.family != "t5":
-        return Refusal("its architecture is not known here", shape.model_type, "t5, mt5")
+        return Refusal("its architecture is not supported", shape.model_type, "t5, mt5")
     name = t5_activation(config)
     if name not in T5_ACTIVATIONS:
-        return Refusal("it has no such activation", name, ", ".join(T5_ACTIVATIONS))
+        return Refusal("the engine lacks the activation", name, ", ".join(T5_ACTIVATIONS))
     return _kept(shape)
 
 
 def t5_activation(config: Mapping[str, Any]) -> str:
-    """The activation of a T5, as transformers calls it."""
+    """The activation of a T5 by its name in transformers."""
     stated = str(config.get("feed_forward_proj", "relu"))
     return "gelu_new" if stated == "gated-gelu" else stated.removeprefix("gated-")
 
 
 def _of_decoder(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
-    """What no export of a decoder has a place for."""
+    """Refuse decoders that no engine supports."""
     if shape.model_type not in ARCHITECTURES:
-        return Refusal("its architecture is not known here", shape.model_type, ", ".join(ARCHITECTURES))
+        return Refusal("its architecture is not supported", shape.model_type, ", ".join(ARCHITECTURES))
     if shape.owners:
-        owners = f"{len(shape.owners)} owners"
-        return Refusal("its layers share keys and values", owners, "keys and values of its own for each layer")
+        return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
     if kept := _kept(shape):
         return kept
     if _activation(config) not in _SILU:
         return Refusal("the engine gates its MLP with silu", _activation(config), "silu")
     first = next(iter(shape.sites.values()))
     if any(each.softcap is not None or each.scale is not None for each in shape.sites.values()):
-        return Refusal("the engine scales logits by the head width, and caps none", "a scale or a soft cap of its own")
+        return Refusal("the engine scales logits by the head width, without a cap", "another scale, or a soft cap")
     if first.rope is None or first.rope.dims != first.head_dim:
         dims = 0 if first.rope is None else first.rope.dims
         return Refusal("the engine rotates whole heads", f"{dims} dimensions", f"{first.head_dim} dimensions")
@@ -252,7 +250,7 @@ def _of_decoder(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
 
 
 def _of_rope(rope: Rope) -> Refusal | None:
-    """Scalings that depend on the length of the text, or that scale the logits too, and those without their numbers."""
+    """Refuse scalings that depend on the text's length or also scale logits, and those that lack a number."""
     kind, scaling = rope_kind(rope), rope.scaling or {}
     if kind not in _ROPE_KEYS:
         return Refusal(f"RoPE scaling {kind!r} cannot be exported", kind, ", ".join(_ROPE_KEYS))
@@ -266,16 +264,16 @@ def _of_rope(rope: Rope) -> Refusal | None:
 
 
 def _of_gguf(shape: Shape) -> Refusal | None:
-    """What the architectures of llama.cpp have no place for."""
+    """Refuse what the architectures of llama.cpp cannot express."""
     attention, model_type = next(iter(shape.sites.values())), shape.model_type
     if mixed(shape):
         problem = _of_deci(attention)
-        what = f"deci, the architecture for key/value heads of each layer's own, {problem}"
+        what = f"deci, the architecture for layers that differ in their key/value heads, {problem}"
         return None if problem is None else Refusal(what, next="export to ctranslate2")
     if model_type == "qwen3" and attention.biases:
         return Refusal("qwen3 has no biases", ", ".join(sorted(attention.biases)))
     if attention.rope is not None and rope_kind(attention.rope) != "default" and model_type.startswith("qwen"):
-        return Refusal(f"{model_type} has no place for scaled rotary frequencies", rope_kind(attention.rope))
+        return Refusal(f"{model_type} has no scaled rotary frequencies", rope_kind(attention.rope))
     return None
 
 
@@ -283,5 +281,5 @@ def _of_deci(attention: Attention) -> str | None:
     if attention.norms != "none":
         return "has no norms of q and k"
     if "q" in attention.biases and attention.num_attention_heads * attention.head_dim != attention.hidden_size:
-        return "has biases as wide as the model only"
+        return "has only biases as wide as the model"
     return None

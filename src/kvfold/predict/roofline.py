@@ -1,10 +1,9 @@
-"""The roofline: a decode step takes as long as its bytes or its operations need, whichever is longer.
+"""The roofline: a decode step takes as long as its memory traffic or its operations, whichever is longer.
 
     seconds = max(bytes / bandwidth, FLOPs / peak)        (Williams, Waterman & Patterson 2009)
 
-A step reads every weight once for the whole batch and every sequence's cache once. Kernels reach a part of it, so
-the ratio of two predictions says more than either. Published numbers are of the SXM or PCIe card that is named,
-dense (without sparsity); `local` is this machine as measured once by torch.
+A step reads every weight once for the whole batch, and the cache of each sequence once. Kernels reach a part of the
+roofline, so the ratio of two predictions says more than either.
 """
 
 from __future__ import annotations
@@ -25,47 +24,40 @@ from kvfold.contracts.cache import CacheSpec
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.errors import SettingError, choices
-from kvfold.machine import best_device, describe
+from kvfold.machine import available, best_device, describe, device_memory
 
 HardwareName = Literal["a100", "h100", "h200", "l4", "local"]
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device: bytes of memory, bytes/s of bandwidth, dense FLOP/s by dtype, and when it was measured, if it was."""
+    """One device."""
 
     name: str
     about: str
-    memory: Annotated[int, Field(gt=0)]
-    bandwidth: Annotated[float, Field(gt=0, lt=math.inf)]
-    flops: Mapping[str, Annotated[float, Field(gt=0, lt=math.inf)]]
-    measured: str | None = None
+    memory: Annotated[int, Field(gt=0)]  # bytes
+    bandwidth: Annotated[float, Field(gt=0, lt=math.inf)]  # bytes/s
+    flops: Mapping[str, Annotated[float, Field(gt=0, lt=math.inf)]]  # dense FLOP/s of matrix products by dtype
+    measured: str | None = None  # the date; None for published numbers
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products in this dtype; 16-bit formats are equally fast."""
         return self.flops["float32" if DTYPE_BYTES[dtype] > 2 else "bfloat16"]
 
 
-def _published(
-    name: str, about: str, gigabytes: int, gigabytes_s: float, teraflops_16: float, teraflops_32: float
-) -> Hardware:
-    flops = {"bfloat16": teraflops_16 * 1e12, "float32": teraflops_32 * 1e12}
-    return Hardware(name, about, gigabytes * 10**9, gigabytes_s * 1e9, flops)
-
-
 PUBLISHED = {
-    card.name: card
-    for card in (
-        _published("a100", "NVIDIA A100 80 GB SXM", 80, 2039, 312, 19.5),
-        _published("h100", "NVIDIA H100 SXM", 80, 3350, 989.4, 66.9),
-        _published("h200", "NVIDIA H200 SXM", 141, 4800, 989.4, 66.9),
-        _published("l4", "NVIDIA L4", 24, 300, 121, 30.3),
+    name: Hardware(name, about, memory * 10**9, bandwidth * 1e9, {"bfloat16": half * 1e12, "float32": single * 1e12})
+    for name, about, memory, bandwidth, half, single in (  # GB, GB/s, TFLOP/s without sparsity
+        ("a100", "NVIDIA A100 80 GB SXM", 80, 2039, 312, 19.5),
+        ("h100", "NVIDIA H100 SXM", 80, 3350, 989.4, 66.9),
+        ("h200", "NVIDIA H200 SXM", 141, 4800, 989.4, 66.9),
+        ("l4", "NVIDIA L4", 24, 300, 121, 30.3),
     )
 }
 
 
 def hardware(name: str) -> Hardware:
-    """The device of this name; `local` is measured at its first use. Raises SettingError for an unknown name."""
+    """The device of this name; `local` is this machine, measured at the first use. Raises SettingError."""
     if name == "local":
         return local()
     if name not in PUBLISHED:
@@ -78,18 +70,18 @@ def hardware(name: str) -> Hardware:
 
 @dataclass(frozen=True)
 class Step:
-    """What one device does to decode one token of every sequence: bytes moved and floating-point operations."""
+    """The work of one device to decode one token of every sequence: bytes read and floating-point operations."""
 
     weight_bytes: float
     cache_bytes: float
     flops: float
 
     def seconds(self, device: Hardware, dtype: str) -> float:
-        """The roofline's time of the step."""
+        """The time of the step."""
         return max((self.weight_bytes + self.cache_bytes) / device.bandwidth, self.flops / device.peak(dtype))
 
     def bound(self, device: Hardware, dtype: str) -> Literal["memory", "compute"]:
-        """Which roof it is."""
+        """The roof that limits the step."""
         moved = (self.weight_bytes + self.cache_bytes) / device.bandwidth
         return "memory" if moved >= self.flops / device.peak(dtype) else "compute"
 
@@ -107,9 +99,9 @@ def decode_step(
 ) -> Step:
     """Bytes and operations of one decode step after `context` cached tokens, on each of `tensor_parallel` devices.
 
-    `tied` says that the embedding is the output matrix too; otherwise a step reads no more of it than its own rows.
-    An encoder has read its `encoder_context` tokens before: its weights are not read again, and neither is what makes
-    the cache of a cross-attention of them. A cache that layers share saves room and not reads: every layer reads it.
+    If the embedding is not `tied` to the output matrix, a step reads only its own rows of it. An encoder has read its
+    `encoder_context` tokens before: a step reads neither its weights nor those that make the cache of
+    cross-attention. A cache that layers share is read by each of them.
     """
     itemsize = DTYPE_BYTES[dtype]
     crossed = [site for key, site in shape.sites.items() if key.kind == "cross"]
@@ -138,12 +130,9 @@ def decode_step(
 
 
 def cache_share(shape: Shape, tensor_parallel: int) -> float:
-    """The part of the cache that each device holds: heads are split, and replicated when they are too few.
-
-    What is not of heads, as a latent that all of them read, is replicated.
-    """
+    """The share of the cache on each device: heads are split, or replicated if too few; latents are replicated."""
     sites = [site for kind, site in shape.sites.items() if kind.kind != "encoder" and site.source is None]
-    whole = [max(1, sum(site.cached.values())) for site in sites]  # sums, which no token adds to, are of heads too
+    whole = [max(1, sum(site.cached.values())) for site in sites]  # 0 for states
     parts = [
         1 if site.kept is not None and site.linear is None else max(1 / tensor_parallel, 1 / site.num_key_value_heads)
         for site in sites
@@ -155,7 +144,7 @@ def cache_share(shape: Shape, tensor_parallel: int) -> float:
 
 
 def local() -> Hardware:
-    """This machine as measured: read from kvfold's cache folder, or measured now (seconds) and kept with its date."""
+    """This machine, from kvfold's cache folder, or measured now (in seconds) and stored with its date."""
     path = cache_folder() / "hardware" / f"{fingerprint(_identity())[:16]}.json"
     kept = _kept(path)
     if kept is not None:
@@ -168,7 +157,7 @@ def local() -> Hardware:
 
 
 def _kept(path: Path) -> Hardware | None:
-    """What was measured before; None when nothing was, or the file is damaged."""
+    """An earlier measurement; None if there is none, or the file is damaged."""
     try:
         kept = pydantic.TypeAdapter(Hardware).validate_python(read_json(path))
     except pydantic.ValidationError:
@@ -177,10 +166,9 @@ def _kept(path: Path) -> Hardware | None:
 
 
 def _identity() -> dict[str, Any]:
-    """What changes a measurement, known without torch."""
+    """What a measurement depends on, known without torch."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"machine": platform.node(), "cores": cores} | {name: os.environ.get(name) for name in names}
+    return {"machine": platform.node(), "cores": available()} | {name: os.environ.get(name) for name in names}
 
 
 def measure() -> Hardware:
@@ -189,10 +177,9 @@ def measure() -> Hardware:
 
     device = best_device()
     gpu = device == "cuda"
-    memory = int(torch.cuda.get_device_properties(0).total_memory) if gpu else processor_memory()
 
     def best(work: Callable[[], object], repeats: int) -> float:
-        """Seconds of the fastest run: what the machine can do, not what else it was doing."""
+        """Seconds of the fastest run, which other processes disturb least."""
         times = []
         for _ in range(repeats):
             if gpu:
@@ -205,7 +192,7 @@ def measure() -> Hardware:
         return min(times)
 
     with torch.inference_mode():
-        side = 32768 if gpu else 6144  # 4 GiB or 144 MiB: far beyond any cache of the processor
+        side = 32768 if gpu else 6144  # 4 GiB or 144 MiB: larger than any processor's cache
         block = torch.randn(side, side, device=device)
         vector = torch.randn(side, device=device)
         seconds = min(best(lambda: block @ vector, 8), best(block.max, 8))
@@ -215,12 +202,6 @@ def measure() -> Hardware:
         for dtype in ("bfloat16", "float32"):
             square = torch.randn(side, side, device=device).to(getattr(torch, dtype))
             flops[dtype] = 2 * side**3 / best(lambda matrix=square: matrix @ matrix, 8)  # type: ignore[misc]
-    return Hardware("local", describe(), memory, bandwidth, flops, time.strftime("%Y-%m-%d", time.gmtime()))
-
-
-def processor_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's when that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    return Hardware(
+        "local", describe(), device_memory(device), bandwidth, flops, time.strftime("%Y-%m-%d", time.gmtime())
+    )

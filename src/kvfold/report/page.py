@@ -47,10 +47,10 @@ def _check(page: Path) -> None:
     if page.is_dir():
         raise OutputError("is a directory", where=page, next="name a file, such as report.html")
     if page.name in ("", "..") or "\0" in str(page):
-        raise OutputError("is no name for a page", where=page, next="name a file, such as report.html")
+        raise OutputError("cannot name a page", where=page, next="name a file, such as report.html")
     if os.path.lexists(page) and not written_by_kvfold(page):
         raise OutputError(
-            "is no page that kvfold wrote: it is not replaced",
+            "exists and was not written by kvfold",
             where=page,
             next="move it away, or name another file with --out",
         )

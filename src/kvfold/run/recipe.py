@@ -100,7 +100,7 @@ def _extended(path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in through:
         raise SettingError("extends itself", where=path)
     if len(through) > CHAIN:
-        raise SettingError("recipes extend one another too often", where=path, allowed=f"{CHAIN} times")
+        raise SettingError("too many recipes extend one another", where=path, allowed=f"{CHAIN} times")
     content = read_yaml(path)
     other = content.pop("extends", None)
     if other is None:
@@ -179,7 +179,7 @@ def _count(recipe: Recipe) -> None:
     """Refuse a run of no rows, or of too many, before any row is made."""
     check_range(recipe, recipe.name, 0, SEEDS - 1, "seeds")
     if not recipe.seeds:
-        raise SettingError("seeds names none", where=recipe.name, next="leave it out for seed 0")
+        raise SettingError("seeds is empty", where=recipe.name, next="leave it out for seed 0")
     empty = next((key for grid in recipe.matrix for key, value in grid.items() if value == []), None)
     if empty is not None:
         raise SettingError(f"matrix: {empty!r} has no values", where=recipe.name, next="leave the key out")

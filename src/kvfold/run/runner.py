@@ -116,7 +116,7 @@ def _check_places(work: _Run, file: Path | None) -> None:
     kept = work.folder / RECIPE
     if os.path.lexists(kept) and not _is(kept, file) and not _written_by_run(kept):
         raise OutputError(
-            "is there, and was not written by kvfold: it is not replaced",
+            "exists and was not written by kvfold",
             where=kept,
             next="move it away, or give another folder with --out",
         )
@@ -156,7 +156,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
         _task(work, seed=0)
         if work.recipe.control:
             raise SettingError(
-                "a control is not fine-tuned", where=work.recipe.name, next="give method identity a row of its own"
+                "the control cannot be fine-tuned", where=work.recipe.name, next="add a row of method identity"
             )
     for cell in rows:
         for settings in _chain(cell.convert):
@@ -200,7 +200,7 @@ def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]
         return [settings]
     if not isinstance(first, Mapping) or any(not isinstance(key, str) for key in first):
         raise SettingError(
-            "after is a conversion that comes first", where="convert", got=repr(first), allowed="keys as in convert"
+            "after must be a previous conversion", where="convert", got=repr(first), allowed="keys as in convert"
         )
     read = {key: value for key, value in settings.items() if key.startswith("calibration")}
     if deep >= CHAIN:

@@ -57,43 +57,46 @@ class TrainSettings:
 
     data: str = field(
         metadata={
-            "help": "Text: a .txt, .jsonl or .parquet file, a folder of them, a hub data set, stdlib (Python's own "
-            "library), or self (sampled from the teacher)."
+            "help": "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a "
+            "folder of .txt, .jsonl and .parquet files, a hub data set (owner/name), stdlib (the "
+            "source of Python's library), or self (sampled from the teacher). An encoder-decoder "
+            "also reads pairs from a .tsv or .jsonl file."
         }
     )
-    tokens: int | None = field(default=None, metadata={"help": "Tokens to train on; 20M is 20 million."})
-    sequence_length: int = field(default=256, metadata={"help": "Tokens of one sequence."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences of one optimiser step."})
+    tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to train on, such as 20M; required without --alpha."}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Tokens of a sequence."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences in one optimiser step."})
     micro_batch: int | None = field(
-        default=None, metadata={"help": "Sequences of one forward; gradients are summed up to the batch."}
+        default=None, metadata={"help": "Sequences in one forward pass. Default: --batch-size."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     schedule: Literal["cosine", "wsd", "constant"] = field(
-        default="cosine", metadata={"help": "Learning rate over steps: cosine, warmup-stable-decay, or constant."}
+        default="cosine", metadata={"help": "Learning-rate schedule; wsd is warmup-stable-decay."}
     )
-    warmup: float = field(default=0.02, metadata={"help": "Share of the steps that warm up."})
-    decay: float = field(default=0.2, metadata={"help": "Share of the steps that decay (wsd)."})
-    final_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end, as a share of the peak."})
+    warmup: float = field(default=0.02, metadata={"help": "Share of the steps that warm up, from 0 to 1."})
+    decay: float = field(default=0.2, metadata={"help": "Share of the steps that decay in wsd, from 0 to 1."})
+    final_rate: float = field(default=0.0, metadata={"help": "Final learning rate, as a share of the peak."})
     optimizer: Literal["adamw", "adafactor"] = field(
-        default="adamw", metadata={"help": "AdamW, or T5's Adafactor: rates are relative to a matrix's own size."}
+        default="adamw", metadata={"help": "Optimiser; adafactor's rates are relative to a matrix's size."}
     )
-    dropout: float | None = field(default=None, metadata={"help": "Dropout while training; by default the config's."})
+    dropout: float | None = field(default=None, metadata={"help": "Dropout probability. Default: the config's."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
-    beta1: float = field(default=0.9, metadata={"help": "AdamW's first moment."})
-    beta2: float = field(default=0.95, metadata={"help": "AdamW's second moment."})
-    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
+    beta1: float = field(default=0.9, metadata={"help": "Decay rate of AdamW's first moment."})
+    beta2: float = field(default=0.95, metadata={"help": "Decay rate of AdamW's second moment."})
+    clip: float = field(default=1.0, metadata={"help": "Largest gradient norm."})
     precision: Literal["auto", "bf16", "fp32"] = field(
         default="auto",
-        metadata={
-            "help": "What is multiplied in; the trained weights are fp32 either way. auto: bf16 where the hardware "
-            "multiplies it natively, else fp32."
-        },
+        metadata={"help": "Format of matrix products; auto is bf16 where the hardware multiplies it natively."},
     )
     compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two saved states."})
-    checkpoint_steps: int | None = field(default=None, metadata={"help": "Steps between two saved states, besides."})
+    checkpoint_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two saved states, besides the minutes. Default: none."}
+    )
     log_every: int = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of the text, and of what is drawn."})
+    seed: int = field(default=0, metadata={"help": "Random seed, also of the data order."})
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, with SettingError."""

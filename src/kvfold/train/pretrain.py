@@ -55,17 +55,19 @@ class PretrainSettings(TrainSettings):
     data: str = field(
         default="stdlib",
         metadata={
-            "help": "Text: a .txt, .jsonl or .parquet file, a folder of them, a hub data set, stdlib (Python's own "
-            "library)."
+            "help": "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a "
+            "folder of .txt, .jsonl and .parquet files, a hub data set (owner/name), or stdlib "
+            "(the source of Python's library). An encoder-decoder also reads pairs from a .tsv or "
+            ".jsonl file."
         },
     )
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     schedule: Literal["cosine", "wsd"] = field(
-        default="wsd", metadata={"help": "Learning rate over steps: cosine, or warmup-stable-decay."}
+        default="wsd", metadata={"help": "Learning-rate schedule; wsd is warmup-stable-decay."}
     )
 
     tokenizer_data: tuple[str, ...] = field(
-        default=(), metadata={"help": "More texts that the tokenizer is trained on, with those of --data."}
+        default=(), metadata={"help": "Texts that the tokenizer also trains on, besides --data. Default: none."}
     )
 
     def __post_init__(self) -> None:
@@ -214,7 +216,7 @@ def _read(
 class _Recipe:
     """A recipe of `kvfold pretrain`."""
 
-    config: Mapping[str, Any] = field(metadata={"help": "The keys of config.json."})
+    config: Mapping[str, Any] = field(metadata={"help": "Keys of config.json."})
     pretrain: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
 

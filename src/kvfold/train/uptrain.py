@@ -57,31 +57,34 @@ class UptrainSettings(TrainSettings):
     """How a student is trained back."""
 
     alpha: float | None = field(
-        default=None, metadata={"help": "Tokens as a part of the pre-training tokens; the paper's is 0.05."}
+        default=None,
+        metadata={"help": "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."},
     )
     pretraining_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens the teacher was trained on (2T); known when kvfold trained it."}
+        default=None,
+        metadata={"help": "Tokens that the teacher was trained on, such as 2T. Default: what its record says."},
     )
     loss: str | None = field(
         default=None,
-        metadata={"help": "A formula of ce, kl, attention: kl+0.5ce. Default: kl+0.3ce when there is a teacher."},
+        metadata={"help": "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."},
     )
     stages: str | None = field(
-        default=None, metadata={"help": "Losses one after the other, with their share: attention:0.1,kl:0.9."}
+        default=None,
+        metadata={"help": "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL to the teacher."})
     attention_inputs: Literal["own", "teacher"] = field(
-        default="own", metadata={"help": "What attentions read while only their outputs are matched."}
+        default="own", metadata={"help": "Inputs of attention in a stage that matches attention outputs alone."}
     )
     trainable: tuple[str, ...] = field(
-        default=(), metadata={"help": "Roles to train (q,k,v,o,...); the rest stays as it is. Default: everything."}
+        default=(), metadata={"help": "Roles to train, such as q,k,v,o. Default: every parameter."}
     )
     lora: int | None = field(
         default=None,
-        metadata={"help": "Train factors of this rank beside q, k, v and o, merged when saved (needs kvfold[lora])."},
+        metadata={"help": "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."},
     )
     converted_only: bool = field(
-        default=False, metadata={"help": "Train attentions that the conversion changed, and nothing else."}
+        default=False, metadata={"help": "Train only the attention that the conversion changed."}
     )
 
     def __post_init__(self) -> None:
