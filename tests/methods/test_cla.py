@@ -20,6 +20,7 @@ from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.sensitivity import SensitivitySettings, measure
 from kvfold.contracts.requests import ConvertedKL, CrossGram, InputGram, QueryGram
+from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk import record
@@ -40,7 +41,7 @@ from pages.marks import END, START, with_tables
 ROOT = Path(__file__).parents[2]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
-DECODERS = [name for name, family in all_families().items() if not family.encoder_decoder]
+TAKERS = [name for name, family in all_families().items() if family.tiny()["model_type"] in LAYERS.models]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,7 @@ def test_a_budget_is_a_part_of_the_roots_bytes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", TAKERS)
 @pytest.mark.parametrize("init", ["fit", "copy"])
 def test_the_price_of_a_group_is_the_kl_of_a_student_that_shares_there(
     family: str, init: Any, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
@@ -226,7 +227,7 @@ def drawn(shape: Shape) -> dict[Site, SiteTensors]:
     }
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", TAKERS)
 def test_copy_keeps_the_owners_and_mean_the_mean_of_all(family: str) -> None:
     group = drawn(shape_of(3, family))
     copied, meant = (cla.METHOD.convert(group, {}, cla.Config(share=3, init=init)) for init in ("copy", "mean"))  # type: ignore[arg-type]
@@ -282,7 +283,7 @@ def gauged(source: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [family for family in TAKERS if family != "olmo2"])  # no norm before attention
 def test_a_model_of_images_is_shared_without_loss(
     family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -306,7 +307,7 @@ def test_a_model_of_images_is_shared_without_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", TAKERS)
 def test_repair_brings_consumers_nearer_to_the_teacher(
     family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -319,7 +320,8 @@ def test_repair_brings_consumers_nearer_to_the_teacher(
             options = ConvertSettings(calibration=str(text), calibration_tokens=600, repair=repair)
             student = convert(teacher, tmp_path / f"r{len(repair)}", "cla", {"share": 2}, options=options)
             off.append(float((hf.load(student)(ids_BT).logits - expected).square().mean()))
-    assert off[2] < 0.9 * off[0]
+    # OLMo 2 norms what attention writes, so a refit of o gains less
+    assert off[2] < (1 if family == "olmo2" else 0.9) * off[0]
     changed = [Checkpoint.open(tmp_path / f"r{n}").read("model.layers.1.self_attn.q_proj.weight") for n in (0, 1)]
     assert not torch.equal(*changed)
 
