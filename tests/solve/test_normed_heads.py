@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.contracts.site import Attention, Roles, Rope
-from kvfold.solve.normed_heads import absorb, merge, restore, share_normed
+from kvfold.solve.normed_heads import absorb, merge_normed, restore, share_normed
 from kvfold.solve.shared_heads import Moments
 from kvfold.solve.shared_layers import Reader
 
@@ -57,7 +57,7 @@ def test_merged_heads_that_are_alike_are_normed_as_before(how: str) -> None:
         heads[:, 1] = heads[:, 0]
     gram_DD, mean_D = moments(x_ND)
     queries_HEE = torch.stack([torch.eye(WIDTH, dtype=torch.float64)] * HEADS)
-    new, lost = merge(SITE, roles, 2, Moments(gram_DD, mean_D, queries_HEE, gram_DD, mean_D), how)  # type: ignore[arg-type]
+    new, lost = merge_normed(SITE, roles, 2, Moments(gram_DD, mean_D, queries_HEE, gram_DD, mean_D), how)  # type: ignore[arg-type]
     assert max(lost) < 1e-12
     before, after = (normed(x_ND @ each["k"].T, each["k_norm"]).view(50, -1, WIDTH) for each in (roles, new))
     torch.testing.assert_close(after.repeat_interleave(2, 1), before, rtol=1e-9, atol=1e-9)
