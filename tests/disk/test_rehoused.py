@@ -164,3 +164,17 @@ def test_the_source_itself_is_copied_and_trained_as_it_is(tiny_checkpoint: Make,
     trained = Checkpoint.open(uptrain(teacher, tmp_path / "trained", settings))
     assert trained.names() == Checkpoint.open(teacher).names()
     assert not torch.equal(logits(hf.load(trained.path)), logits(hf.load(teacher)))
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_its_teacher_and_is_folded_again(
+    tiny_checkpoint: Make, text: Path, tmp_path: Path
+) -> None:
+    """The teacher is found by the lineage, in an architecture of its own."""
+    student = convert(tiny_checkpoint("gpt_neox"), tmp_path / "student", "gqa", {"kv_heads": 2})
+    settings = UptrainSettings(data=str(text), tokens=64, sequence_length=16, batch_size=2, loss="kl")
+    trained = uptrain(student, tmp_path / "trained", settings)
+    again = Checkpoint.open(convert(trained, tmp_path / "again", "gqa", {"kv_heads": 1}))
+    assert again.lineage is not None
+    assert again.lineage["root"]["config"]["model_type"] == "gpt_neox"
+    assert {each.num_key_value_heads for each in again.shape.sites.values()} == {1}

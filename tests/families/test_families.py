@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+import kvfold
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
@@ -249,6 +253,20 @@ def test_tiny_models_are_tiny_and_can_be_folded_twice(family: Family) -> None:
     assert {attention.num_key_value_heads for attention in shape.sites.values()} == {4}
     assert family.about
     assert family.tiny()["model_type"] in family.model_types
+
+
+def test_only_families_know_where_a_model_keeps_its_parts() -> None:
+    """Or a family whose parts have other names would fail somewhere else."""
+    named = re.compile(r"\.(embed_tokens|self_attn|lm_head|final_layernorm)\b|base_model\.(layers|norm)\b")
+    package = Path(kvfold.__file__).parent
+    assert named.search("model.base_model.layers[0].self_attn")
+    for path in package.rglob("*.py"):
+        code = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {id(node.value) for node in ast.walk(code) if isinstance(node, ast.Expr)}
+        for node in ast.walk(code):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else getattr(node, "value", "")
+            if isinstance(text, str) and id(node) not in docs and path.parent.name != "families":
+                assert not named.search(text) or path.name == "family.py", f"{path}: {text}"
 
 
 def test_a_model_type_belongs_to_one_family() -> None:

@@ -26,6 +26,7 @@ from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
+from kvfold.families._decoder import TENSORS
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
 
 PARTS = ("encoder", "decoder")
@@ -98,11 +99,7 @@ FAMILY = Family(
         "self": "model.decoder.layers.{layer}.self_attn",
         "cross": "model.decoder.layers.{layer}.encoder_attn",
     },
-    tensors={
-        f"{role}{end}": f"{'out' if role == 'o' else role}_proj.{name}"
-        for role in "qkvo"
-        for end, name in (("", "weight"), ("_bias", "bias"))
-    },
+    tensors={**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"},
     check=_check,
     shape=_shape,
     fields=fields,

@@ -34,7 +34,7 @@ from kvfold.contracts.config import (
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import ENCODER_DECODERS, fields
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import MODEL, check_layers, rope_of
+from kvfold.families._decoder import MODEL, TENSORS, check_layers, rope_of
 from kvfold.families._encoder_decoder import END, PAIRED, architectures, decoder_sites, paired_shape
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
@@ -182,9 +182,7 @@ FAMILY = Family(
         "self": "model.decoder.layers.{layer}.self_attn",
         "cross": "model.decoder.layers.{layer}.cross_attn",
     },
-    tensors={
-        f"{role}{end}": f"{role}_proj.{name}" for role in "qkvo" for end, name in (("", "weight"), ("_bias", "bias"))
-    },
+    tensors=TENSORS,
     check=_check,
     shape=_shape,
     fields=_fields,
