@@ -377,6 +377,22 @@ def test_help_shows_each_method_in_a_panel_of_its_own_after_the_common_flags(kvf
     assert "--init fit|copy|mean" in panels["Method cla"]
 
 
+def test_fields_of_a_group_have_a_panel_of_their_own(kvfold: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dataclasses.make_dataclass(
+        "Grouped",
+        [
+            ("rare", int, dataclasses.field(default=3, metadata={"help": "A rare one.", "group": "Advanced"})),
+            ("usual", int, dataclasses.field(default=2, metadata={"help": "A usual one."})),
+        ],
+    )
+    monkeypatch.setattr(importlib.import_module("kvfold.train.uptrain"), "UptrainSettings", made)
+    _, out, _ = kvfold("uptrain", "--help")
+    assert out.split("\n\n")[-2:] == [
+        "Advanced:\n  --rare N  A rare one. [default: 3]",
+        "Settings:\n  --usual N  A usual one. [default: 2]\n",
+    ]
+
+
 def test_the_list_of_commands_and_the_help_of_a_plan_are_light() -> None:
     code = (
         "import sys; from kvfold.cli.commands import run_command; run_command(['--help']); "

@@ -32,6 +32,7 @@ class Flag:
     default: Any = None
     required: bool = False
     repeatable: bool = False
+    group: str = "Settings"  # of a stage's settings: the title of their panel
 
     @property
     def is_argument(self) -> bool:
@@ -77,11 +78,13 @@ class Command:
 
         A flag that several methods take stands in the panel of each.
         """
+        stage = list(_flags(self._stage())) if self.settings else []
         found = [
             Panel("Arguments", [flag for flag in self.own if flag.is_argument]),
             Panel("Flags", [*(_listed(flag) for flag in self.own if not flag.is_argument), SHOW_HELP]),
-            Panel("Settings", list(_flags(self._stage())) if self.settings else []),
         ]
+        for group in dict.fromkeys(flag.group for flag in stage):
+            found.append(Panel(group, [flag for flag in stage if flag.group == group]))
         if self.methods:
             found += [Panel(f"Method {name}", list(_flags(each.Config))) for name, each in all_methods().items()]
         return [panel for panel in found if panel.flags]
@@ -128,6 +131,7 @@ def _flags(settings: type[Any]) -> Iterator[Flag]:
             f"{written}/--no-{written[2:]}" if switch else written,
             each.metadata.get("help", "") + _default(each.default),
             "" if switch else metavar(hints[each.name]),
+            group=each.metadata.get("group", "Settings"),
         )
 
 
