@@ -46,11 +46,7 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
         if not found:
             continue
         teacher, first = float(found[0].record.metrics["teacher_loss"]), found[0].record.settings
-        whole = next(
-            int(plan.metrics["before"]["kv_heads"])
-            for plan in records
-            if plan.kind == "plan" and plan.metrics["source"] == first["teacher"]
-        )
+        whole = int(found[0].record.metrics["cache"]["teacher"]["kv_heads"])
         yield f"## Different heads per layer: `{bare_name(first['teacher'])}`"
         yield (
             f"The same bytes in every layer, or more where the measured KL is largest (`--kv-heads auto --budget`). "

@@ -25,11 +25,8 @@ INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
 def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Record]:
-    """The records of the runs whose names are kept, and plans of their teachers that bear no run's name."""
-    kept = [each for each in records if keep(each.name)]
-    teachers = {each.settings["teacher"] for each in kept if each.settings.get("teacher")}
-    plans = [each for each in records if each.kind == "plan" and "/" not in each.name]
-    return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
+    """The records of the runs whose names are kept."""
+    return [each for each in records if keep(each.name)]
 
 
 def front(study: Study) -> Study:
@@ -61,7 +58,7 @@ def quality_figure(records: Sequence[Record]) -> str:
     parts = {row.cache_bytes: row.teacher_cache_bytes for study in found for row in study.rows}
     points = [point for study in found for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
-        raise DataError("no student with both bytes and loss is here", next="record its plan too")
+        raise DataError("no student with both bytes and loss is here", next="evaluate it with this version of kvfold")
     drawn = figures.scatter(
         "quality",
         "Cache bytes per token against loss above the teacher's",

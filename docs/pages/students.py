@@ -148,12 +148,13 @@ class Ground:
         return (same[0] - result.loss) / (same[0] - result.teacher_loss)
 
     def folds(self, teacher: str) -> dict[int, tuple[int, int]]:
-        """Heads that stay -> how many times fewer, and heads of the teacher: by the plans of its conversions."""
+        """Heads that stay -> how many times fewer, and heads of the teacher: by the evaluations of its students."""
         found = {}
-        for plan in (each for each in self.records if each.kind == "plan" and each.status == "done"):
-            before, after = plan.metrics["before"]["kv_heads"], plan.metrics["after"]["kv_heads"]
-            if plan.metrics["source"] == teacher and str(before).isdigit() and str(after).isdigit():
-                found[int(after)] = (int(before) // int(after), int(before))
+        for record in (each for each in self.records if each.kind == "evaluate" and each.metrics.get("cache")):
+            cache = record.metrics["cache"]
+            before, after = ((cache.get(who) or {}).get("kv_heads") for who in ("teacher", "student"))
+            if record.settings.get("teacher") == teacher and before and after:
+                found[after] = (before // after, before)
         return found
 
 

@@ -1,6 +1,11 @@
-"""Numbers in words for people: bytes and counts."""
+"""Numbers in words for people: bytes and counts; and values as JSON."""
 
 from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def size(number: float) -> str:
@@ -18,3 +23,16 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{letter}"
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """A value as JSON: numbers that are not finite become null, since JSON has no NaN and no Infinity."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

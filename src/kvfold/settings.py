@@ -81,6 +81,19 @@ def _fits(value: Any) -> bool:
     return not isinstance(value, str) or "\0" not in value
 
 
+def differing(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass that differ from their default: what identifies that which is made with them.
+
+    A setting that is added later changes no identity.
+    """
+    return {
+        each.name: value
+        for each in dataclasses.fields(settings)
+        if (value := getattr(settings, each.name)) != each.default
+        and (each.default_factory is dataclasses.MISSING or value != each.default_factory())
+    }
+
+
 def check_range(settings: Any, where: str | None, least: float, most: float, *names: str) -> None:
     """Check that these fields, unless None, lie between `least` and `most`. Raises SettingError."""
     for name in names:

@@ -53,7 +53,7 @@ def in_folder(folder: Path, *contents: Any) -> Path:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"novel": 1}, {"kvfold_record": 2}, {"kvfold_record": 2, "novel": {"a": []}}])
+@pytest.mark.parametrize("changes", [{"novel": 1}, {"kvfold_record": 9}, {"kvfold_record": 9, "novel": {"a": []}}])
 def test_a_record_of_a_newer_version_is_read_with_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
     heard = Heard()
     found = record.read_all(in_folder(tmp_path, evaluation(), evaluation(**changes)), heard)
@@ -187,7 +187,7 @@ def test_a_report_of_nothing_is_one_line(place: str, tmp_path: Path) -> None:
 def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
     for content in ("", "[]", '{"kvfold_record": 1}', json.dumps(evaluation(hashes=3))):
         (tmp_path / "x.json").write_text(content)
-        assert record.existing(tmp_path / "x.json", {}) is None
+        assert record.existing(tmp_path / "x.json", {}, {}) is None
 
 
 @pytest.mark.parametrize(

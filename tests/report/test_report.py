@@ -66,13 +66,13 @@ def student_row(kv_heads: int, *, seed: int = 0, alpha: float = 0, init: str = "
     return row | ({"loss_name": "kl"} if alpha else {}) | more
 
 
-def planned(folder: Path, kv_heads: int, init: str = "mean") -> Record:
+def planned(folder: Path, kv_heads: int, init: str = "mean", run: str = "") -> Record:
     source = folder / "source" / "config.json"
     source.parent.mkdir(exist_ok=True)
     source.write_text(json.dumps(config()))
     settings = {"kv_heads": kv_heads, "init": init}
     made = plan(source, "gqa", settings, options=PlanSettings(context=128, batch=8))
-    return record.make("plan", "gqa", {"method": "gqa", **settings}, made.as_dict(), **MADE_UP)
+    return record.make("plan", f"{run}gqa", {"method": "gqa", **settings}, made.as_dict(), **MADE_UP)
 
 
 def benched(models: Mapping[str, int], name: str = "made-up") -> Record:
@@ -557,7 +557,7 @@ def test_a_page_gets_the_table_that_it_asks_for(run_dir: Path) -> None:
 
 
 def test_equal_bytes_are_held_against_one_another_with_what_the_seeds_can_tell(tmp_path: Path) -> None:
-    records = [planned(tmp_path, 2), planned(tmp_path, 2, "first"), planned(tmp_path, 1)]
+    records = [planned(tmp_path, heads, init, "toy/") for heads, init in ((2, "mean"), (2, "first"), (1, "mean"))]
     for init, losses in (("mean", (2.0, 2.2)), ("first", (2.05, 2.25)), ("random", (3.0, 3.1))):
         for seed, loss in enumerate(losses):
             row = student_row(2, init=init, alpha=0.05, seed=seed)
@@ -614,7 +614,7 @@ def test_the_figure_of_the_readme_labels_each_point(run_dir: Path) -> None:
 
 
 def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_method(tmp_path: Path) -> None:
-    records = [planned(tmp_path, heads, init) for heads in (4, 2, 1) for init in ("mean", "first")]
+    records = [planned(tmp_path, heads, init, "toy/") for heads in (4, 2, 1) for init in ("mean", "first")]
     losses = {(4, "mean"): 2.5, (4, "first"): 2.75, (2, "mean"): 2.625, (2, "first"): 2.6875, (1, "mean"): 2.6}
     records += [
         evaluated(f"toy/{heads}-{init}", student_row(heads, init=init, alpha=0.05), loss)
@@ -626,7 +626,7 @@ def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_metho
     assert "init first" not in quality_figure(records)
     other = {**student_row(2, init="first", alpha=0.05), "method": "cla"}
     plan = planned(tmp_path, 2, "first")
-    alike = dataclasses.replace(plan, name="b", metrics={**plan.metrics, "method": "cla"})
+    alike = dataclasses.replace(plan, name="toy/b", metrics={**plan.metrics, "method": "cla"})
     more = [*records, alike, evaluated("toy/other", other, 3.0)]
     assert "| cla, " in with_tables(f"{START.format('front toy')}\n{END}", more)  # beaten, and the only one of cla
 

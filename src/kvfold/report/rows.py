@@ -233,7 +233,8 @@ def _measured_beside(found: Sequence[tuple[dict[str, Any], Record]], records: Se
     """The teacher as it was measured beside its first student, where it has no record of its own."""
     for _, record in found:
         if record.metrics.get("teacher"):
-            own = replace(record, name="teacher", metrics=record.metrics["teacher"])
+            cache = {"student": (record.metrics.get("cache") or {}).get("teacher")}
+            own = replace(record, name="teacher", metrics={**record.metrics["teacher"], "cache": cache})
             return _row([own], {"role": "teacher", "method": "identity"}, found, records)
     return None
 
@@ -264,7 +265,7 @@ def _row(
     records: Sequence[Record],
 ) -> Row:
     role, method, training = str(row.get("role", "student")), str(row.get("method", "?")), _training(row)
-    before, after = cache_bytes(records, row)
+    before, after = cache_bytes(records, row, own)
     alike = [
         (other, record)
         for other, record in found
@@ -345,16 +346,21 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
     return best[1] if best else None
 
 
-def cache_bytes(records: Sequence[Record], row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Cache bytes per token before and after, by the plan; for the teacher itself, by any plan.
+def cache_bytes(
+    records: Sequence[Record], row: Mapping[str, Any], own: Sequence[Record]
+) -> tuple[float | None, float | None]:
+    """Cache bytes per token of the teacher and of the row itself: by its plan, else as its evaluation has them.
 
-    The mean over the plan's context; of an encoder-decoder, of a token written and a token read together.
+    For a teacher or a control, any plan will do. Of an encoder-decoder, bytes are those of a token written and a token
+    read together.
     """
     plan = plan_of(records, row)
     if plan is None and row.get("role") != "student":
         plan = next((record for record in records if record.kind == "plan" and record.status == "done"), None)
     if plan is None:
-        return None, None
+        found: Mapping[str, Any] = next((record.metrics["cache"] for record in own if record.metrics.get("cache")), {})
+        teacher, itself = ((found.get(who) or {}).get("bytes_per_token") for who in ("teacher", "student"))
+        return (itself if teacher is None and row.get("role") == "teacher" else teacher), itself
     tokens = plan.metrics["batch"] * plan.metrics["context"]
     return plan.metrics["before"]["cache_bytes"] / tokens, plan.metrics["after"]["cache_bytes"] / tokens
 

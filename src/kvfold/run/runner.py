@@ -341,7 +341,7 @@ def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
     uptrain(work.recipe.source, trained, wanted, overwrite=work.overwrite, progress=work.progress)
     row = {"role": "control", "method": "identity", "seed": cell.seed, **_spent(spent, work.recipe)}
     made = _evaluate(work, trained, label, row, teacher=work.recipe.source)
-    return record.path_of(work.records, made.kind, made.name, made.settings)
+    return record.path_of(work.records, made.kind, made.name, made.identity)
 
 
 def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
