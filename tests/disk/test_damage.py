@@ -135,7 +135,9 @@ def test_names_are_text_in_the_page(tmp_path: Path) -> None:
 def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
     folder = in_folder(tmp_path, evaluation())
     root = {"name": "r", "hash": "h", "parameters": 1}
-    (folder / "kvfold.json").write_text(json.dumps({"format": 1, "hash": "x", "root": root, "steps": []}))
+    (folder / "kvfold.json").write_text(
+        json.dumps({"format": 1, "inputs": "i", "hash": "x", "root": root, "steps": []})
+    )
     lines = [{"step": n, "tokens": n, "loss": 1 / n, f'"{HTML}': 1.0} for n in range(1, 4)]
     broken = [
         "{",
@@ -157,10 +159,10 @@ def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"root": 3}, {"steps": [3]}, {"steps": [{"stage": "convert"}]}, {"hash": None}])
 def test_a_lineage_that_is_none_is_left_out_of_a_report(change: dict[str, Any], tmp_path: Path) -> None:
     heard, root = Heard(), {"name": "r", "hash": "h", "parameters": 1}
-    lineage = {"format": 1, "hash": "x", "root": root, "steps": [], **change}
+    lineage = {"format": 1, "inputs": "i", "hash": "x", "root": root, "steps": [], **change}
     (in_folder(tmp_path, evaluation()) / "kvfold.json").write_text(json.dumps(lineage))
     assert collect(tmp_path, heard).checkpoints == ()
-    assert ["is not shown: lineage" in line for line in heard.lines] == [True]
+    assert ["kvfold.json" in line and "it is not shown" in line for line in heard.lines] == [True]
 
 
 def test_what_is_no_file_in_a_runs_folder_is_passed_over(tmp_path: Path) -> None:

@@ -323,10 +323,12 @@ def test_tokens_that_a_recipe_wrote_as_words_are_those_of_the_lineage(tmp_path: 
 def test_a_training_log_says_what_its_second_half_closed(tmp_path: Path, lines: int, closing: float | None) -> None:
     steps = [{"stage": "convert", "settings": {"method": "gqa", "kv_heads": 2}, "source": "hash of teacher"}]
     steps += [{"stage": "uptrain", "settings": {"loss": "kl"}, "source": "x", "tokens": 1000, "seed": 0}]
-    root = {"hash": "hash of teacher", "name": "made-up", "config": {}, "parameters": 1}
+    root = {"hash": "hash of teacher", "name": "made-up", "parameters": 1}
     folder = tmp_path / "uptrained"
     folder.mkdir()
-    (folder / "kvfold.json").write_text(json.dumps({"format": 1, "hash": "hash of one", "root": root, "steps": steps}))
+    (folder / "kvfold.json").write_text(
+        json.dumps({"format": 1, "inputs": "", "hash": "hash of one", "root": root, "steps": steps})
+    )
     (folder / "config.json").write_text("{}")
     log = [{"tokens": n * 10, "loss": 1, "kl": 1.0 if n <= 0.6 * lines else 0.5} for n in range(1, lines + 1)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from kvfold.disk.output import MANIFEST, read_json, replacing, written_by_kvfold
+from kvfold.disk.manifest import read_lineage
+from kvfold.disk.output import read_json, replacing, written_by_kvfold
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, plain
 from kvfold.report import rows as tables
 from kvfold.report.folder import Folded, Run, commands, findings
-from kvfold.report.reading import lineage_fault
 
 _PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
 OWN = "kvfold_"  # what the model types that only kvfold's classes can load begin with
@@ -66,10 +66,10 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
     `names` are folders by content hash, for the commands. Raises CheckpointError when there is no lineage.
     """
     folder = Path(checkpoint_dir)
-    lineage, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    lineage, config = read_lineage(folder), read_json(folder / "config.json")
     config = {"model_type": "unknown", **(config if isinstance(config, dict) else {})}
-    if lineage_fault(lineage) is not None or not lineage["steps"]:
-        raise CheckpointError("has no lineage, so nothing can be said of it", where=folder, next="fold it with kvfold")
+    if lineage is None or not lineage["steps"]:
+        raise CheckpointError("has no lineage, so a card would be empty", where=folder, next="fold it with kvfold")
     found = tables.studies(records, {lineage["hash"]: lineage})
     measured = [
         (study, replace(row, records=own))  # of the seeds of a row, the one that made this checkpoint

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.disk.output import MANIFEST, REPLACED, read_json, tidy
+from kvfold.disk.manifest import read_lineage
+from kvfold.disk.output import MANIFEST, REPLACED, tidy
 from kvfold.disk.record import Record, read_all, warn
 from kvfold.errors import DataError, KvfoldError, plain
 from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
 from kvfold.progress import SILENT, Progress
-from kvfold.report.reading import lineage_fault, log_line, record_fault
+from kvfold.report.reading import log_line, record_fault
 from kvfold.report.rows import Study, studies
 
 LOG = "train.jsonl"
@@ -63,16 +64,17 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
     for path in sorted(folder.rglob(MANIFEST)):
         if REPLACED not in path.parts:
             tidy(path.parent)
-        lineage = read_json(path)
-        whole = not any(part.endswith((".partial", REPLACED)) for part in path.relative_to(folder).parts)
-        fault = lineage_fault(lineage)
-        if whole and fault is not None:
-            odd.append(f"{path} is not shown: {fault}")
-        elif whole:
-            name = str(path.parent.relative_to(folder))
-            checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage))
-            if (path.parent / LOG).exists():
-                logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG, odd))
+        if any(part.endswith((".partial", REPLACED)) for part in path.relative_to(folder).parts):
+            continue
+        try:
+            lineage = read_lineage(path.parent)
+        except KvfoldError as error:
+            odd.append(f"{error}: it is not shown")
+            continue
+        name = str(path.parent.relative_to(folder))
+        checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage or {}))
+        if (path.parent / LOG).exists():
+            logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG, odd))
     records = []
     for record in read_all(folder, progress):
         if record.status == "failed":
