@@ -19,7 +19,7 @@ from kvfold.disk import record
 from kvfold.disk.record import Record
 from kvfold.evaluate.bench import BenchSettings
 from kvfold.evaluate.evaluation import EvaluateSettings
-from kvfold.report.rows import plan_of, row_of
+from kvfold.report.studies import plan_of, row_of
 from kvfold.settings import decode, differing
 
 RESULTS = Path(__file__).parent.parent / "results"

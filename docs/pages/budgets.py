@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvfold.disk.record import Record
-from kvfold.report.rows import markdown, row_of, spread
+from kvfold.report.rows import spread
+from kvfold.report.studies import row_of
+from kvfold.report.tables import markdown
 from pages.miniature import compare, say
 from pages.students import bare_name
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report import rows as tables
-from kvfold.report.rows import Spread, markdown, spread
+from kvfold.report import tables
+from kvfold.report.rows import Spread, spread
+from kvfold.report.tables import markdown
 from pages.budgets import budgets
 from pages.miniature import compare, say
 from pages.recovery import FIGURE, local, loss_over_tokens, over_seeds, recovery

@@ -12,11 +12,13 @@ from itertools import pairwise
 
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report import figures
-from kvfold.report import rows as tables
+from kvfold.report import figures, tables
+from kvfold.report.benches import bench_rows, benched, benches, teacher_model
 from kvfold.report.figures import Point
-from kvfold.report.rows import Row, Spread, Study, markdown, studies
+from kvfold.report.rows import Row, Spread, Study
 from kvfold.report.sections import quality_points
+from kvfold.report.studies import studies
+from kvfold.report.tables import markdown
 
 INITS = ("mean", "first", "random")  # in the order that the paper found
 
@@ -222,13 +224,13 @@ def _alpha_claims(
 
 def _groups(records: Sequence[Record], found: Sequence[Study]) -> Iterator[str]:
     """(c) Decode time over the number of groups."""
-    for bench in tables.benches(records):
+    for bench in benches(records):
         heads = groups_of(bench, found)
-        places = sorted({(row["context"], row["batch"]) for row in tables.bench_rows(bench)})
+        places = sorted({(row["context"], row["batch"]) for row in bench_rows(bench)})
         counts = sorted(set(heads.values()))
         times: dict[tuple[int, tuple[int, int]], float] = {
             (heads[row["model"]], (row["context"], row["batch"])): 1e3 * row["decode_s_per_token"]
-            for row in tables.bench_rows(bench, cache="native")
+            for row in bench_rows(bench, cache="native")
             if row["model"] in heads
         }
         if len(counts) < 3:
@@ -256,14 +258,13 @@ def groups_of(bench: Record, found: Sequence[Study]) -> dict[str, int]:
     """Key/value heads of each model of a benchmark: by the rows that evaluated it, the teacher's by its bytes."""
     heads = {
         model: int(row.settings["kv_heads"])
-        for model in dict.fromkeys(row["model"] for row in tables.bench_rows(bench))
+        for model in dict.fromkeys(row["model"] for row in bench_rows(bench))
         for study in found
         for row in _students(study)
-        if str(row.settings.get("kv_heads", "")).isdigit()
-        and tables.benched(bench, model, (*row.records, *row.converted))
+        if str(row.settings.get("kv_heads", "")).isdigit() and benched(bench, model, (*row.records, *row.converted))
     }
-    sizes = {row["model"]: int(row["cache_bytes"]) for row in reversed(tables.bench_rows(bench, cache="native"))}
-    teacher = tables.teacher_model(bench)
+    sizes = {row["model"]: int(row["cache_bytes"]) for row in reversed(bench_rows(bench, cache="native"))}
+    teacher = teacher_model(bench)
     known = next((model for model in heads if model != teacher), None)
     if known is not None and teacher not in heads:
         heads[teacher] = round(heads[known] * sizes[teacher] / sizes[known])

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvfold.contracts.site import REPAIRABLE
 from kvfold.disk.record import Record
 from kvfold.methods import gqa
-from kvfold.report.rows import question, row_of
+from kvfold.report.studies import question, row_of
 from kvfold.settings import decode
 
 INITS = ("mean", "first", "random", "align", "align-norm", "fit")

@@ -15,7 +15,7 @@ from kvfold.convert.conversion import ConvertSettings
 from kvfold.disk import record
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report.rows import studies
+from kvfold.report.studies import studies
 from kvfold.run.recipe import cells, read_recipe
 from kvfold.run.runner import _label
 from kvfold.settings import decode

@@ -15,7 +15,7 @@ from kvfold.disk.record import Record
 from kvfold.evaluate.bench import BenchSettings
 from kvfold.evaluate.evaluation import EvaluateSettings
 from kvfold.report import report
-from kvfold.report.rows import studies
+from kvfold.report.studies import studies
 from kvfold.settings import differing
 
 ASKED = EvaluateSettings("text", sequence_length=64, stride=64, copy_distances=(1,))

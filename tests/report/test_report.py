@@ -21,10 +21,12 @@ from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, DataError, OutputError
 from kvfold.families import all_families
 from kvfold.predict.plan import PlanSettings, plan
-from kvfold.report import card, figures, render, report, summary
-from kvfold.report import rows as tables
+from kvfold.report import card, figures, render, report, summary, tables
+from kvfold.report.benches import speedups
 from kvfold.report.card import MARK, card_path
 from kvfold.report.folder import Folded, collect, commands
+from kvfold.report.rows import spread
+from kvfold.report.studies import plan_of, studies
 from pages.marks import END, START, with_tables
 from pages.miniature import compare, miniature_page, quality_figure
 
@@ -228,7 +230,7 @@ def rows_of(columns: list[str], lines: list[list[str]]) -> dict[str, dict[str, s
 
 
 def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
-    found = rows_of(*tables.headline(tables.studies(collect(run_dir).records)[0]))
+    found = rows_of(*tables.headline(studies(collect(run_dir).records)[0]))
     grouped = found["gqa, kv heads 2, init mean"]
     assert grouped["cache bytes/token"] == "512"
     assert grouped["of teacher"] == "25%"
@@ -246,7 +248,7 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
 
 def test_the_summary_is_the_headline_made_narrow(run_dir: Path) -> None:
     columns, lines = summary(collect(run_dir).records)
-    full = tables.headline(tables.studies(collect(run_dir).records)[0])
+    full = tables.headline(studies(collect(run_dir).records)[0])
     assert [line[0] for line in lines] == [line[0] for line in full[1]]
     assert {"model", "cache bytes / token", "loss", "KL"} <= set(columns)
     assert len(columns) < len(full[0])
@@ -264,7 +266,7 @@ def test_gap_closed_is_held_against_mean_pooling_of_the_same_bytes_and_tokens(tm
         evaluated("first", student_row(2, alpha=0.05, init="first"), 1.25),
         evaluated("first of other tokens", student_row(2, alpha=0.1, init="first"), 1.2),
     ]
-    (study,) = tables.studies(records)
+    (study,) = studies(records)
     closed = {(row.settings["init"], row.training["alpha"]): row.gap_closed for row in study.rows}
     assert closed[("first", 0.05)] == pytest.approx(0.75)
     assert closed[("first", 0.1)] is None
@@ -274,18 +276,18 @@ def test_gap_closed_is_held_against_mean_pooling_of_the_same_bytes_and_tokens(tm
 def test_only_what_was_evaluated_alike_stands_in_one_table() -> None:
     here = evaluated("here", student_row(2), 2.0)
     elsewhere = dataclasses.replace(here, name="elsewhere", hashes={**here.hashes, "tokens": "other text"})
-    assert len(tables.studies([here, elsewhere])) == 2
-    assert len(tables.studies([here, dataclasses.replace(here, name="again")])) == 1
+    assert len(studies([here, elsewhere])) == 2
+    assert len(studies([here, dataclasses.replace(here, name="again")])) == 1
 
 
 def test_a_record_made_by_hand_takes_its_row_from_the_lineage() -> None:
     by_hand = dataclasses.replace(evaluated("out", {}, 1.5, hashed="known"), settings=READING)
-    (study,) = tables.studies([by_hand], {"known": lineage_of(2, "known")})
+    (study,) = studies([by_hand], {"known": lineage_of(2, "known")})
     (row,) = study.rows
     assert row.name == "gqa, kv heads 2, init mean"
     assert row.schooling == "2k tokens, kl"
     assert study.teacher is not None  # measured beside the student, without a record of its own
-    assert study.teacher.metric("loss") == tables.spread([TEACHER_LOSS])
+    assert study.teacher.metric("loss") == spread([TEACHER_LOSS])
 
 
 @pytest.mark.parametrize("other_first", [True, False])
@@ -295,16 +297,16 @@ def test_what_a_row_does_not_say_is_the_default(other_first: bool) -> None:
         for features in ("preset", "none")
     )
     plans = [other, plain] if other_first else [plain, other]
-    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid"}) is plain
-    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid", "features": "none"}) is other
+    assert plan_of(plans, {"method": "supra", "preset": "hybrid"}) is plain
+    assert plan_of(plans, {"method": "supra", "preset": "hybrid", "features": "none"}) is other
 
 
 def test_speed_is_looked_up_by_content_before_it_is_by_name() -> None:
     bench = dataclasses.replace(benched({"teacher": 8, "out": 2}), hashes={"out": "content"})
     same = evaluated("anything", student_row(2), 2.0, hashed="content")
     other = evaluated("out", student_row(2), 2.0, hashed="other content")
-    assert tables.speedups([bench], [same])
-    assert not tables.speedups([bench], [other])
+    assert speedups([bench], [same])
+    assert not speedups([bench], [other])
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -686,7 +688,7 @@ def test_the_miniature_needs_records() -> None:
     [((1.0,), (2.0,), "yes"), ((2.0,), (1.0,), "no"), ((1.0, 1.4), (1.2, 1.3), "unclear"), ((1.0,), (1.0,), "no")],
 )
 def test_compare(lower: tuple[float, ...], higher: tuple[float, ...], said: str) -> None:
-    first, second = tables.spread(lower), tables.spread(higher)
+    first, second = spread(lower), spread(higher)
     assert first
     assert second
     assert compare(first, second) == said

@@ -15,7 +15,6 @@ import pytest
 
 from kvfold.disk import record
 from kvfold.report import render
-from kvfold.report import rows as tables
 from kvfold.report.figures import Point, front_of
 from kvfold.report.folder import collect
 from kvfold.report.labels import Box, leader, place
@@ -469,14 +468,14 @@ def test_the_front_is_what_no_point_beats_at_both() -> None:
 # --- short names -----------------------------------------------------------------------------------------------------
 
 
-def _row(method: str = "gqa", training: Mapping[str, Any] | None = None, **settings: Any) -> tables.Row:
-    return tables.Row("student", method, settings, training or {}, ())
+def _row(method: str = "gqa", training: Mapping[str, Any] | None = None, **settings: Any) -> Row:
+    return Row("student", method, settings, training or {}, ())
 
 
 def test_short_names_tell_rows_apart_with_few_settings() -> None:
     rows = [
-        tables.Row("teacher", "identity", {}, {}, ()),
-        tables.Row("control", "identity", {}, {"tokens": 600_000, "loss_name": "ce"}, ()),
+        Row("teacher", "identity", {}, {}, ()),
+        Row("control", "identity", {}, {"tokens": 600_000, "loss_name": "ce"}, ()),
         _row(kv_heads=2, init="fit"),
         _row(kv_heads=2, init="mean"),
         _row(kv_heads=1, init="mean"),

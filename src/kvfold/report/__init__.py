@@ -6,7 +6,7 @@ folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), page
 from kvfold.report.card import card
 from kvfold.report.page import render, report
 from kvfold.report.planes import first_planes
-from kvfold.report.rows import summary
+from kvfold.report.tables import summary
 
 __all__ = [
     "card",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvfold.report.rows import Table
+from kvfold.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,3 @@ class Section:
     title: str
     about: str
     blocks: tuple[Block, ...]
-
-
-def renamed(table: Table, names: Mapping[str, str]) -> Table:
-    """A table whose rows have other names, where these are known."""
-    columns, rows = table
-    return columns, [[names.get(row[0], row[0]), *row[1:]] for row in rows]

@@ -20,8 +20,10 @@ from kvfold.disk.manifest import read_lineage
 from kvfold.disk.output import read_json, replacing, written_by_kvfold
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, plain
-from kvfold.report import rows as tables
+from kvfold.report import tables
 from kvfold.report.folder import Folded, Run, commands, findings
+from kvfold.report.rows import Row, Study
+from kvfold.report.studies import studies
 
 _PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
 OWN = "kvfold_"  # what the model types that only kvfold's classes can load begin with
@@ -70,7 +72,7 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
     config = {"model_type": "unknown", **(config if isinstance(config, dict) else {})}
     if lineage is None or not lineage["steps"]:
         raise CheckpointError("has no lineage, so a card would be empty", where=folder, next="fold it with kvfold")
-    found = tables.studies(records, {lineage["hash"]: lineage})
+    found = studies(records, {lineage["hash"]: lineage})
     measured = [
         (study, replace(row, records=own))  # of the seeds of a row, the one that made this checkpoint
         for study in found
@@ -126,7 +128,7 @@ def _quoted(name: object) -> str:
     return plain(name, 400).replace("`", "'")
 
 
-def _numbers(study: tables.Study, row: tables.Row) -> tables.Table:
+def _numbers(study: Study, row: Row) -> tables.Table:
     """Student and teacher side by side."""
     teacher = study.teacher
 

@@ -15,7 +15,8 @@ from kvfold.errors import DataError, KvfoldError, plain
 from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
 from kvfold.progress import SILENT, Progress
 from kvfold.report.reading import log_line, record_fault
-from kvfold.report.rows import Study, studies
+from kvfold.report.rows import Study
+from kvfold.report.studies import studies
 
 LOG = "train.jsonl"
 RECIPE = "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Which rotary planes the key heads of a student keep, out of what its conversion found."""
+"""The rotary planes that the key heads of a student keep, as its conversion found them."""
 
 from __future__ import annotations
 

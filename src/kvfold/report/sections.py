@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvfold.disk.record import Record
-from kvfold.report import figures
-from kvfold.report import rows as tables
-from kvfold.report.blocks import Block, Section, renamed
+from kvfold.report import figures, tables
+from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.names import short_names
 from kvfold.report.outcome import cache_itemsize, number, settings_of
 from kvfold.report.planes import planes_section
-from kvfold.report.recall import asked, recall
-from kvfold.report.rows import NONE, Row, Study, headline
+from kvfold.report.rows import Row, Study, compact, spread
 from kvfold.report.speed import plans, speed
+from kvfold.report.tables import NONE, asked, headline, recall, renamed
 
 _LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
 _LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
@@ -32,7 +31,7 @@ def sections(run: Run) -> list[Section]:
         plans(run, found),
         planes_section(run),
         _training(run),
-        speed(run),
+        speed(run, found),
         _gates(run),
         _samples(found),
         _failures(run),
@@ -212,7 +211,7 @@ def _tasks(study: Study) -> Iterator[list[str]]:
     found = [each for each in found if any(each)]
     names = sorted({(task, name) for each in found for results in each for task in results for name in results[task]})
     for task, name in names:
-        values = [tables.spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
+        values = [spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
         if any(value is not None for value in values):
             yield [f"{task}, {name}", *(tables.cell(value, 3) for value in values)]
 
@@ -366,5 +365,5 @@ def _provenance(run: Run) -> Section:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    tokens = f" {tables.compact(step['tokens'])} tokens" if step.get("tokens") else ""
+    tokens = f" {compact(step['tokens'])} tokens" if step.get("tokens") else ""
     return f"{step['stage']}{tokens}"
