@@ -20,6 +20,7 @@ from kvfold.report.folder import collect
 from kvfold.report.labels import Box, leader, place
 from kvfold.report.names import short_names
 from kvfold.report.outcome import Card, cards, measured, summary_of
+from kvfold.report.rows import Row
 from kvfold.report.verdict import (
     CLOSING_LIMIT,
     GAP_LIMIT,
