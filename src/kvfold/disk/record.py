@@ -10,9 +10,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pydantic
 
@@ -219,36 +219,20 @@ def parse(content: object, where: object = None) -> tuple[Record | None, list[st
     """
     if not isinstance(content, dict) or type(content.get("kvfold_record")) is not int:
         return None, []
-    known = {key: _measured(value) for key, value in content.items() if key in _KEYS}
-    try:
-        _Fields.model_validate(known)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise SettingError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
-    return Record(**known), sorted(content.keys() - _KEYS)
+    known = {key: _measured(value) for key, value in content.items() if key in _TYPES}
+    for key, check in _TYPES.items():
+        try:
+            check.validate_python(known[key], strict=True)
+        except KeyError:
+            if key in _REQUIRED:
+                raise SettingError(f"{key}: is missing", where=where) from None
+        except pydantic.ValidationError as error:
+            raise SettingError(f"{key}: {error.errors()[0]['msg']}", where=where) from error
+    return Record(**known), sorted(content.keys() - _TYPES.keys())
 
 
-_KEYS = frozenset(each.name for each in fields(Record))
-
-
-class _Fields(pydantic.BaseModel):
-    """The types of a record's keys."""
-
-    model_config = pydantic.ConfigDict(strict=True)
-    kind: str
-    name: str
-    settings: dict[str, Any]
-    metrics: dict[str, Any]
-    hashes: dict[str, str | None] = {}
-    seed: int | None = None
-    status: Literal["done", "failed", "gate_missed"] = "done"
-    error: str | None = None
-    wall_seconds: float | None = None
-    device: str = ""
-    versions: dict[str, str] = {}
-    commit: str | None = None
-    date: str = ""
-    identity: str = ""
+_TYPES = {name: pydantic.TypeAdapter[Any](hint) for name, hint in get_type_hints(Record).items()}
+_REQUIRED = [each.name for each in fields(Record) if each.default is MISSING and each.default_factory is MISSING]
 
 
 def _measured(value: Any) -> Any:
