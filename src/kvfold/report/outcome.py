@@ -33,7 +33,7 @@ _LOG_LINES = 40  # a log with fewer lines is too short to read a trend from
 
 @dataclass(frozen=True)
 class Fact:
-    """One number of a card: what it is, its value, and what it is compared with."""
+    """One number of a card, with its name and what it is compared with."""
 
     what: str
     value: str
@@ -42,7 +42,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Card:
-    """The verdict on a student with the numbers that it rests on."""
+    """The verdict on a student, with the numbers that it depends on."""
 
     name: str
     settings: str
@@ -51,7 +51,7 @@ class Card:
     reason: str
     lost: tuple[Fact, ...]
     gained: tuple[Fact, ...]
-    gate: tuple[tuple[str, bool], ...]  # rows in words, and whether each holds
+    gate: tuple[tuple[str, bool], ...]  # its rows in words, and whether each holds
     missing: tuple[str, ...]
 
 
@@ -71,7 +71,7 @@ def cards(run: Run) -> list[tuple[str, list[Card]]]:
 
 
 def summary_of(found: Sequence[tuple[str, Sequence[Card]]]) -> str:
-    """How many students have which verdict, in a sentence."""
+    """The number of students with each verdict, in a sentence."""
     outcomes = [card.outcome for _, students in found for card in students]
     counts = [f"{outcomes.count(key)} {_SUMMARY[key]}" for key in OUTCOMES if key in outcomes]
     if len(outcomes) < 2:
@@ -84,14 +84,9 @@ def _card(study: Study, row: Row, name: str, run: Run) -> Card:
     lost = (*_loss(row), *_recall(study, row), *_tasks(study, row))
     gained = (*_bytes(row), *_speed(row), *_largest(row, run.records))
     facts = {fact.what for fact in (*lost, *gained) if not fact.note.startswith(PLANNED)}
-    unmeasured = [what for what in ("recall", "decode speed", "largest batch") if what not in facts]
-    if not any(_scores(each) for each in row.records):
-        unmeasured.insert(1 if "recall" in unmeasured else 0, "tasks")
-    gate = tuple(
-        (f"{each['expr']}: {_against(each)}", bool(each["passed"]))
-        for record in row.records
-        for each in (record.metrics.get("gate") or {}).get("rows", [])
-    )
+    facts |= {"tasks"} if any(_scores(each) for each in row.records) else set()
+    unmeasured = [what for what in ("recall", "tasks", "decode speed", "largest batch") if what not in facts]
+    gate = tuple((f"{each['expr']}: {_against(each)}", bool(each["passed"])) for each in _gate_rows(row))
     return Card(
         name=name,
         settings=settings_of(row),
@@ -111,6 +106,10 @@ def settings_of(row: Row) -> str:
     return f"{row.name}. Training: {row.schooling}.{seeds}"
 
 
+def _gate_rows(row: Row) -> list[Mapping[str, Any]]:
+    return [each for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
+
+
 def _against(row: Mapping[str, Any]) -> str:
     sides = ("not measured" if row[side] is None else f"{row[side]:.4f}" for side in ("left", "right"))
     return f"{' against '.join(sides)}, {'holds' if row['passed'] else 'missed'}"
@@ -123,7 +122,7 @@ def measured(study: Study, row: Row, run: Run) -> Measured:
     """What the verdict depends on, from the records and the training log of a student."""
     loss, itemsize = row.metric("loss"), cache_itemsize(run.records)
     fp8_loss = study.teacher.metric("loss_fp8_cache") if study.teacher else None
-    gates = [each["passed"] for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
+    gates = [each["passed"] for each in _gate_rows(row)]
     kept = _recall_kept(study, row)
     teacher_bytes = row.teacher_cache_bytes or (study.teacher.cache_bytes if study.teacher else None)
     return Measured(

@@ -1,12 +1,12 @@
-"""The sections of a report, out of a run: tables, figures, samples, commands. A section without data is left out."""
+"""The sections of a report: tables, figures, samples, commands. A section without data is left out."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kvfold.disk.record import Record
 from kvfold.report import figures, tables
 from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import Line, Point
@@ -14,7 +14,7 @@ from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.names import short_names
 from kvfold.report.outcome import cache_itemsize, number, settings_of
 from kvfold.report.planes import planes_section
-from kvfold.report.rows import Row, Study, compact, spread
+from kvfold.report.rows import Study, compact, spread
 from kvfold.report.speed import plans, speed
 from kvfold.report.tables import NONE, asked, headline, recall, renamed
 
@@ -57,18 +57,15 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     place = tables.headline_place(study)
     if place:
         about += "Decode: the speed relative to the teacher's at context × batch, measured in one run. "
-    main = Section(
-        f"result{suffix}",
-        f"Result{again}",
-        about.strip(),
-        (_result(study),),
-    )
     blocks = (*_quality(study, run, suffix), *_recall(study, suffix))
-    return [main, Section(f"quality{suffix}", f"Quality{again}", "", blocks)]
+    return [
+        Section(f"result{suffix}", f"Result{again}", about.strip(), (_result(study),)),
+        Section(f"quality{suffix}", f"Quality{again}", "", blocks),
+    ]
 
 
 def _result(study: Study) -> Block:
-    """The headline with short names; settings and training of each row on demand."""
+    """The headline with short names; settings and training of each row are folded."""
     columns, rows = headline(study)
     kept = [at for at, column in enumerate(columns) if column != "training"]
     names = short_names(study.everyone)
@@ -82,85 +79,52 @@ def _result(study: Study) -> Block:
     )
 
 
-def quality_points(study: Study, *, schooled: bool = True) -> list[Point]:
-    """Cache bytes per token against loss above the teacher's, for everyone whose both are known.
+def quality_points(study: Study, *, schooled: bool = True, itemsize: int | None = None) -> list[Point]:
+    """Cache bytes per token against loss above the teacher's, for every row with both.
 
-    Hover texts have all settings, and how each was trained where that is `schooled`.
+    Hover texts have all settings, and if `schooled` the training. With `itemsize`, the bytes of a cached number, the
+    teacher and its students follow again with an fp8 cache.
     """
-    points = []
+    points, rounded = [], []
     for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
-        loss, above = row.metric("loss"), _above_teacher(row)
+        loss, fp8 = row.metric("loss"), row.metric("loss_fp8_cache")
+        above = 0.0 if row.role == "teacher" else row.loss_lost
         if row.cache_bytes is None or loss is None or above is None:
             continue
-        shift = above - loss.mean
-        about = row.label if schooled else row.name
-        points.append(
-            Point(
-                name,
-                row.cache_bytes,
-                above,
-                loss.low + shift,
-                loss.high + shift,
-                group=row.method if row.role == "student" else row.role,
-                in_front=row.role != "control",
-                about=about if about != name else "",
-            )
+        shift, about = above - loss.mean, row.label if schooled else row.name
+        point = Point(
+            name,
+            row.cache_bytes,
+            above,
+            loss.low + shift,
+            loss.high + shift,
+            group=row.group,
+            in_front=row.role != "control",
+            about=about if about != name else "",
         )
-    return points
-
-
-def _above_teacher(row: Row) -> float | None:
-    return 0.0 if row.role == "teacher" else row.loss_lost
-
-
-def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
-    """Teacher and students with an fp8 cache, at its bytes: would a flag do, and does it still add something?"""
-    itemsize = cache_itemsize(records)
-    points = []
-    for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
-        loss, rounded = row.metric("loss"), row.metric("loss_fp8_cache")
-        above = _above_teacher(row)
-        if itemsize is None or row.cache_bytes is None or loss is None or rounded is None or above is None:
-            continue
-        if row.role != "control":
-            points.append(
-                Point(
-                    f"{name}, fp8 cache",
-                    row.cache_bytes / itemsize,
-                    above + rounded.mean - loss.mean,
-                    group=row.method if row.role == "student" else row.role,
-                    hollow=True,
-                    labelled=row.role == "teacher",
-                    in_front=False,
-                )
-            )
-    return points
+        points.append(point)
+        if itemsize and fp8 is not None and row.role != "control":
+            twin = Point(f"{name}, fp8 cache", row.cache_bytes / itemsize, fp8.mean + shift, group=row.group)
+            rounded.append(replace(twin, hollow=True, labelled=row.role == "teacher", in_front=False))
+    return points + rounded
 
 
 def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
-    native, rounded = quality_points(study), _fp8_points(study, run.records)
-    if len(native) + len(rounded) < 2:
+    points = quality_points(study, itemsize=cache_itemsize(run.records))
+    if len(points) < 2:
         return
     title = "Quality against bytes"
     about = "Down and to the left is better. The line is the front: no student with an unquantised cache beats one "
     about += "on it in both bytes and loss. "
-    about += "A hollow mark is the same model with an fp8 cache. " if rounded else ""
+    about += "A hollow mark is the same model with an fp8 cache. " if any(point.hollow for point in points) else ""
     about += "A bar is the range over seeds. " if any(len(row.records) > 1 for row in study.rows) else ""
     about += "Point at a mark for its numbers."
-    drawn = "".join(
-        f'<div class="{kind}">'
-        + figures.scatter(
-            f"scatter-{kind}{suffix}",
-            title,
-            native + rounded,
-            x_label="cache bytes per token",
-            y_label="loss above the teacher’s (nats)",
-            width=width,
-        )
-        + "</div>"
-        for kind, width in (("for-wide", figures.WIDE), ("for-narrow", figures.NARROW))
-    )
-    rows = [[point.label, f"{point.x:,.0f}", f"{point.y:+.4f}"] for point in native + rounded]
+    axes = {"x_label": "cache bytes per token", "y_label": "loss above the teacher’s (nats)"}
+    drawn = ""
+    for kind, width in (("for-wide", figures.WIDE), ("for-narrow", figures.NARROW)):
+        svg = figures.scatter(f"scatter-{kind}{suffix}", title, points, width=width, **axes)
+        drawn += f'<div class="{kind}">{svg}</div>'
+    rows = [[point.label, f"{point.x:,.0f}", f"{point.y:+.4f}"] for point in points]
     table = (["model", "cache bytes/token", "loss above the teacher’s"], rows)
     yield Block("figure", title, about, table=table, content=drawn, wide=True)
 
@@ -169,17 +133,11 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
     rows, names = asked(study, "copy_loss"), _names(study)
     if rows:
         title = "Copy loss by distance"
-        lines = [
-            Line(
-                names[row.label],
-                [float(distance) for distance in values],
-                [value.mean for value in values.values()],
-                [value.low for value in values.values()],
-                [value.high for value in values.values()],
-            )
-            for row in rows
-            if (values := row.keyed("copy_loss"))
-        ]
+        lines = []
+        for row in rows:
+            values = row.keyed("copy_loss")
+            bounds = zip(*((value.mean, value.low, value.high) for value in values.values()), strict=True)
+            lines.append(Line(names[row.label], list(map(float, values)), *map(list, bounds)))
         about = "Loss on the second occurrence of a random span, by its distance in tokens. Only recall lowers it."
         drawn = figures.lines(
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
@@ -197,7 +155,7 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
 
 
 def _names(study: Study) -> dict[str, str]:
-    """The label of each row -> its short name, also of what it is without a part."""
+    """The label of each row, also without a part of its attention -> its short name."""
     found: dict[str, str] = {}
     for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
         found |= {part.label: f"{name}, without its {part.left_out}" for part in row.parted}
@@ -260,7 +218,7 @@ def _short(name: str) -> str:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """A running mean over a twentieth of the points, thinned to what a figure can show."""
+    """A running mean over a twentieth of the points, at no more points than a figure can show."""
     half = len(points) // 40
     values = [value for _, value in points]
     smooth = [statistics.fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(points))]
@@ -289,7 +247,7 @@ def _gates(run: Run) -> Section:
 
 
 def _samples(found: Sequence[Study]) -> Section:
-    """What teacher and students write after the same words, at one seed each."""
+    """Continuations of the same prompts by teacher and students, for one seed."""
     prompts: dict[str, list[tuple[str, str]]] = {}
     names = {label: name for study in found for label, name in _names(study).items()}
     for row in (row for study in found for row in study.rows):
@@ -306,7 +264,7 @@ def _failures(run: Run) -> Section:
     return Section("failed", "Failures", "", blocks)
 
 
-# --- how to do it again ----------------------------------------------------------------------------------------------
+# --- provenance ------------------------------------------------------------------------------------------------------
 
 
 def _commands(run: Run) -> Section:
@@ -322,7 +280,6 @@ def _commands(run: Run) -> Section:
 
 
 def _provenance(run: Run) -> Section:
-    """Hashes, lineage, versions and device of everything on the page."""
     blocks = []
     if run.checkpoints:
         rows = [
@@ -337,9 +294,9 @@ def _provenance(run: Run) -> Section:
         ]
         columns = ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"]
         blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
-        told = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
-        if told:
-            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], told), words=2))
+        found = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
+        if found:
+            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], found), words=2))
     if run.records:
         made_by = sorted({("device", record.device) for record in run.records if record.device})
         made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
