@@ -1,6 +1,6 @@
-"""A budget of bytes, out of records: heads of each layer's own beside the same number everywhere, before any training.
+"""The section on budgets of bytes: different heads per layer against the same number in every layer, without training.
 
-Runs are known by their names: `budget` and `budget-...`, one section each.
+Each run whose name begins with `budget` gets a table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Folded:
 
 
 def budgets(records: Sequence[Record]) -> Iterator[str]:
-    """A table for every run, the most bytes first, and whether a choice by layer is better than none."""
+    """A table for every run, the most bytes first, and whether choosing by layer is better."""
     for run in sorted({each.name.partition("/")[0] for each in records if each.name.startswith(BUDGET)}):
         found = sorted(
             (each for record in records if record.name.startswith(f"{run}/") for each in _folded(record)),
@@ -77,7 +77,7 @@ def _folded(record: Record) -> Iterator[_Folded]:
 
 
 def _answers(found: Sequence[_Folded]) -> dict[str, str]:
-    """For each number of heads everywhere: is the choice of no more bytes better?"""
+    """For each number of heads in every layer: whether a choice by layer of no more bytes is better."""
     answers = {}
     for even in (each for each in found if not each.chosen):
         twins = [each.loss for each in found if each.chosen and 0 <= even.mean_heads - each.mean_heads < 0.5]

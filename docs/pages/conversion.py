@@ -1,4 +1,4 @@
-"""The page on conversion: what each start keeps without training, and what training adds to it, out of records.
+"""The page on conversion: what each start keeps without training, and what training adds to it.
 
 Runs are known by their names: `conversion` and `conversion-...` are tables without training, one section each;
 `...-paper` are students of the paper's recipe to hold them against. `budget` is heads of each layer's own, `local` what

@@ -1,6 +1,6 @@
-"""Tables out of records, between marks in pages that people write.
+"""Tables from records, between marks in pages that people write.
 
-A page says what it wants and of which runs, and gets it again each time that it is refreshed:
+A mark names a table and its runs; each run of docs/generate.py writes the table again:
 
     <!-- records: students headline -->
     <!-- records end -->

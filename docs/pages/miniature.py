@@ -1,7 +1,4 @@
-"""Pages out of records: the figure of the README, and the paper in miniature. `conversion` and `marks` have more.
-
-A number in these pages is never typed, and a test compares them with the records.
-"""
+"""The figure of the README, and the page with the paper in miniature, from records."""
 
 from __future__ import annotations
 
@@ -132,7 +129,7 @@ def _order(key: str) -> tuple[int, str]:
 
 
 def compare(lower: Spread, higher: Spread) -> str:
-    """Does the first lie below the second? `yes`, `no`, or `unclear` when the seeds' deviations cover the distance."""
+    """Whether the first is below the second: `yes`, `no`, or `unclear` if the seeds' deviations cover the distance."""
     distance = higher.mean - lower.mean
     if abs(distance) <= math.hypot(lower.deviation, higher.deviation) and max(lower.count, higher.count) > 1:
         return "unclear"
@@ -140,14 +137,14 @@ def compare(lower: Spread, higher: Spread) -> str:
 
 
 def say(claim: str, answers: Mapping[str, str]) -> str:
-    """One sentence on a claim of the paper, from the answer of each place where it was tried."""
+    """One sentence on a claim, from the answer at each place where it was tried."""
     words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be decided from these seeds"}
-    said = [
+    parts = [
         f"{word} for {', '.join(places)}"
         for answer, word in words.items()
         if (places := [place for place, given in answers.items() if given == answer])
     ]
-    return f"- {claim}: {'; '.join(said)}."
+    return f"- {claim}: {'; '.join(parts)}."
 
 
 def _inits(study: Study) -> Iterator[str]:

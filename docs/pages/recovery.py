@@ -1,4 +1,4 @@
-"""What training adds to each start, out of records.
+"""The sections on what training adds to each start.
 
 `recovery` is loss over tokens, `local` attentions trained each on its own, `headline` the rows over seeds.
 """

@@ -111,7 +111,7 @@ class _Lineage(Part):
 
 
 def fault(schema: type[Part], value: object) -> str | None:
-    """The first place where a value does not fit a schema, and why; None where it fits."""
+    """The first place where a value does not fit a schema, and why; None if it fits."""
     try:
         schema.model_validate(value)
     except pydantic.ValidationError as error:

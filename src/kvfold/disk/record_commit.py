@@ -15,7 +15,7 @@ from kvfold.inputs import read_text
 
 
 def versions() -> dict[str, str]:
-    """Versions of kvfold and of what computes."""
+    """Versions of kvfold, Python and the packages that compute."""
     names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
     return {"kvfold": __version__, "python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source that runs, with `+` when files differ from it; None outside a checkout of kvfold.
+    """The commit of the source that runs, with `+` if files differ from it; None outside a checkout of kvfold.
 
-    A kvfold that is installed inside another repository has no commit: that repository's is not its own.
+    A kvfold that is installed inside another repository has none.
     """
     package = Path(__file__).resolve().parents[1]
     root = package.parents[1]
@@ -44,7 +44,7 @@ def _is_kvfolds(project: Path) -> bool:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git answers about a folder, whatever repository the environment names; None when it has no answer."""
+    """The answer of git about a folder, whatever repository the environment names; None without an answer."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         return subprocess.run(

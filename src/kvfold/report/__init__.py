@@ -1,6 +1,6 @@
-"""Reports out of records: the page of a run, model cards, tables and figures of the docs, the paper in miniature.
+"""Reports: the page of a run and its model cards, from records, lineages and training logs.
 
-folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), pages, conversion, marks (Markdown and SVG)
+folder -> studies (rows, benches) -> tables, figures, outcome -> speed, planes, sections -> page (HTML), card (Markdown)
 """
 
 from kvfold.report.card import card

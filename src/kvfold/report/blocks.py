@@ -1,4 +1,4 @@
-"""What a page is made of: sections, and in them tables, figures, texts to copy, and samples."""
+"""The parts of a page: sections of tables, figures, text to copy, and samples."""
 
 from __future__ import annotations
 

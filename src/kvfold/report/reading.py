@@ -154,7 +154,7 @@ METRICS: dict[str, type[Part]] = {"evaluate": _Evaluation, "bench": _Bench, "pla
 
 
 def record_fault(record: Record) -> str | None:
-    """Why a record cannot be shown; None where it can."""
+    """Why a record cannot be shown; None if it can."""
     if wrong := fault(METRICS.get(record.kind, _Metrics), record.metrics):
         return f"metrics.{wrong}"
     wrong = fault(_EvaluationSettings, record.settings) if record.kind == "evaluate" else None
