@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -403,24 +404,48 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run_dir: Path) -> None
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def browse(page: Path, profile: Path, *flags: str) -> str:
+    """What a browser makes of a page."""
+    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+    fixed += ["--virtual-time-budget=2000", f"--user-data-dir={profile}"]
+    command = [str(BROWSER), *fixed, *flags, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(run_dir: Path, tmp_path: Path, width: int) -> None:
     page, shot = report(run_dir), tmp_path / "page.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
-    flags += ["--virtual-time-budget=1000", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
-    seen = subprocess.run(
-        [str(BROWSER), *flags, f"--screenshot={shot}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
+    seen = browse(page, tmp_path / "profile", f"--window-size={width},2000", f"--screenshot={shot}")
     assert Page(seen).headings.count("Result") == 1
     assert "script" not in Page(seen).tags
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", seen)
     assert shot.stat().st_size > 20_000  # a blank page of this size is a few kilobytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_tables_fit_the_width_of_the_page(run_dir: Path, tmp_path: Path) -> None:
+    text = re.sub("<meta http-equiv[^>]*>", "", report(run_dir).read_text(encoding="utf-8"))  # which forbids scripts
+    script = """for (const width of [400, 800, 1000, 1200]) {
+        const frame = document.createElement("iframe");
+        Object.assign(frame, {width, height: 900, srcdoc: page.textContent});
+        frame.onload = () => {
+            const inside = frame.contentDocument;
+            inside.querySelectorAll("details").forEach(each => each.open = true);
+            const wide = [inside.documentElement, ...inside.querySelectorAll(".scroll, pre")]
+                .filter(each => each.scrollWidth > each.clientWidth + 1);
+            const names = wide.map(each => each.ariaLabel || each.tagName);
+            document.body.append(`<${width}:${names.join()}>`);
+        };
+        document.body.append(frame);
+    }"""
+    outer = f'<body><textarea id="page">{html.escape(text)}</textarea><script>{script}</script>'
+    (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
+    seen = browse(tmp_path / "outer.html", tmp_path / "profile", "--window-size=1300,1000")
+    found = dict(re.findall("&lt;([0-9]+):(.*?)&gt;", seen.partition("</script>")[2]))
+    assert found == dict.fromkeys(("400", "800", "1000", "1200"), "")
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
