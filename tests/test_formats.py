@@ -11,8 +11,8 @@ import pytest
 from kvfold.cli import commands
 from kvfold.formats import json_text
 
-ODD = {"loss": math.nan, "rows": [{"kl": math.inf}, (-math.inf, 1.5)], "names": {"a": None, "b": True, "c": 2}}
-EVEN = {"loss": None, "rows": [{"kl": None}, [None, 1.5]], "names": {"a": None, "b": True, "c": 2}}
+ODD = {"loss": math.nan, "rows": [{"kl": math.inf}, (-math.inf, 1.5)], "names": {"a": None, "b": True, "c": 2**63}}
+EVEN = {"loss": None, "rows": [{"kl": None}, [None, 1.5]], "names": {"a": None, "b": True, "c": None}}
 
 
 def strict(text: str) -> object:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kvfold.inputs import LARGEST
+
 
 def size(number: float) -> str:
     """Bytes for people: `512 KiB`, `1.5 GiB`."""
@@ -26,13 +28,15 @@ def count(number: float) -> str:
 
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """A value as JSON: numbers that are not finite become null, since JSON has no NaN and no Infinity."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, default=str, allow_nan=False)
+    """A value as JSON, without numbers that `measurable` replaces: JSON has no NaN and no Infinity."""
+    return json.dumps(measurable(value), indent=indent, ensure_ascii=ascii_only, default=str, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def measurable(value: Any) -> Any:
+    """A JSON value in which numbers that are not finite or do not fit into 64 bits are None."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: measurable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [measurable(inner) for inner in value]
+    odd = not math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) > LARGEST
+    return None if odd else value

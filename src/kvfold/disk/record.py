@@ -6,7 +6,6 @@ that differ each time (date, seconds, machine, versions) in the first line, then
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ import pydantic
 from kvfold.disk.output import disk_errors, fingerprint, read_json, replacing, write_json
 from kvfold.disk.record_commit import commit, versions
 from kvfold.errors import KvfoldError, OutputError, SettingError, plain
-from kvfold.formats import json_text
-from kvfold.inputs import LARGE, LARGEST, load_json, open_regular, parse_json, read_bytes
+from kvfold.formats import json_text, measurable
+from kvfold.inputs import LARGE, load_json, open_regular, parse_json, read_bytes
 from kvfold.machine import describe
 from kvfold.progress import SILENT, Progress
 
@@ -219,7 +218,7 @@ def parse(content: object, where: object = None) -> tuple[Record | None, list[st
     """
     if not isinstance(content, dict) or type(content.get("kvfold_record")) is not int:
         return None, []
-    known = {key: _measured(value) for key, value in content.items() if key in _TYPES}
+    known = {key: measurable(value) for key, value in content.items() if key in _TYPES}
     for key, check in _TYPES.items():
         try:
             check.validate_python(known[key], strict=True)
@@ -233,17 +232,6 @@ def parse(content: object, where: object = None) -> tuple[Record | None, list[st
 
 _TYPES = {name: pydantic.TypeAdapter[Any](hint) for name, hint in get_type_hints(Record).items()}
 _REQUIRED = [each.name for each in fields(Record) if each.default is MISSING and each.default_factory is MISSING]
-
-
-def _measured(value: Any) -> Any:
-    """A JSON value without numbers that cannot be measured."""
-    if isinstance(value, dict):
-        return {key: _measured(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_measured(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return None if isinstance(value, int) and abs(value) > LARGEST else value
 
 
 def _noted(content: object) -> tuple[Record | None, list[str]]:
