@@ -3,8 +3,8 @@
     python docs/keep.py runs/NAME ...    adds the records of these folders; a record of the same identity is replaced
     python docs/keep.py                  moves single record files below results/ into the files of their runs
 
-Records of kvfold 0.1 (format 1) are migrated on the way: they get their identity from the settings that differ from
-today's defaults, and what models cache from the plans beside them.
+What models cache is taken from the plans, which are not kept. Records of kvfold 0.1 (format 1) get the identity of this
+version: the settings that differ from their default.
 """
 
 from __future__ import annotations
@@ -42,11 +42,9 @@ def keep(folder: Path, results: Path) -> list[Path]:
 
 
 def migrated(made: Record, plans: Sequence[Record]) -> Record:
-    """A record as this version writes it; one that this version wrote is returned as it is."""
-    if made.kvfold_record == record.FORMAT:
-        return made
+    """A record as this version writes it, with what its models cache by its plan: at the context of the recipe."""
     identity, metrics = made.identity, made.metrics
-    if cls := SETTINGS.get(made.kind):
+    if made.kvfold_record < record.FORMAT and (cls := SETTINGS.get(made.kind)):
         names = {each.name for each in dataclasses.fields(cls)}
         own = {key: value for key, value in made.settings.items() if key in names}
         others = {key: value for key, value in made.settings.items() if key not in names}

@@ -6,9 +6,10 @@ on a number that was not measured, the verdict is to measure that first.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from kvfold.formats import measurable
 
 Outcome = Literal["ship", "train", "quantise", "measure"]
 
@@ -65,7 +66,7 @@ class Verdict:
 
 def verdict(measured: Measured) -> Verdict:
     """The first line of `RULE` that applies to a student."""
-    known = _finite(measured)
+    known = Measured(**measurable(vars(measured)))
     needed = {
         "the student's loss": known.loss,
         "the teacher's loss": known.teacher_loss,
@@ -119,15 +120,6 @@ def _beyond(gap: float, recall_kept: float | None) -> list[str]:
 
 def _depends(name: str) -> Verdict:
     return Verdict("measure", f"The verdict depends on {name}.", (name,))
-
-
-def _finite(measured: Measured) -> Measured:
-    """A number that is not finite counts as not measured."""
-    known: dict[str, Any] = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(measured).items()
-    }
-    return Measured(**known)
 
 
 def _listed(names: tuple[str, ...]) -> str:
