@@ -31,3 +31,8 @@ class Section:
     title: str
     about: str
     blocks: tuple[Block, ...]
+
+
+def tabulated(title: str, columns: list[str], rows: list[list[str]], **look: Any) -> tuple[Block, ...]:
+    """A table as blocks of a section; none without rows."""
+    return (Block("table", title, table=(columns, rows), **look),) if rows else ()

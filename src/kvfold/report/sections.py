@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvfold.report import figures, tables
-from kvfold.report.blocks import Block, Section
+from kvfold.report.blocks import Block, Section, tabulated
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.names import short_names
@@ -20,6 +20,7 @@ from kvfold.report.tables import NONE, asked, headline, recall, renamed
 
 _LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
 _LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
+_RECORD = ["kind", "name", "status", "seed", "seconds", "date", "hashes"]
 _DRAWN = 160  # points of a training curve
 
 
@@ -208,9 +209,8 @@ def _training(run: Run) -> Section:
         for name, lines in run.logs.items()
         if lines
     ]
-    if paces:
-        blocks.append(Block("table", "Pace", table=(["run", "tokens", "tokens/s, median", "minutes"], paces)))
-    return Section("training", "Loss over tokens", "", tuple(blocks))
+    pace = tabulated("Pace", ["run", "tokens", "tokens/s, median", "minutes"], paces)
+    return Section("training", "Loss over tokens", "", (*blocks, *pace))
 
 
 def _short(name: str) -> str:
@@ -242,8 +242,7 @@ def _gates(run: Run) -> Section:
         for row in (record.metrics.get("gate") or {}).get("rows", [])
     ]
     columns = ["model", "threshold", "measured", "bound", ""]
-    blocks = (Block("table", "Thresholds", table=(columns, rows), words=2),) if rows else ()
-    return Section("gate", "Gate", "", blocks)
+    return Section("gate", "Gate", "", tabulated("Thresholds", columns, rows, words=2))
 
 
 def _samples(found: Sequence[Study]) -> Section:
@@ -260,8 +259,7 @@ def _samples(found: Sequence[Study]) -> Section:
 
 def _failures(run: Run) -> Section:
     rows = [[record.kind, record.name, record.error or ""] for record in run.records if record.status == "failed"]
-    blocks = (Block("table", "", table=(["kind", "name", "error"], rows), words=3),) if rows else ()
-    return Section("failed", "Failures", "", blocks)
+    return Section("failed", "Failures", "", tabulated("", ["kind", "name", "error"], rows, words=3))
 
 
 # --- provenance ------------------------------------------------------------------------------------------------------
@@ -280,45 +278,39 @@ def _commands(run: Run) -> Section:
 
 
 def _provenance(run: Run) -> Section:
-    blocks = []
-    if run.checkpoints:
-        rows = [
-            [
-                checkpoint.name,
-                str(checkpoint.lineage["hash"])[:16],
-                f"{checkpoint.lineage['root']['name']} {str(checkpoint.lineage['root']['hash'])[:16]}",
-                " → ".join(_step(step) for step in checkpoint.lineage["steps"]),
-                str(checkpoint.lineage.get("tokenizer") or NONE)[:16],
-            ]
-            for checkpoint in run.checkpoints
+    checkpoints = [
+        [
+            checkpoint.name,
+            str(checkpoint.lineage["hash"])[:16],
+            f"{checkpoint.lineage['root']['name']} {str(checkpoint.lineage['root']['hash'])[:16]}",
+            " → ".join(_step(step) for step in checkpoint.lineage["steps"]),
+            str(checkpoint.lineage.get("tokenizer") or NONE)[:16],
         ]
-        columns = ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"]
-        blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
-        found = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
-        if found:
-            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], found), words=2))
-    if run.records:
-        made_by = sorted({("device", record.device) for record in run.records if record.device})
-        made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
-        made_by += sorted({(name, version) for record in run.records for name, version in record.versions.items()})
-        blocks.append(
-            Block("table", "Versions and device", table=(["", ""], [list(pair) for pair in made_by]), words=2)
-        )
-        rows = [
-            [
-                record.kind,
-                record.name,
-                record.status,
-                NONE if record.seed is None else str(record.seed),
-                NONE if record.wall_seconds is None else f"{record.wall_seconds:,.1f}",
-                record.date,
-                ", ".join(f"{key} {str(value)[:12]}" for key, value in record.hashes.items() if value) or NONE,
-            ]
-            for record in run.records
+        for checkpoint in run.checkpoints
+    ]
+    found = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
+    made_by = sorted({("device", record.device) for record in run.records if record.device})
+    made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
+    made_by += sorted({pair for record in run.records for pair in record.versions.items()})
+    records = [
+        [
+            record.kind,
+            record.name,
+            record.status,
+            NONE if record.seed is None else str(record.seed),
+            NONE if record.wall_seconds is None else f"{record.wall_seconds:,.1f}",
+            record.date,
+            ", ".join(f"{key} {str(value)[:12]}" for key, value in record.hashes.items() if value) or NONE,
         ]
-        columns = ["kind", "name", "status", "seed", "seconds", "date", "hashes"]
-        blocks.append(Block("table", "Records", table=(columns, rows), words=7, folded=True))
-    return Section("provenance", "Hashes, lineage, versions", "", tuple(blocks))
+        for record in run.records
+    ]
+    blocks = (
+        *tabulated("Checkpoints", ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"], checkpoints, words=5),
+        *tabulated("Conversion findings", ["checkpoint", "finding"], found, words=2),
+        *tabulated("Versions and device", ["", ""], [list(pair) for pair in made_by], words=2),
+        *tabulated("Records", _RECORD, records, words=7, folded=True),
+    )
+    return Section("provenance", "Hashes, lineage, versions", "", blocks)
 
 
 def _step(step: Mapping[str, Any]) -> str:
