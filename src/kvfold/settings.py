@@ -82,10 +82,7 @@ def _fits(value: Any) -> bool:
 
 
 def differing(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass that differ from their default: what identifies that which is made with them.
-
-    A setting that is added later changes no identity.
-    """
+    """The settings that differ from their default: an identity that a new setting does not change."""
     return {
         each.name: value
         for each in dataclasses.fields(settings)

@@ -93,14 +93,14 @@ def root_elements(shape: Shape) -> int:
 
 
 def default_context(shape: Shape) -> int:
-    """Tokens of a text for which bytes are given where no context is named: the model's maximum, at most `CONTEXT`."""
+    """The context for bytes per token where none is given: the model's maximum, at most `CONTEXT`."""
     return min(shape.max_positions, CONTEXT)
 
 
 def cached_by(shape: Shape) -> dict[str, Any]:
-    """What a model caches, as records keep it: the dtype, bytes per token at the default context, key/value heads.
+    """The cache of a model, as records keep it: dtype, bytes per token at the default context, key/value heads.
 
-    Of an encoder-decoder, bytes are those of a token written and a token read. `kv_heads` is None where sites differ.
+    For an encoder-decoder, the bytes of a decoder token and an encoder token. `kv_heads` is None if sites differ.
     """
     context = default_context(shape)
     encoded = context if any(site.kind == "cross" for site in shape.sites) else 0

@@ -62,9 +62,7 @@ class Record:
 
 
 def identity(kind: str, name: str, settings: Mapping[str, Any]) -> str:
-    """The identity of a record: a hash of the settings that differ from their default, so that none is stale when a
-    setting is added.
-    """
+    """A hash of the settings that differ from their default: a new setting makes no record stale."""
     return fingerprint([kind, name, dict(settings)])[:16]
 
 
@@ -130,9 +128,9 @@ def check_folder(folder: Path) -> None:
 
 
 def existing(path: Path, hashes: Mapping[str, Any], settings: Mapping[str, Any]) -> Record | None:
-    """The record at `path`; None where there is none, or one of a failure or of another format.
+    """The record at `path`; None if there is none, or one of a failure or of another format.
 
-    Raises OutputError when its hashes are others, or a setting that both have: its default has changed since.
+    Raises OutputError if it has other hashes, or another value of a setting, whose default must have changed since.
     """
     found = _read(path)[0] if path.is_file() else None
     if found is None or found.kvfold_record != FORMAT or found.status == "failed":
@@ -235,7 +233,7 @@ _REQUIRED = [each.name for each in fields(Record) if each.default is MISSING and
 
 
 def _noted(content: object) -> tuple[Record | None, list[str]]:
-    """A record from JSON, and in words what of it is not read."""
+    """A record from JSON, and in words what is not read."""
     made, newer = parse(content)
     if made is not None and (newer or made.kvfold_record > FORMAT):
         unread = f", without {plain(', '.join(newer), 200)}" if newer else ""
