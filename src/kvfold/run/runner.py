@@ -236,7 +236,8 @@ def _plans(work: _Run, rows: Sequence[Cell]) -> None:
         made, before = _plan(work, cell).as_dict(), _before(cell.convert)
         asked = {"method": name, **settings, **before, "plan": dict(work.recipe.plan or {})}
         made["settings"] = {**made["settings"], **before}
-        record.write(record.make("plan", f"{work.recipe.name}/{name}", asked, made), work.records)
+        identity = fingerprint(asked)  # as in kvfold 0.1, whose plan is replaced
+        record.write(record.make("plan", f"{work.recipe.name}/{name}", asked, made, identity=identity), work.records)
 
 
 def _pretraining(work: _Run, given: Mapping[str, Any]) -> PretrainSettings:
