@@ -164,7 +164,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
             )
     for cell in rows:
         for settings in _chain(cell.convert):
-            decode(ConvertSettings, _of_stage(settings), "convert")
+            _options(settings)
             name, own = _method(settings)
             decode(methods.get(name).Config, own, name)
         if len(_label(cell.convert)) > LABEL:
@@ -189,9 +189,10 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(settings.get("method", "gqa")), {key: value for key, value in settings.items() if key not in own}
 
 
-def _of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _options(settings: Mapping[str, Any]) -> ConvertSettings:
     """The settings of a `convert` section that belong to the stage."""
-    return {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
+    own = {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
+    return decode(ConvertSettings, own, "convert")
 
 
 def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]]:
@@ -277,10 +278,8 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
     recipe = work.recipe
     converted: str | Path = recipe.source
     for each in _chain(cell.convert):
-        options = decode(ConvertSettings, _of_stage(each), "convert")
-        converted = convert(
-            converted, work.folder / "converted" / _label(each), *_method(each), options=options, **work.how
-        )
+        out = work.folder / "converted" / _label(each)
+        converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
     name, settings = _method(cell.convert)
     named = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
     row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
