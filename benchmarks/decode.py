@@ -201,7 +201,7 @@ def main() -> None:
     # the models are made in each run: the record names their shapes, not their paths
     settings = {**whole.settings, "models": ["multi-head", *(f"kv-heads-{heads}" for heads in FOLDED)]}
     settings |= {"config": MODEL, "quick": given.quick, "note": given.note}
-    whole = record.Record(**{**vars(whole), "kind": "benchmark", "settings": settings})
+    whole = record.Record(**{**vars(whole), "kind": "benchmark", "settings": settings, "identity": ""})
     for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
         print(row)
     print(record.write(whole, given.results))

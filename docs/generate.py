@@ -1,8 +1,8 @@
-"""Write the pages that are made from code and records, so that no number or flag is typed twice.
+"""Generate pages from code and records, so that no number or flag is typed twice.
 
-python docs/generate.py          writes docs/commands.md, docs/api.md, and out of records the tables between marks of
+python docs/generate.py          writes docs/commands.md and docs/api.md; from records: the tables between marks in
                                  README and docs, the figures, docs/miniature.md, docs/conversion.md
-python docs/generate.py --check  changes nothing; exit 1 when one of them is out of step
+python docs/generate.py --check  changes nothing; exit 1 if one of them is out of date
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def api() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page and what it must say."""
+    """The text of every generated page, by its path."""
     records = record.read_all(ROOT / "results")
     made = {ROOT / "docs" / "commands.md": commands(), ROOT / "docs" / "api.md": api()}
     headline = of_runs(records, lambda name: name.startswith("headline/"))
@@ -121,7 +121,7 @@ def main() -> int:
         if not path.exists() or path.read_text(encoding="utf-8").rstrip() != text.rstrip()
     ]
     for path in stale:
-        print(f"out of step: {path.relative_to(ROOT)}")
+        print(f"out of date: {path.relative_to(ROOT)}")
         if "--check" not in sys.argv:
             path.write_text(pages()[path].rstrip() + "\n", encoding="utf-8")
     return 1 if stale and "--check" in sys.argv else 0

@@ -1,6 +1,6 @@
-"""A budget of bytes, out of records: heads of each layer's own beside the same number everywhere, before any training.
+"""The section on budgets of bytes: different heads per layer against the same number in every layer, without training.
 
-Runs are known by their names: `budget` and `budget-...`, one section each.
+Each run whose name begins with `budget` gets a table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvfold.disk.record import Record
-from kvfold.report.rows import markdown, row_of, spread
+from kvfold.report.rows import spread
+from kvfold.report.studies import row_of
+from kvfold.report.tables import markdown
 from pages.miniature import compare, say
 from pages.students import bare_name
 
@@ -37,7 +39,7 @@ class _Folded:
 
 
 def budgets(records: Sequence[Record]) -> Iterator[str]:
-    """A table for every run, the most bytes first, and whether a choice by layer is better than none."""
+    """A table for every run, the most bytes first, and whether choosing by layer is better."""
     for run in sorted({each.name.partition("/")[0] for each in records if each.name.startswith(BUDGET)}):
         found = sorted(
             (each for record in records if record.name.startswith(f"{run}/") for each in _folded(record)),
@@ -46,11 +48,7 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
         if not found:
             continue
         teacher, first = float(found[0].record.metrics["teacher_loss"]), found[0].record.settings
-        whole = next(
-            int(plan.metrics["before"]["kv_heads"])
-            for plan in records
-            if plan.kind == "plan" and plan.metrics["source"] == first["teacher"]
-        )
+        whole = int(found[0].record.metrics["cache"]["teacher"]["kv_heads"])
         yield f"## Different heads per layer: `{bare_name(first['teacher'])}`"
         yield (
             f"The same bytes in every layer, or more where the measured KL is largest (`--kv-heads auto --budget`). "
@@ -79,7 +77,7 @@ def _folded(record: Record) -> Iterator[_Folded]:
 
 
 def _answers(found: Sequence[_Folded]) -> dict[str, str]:
-    """For each number of heads everywhere: is the choice of no more bytes better?"""
+    """For each number of heads in every layer: whether a choice by layer of no more bytes is better."""
     answers = {}
     for even in (each for each in found if not each.chosen):
         twins = [each.loss for each in found if each.chosen and 0 <= even.mean_heads - each.mean_heads < 0.5]

@@ -1,4 +1,4 @@
-"""The page on conversion: what each start keeps without training, and what training adds to it, out of records.
+"""The page on conversion: what each start keeps without training, and what training adds to it.
 
 Runs are known by their names: `conversion` and `conversion-...` are tables without training, one section each;
 `...-paper` are students of the paper's recipe to hold them against. `budget` is heads of each layer's own, `local` what
@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report import rows as tables
-from kvfold.report.rows import Spread, markdown, spread
+from kvfold.report import tables
+from kvfold.report.rows import Spread, spread
+from kvfold.report.tables import markdown
 from pages.budgets import budgets
 from pages.miniature import compare, say
 from pages.recovery import FIGURE, local, loss_over_tokens, over_seeds, recovery
@@ -27,7 +28,7 @@ TARGETS = {2: 0.95, 4: 0.95, 8: 0.92}  # fewer heads -> gap closed without train
 def conversion_pages(records: Sequence[Record]) -> dict[str, str]:
     """The page and its figure by file name; those for which there is no record are left out.
 
-    Raises DataError when a run of conversions was evaluated in two ways, or lies here without its plans.
+    Raises DataError when a run of conversions was evaluated in two ways, or does not say what its models cache.
     """
     ground = Ground.of(records)
     drawn = loss_over_tokens(ground)
@@ -69,7 +70,9 @@ def _section(run: str, ground: Ground) -> Iterator[str]:
     folds = ground.folds(str(settings.get("teacher")))
     heads = sorted({each.kv_heads for each in found}, reverse=True)
     if missing := [count for count in heads if count not in folds]:
-        raise DataError(f"no plan says what {missing[0]} heads are of", where=run, next="keep the plans of the run")
+        raise DataError(
+            f"no record says what {missing[0]} heads are of", where=run, next="python docs/keep.py its folder"
+        )
     losses: dict[tuple[Start, int], Spread] = {}
     gaps: dict[tuple[Start, int], Spread] = {}
     for start, count in {(each.start, each.kv_heads): None for each in found}:

@@ -1,6 +1,6 @@
-"""Tables out of records, between marks in pages that people write.
+"""Tables from records, between marks in pages that people write.
 
-A page says what it wants and of which runs, and gets it again each time that it is refreshed:
+A mark names a table and its runs; each run of docs/generate.py writes the table again:
 
     <!-- records: students headline -->
     <!-- records end -->
@@ -24,10 +24,12 @@ from typing import Any
 
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report import rows as tables
-from kvfold.report.recall import asked, recall
-from kvfold.report.rows import Row, Study, markdown, studies
+from kvfold.report import tables
+from kvfold.report.benches import benches
+from kvfold.report.rows import Row, Study
 from kvfold.report.speed import largest_batches
+from kvfold.report.studies import studies
+from kvfold.report.tables import asked, markdown, recall
 from pages.miniature import compare, front, of_runs
 from pages.students import bare_name
 
@@ -200,7 +202,7 @@ def _where(record: Record) -> str:
 
 def _largest_batch(records: Sequence[Record]) -> Iterator[str]:
     """What fits into a given memory, by every benchmark that measured it."""
-    for bench in tables.benches(records):
+    for bench in benches(records):
         if largest := largest_batches(bench):
             yield markdown(largest)
             yield _where(bench)

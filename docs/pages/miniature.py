@@ -1,7 +1,4 @@
-"""Pages out of records: the figure of the README, and the paper in miniature. `conversion` and `marks` have more.
-
-A number in these pages is never typed, and a test compares them with the records.
-"""
+"""The figure of the README, and the page with the paper in miniature, from records."""
 
 from __future__ import annotations
 
@@ -12,11 +9,13 @@ from itertools import pairwise
 
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.report import figures
-from kvfold.report import rows as tables
+from kvfold.report import figures, tables
+from kvfold.report.benches import bench_rows, benched, benches, teacher_model
 from kvfold.report.figures import Point
-from kvfold.report.rows import Row, Spread, Study, markdown, studies
+from kvfold.report.rows import Row, Spread, Study
 from kvfold.report.sections import quality_points
+from kvfold.report.studies import studies
+from kvfold.report.tables import markdown
 
 INITS = ("mean", "first", "random")  # in the order that the paper found
 
@@ -25,11 +24,8 @@ INITS = ("mean", "first", "random")  # in the order that the paper found
 
 
 def of_runs(records: Sequence[Record], keep: Callable[[str], bool]) -> list[Record]:
-    """The records of the runs whose names are kept, and plans of their teachers that bear no run's name."""
-    kept = [each for each in records if keep(each.name)]
-    teachers = {each.settings["teacher"] for each in kept if each.settings.get("teacher")}
-    plans = [each for each in records if each.kind == "plan" and "/" not in each.name]
-    return kept + [each for each in plans if not teachers or each.metrics.get("source") in teachers]
+    """The records of the runs whose names are kept."""
+    return [each for each in records if keep(each.name)]
 
 
 def front(study: Study) -> Study:
@@ -61,7 +57,7 @@ def quality_figure(records: Sequence[Record]) -> str:
     parts = {row.cache_bytes: row.teacher_cache_bytes for study in found for row in study.rows}
     points = [point for study in found for point in quality_points(study, schooled=False)]
     if not any(point.y for point in points):
-        raise DataError("no student with both bytes and loss is here", next="record its plan too")
+        raise DataError("no student with both bytes and loss is here", next="evaluate it with this version of kvfold")
     drawn = figures.scatter(
         "quality",
         "Cache bytes per token against loss above the teacher's",
@@ -133,7 +129,7 @@ def _order(key: str) -> tuple[int, str]:
 
 
 def compare(lower: Spread, higher: Spread) -> str:
-    """Does the first lie below the second? `yes`, `no`, or `unclear` when the seeds' deviations cover the distance."""
+    """Whether the first is below the second: `yes`, `no`, or `unclear` if the seeds' deviations cover the distance."""
     distance = higher.mean - lower.mean
     if abs(distance) <= math.hypot(lower.deviation, higher.deviation) and max(lower.count, higher.count) > 1:
         return "unclear"
@@ -141,14 +137,14 @@ def compare(lower: Spread, higher: Spread) -> str:
 
 
 def say(claim: str, answers: Mapping[str, str]) -> str:
-    """One sentence on a claim of the paper, from the answer of each place where it was tried."""
+    """One sentence on a claim, from the answer at each place where it was tried."""
     words = {"yes": "holds", "no": "does **not** hold", "unclear": "cannot be decided from these seeds"}
-    said = [
+    parts = [
         f"{word} for {', '.join(places)}"
         for answer, word in words.items()
         if (places := [place for place, given in answers.items() if given == answer])
     ]
-    return f"- {claim}: {'; '.join(said)}."
+    return f"- {claim}: {'; '.join(parts)}."
 
 
 def _inits(study: Study) -> Iterator[str]:
@@ -225,13 +221,13 @@ def _alpha_claims(
 
 def _groups(records: Sequence[Record], found: Sequence[Study]) -> Iterator[str]:
     """(c) Decode time over the number of groups."""
-    for bench in tables.benches(records):
+    for bench in benches(records):
         heads = groups_of(bench, found)
-        places = sorted({(row["context"], row["batch"]) for row in tables.bench_rows(bench)})
+        places = sorted({(row["context"], row["batch"]) for row in bench_rows(bench)})
         counts = sorted(set(heads.values()))
         times: dict[tuple[int, tuple[int, int]], float] = {
             (heads[row["model"]], (row["context"], row["batch"])): 1e3 * row["decode_s_per_token"]
-            for row in tables.bench_rows(bench, cache="native")
+            for row in bench_rows(bench, cache="native")
             if row["model"] in heads
         }
         if len(counts) < 3:
@@ -259,14 +255,13 @@ def groups_of(bench: Record, found: Sequence[Study]) -> dict[str, int]:
     """Key/value heads of each model of a benchmark: by the rows that evaluated it, the teacher's by its bytes."""
     heads = {
         model: int(row.settings["kv_heads"])
-        for model in dict.fromkeys(row["model"] for row in tables.bench_rows(bench))
+        for model in dict.fromkeys(row["model"] for row in bench_rows(bench))
         for study in found
         for row in _students(study)
-        if str(row.settings.get("kv_heads", "")).isdigit()
-        and tables.benched(bench, model, (*row.records, *row.converted))
+        if str(row.settings.get("kv_heads", "")).isdigit() and benched(bench, model, (*row.records, *row.converted))
     }
-    sizes = {row["model"]: int(row["cache_bytes"]) for row in reversed(tables.bench_rows(bench, cache="native"))}
-    teacher = tables.teacher_model(bench)
+    sizes = {row["model"]: int(row["cache_bytes"]) for row in reversed(bench_rows(bench, cache="native"))}
+    teacher = teacher_model(bench)
     known = next((model for model in heads if model != teacher), None)
     if known is not None and teacher not in heads:
         heads[teacher] = round(heads[known] * sizes[teacher] / sizes[known])

@@ -1,4 +1,4 @@
-"""What training adds to each start, out of records.
+"""The sections on what training adds to each start.
 
 `recovery` is loss over tokens, `local` attentions trained each on its own, `headline` the rows over seeds.
 """
@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from kvfold.disk.record import Record
-from kvfold.report import figures
-from kvfold.report import rows as tables
-from kvfold.report.rows import Spread, markdown, spread, studies
+from kvfold.report import figures, tables
+from kvfold.report.rows import Spread, compact, spread
+from kvfold.report.studies import studies
+from kvfold.report.tables import markdown
 from pages.miniature import compare, of_runs, say
 from pages.students import DEFAULT, MEAN, Ground, Start, bare_name
 
@@ -84,7 +85,7 @@ def recovery(ground: Ground) -> Iterator[str]:
         f"schedule for every row. The teacher's loss is {first.teacher_loss:.4f}."
     )
     yield f"![Loss over tokens of uptraining for every start]({FIGURE})"
-    columns = ["start", "trained by", *(f"{tables.compact(tokens)} tokens" for tokens in counts)]
+    columns = ["start", "trained by", *(f"{compact(tokens)} tokens" for tokens in counts)]
     yield markdown((columns, lines), words=2, bold=bold)
     yield "\n".join(say(claim, answers) for claim, answers in _recovery_claims(curves) if answers)
 
@@ -96,7 +97,7 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
         yield (
             f"the default is a better start than {start.words}",
             {
-                f"{tables.compact(tokens)} tokens by {loss_name}": compare(points[tokens], other[tokens])
+                f"{compact(tokens)} tokens by {loss_name}": compare(points[tokens], other[tokens])
                 for (ours, loss_name), points in curves.items()
                 if ours == DEFAULT
                 for other in [curves.get((start, loss_name), {})]
@@ -107,7 +108,7 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
     yield (
         "KL to the teacher is better than cross-entropy alone",
         {
-            f"{start.words} after {tables.compact(tokens)} tokens": compare(points[tokens], other[tokens])
+            f"{start.words} after {compact(tokens)} tokens": compare(points[tokens], other[tokens])
             for (start, loss_name), points in curves.items()
             if "kl" in loss_name
             for other in [curves.get((start, "ce"), {})]
@@ -118,7 +119,7 @@ def _recovery_claims(curves: Curves) -> Iterator[tuple[str, dict[str, str]]]:
     if merely is not None:
         yield (
             "the default without training is better than mean pooling with cross-entropy",
-            {f"{tables.compact(tokens)} tokens": compare(merely, loss) for tokens, loss in pooled.items()},
+            {f"{compact(tokens)} tokens": compare(merely, loss) for tokens, loss in pooled.items()},
         )
 
 
@@ -141,7 +142,7 @@ def local(ground: Ground) -> Iterator[str]:
                     for pair in zip(losses, gaps, strict=True)
                     for value, digits in zip(pair, (4, 3), strict=True)
                 ),
-                tables.compact(after.tokens),
+                compact(after.tokens),
                 f"{seconds / 60:.1f}",
             ]
         )

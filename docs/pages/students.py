@@ -1,7 +1,7 @@
-"""Students by what they were made from and with, for pages that hold starts against one another.
+"""Students by their start, for pages that compare starts.
 
-A start is an init and what was repaired after it. Losses are compared where the same tokens were read alike; gaps, each
-within its own reading, anywhere.
+A start is an init and the roles that are repaired after it. Losses are compared only between evaluations of the same
+tokens, read alike; gaps are compared between any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from kvfold.contracts.site import REPAIRABLE
 from kvfold.disk.record import Record
 from kvfold.methods import gqa
-from kvfold.report.rows import question, row_of
+from kvfold.report.studies import question, row_of
 from kvfold.settings import decode
 
 INITS = ("mean", "first", "random", "align", "align-norm", "fit")
@@ -35,7 +35,7 @@ class Start:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """Where its row stands: the published starts first, repaired means last."""
+        """The order of its row: published starts first, repaired means last."""
         return (self.init != "fit" and bool(self.repair), INITS.index(self.init), len(self.repair))
 
 
@@ -76,7 +76,7 @@ class Result:
 
 
 def results(records: Sequence[Record]) -> list[Result]:
-    """The students of these records that say their init, and one number of heads for all layers."""
+    """The students of these records with a known init and one number of heads for all layers."""
     found = []
     for record in records:
         row = row_of(record, {}) if record.kind == "evaluate" and record.status != "failed" else {}
@@ -112,10 +112,10 @@ def _converted(record: Record) -> dict[str, str]:
 def _repair(name: str, row: Mapping[str, object]) -> tuple[str, ...]:
     """What was repaired: as the row says, else the label in the record's name, else what the init asks for."""
     labelled = re.search(r"_repair-([a-z-]+)", name)
-    said = row.get("repair", labelled and labelled[1])
-    if said is None:
+    repaired = row.get("repair", labelled and labelled[1])
+    if repaired is None:
         return _asked_for(str(row["init"]))
-    words = re.findall("[a-z]+", str(said))
+    words = re.findall("[a-z]+", str(repaired))
     return tuple(role for role in REPAIRABLE if role in words)
 
 
@@ -128,7 +128,7 @@ class Ground:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Ground:
-        """What lies in these records."""
+        """The results in these records."""
         return cls(records, results(records))
 
     def of_run(self, run: str) -> list[Result]:
@@ -148,15 +148,16 @@ class Ground:
         return (same[0] - result.loss) / (same[0] - result.teacher_loss)
 
     def folds(self, teacher: str) -> dict[int, tuple[int, int]]:
-        """Heads that stay -> how many times fewer, and heads of the teacher: by the plans of its conversions."""
+        """Heads that stay -> how many times fewer, and heads of the teacher: by the evaluations of its students."""
         found = {}
-        for plan in (each for each in self.records if each.kind == "plan" and each.status == "done"):
-            before, after = plan.metrics["before"]["kv_heads"], plan.metrics["after"]["kv_heads"]
-            if plan.metrics["source"] == teacher and str(before).isdigit() and str(after).isdigit():
-                found[int(after)] = (int(before) // int(after), int(before))
+        for record in (each for each in self.records if each.kind == "evaluate" and each.metrics.get("cache")):
+            cache = record.metrics["cache"]
+            before, after = ((cache.get(who) or {}).get("kv_heads") for who in ("teacher", "student"))
+            if record.settings.get("teacher") == teacher and before and after:
+                found[after] = (before // after, before)
         return found
 
 
 def bare_name(text: object) -> str:
-    """A model or a text by its name, without the folders that it lay in."""
+    """The name of a model or a text, without its folders."""
     return Path(str(text)).name if "/" in str(text) else str(text)

@@ -81,6 +81,16 @@ def _fits(value: Any) -> bool:
     return not isinstance(value, str) or "\0" not in value
 
 
+def differing(settings: Any) -> dict[str, Any]:
+    """The settings that differ from their default: an identity that a new setting does not change."""
+    return {
+        each.name: value
+        for each in dataclasses.fields(settings)
+        if (value := getattr(settings, each.name)) != each.default
+        and (each.default_factory is dataclasses.MISSING or value != each.default_factory())
+    }
+
+
 def check_range(settings: Any, where: str | None, least: float, most: float, *names: str) -> None:
     """Check that these fields, unless None, lie between `least` and `most`. Raises SettingError."""
     for name in names:

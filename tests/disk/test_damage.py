@@ -53,7 +53,7 @@ def in_folder(folder: Path, *contents: Any) -> Path:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"novel": 1}, {"kvfold_record": 2}, {"kvfold_record": 2, "novel": {"a": []}}])
+@pytest.mark.parametrize("changes", [{"novel": 1}, {"kvfold_record": 9}, {"kvfold_record": 9, "novel": {"a": []}}])
 def test_a_record_of_a_newer_version_is_read_with_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
     heard = Heard()
     found = record.read_all(in_folder(tmp_path, evaluation(), evaluation(**changes)), heard)
@@ -135,7 +135,9 @@ def test_names_are_text_in_the_page(tmp_path: Path) -> None:
 def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
     folder = in_folder(tmp_path, evaluation())
     root = {"name": "r", "hash": "h", "parameters": 1}
-    (folder / "kvfold.json").write_text(json.dumps({"format": 1, "hash": "x", "root": root, "steps": []}))
+    (folder / "kvfold.json").write_text(
+        json.dumps({"format": 1, "inputs": "i", "hash": "x", "root": root, "steps": []})
+    )
     lines = [{"step": n, "tokens": n, "loss": 1 / n, f'"{HTML}': 1.0} for n in range(1, 4)]
     broken = [
         "{",
@@ -157,10 +159,10 @@ def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"root": 3}, {"steps": [3]}, {"steps": [{"stage": "convert"}]}, {"hash": None}])
 def test_a_lineage_that_is_none_is_left_out_of_a_report(change: dict[str, Any], tmp_path: Path) -> None:
     heard, root = Heard(), {"name": "r", "hash": "h", "parameters": 1}
-    lineage = {"format": 1, "hash": "x", "root": root, "steps": [], **change}
+    lineage = {"format": 1, "inputs": "i", "hash": "x", "root": root, "steps": [], **change}
     (in_folder(tmp_path, evaluation()) / "kvfold.json").write_text(json.dumps(lineage))
     assert collect(tmp_path, heard).checkpoints == ()
-    assert ["is not shown: lineage" in line for line in heard.lines] == [True]
+    assert ["kvfold.json" in line and "it is not shown" in line for line in heard.lines] == [True]
 
 
 def test_what_is_no_file_in_a_runs_folder_is_passed_over(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_report_of_nothing_is_one_line(place: str, tmp_path: Path) -> None:
 def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
     for content in ("", "[]", '{"kvfold_record": 1}', json.dumps(evaluation(hashes=3))):
         (tmp_path / "x.json").write_text(content)
-        assert record.existing(tmp_path / "x.json", {}) is None
+        assert record.existing(tmp_path / "x.json", {}, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,7 @@ from kvfold.convert.conversion import ConvertSettings
 from kvfold.disk import record
 from kvfold.disk.record import Record
 from kvfold.errors import DataError
-from kvfold.families import all_families
-from kvfold.predict.plan import PlanSettings, plan
-from kvfold.report.rows import studies
+from kvfold.report.studies import studies
 from kvfold.run.recipe import cells, read_recipe
 from kvfold.run.runner import _label
 from kvfold.settings import decode
@@ -27,6 +24,7 @@ from pages.marks import END, START, with_tables
 from pages.students import DEFAULT, MEAN, Start, results
 
 ROOT = Path(__file__).parents[2]
+TEACHERS_CACHE = {"kv_heads": 8, "bytes_per_token": 512}
 TEACHER, MEAN_LOSS = 2.0, {4: 3.0, 2: 6.0, 1: 8.0}
 READING = {"data": "folder/made-up", "tokens": 4096, "sequence_length": 256, "seed": 0, "dtype": "float32"}
 
@@ -36,9 +34,10 @@ def evaluated(name: str, loss: float, *, windows: int = 256, teacher: str = "mad
     said = {"role": "student", "method": "gqa", "kv_heads": 2, "init": "mean", "alpha": 0} | row
     settings = {**READING, "sequence_length": windows, "teacher": teacher, "row": said}
     hashes = {"student": name, "teacher": f"hash of {teacher}", "tokens": "t"}
-    return record.make(
-        "evaluate", name, settings, {"loss": loss, "teacher_loss": TEACHER}, hashes=hashes, device="made-up device"
-    )
+    heads = said["kv_heads"] if isinstance(said["kv_heads"], int) else None
+    cache = {"student": {"kv_heads": heads, "bytes_per_token": 64 * (heads or 3)}, "teacher": TEACHERS_CACHE}
+    metrics = {"loss": loss, "teacher_loss": TEACHER, "cache": cache}
+    return record.make("evaluate", name, settings, metrics, hashes=hashes, device="made-up device")
 
 
 def converted(heads: int, init: str, closed: float, *, repair: str = "", seed: int | None = None) -> Record:
@@ -47,20 +46,6 @@ def converted(heads: int, init: str, closed: float, *, repair: str = "", seed: i
     label += "" if seed is None else f"_calibration_seed-{seed}"
     loss = MEAN_LOSS[heads] - closed * (MEAN_LOSS[heads] - TEACHER)
     return evaluated(f"conversion/{label}/converted", loss, kv_heads=heads, init=init)
-
-
-@pytest.fixture
-def plans(tmp_path: Path) -> list[Record]:
-    path = tmp_path / "made-up" / "config.json"
-    path.parent.mkdir()
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}
-    path.write_text(json.dumps({**all_families()["llama"].tiny(), **heads}))
-    made = []
-    for settings in ({"kv_heads": count, "init": init} for count in (4, 2, 1) for init in ("mean", "fit")):
-        planned = plan(path, "gqa", settings, options=PlanSettings(context=128)).as_dict()
-        planned["source"] = "made-up/teacher"
-        made.append(record.make("plan", "gqa", settings, planned, device="made-up device"))
-    return made
 
 
 @pytest.fixture
@@ -87,8 +72,8 @@ def cells_of(page: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_table_says_what_its_records_say(conversions: list[Record], plans: list[Record]) -> None:
-    page = conversion_pages([*conversions, *plans])["conversion.md"]
+def test_a_table_says_what_its_records_say(conversions: list[Record]) -> None:
+    page = conversion_pages([*conversions])["conversion.md"]
     assert "| start | 4 of 8 heads: loss | gap closed | 2 of 8 heads: loss | gap closed | 1 of 8" in page
     assert cells_of(page, "teacher")[1:3] == ["2.0000", "–"]
     assert cells_of(page, "mean")[1:] == ["3.0000", "0.000", "6.0000", "0.000", "8.0000", "0.000"]
@@ -103,8 +88,8 @@ def test_a_table_says_what_its_records_say(conversions: list[Record], plans: lis
     assert "folder/" not in page
 
 
-def test_targets_and_orderings_are_judged_on_the_numbers(conversions: list[Record], plans: list[Record]) -> None:
-    page = conversion_pages([*conversions, *plans])["conversion.md"]
+def test_targets_and_orderings_are_judged_on_the_numbers(conversions: list[Record]) -> None:
+    page = conversion_pages([*conversions])["conversion.md"]
     assert "2 times fewer heads, at least 0.95 of the gap closed by the default: holds (0.980 ± 0.010)." in page
     assert "4 times fewer heads, at least 0.95 of the gap closed by the default: holds (0.955 ± 0.010)." in page
     assert "8 times fewer heads, at least 0.92 of the gap closed by the default: does **not** hold (0.900" in page
@@ -112,7 +97,7 @@ def test_targets_and_orderings_are_judged_on_the_numbers(conversions: list[Recor
     worse = [each for each in conversions if "fit_repair-o/" not in each.name] + [
         converted(heads, "fit", 0.7, repair="o") for heads in (4, 2, 1)
     ]
-    assert "repairing o helps: does **not** hold for 4 heads" in conversion_pages([*worse, *plans])["conversion.md"]
+    assert "repairing o helps: does **not** hold for 4 heads" in conversion_pages([*worse])["conversion.md"]
 
 
 def test_what_a_row_says_goes_before_what_its_name_says() -> None:
@@ -124,31 +109,29 @@ def test_what_a_row_says_goes_before_what_its_name_says() -> None:
     assert found == [Start("fit", ("o", "down")), Start("fit", ("q",)), Start("fit"), DEFAULT, MEAN]
 
 
-def test_the_papers_recipe_is_compared_where_the_teacher_is_the_same(
-    conversions: list[Record], plans: list[Record]
-) -> None:
+def test_the_papers_recipe_is_compared_where_the_teacher_is_the_same(conversions: list[Record]) -> None:
     paper = {"loss_name": "ce", "alpha": 0.05, "seed": 0}
     alike = evaluated("conversion-paper/kv_heads-2", 2.4, **paper)
-    page = conversion_pages([*conversions, *plans, alike])["conversion.md"]
+    page = conversion_pages([*conversions, alike])["conversion.md"]
     assert cells_of(page, "2 of 8 heads")[1:] == ["2.1800 ± 0.0400", "0.955 ± 0.010", "2.4000", "0.900"]
     assert "than the paper's recipe with it: holds for 2 of 8 heads." in page
     other = [
         evaluated("miniature/gqa/converted", 5.0, windows=512),
         evaluated("miniature/kv_heads-2/uptrained", 2.03, windows=512, **paper),
     ]
-    page = conversion_pages([*conversions, *plans, *other])["conversion.md"]
+    page = conversion_pages([*conversions, *other])["conversion.md"]
     assert cells_of(page, "2 of 8 heads")[3:] == ["–", "0.990"]  # its loss is no match, its gap is
     assert "windows of 512 tokens" in page
     assert "with it: does **not** hold for 2 of 8 heads." in page
     assert "better than its teacher" not in page
     better = evaluated("conversion-paper/kv_heads-2", TEACHER - 0.1, **paper)
-    assert "the student is better than its teacher" in conversion_pages([*conversions, *plans, better])["conversion.md"]
+    assert "the student is better than its teacher" in conversion_pages([*conversions, better])["conversion.md"]
     for stranger in (
         evaluated("miniature/x", 2.4, teacher="another", **paper),
         evaluated("miniature/x", 2.4, **paper | {"alpha": 0.01}),
         evaluated("miniature/x", 2.4, **paper | {"loss_name": "kl"}),
     ):
-        assert "the paper's recipe with it" not in conversion_pages([*conversions, *plans, stranger])["conversion.md"]
+        assert "the paper's recipe with it" not in conversion_pages([*conversions, stranger])["conversion.md"]
 
 
 def _recovery() -> list[Record]:
@@ -169,8 +152,8 @@ TRAINED: Mapping[tuple[str, str], tuple[float, float]] = {
 }
 
 
-def test_loss_over_tokens_is_a_table_a_figure_and_sentences(plans: list[Record]) -> None:
-    made = conversion_pages([*_recovery(), *plans])
+def test_loss_over_tokens_is_a_table_a_figure_and_sentences() -> None:
+    made = conversion_pages([*_recovery()])
     page, figure = made["conversion.md"], made["loss-over-tokens.svg"]
     assert "| start | trained by | 0 tokens | 150k tokens | 600k tokens |" in page
     default = "fit, q, o, gate, up, down repaired (default)"
@@ -184,28 +167,29 @@ def test_loss_over_tokens_is_a_table_a_figure_and_sentences(plans: list[Record])
     )
     for word in (f"{default}; kl", "align; kl", "mean; ce", "teacher"):
         assert f">{word}</text>" in figure
-    assert made == conversion_pages([*_recovery(), *plans])  # the same bytes for the same numbers
+    assert made == conversion_pages([*_recovery()])  # the same bytes for the same numbers
 
 
-def test_pages_without_records_are_left_out(plans: list[Record], conversions: list[Record]) -> None:
+def test_pages_without_records_are_left_out(conversions: list[Record]) -> None:
     assert conversion_pages([]) == {}
     elsewhere = [evaluated("demo/x", 3.0), evaluated("miniature/x", 3.0, alpha=0.05, loss_name="ce")]
-    assert conversion_pages([*plans, *elsewhere]) == {}
-    assert set(conversion_pages([*conversions, *plans])) == {"conversion.md"}
+    assert conversion_pages([*elsewhere]) == {}
+    assert set(conversion_pages([*conversions])) == {"conversion.md"}
     failed = [dataclasses.replace(each, status="failed", error="made up") for each in conversions]
-    assert conversion_pages([*failed, *plans]) == {}
+    assert conversion_pages([*failed]) == {}
 
 
-def test_what_cannot_be_one_table_is_refused(plans: list[Record], conversions: list[Record]) -> None:
-    with pytest.raises(DataError, match="conversion: no plan says what 4 heads are of"):
-        conversion_pages(conversions)
+def test_what_cannot_be_one_table_is_refused(conversions: list[Record]) -> None:
+    unknown = [dataclasses.replace(each, metrics={**each.metrics, "cache": {}}) for each in conversions]
+    with pytest.raises(DataError, match="conversion: no record says what 4 heads are of"):
+        conversion_pages(unknown)
     twice = evaluated("conversion/other", 3.0, windows=512, init="align")
     with pytest.raises(DataError, match="conversion: its students were evaluated in several ways"):
-        conversion_pages([*conversions, *plans, twice])
+        conversion_pages([*conversions, twice])
 
 
 def test_the_headline_stands_on_the_page_and_the_sweeps_are_not_in_the_readme(
-    plans: list[Record], conversions: list[Record], tmp_path: Path
+    conversions: list[Record], tmp_path: Path
 ) -> None:
     headline = [
         evaluated(
@@ -214,17 +198,15 @@ def test_the_headline_stands_on_the_page_and_the_sweeps_are_not_in_the_readme(
         for init, loss_name, loss in (("fit", "kl", 2.1), ("mean", "ce", 2.4))
         for seed in (0, 1, 2)
     ]
-    page = conversion_pages([*headline, *plans])["conversion.md"]
+    page = conversion_pages([*headline])["conversion.md"]
     assert re.search(
         r"\| gqa, kv heads 2, init fit \| 600k tokens, kl \(3 seeds\) \|.* 2\.1100 ± 0\.0100 \|.* 73% \|", page
     )
-    more = {"source": "another", "after": {**plans[3].metrics["after"], "cache_bytes_per_token": 77_777}}
-    foreign = dataclasses.replace(plans[3], name="a", metrics={**plans[3].metrics, **more})
     marked = f"{START.format('students headline')}\n{END}"
-    table = with_tables(marked, [foreign, *headline, *conversions, *_recovery(), *plans])
+    table = with_tables(marked, [*headline, *conversions, *_recovery()])
     assert table.count("| gqa, ") == 2
     assert "2.1100 ± 0.0100" in table
-    assert "77,777" not in table  # of another teacher
+    assert "| 128 | 25% |" in table
 
 
 def made_by(stage: str, seconds: float, **settings: Any) -> dict[str, Any]:
@@ -235,7 +217,7 @@ def told(made: Record, *steps: dict[str, Any]) -> Record:
     return dataclasses.replace(made, metrics={**made.metrics, "made_by": list(steps)})
 
 
-def test_a_budget_stands_beside_the_same_bytes_spent_evenly(plans: list[Record]) -> None:
+def test_a_budget_stands_beside_the_same_bytes_spent_evenly() -> None:
     rows = [
         told(evaluated("budget/a", 2.6, kv_heads=2, init="fit"), made_by("convert", 20, kv_heads=2)),
         told(
@@ -248,13 +230,13 @@ def test_a_budget_stands_beside_the_same_bytes_spent_evenly(plans: list[Record])
             made_by("convert", 41, kv_heads="8/4/2/2"),
         ),
     ]
-    page = conversion_pages([*rows, *plans])["conversion.md"]
+    page = conversion_pages([*rows])["conversion.md"]
     assert cells_of(page, "4/2/1/1 (auto)")[1:] == ["25.0%", "2.5000", "0.5000", "40"]
     assert cells_of(page, "2")[1:] == ["25.0%", "2.6000", "0.6000", "20"]
     assert "than the same bytes spent evenly: holds for 2 heads; does **not** hold for 4 heads." in page
 
 
-def test_attentions_trained_each_on_its_own_are_held_against_what_they_were(plans: list[Record]) -> None:
+def test_attentions_trained_each_on_its_own_are_held_against_what_they_were() -> None:
     trained = {"loss_name": "attention:1.0", "tokens": 600_000, "init": "fit", "seed": 0}
     rows = [
         evaluated("conversion/mean/converted", 6.0),
@@ -265,7 +247,7 @@ def test_attentions_trained_each_on_its_own_are_held_against_what_they_were(plan
             made_by("uptrain", 300),
         ),
     ]
-    page = conversion_pages([*rows, *plans])["conversion.md"]
+    page = conversion_pages([*rows])["conversion.md"]
     row = cells_of(page, "2: fit, q, o, gate, up, down repaired (default)")
     assert row[1:] == ["3.0000", "0.750", "2.5000", "0.875", "600k", "5.0"]
     assert "block-local training improves on it: holds for 2 heads, fit" in page

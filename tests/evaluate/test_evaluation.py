@@ -187,7 +187,7 @@ def test_without_a_teacher_nothing_is_compared(
     found = evaluate(tiny_checkpoint(), asked, records=tmp_path / "records")
     assert set(found.metrics) == {
         "tokens", "windows", "text_bytes", "loss", "loss_stderr", "perplexity", "bits_per_byte",
-        "loss_fp8_cache",
+        "loss_fp8_cache", "cache",
     }  # fmt: skip
     assert found.hashes["teacher"] is None
 
@@ -305,7 +305,7 @@ def test_a_gate_against_the_control(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     control = evaluate(pair[1], settings, records=tmp_path / "records", name="control")
-    path = str(record.path_of(tmp_path / "records", "evaluate", "control", control.settings))
+    path = str(record.path_of(tmp_path / "records", "evaluate", "control", control.identity))
     gated = replace(settings, gate="loss<=control+9, copy_loss@8<=control+9", control=path)
     found = evaluate(pair[0], gated, records=tmp_path / "records")
     assert [row["right"] for row in found.metrics["gate"]["rows"]] == [

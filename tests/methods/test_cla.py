@@ -32,7 +32,7 @@ from kvfold.families import all_families
 from kvfold.methods import cla
 from kvfold.predict.plan import plan
 from kvfold.report.folder import findings
-from kvfold.report.rows import cache_bytes
+from kvfold.report.studies import cache_bytes
 from kvfold.run.recipe import cells, read_recipe
 from kvfold.run.runner import _chain, _method, run
 from kvfold.text.tokens import token_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -21,10 +22,12 @@ from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, DataError, OutputError
 from kvfold.families import all_families
 from kvfold.predict.plan import PlanSettings, plan
-from kvfold.report import card, figures, render, report, summary
-from kvfold.report import rows as tables
+from kvfold.report import card, figures, render, report, summary, tables
+from kvfold.report.benches import speedups
 from kvfold.report.card import MARK, card_path
 from kvfold.report.folder import Folded, collect, commands
+from kvfold.report.rows import spread
+from kvfold.report.studies import plan_of, studies
 from pages.marks import END, START, with_tables
 from pages.miniature import compare, miniature_page, quality_figure
 
@@ -66,13 +69,13 @@ def student_row(kv_heads: int, *, seed: int = 0, alpha: float = 0, init: str = "
     return row | ({"loss_name": "kl"} if alpha else {}) | more
 
 
-def planned(folder: Path, kv_heads: int, init: str = "mean") -> Record:
+def planned(folder: Path, kv_heads: int, init: str = "mean", run: str = "") -> Record:
     source = folder / "source" / "config.json"
     source.parent.mkdir(exist_ok=True)
     source.write_text(json.dumps(config()))
     settings = {"kv_heads": kv_heads, "init": init}
     made = plan(source, "gqa", settings, options=PlanSettings(context=128, batch=8))
-    return record.make("plan", "gqa", {"method": "gqa", **settings}, made.as_dict(), **MADE_UP)
+    return record.make("plan", f"{run}gqa", {"method": "gqa", **settings}, made.as_dict(), **MADE_UP)
 
 
 def benched(models: Mapping[str, int], name: str = "made-up") -> Record:
@@ -228,7 +231,7 @@ def rows_of(columns: list[str], lines: list[list[str]]) -> dict[str, dict[str, s
 
 
 def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
-    found = rows_of(*tables.headline(tables.studies(collect(run_dir).records)[0]))
+    found = rows_of(*tables.headline(studies(collect(run_dir).records)[0]))
     grouped = found["gqa, kv heads 2, init mean"]
     assert grouped["cache bytes/token"] == "512"
     assert grouped["of teacher"] == "25%"
@@ -246,7 +249,7 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
 
 def test_the_summary_is_the_headline_made_narrow(run_dir: Path) -> None:
     columns, lines = summary(collect(run_dir).records)
-    full = tables.headline(tables.studies(collect(run_dir).records)[0])
+    full = tables.headline(studies(collect(run_dir).records)[0])
     assert [line[0] for line in lines] == [line[0] for line in full[1]]
     assert {"model", "cache bytes / token", "loss", "KL"} <= set(columns)
     assert len(columns) < len(full[0])
@@ -264,7 +267,7 @@ def test_gap_closed_is_held_against_mean_pooling_of_the_same_bytes_and_tokens(tm
         evaluated("first", student_row(2, alpha=0.05, init="first"), 1.25),
         evaluated("first of other tokens", student_row(2, alpha=0.1, init="first"), 1.2),
     ]
-    (study,) = tables.studies(records)
+    (study,) = studies(records)
     closed = {(row.settings["init"], row.training["alpha"]): row.gap_closed for row in study.rows}
     assert closed[("first", 0.05)] == pytest.approx(0.75)
     assert closed[("first", 0.1)] is None
@@ -274,18 +277,18 @@ def test_gap_closed_is_held_against_mean_pooling_of_the_same_bytes_and_tokens(tm
 def test_only_what_was_evaluated_alike_stands_in_one_table() -> None:
     here = evaluated("here", student_row(2), 2.0)
     elsewhere = dataclasses.replace(here, name="elsewhere", hashes={**here.hashes, "tokens": "other text"})
-    assert len(tables.studies([here, elsewhere])) == 2
-    assert len(tables.studies([here, dataclasses.replace(here, name="again")])) == 1
+    assert len(studies([here, elsewhere])) == 2
+    assert len(studies([here, dataclasses.replace(here, name="again")])) == 1
 
 
 def test_a_record_made_by_hand_takes_its_row_from_the_lineage() -> None:
     by_hand = dataclasses.replace(evaluated("out", {}, 1.5, hashed="known"), settings=READING)
-    (study,) = tables.studies([by_hand], {"known": lineage_of(2, "known")})
+    (study,) = studies([by_hand], {"known": lineage_of(2, "known")})
     (row,) = study.rows
     assert row.name == "gqa, kv heads 2, init mean"
     assert row.schooling == "2k tokens, kl"
     assert study.teacher is not None  # measured beside the student, without a record of its own
-    assert study.teacher.metric("loss") == tables.spread([TEACHER_LOSS])
+    assert study.teacher.metric("loss") == spread([TEACHER_LOSS])
 
 
 @pytest.mark.parametrize("other_first", [True, False])
@@ -295,16 +298,16 @@ def test_what_a_row_does_not_say_is_the_default(other_first: bool) -> None:
         for features in ("preset", "none")
     )
     plans = [other, plain] if other_first else [plain, other]
-    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid"}) is plain
-    assert tables.plan_of(plans, {"method": "supra", "preset": "hybrid", "features": "none"}) is other
+    assert plan_of(plans, {"method": "supra", "preset": "hybrid"}) is plain
+    assert plan_of(plans, {"method": "supra", "preset": "hybrid", "features": "none"}) is other
 
 
 def test_speed_is_looked_up_by_content_before_it_is_by_name() -> None:
     bench = dataclasses.replace(benched({"teacher": 8, "out": 2}), hashes={"out": "content"})
     same = evaluated("anything", student_row(2), 2.0, hashed="content")
     other = evaluated("out", student_row(2), 2.0, hashed="other content")
-    assert tables.speedups([bench], [same])
-    assert not tables.speedups([bench], [other])
+    assert speedups([bench], [same])
+    assert not speedups([bench], [other])
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -401,24 +404,48 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run_dir: Path) -> None
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def browse(page: Path, profile: Path, *flags: str) -> str:
+    """What a browser makes of a page."""
+    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+    fixed += ["--virtual-time-budget=2000", f"--user-data-dir={profile}"]
+    command = [str(BROWSER), *fixed, *flags, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(run_dir: Path, tmp_path: Path, width: int) -> None:
     page, shot = report(run_dir), tmp_path / "page.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
-    flags += ["--virtual-time-budget=1000", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
-    seen = subprocess.run(
-        [str(BROWSER), *flags, f"--screenshot={shot}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
+    seen = browse(page, tmp_path / "profile", f"--window-size={width},2000", f"--screenshot={shot}")
     assert Page(seen).headings.count("Result") == 1
     assert "script" not in Page(seen).tags
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", seen)
     assert shot.stat().st_size > 20_000  # a blank page of this size is a few kilobytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_tables_fit_the_width_of_the_page(run_dir: Path, tmp_path: Path) -> None:
+    text = re.sub("<meta http-equiv[^>]*>", "", report(run_dir).read_text(encoding="utf-8"))  # which forbids scripts
+    script = """for (const width of [400, 800, 1000, 1200]) {
+        const frame = document.createElement("iframe");
+        Object.assign(frame, {width, height: 900, srcdoc: page.textContent});
+        frame.onload = () => {
+            const inside = frame.contentDocument;
+            inside.querySelectorAll("details").forEach(each => each.open = true);
+            const wide = [inside.documentElement, ...inside.querySelectorAll(".scroll, pre")]
+                .filter(each => each.scrollWidth > each.clientWidth + 1);
+            const names = wide.map(each => each.ariaLabel || each.tagName);
+            document.body.append(`<${width}:${names.join()}>`);
+        };
+        document.body.append(frame);
+    }"""
+    outer = f'<body><textarea id="page">{html.escape(text)}</textarea><script>{script}</script>'
+    (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
+    seen = browse(tmp_path / "outer.html", tmp_path / "profile", "--window-size=1300,1000")
+    found = dict(re.findall("&lt;([0-9]+):(.*?)&gt;", seen.partition("</script>")[2]))
+    assert found == dict.fromkeys(("400", "800", "1000", "1200"), "")
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -557,7 +584,7 @@ def test_a_page_gets_the_table_that_it_asks_for(run_dir: Path) -> None:
 
 
 def test_equal_bytes_are_held_against_one_another_with_what_the_seeds_can_tell(tmp_path: Path) -> None:
-    records = [planned(tmp_path, 2), planned(tmp_path, 2, "first"), planned(tmp_path, 1)]
+    records = [planned(tmp_path, heads, init, "toy/") for heads, init in ((2, "mean"), (2, "first"), (1, "mean"))]
     for init, losses in (("mean", (2.0, 2.2)), ("first", (2.05, 2.25)), ("random", (3.0, 3.1))):
         for seed, loss in enumerate(losses):
             row = student_row(2, init=init, alpha=0.05, seed=seed)
@@ -614,7 +641,7 @@ def test_the_figure_of_the_readme_labels_each_point(run_dir: Path) -> None:
 
 
 def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_method(tmp_path: Path) -> None:
-    records = [planned(tmp_path, heads, init) for heads in (4, 2, 1) for init in ("mean", "first")]
+    records = [planned(tmp_path, heads, init, "toy/") for heads in (4, 2, 1) for init in ("mean", "first")]
     losses = {(4, "mean"): 2.5, (4, "first"): 2.75, (2, "mean"): 2.625, (2, "first"): 2.6875, (1, "mean"): 2.6}
     records += [
         evaluated(f"toy/{heads}-{init}", student_row(heads, init=init, alpha=0.05), loss)
@@ -626,7 +653,7 @@ def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_metho
     assert "init first" not in quality_figure(records)
     other = {**student_row(2, init="first", alpha=0.05), "method": "cla"}
     plan = planned(tmp_path, 2, "first")
-    alike = dataclasses.replace(plan, name="b", metrics={**plan.metrics, "method": "cla"})
+    alike = dataclasses.replace(plan, name="toy/b", metrics={**plan.metrics, "method": "cla"})
     more = [*records, alike, evaluated("toy/other", other, 3.0)]
     assert "| cla, " in with_tables(f"{START.format('front toy')}\n{END}", more)  # beaten, and the only one of cla
 
@@ -686,7 +713,7 @@ def test_the_miniature_needs_records() -> None:
     [((1.0,), (2.0,), "yes"), ((2.0,), (1.0,), "no"), ((1.0, 1.4), (1.2, 1.3), "unclear"), ((1.0,), (1.0,), "no")],
 )
 def test_compare(lower: tuple[float, ...], higher: tuple[float, ...], said: str) -> None:
-    first, second = tables.spread(lower), tables.spread(higher)
+    first, second = spread(lower), spread(higher)
     assert first
     assert second
     assert compare(first, second) == said

@@ -15,12 +15,12 @@ import pytest
 
 from kvfold.disk import record
 from kvfold.report import render
-from kvfold.report import rows as tables
 from kvfold.report.figures import Point, front_of
 from kvfold.report.folder import collect
 from kvfold.report.labels import Box, leader, place
 from kvfold.report.names import short_names
 from kvfold.report.outcome import Card, cards, measured, summary_of
+from kvfold.report.rows import Row
 from kvfold.report.verdict import (
     CLOSING_LIMIT,
     GAP_LIMIT,
@@ -323,10 +323,12 @@ def test_tokens_that_a_recipe_wrote_as_words_are_those_of_the_lineage(tmp_path: 
 def test_a_training_log_says_what_its_second_half_closed(tmp_path: Path, lines: int, closing: float | None) -> None:
     steps = [{"stage": "convert", "settings": {"method": "gqa", "kv_heads": 2}, "source": "hash of teacher"}]
     steps += [{"stage": "uptrain", "settings": {"loss": "kl"}, "source": "x", "tokens": 1000, "seed": 0}]
-    root = {"hash": "hash of teacher", "name": "made-up", "config": {}, "parameters": 1}
+    root = {"hash": "hash of teacher", "name": "made-up", "parameters": 1}
     folder = tmp_path / "uptrained"
     folder.mkdir()
-    (folder / "kvfold.json").write_text(json.dumps({"format": 1, "hash": "hash of one", "root": root, "steps": steps}))
+    (folder / "kvfold.json").write_text(
+        json.dumps({"format": 1, "inputs": "", "hash": "hash of one", "root": root, "steps": steps})
+    )
     (folder / "config.json").write_text("{}")
     log = [{"tokens": n * 10, "loss": 1, "kl": 1.0 if n <= 0.6 * lines else 0.5} for n in range(1, lines + 1)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -467,14 +469,14 @@ def test_the_front_is_what_no_point_beats_at_both() -> None:
 # --- short names -----------------------------------------------------------------------------------------------------
 
 
-def _row(method: str = "gqa", training: Mapping[str, Any] | None = None, **settings: Any) -> tables.Row:
-    return tables.Row("student", method, settings, training or {}, ())
+def _row(method: str = "gqa", training: Mapping[str, Any] | None = None, **settings: Any) -> Row:
+    return Row("student", method, settings, training or {}, ())
 
 
 def test_short_names_tell_rows_apart_with_few_settings() -> None:
     rows = [
-        tables.Row("teacher", "identity", {}, {}, ()),
-        tables.Row("control", "identity", {}, {"tokens": 600_000, "loss_name": "ce"}, ()),
+        Row("teacher", "identity", {}, {}, ()),
+        Row("control", "identity", {}, {"tokens": 600_000, "loss_name": "ce"}, ()),
         _row(kv_heads=2, init="fit"),
         _row(kv_heads=2, init="mean"),
         _row(kv_heads=1, init="mean"),

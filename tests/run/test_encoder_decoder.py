@@ -12,7 +12,8 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.families import all_families, family_of
 from kvfold.predict.plan import PlanSettings, plan
-from kvfold.report.rows import headline, studies
+from kvfold.report.studies import studies
+from kvfold.report.tables import headline
 from kvfold.run.recipe import Recipe, cells, read_recipe
 from kvfold.run.runner import run
 from kvfold.settings import decode

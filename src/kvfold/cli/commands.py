@@ -7,7 +7,6 @@ interrupted. Any other exception is a bug in kvfold: exit status 1, with its tra
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
 from kvfold.errors import Interrupted, KvfoldError, SettingError, did_you_mean
 from kvfold.families import all_families
 from kvfold.faults import fault_of
-from kvfold.formats import size
+from kvfold.formats import json_text, size
 from kvfold.methods import all_methods
 from kvfold.progress import Progress
 
@@ -129,7 +128,7 @@ def _print(text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    _print(json.dumps(value, indent=2, default=str))  # ASCII, controls escaped
+    _print(json_text(value, indent=2, ascii_only=True))  # ASCII, controls escaped
 
 
 def _made(what: str, path: Path, as_json: bool) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from kvfold.contracts.site import Attention, Linear, Shape
+from kvfold.contracts.site import DTYPE_BYTES, Attention, Linear, Shape
+
+CONTEXT = 8192  # tokens: the longest text that is planned for by default
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,24 @@ def grouped_cache(shape: Shape) -> CacheSpec:
 def root_elements(shape: Shape) -> int:
     """Elements per token that the root teacher caches: the whole of a budget."""
     return shape.root_elements or grouped_cache(shape).elements(1, 1)
+
+
+def default_context(shape: Shape) -> int:
+    """The context for bytes per token where none is given: the model's maximum, at most `CONTEXT`."""
+    return min(shape.max_positions, CONTEXT)
+
+
+def cached_by(shape: Shape) -> dict[str, Any]:
+    """The cache of a model, as records keep it: dtype, bytes per token at the default context, key/value heads.
+
+    For an encoder-decoder, the bytes of a decoder token and an encoder token. `kv_heads` is None if sites differ.
+    """
+    context = default_context(shape)
+    encoded = context if any(site.kind == "cross" for site in shape.sites) else 0
+    whole = grouped_cache(shape).bytes(context, itemsize=DTYPE_BYTES[shape.dtype], encoder_tokens=encoded)
+    heads = {attention.num_key_value_heads for attention in shape.sites.values()}
+    return {
+        "dtype": shape.dtype,
+        "bytes_per_token": whole / context,
+        "kv_heads": heads.pop() if len(heads) == 1 else None,
+    }

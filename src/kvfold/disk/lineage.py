@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfold.disk.checkpoint import FORMAT, Checkpoint
 from kvfold.disk.output import cache_folder, prepare_cache, read_object, write_json
-from kvfold.disk.record import versions
+from kvfold.disk.record_commit import versions
 from kvfold.disk.sidecar import tokenizer_identity
 from kvfold.errors import CheckpointError
 from kvfold.progress import SILENT, Progress

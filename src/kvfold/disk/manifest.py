@@ -1,8 +1,9 @@
-"""`kvfold.json` as it is read: every field that anything looks at is checked once, when the file is opened."""
+"""The schema of `kvfold.json`: every field that kvfold reads is checked once, when the file is opened."""
 
 from __future__ import annotations
 
 import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,95 +12,131 @@ import pydantic
 from kvfold.disk.output import MANIFEST
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import family_of
-from kvfold.inputs import load_json
+from kvfold.inputs import LARGEST, load_json
 
 FORMAT = 1  # of kvfold.json
 
-_Count = Annotated[int, pydantic.Field(ge=0)]
-_Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+Count = Annotated[int, pydantic.Field(ge=0, le=LARGEST)]
+Number = Annotated[float, pydantic.Field(ge=-1e100, le=1e100)]  # a figure can draw it
 
 
-class _Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
+class Part(pydantic.BaseModel):
+    """Part of a schema: keys without a field are not read, and may hold anything."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
-class _Root(_Part):
+class _Root(Part):
     hash: str
     name: str
     config: dict[str, Any] | None = None
-    parameters: _Count | None = None
+    parameters: Count | None = None
 
 
-class _Site(_Part):
-    planes: Annotated[list[list[int]], pydantic.Field(min_length=1)] | None = None
+class _Site(Part):
+    planes: Annotated[list[list[Count]], pydantic.Field(min_length=1)] | None = None
     lossless: list[Any] | None = None
-    lost: Any = None  # what it is, its method says: a number, a list, or a mapping
+    lost: Any = None  # defined by the method: a number, a list or a mapping
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> _Site:
+        if "planes" in self.model_fields_set and (self.planes is None or type(self.lost) not in (int, float)):
+            raise ValueError("planes need a number in `lost`")
+        if self.lossless and not isinstance(self.lost, list):
+            raise ValueError("lossless groups need a list in `lost`")
+        return self
 
 
-class _Heads(_Part):
+class _Heads(Part):
     kv_heads: Any
-    kl: _Number
+    kl: Number
 
 
-class _Layers(_Part):
+class _Layers(Part):
     layout: Any
-    kl: _Number
+    kl: Number
 
 
-class _Found(_Part):
-    budget: _Number | None = None
+class _Found(Part):
+    budget: Number | None = None
     mix: _Heads | None = None
     uniform: _Heads | None = None
     chosen: _Layers | None = None
     alike: _Layers | None = None
     sites: dict[str, _Site] | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> _Found:
+        for choice, other in (("mix", "uniform"), ("chosen", "alike")):
+            if choice in self.model_fields_set and None in (getattr(self, choice), getattr(self, other), self.budget):
+                raise ValueError(f"{choice} needs {other} and budget")
+        return self
 
-class _Step(_Part):
+
+class _Settings(Part):
+    method: str | None = None
+    sequence_length: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+
+class Step(Part):
+    """One stage that a checkpoint went through, as records keep it."""
+
     stage: str
-    settings: dict[str, Any]
-    source: str | None
-    tokens: _Count | None = None
+    settings: _Settings | None = None
+    tokens: Count | None = None
     seed: int | None = None
-    calibration: str | None = None
-    wall_seconds: _Number | None = None
-    versions: dict[str, Any] = {}
     found: _Found | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Step:
+        if self.stage == "convert" and (self.settings is None or self.settings.method is None):
+            raise ValueError("a conversion needs its method in settings")
+        return self
 
-class _Lineage(_Part):
+
+class _LineageStep(Step):
+    settings: _Settings
+    source: str | None
+    calibration: str | None = None
+    wall_seconds: Number | None = None
+    versions: dict[str, Any] = {}
+
+
+class _Lineage(Part):
     inputs: str
-    hash: str | None
+    hash: str
     root: _Root
-    steps: list[_Step]
+    steps: list[_LineageStep]
     tokenizer: str | None = None
 
 
-def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """The lineage of a checkpoint, None where it has none.
+def fault(schema: type[Part], value: object) -> str | None:
+    """The first place where a value does not fit a schema, and why; None if it fits."""
+    try:
+        schema.model_validate(value)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {reprlib.repr(first['input'])}"
+    return None
 
-    Raises CheckpointError for one that is damaged, or of a newer format.
-    """
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """The lineage of a checkpoint; None without one. Raises CheckpointError for a damaged one or a newer format."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
     lineage = load_json(path)
     found = lineage.get("format") if isinstance(lineage, dict) else None
-    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
+    if type(found) is int and found > FORMAT:
         raise CheckpointError(
             f"is a lineage of format {found}, and this kvfold reads format {FORMAT}",
             where=path,
             next="use a newer kvfold, or delete it to start a new lineage",
         )
-    if not isinstance(lineage, dict) or found != FORMAT or isinstance(found, bool):
+    if type(found) is not int or found != FORMAT:
         raise _damaged(path, f"is not a lineage of format {FORMAT}")
-    try:
-        _Lineage.model_validate(lineage)
-    except pydantic.ValidationError as failure:
-        first = failure.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise _damaged(path, f"{place}: {first['msg']}", got=repr(first["input"])) from failure
-    _check_steps(path, lineage)
+    if wrong := fault(_Lineage, lineage):
+        raise _damaged(path, wrong)
     config = lineage["root"].get("config")
     try:
         if config is not None:
@@ -107,26 +144,6 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     except UnsupportedModel as failure:
         raise _damaged(path, f"root.config: {failure.what}", got=failure.got, allowed=failure.allowed) from failure
     return dict(lineage)
-
-
-def _check_steps(path: Path, lineage: dict[str, Any]) -> None:
-    """Check what a step has because of its kind."""
-    for number, step in enumerate(lineage["steps"]):
-        settings, found = step["settings"], step.get("found") or {}
-        length = settings.get("sequence_length")
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-            raise _damaged(path, f"steps.{number}.settings.sequence_length is no length", got=repr(length))
-        if step["stage"] == "convert" and not isinstance(settings.get("method"), str):
-            raise _damaged(path, f"steps.{number}.settings has no method", got=repr(settings.get("method")))
-        for first, second in (("mix", "uniform"), ("chosen", "alike")):
-            if first in found and any(found.get(name) is None for name in (first, second, "budget")):
-                raise _damaged(path, f"steps.{number}.found has {first} without {second} and budget")
-        for name, site in (found.get("sites") or {}).items():
-            lost, planes = site.get("lost"), site.get("planes", [])
-            if ("planes" in site and (planes is None or type(lost) not in (int, float))) or (
-                site.get("lossless") and not isinstance(lost, list)
-            ):
-                raise _damaged(path, f"steps.{number}.found.sites.{name} does not say what was lost")
 
 
 def _damaged(path: Path, what: str, **more: Any) -> CheckpointError:

@@ -27,6 +27,7 @@ from typing import Any
 from kvfold.disk import lock
 from kvfold.errors import Interrupted, KvfoldError, OutputError
 from kvfold.faults import disk_errors as disk_errors
+from kvfold.formats import json_text
 from kvfold.inputs import LARGE, load_json, read_bytes
 
 MANIFEST = "kvfold.json"
@@ -137,7 +138,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON through a temporary file, so that a reader sees the old or the new content and nothing between."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    text = json_text(value, indent=2) + "\n"
     with replacing(path) as sibling:
         # paths that are not UTF-8 hold lone surrogates, which JSON escapes in this way
         sibling.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -187,7 +188,7 @@ def open_output(path: str | Path, settings: Mapping[str, Any], *, overwrite: boo
         if claim is not None and not resumed:
             if not overwrite:
                 raise OutputError(
-                    "unfinished work of other inputs or settings is there",
+                    "unfinished work of other inputs or settings, or of another version of kvfold, is there",
                     where=work,
                     next="repeat that command to finish it, delete it, or add --overwrite",
                 )
@@ -251,7 +252,7 @@ def _complete(path: Path, inputs: str, overwrite: bool) -> bool:
         what = f"exists and is not a kvfold output (it has no {MANIFEST}): it is not overwritten"
         raise OutputError(what, where=path, next="choose another path, or move it away")
     if not overwrite:
-        what = "exists, made from other inputs or settings"
+        what = "exists, made from other inputs or settings, or by another version of kvfold"
         raise OutputError(what, where=path, next="choose another path, or add --overwrite")
     if others := _of_others(path, manifest):
         what = "holds files that kvfold did not write"

@@ -1,39 +1,41 @@
-"""Records: every result as one JSON file with what made it. A number in a report, README or page comes from one."""
+"""Records: every result with what produced it. A number in a report, README or page comes from one.
+
+`write` writes one JSON file per record. `write_run` writes all records of a run into one file of JSON lines: the facts
+that differ each time (date, seconds, machine, versions) in the first line, then one record per line, sorted.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
 import os
-import platform
-import re
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pydantic
 
-from kvfold import __version__
-from kvfold.disk.output import disk_errors, fingerprint, read_json, write_json
+from kvfold.disk.output import disk_errors, fingerprint, read_json, replacing, write_json
+from kvfold.disk.record_commit import commit, versions
 from kvfold.errors import KvfoldError, OutputError, SettingError, plain
-from kvfold.inputs import LARGEST, load_json, read_text
+from kvfold.formats import json_text, measurable
+from kvfold.inputs import LARGE, load_json, open_regular, parse_json, read_bytes
 from kvfold.machine import describe
 from kvfold.progress import SILENT, Progress
 
-FORMAT = 1
+FORMAT = 2  # 1 has no `identity`
 LONGEST_NAME = 220  # bytes of a record's name in that of its file
-KINDS = ("plan-", "convert-", "uptrain-", "evaluate-", "bench-")  # how the files of records begin
+KINDS = ("plan-", "convert-", "uptrain-", "evaluate-", "bench-")  # prefixes of the names of record files
+RUN = "kvfold_records"  # the first key of a file of JSON lines
+VOLATILE = ("device", "versions", "commit")  # in the first line of a run's file, once for all records that share them
 
 
 @dataclass(frozen=True)
 class Record:
-    """One result: what was run (`kind`, `settings`, `hashes`, `seed`), what came out (`metrics`), and on what."""
+    """One result: what ran (`kind`, `settings`, `hashes`, `seed`), what came out (`metrics`), and on what."""
 
-    kind: str  # plan, convert, uptrain, evaluate, bench, engine, experiment, ...
-    name: str  # for people: a run or a row of a table
+    kind: str  # plan, evaluate, bench, engine, benchmark, ...
+    name: str  # RUN, or RUN/ROW
     settings: Mapping[str, Any]
     metrics: Mapping[str, Any]
     hashes: Mapping[str, str | None] = field(default_factory=dict)
@@ -45,7 +47,23 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     date: str = ""
+    identity: str = ""
     kvfold_record: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """A record without an identity is identified by all its settings."""
+        if not self.identity:
+            object.__setattr__(self, "identity", identity(self.kind, self.name, self.settings))
+
+    @property
+    def run(self) -> str:
+        """The name of the run that it belongs to."""
+        return self.name.partition("/")[0]
+
+
+def identity(kind: str, name: str, settings: Mapping[str, Any]) -> str:
+    """A hash of the settings that differ from their default: a new setting makes no record stale."""
+    return fingerprint([kind, name, dict(settings)])[:16]
 
 
 def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], **known: Any) -> Record:
@@ -63,17 +81,25 @@ def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str
     )
 
 
-def path_of(folder: str | Path, kind: str, name: str, settings: Mapping[str, Any]) -> Path:
-    """Where the record of this run lies: one file for one kind, name and settings."""
+# --- one file per record ---------------------------------------------------------------------------------------------
+
+
+def path_of(folder: str | Path, kind: str, name: str, identity: str) -> Path:
+    """The path of a record: one file for each kind, name and identity."""
+    return Path(folder) / f"{kind}-{_safe(name)}-{identity[:8]}.json"
+
+
+def _safe(name: str) -> str:
+    """A name as part of the name of a file."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
-    if len(safe.encode()) > LONGEST_NAME:  # the system's limit is 255 bytes, with kind and hash
+    if len(safe.encode()) > LONGEST_NAME:  # the system's limit is 255 bytes, with kind and identity
         safe = f"{safe[: LONGEST_NAME // 8]}-{fingerprint(name)[:16]}"
-    return Path(folder) / f"{kind}-{safe}-{fingerprint(dict(settings))[:8]}.json"
+    return safe
 
 
 def write(record: Record, folder: str | Path) -> Path:
     """Write the record into a folder and return its path. Raises OutputError when the disk refuses."""
-    path = path_of(folder, record.kind, record.name, record.settings)
+    path = path_of(folder, record.kind, record.name, record.identity)
     with disk_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_replaceable(path)
@@ -93,7 +119,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder for records that cannot be written, while nothing is lost by it. Raises OutputError."""
+    """Refuse a folder that records cannot be written to, before anything is measured. Raises OutputError."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not there.is_dir():
         raise OutputError("a part of the path is a file", where=folder, next="choose another folder with --records")
@@ -101,89 +127,139 @@ def check_folder(folder: Path) -> None:
         raise OutputError("no permission to write", where=there, next="choose another folder with --records")
 
 
-def parse(content: object, where: object = None) -> tuple[Record | None, list[str]]:
-    """A record out of JSON, and the keys that only a newer version knows; None for what is no record at all.
+def existing(path: Path, hashes: Mapping[str, Any], settings: Mapping[str, Any]) -> Record | None:
+    """The record at `path`; None if there is none, or one of a failure or of another format.
 
-    Numbers that are not finite or fit into no 64 bits become None: they were not measured. Raises SettingError when a
-    key holds what it cannot hold.
+    Raises OutputError if it has other hashes, or another value of a setting, whose default must have changed since.
     """
-    if not isinstance(content, dict) or type(content.get("kvfold_record")) is not int:
-        return None, []
-    known = {key: _measured(value) for key, value in content.items() if key in _KEYS}
-    try:
-        _Fields.model_validate(known)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise SettingError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
-    return Record(**known), sorted(content.keys() - _KEYS)
-
-
-_KEYS = frozenset(each.name for each in fields(Record))
-
-
-class _Fields(pydantic.BaseModel):
-    """The types of a record's keys."""
-
-    model_config = pydantic.ConfigDict(strict=True)
-    kind: str
-    name: str
-    settings: dict[str, Any]
-    metrics: dict[str, Any]
-    hashes: dict[str, str | None] = {}
-    seed: int | None = None
-    status: Literal["done", "failed", "gate_missed"] = "done"
-    error: str | None = None
-    wall_seconds: float | None = None
-    device: str = ""
-    versions: dict[str, str] = {}
-    commit: str | None = None
-    date: str = ""
-
-
-def _measured(value: Any) -> Any:
-    """A value of JSON without the numbers that are none."""
-    if isinstance(value, dict):
-        return {key: _measured(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_measured(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return None if isinstance(value, int) and abs(value) > LARGEST else value
-
-
-def existing(path: Path, hashes: Mapping[str, Any]) -> Record | None:
-    """The record at `path`, if it is there and was not a failure. Raises OutputError when its hashes are others."""
     found = _read(path)[0] if path.is_file() else None
     if found is None or found.kvfold_record != FORMAT or found.status == "failed":
         return None
-    if found.hashes != hashes:
+    known = found.settings
+    changed = [key for key in settings if key in known and fingerprint(known[key]) != fingerprint(settings[key])]
+    if changed or found.hashes != hashes:
         raise OutputError(
-            "the record there is of another checkpoint or text",
+            f"the record there is of {f'another {changed[0]}' if changed else 'another checkpoint or text'}",
             where=path,
             next="choose another name, or add --overwrite",
         )
     return found
 
 
-def _read(path: Path) -> tuple[Record | None, list[str]]:
-    """The record in a file, or None for what is none or cannot be read, and why that is or what of it is not read."""
+# --- one file per run ------------------------------------------------------------------------------------------------
+
+
+def write_run(path: Path, records: Sequence[Record]) -> None:
+    """Add the records of one run to its file of JSON lines; one of the same identity is replaced.
+
+    The first line has what differs each time: device, versions and commit once for all records that share them, and
+    for each of these, by identity, its date and seconds. Raises OutputError when the file there is damaged.
+    """
+    kept = list(_read_run(path)) if os.path.lexists(path) else []
+    if fault := next((fault for _, faults in kept for fault in faults), None):
+        raise OutputError(f"{fault}: it is not replaced", where=path, next="restore it, or move it away")
+    merged = {each.identity: each for each in (*(made for made, _ in kept if made), *records)}
+    found = sorted(merged.values(), key=lambda each: path_of("", each.kind, each.name, each.identity).name)
+    made: dict[str, dict[str, Any]] = {}
+    for each in sorted(found, key=lambda each: each.date):
+        shared = {key: getattr(each, key) for key in VOLATILE}
+        group = made.setdefault(fingerprint(shared), {**shared, "records": {}})
+        group["records"][each.identity] = [each.date, each.wall_seconds]
+    volatile = {*VOLATILE, "date", "wall_seconds", "kvfold_record"}
+    lines = [{RUN: FORMAT, "made": list(made.values())}]
+    lines += [{key: value for key, value in vars(each).items() if key not in volatile} for each in found]
+    with disk_errors(path), replacing(path) as sibling:
+        sibling.write_text("".join(json_text(line) + "\n" for line in lines), "utf-8", "backslashreplace")
+
+
+def _read_run(path: Path) -> Iterator[tuple[Record | None, list[str]]]:
+    """The records of a run's file, as `_read` returns them; nothing of any other file of JSON lines."""
     try:
-        made, newer = parse(load_json(path))
-    except KvfoldError as error:
-        return None, [plain(str(error).removeprefix(f"{path}: "), 300)] if path.name.startswith(KINDS) else []
+        with os.fdopen(open_regular(path), "rb") as file:
+            if not file.read(len(RUN) + 4).startswith(f'{{"{RUN}"'.encode()):
+                return
+        first, *lines = read_bytes(path, limit=LARGE).splitlines()
+        made = pydantic.TypeAdapter(list[_Made]).validate_python(parse_json(first, where=path)["made"])
+    except (KvfoldError, pydantic.ValidationError, KeyError, TypeError) as error:
+        yield None, [f"its first line cannot be read: {plain(str(error), 200)}"]
+        return
+    volatile = {
+        identity: {**{key: getattr(group, key) for key in VOLATILE}, "date": date, "wall_seconds": seconds}
+        for group in made
+        for identity, (date, seconds) in group.records.items()
+    }
+    for number, line in enumerate(lines, 2):
+        try:
+            content = parse_json(line, where=f"line {number}")
+            known = volatile.get(content["identity"], {})
+            yield _noted({"kvfold_record": FORMAT, **known, **content})
+        except (KvfoldError, KeyError, TypeError) as error:
+            yield None, [f"line {number} is not shown: {plain(str(error), 200)}"]
+
+
+class _Made(pydantic.BaseModel):
+    """What the records of one sitting share, and when each of them was made."""
+
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+    records: dict[str, tuple[str, float | None]]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def parse(content: object, where: object = None) -> tuple[Record | None, list[str]]:
+    """A record from JSON, and the keys that only a newer version knows; None for what is no record.
+
+    Numbers that are not finite or do not fit into 64 bits become None. Raises SettingError for a key of another type.
+    """
+    if not isinstance(content, dict) or type(content.get("kvfold_record")) is not int:
+        return None, []
+    known = {key: measurable(value) for key, value in content.items() if key in _TYPES}
+    for key, check in _TYPES.items():
+        try:
+            check.validate_python(known[key], strict=True)
+        except KeyError:
+            if key in _REQUIRED:
+                raise SettingError(f"{key}: is missing", where=where) from None
+        except pydantic.ValidationError as error:
+            raise SettingError(f"{key}: {error.errors()[0]['msg']}", where=where) from error
+    return Record(**known), sorted(content.keys() - _TYPES.keys())
+
+
+_TYPES = {name: pydantic.TypeAdapter[Any](hint) for name, hint in get_type_hints(Record).items()}
+_REQUIRED = [each.name for each in fields(Record) if each.default is MISSING and each.default_factory is MISSING]
+
+
+def _noted(content: object) -> tuple[Record | None, list[str]]:
+    """A record from JSON, and in words what is not read."""
+    made, newer = parse(content)
     if made is not None and (newer or made.kvfold_record > FORMAT):
         unread = f", without {plain(', '.join(newer), 200)}" if newer else ""
         return made, [f"is a record of another version of kvfold; it is read as one of this version{unread}"]
     return made, []
 
 
+def _read(path: Path) -> tuple[Record | None, list[str]]:
+    """The record in a file, or None for what is no record or cannot be read, and in words what is not read."""
+    try:
+        return _noted(load_json(path))
+    except KvfoldError as error:
+        return None, [plain(str(error).removeprefix(f"{path}: "), 300)] if path.name.startswith(KINDS) else []
+
+
 def read_all(folder: str | Path, progress: Progress = SILENT) -> list[Record]:
-    """Every record at or below a folder, by path; of one that cannot be read, or not wholly, one line is said."""
+    """Every record at or below a folder, by path, from files of one record and of one run.
+
+    One line names what cannot be read.
+    """
     found, odd = [], []
-    for path in sorted(Path(folder).rglob("*.json")):
-        made, faults = _read(path)
-        found += [] if made is None else [made]
-        odd += [f"{path}: {fault}" for fault in faults]
+    paths = sorted(Path(folder).rglob("*.json*"), key=lambda path: path.with_suffix(""))
+    for path in (path for path in paths if path.suffix in (".json", ".jsonl")):
+        for made, faults in [_read(path)] if path.suffix == ".json" else _read_run(path):
+            found += [] if made is None else [made]
+            odd += [f"{path}: {fault}" for fault in faults]
     warn(odd, progress)
     return found
 
@@ -192,50 +268,3 @@ def warn(odd: Sequence[str], progress: Progress) -> None:
     """Say in one line what was not read."""
     if odd:
         progress.say(f"warning: {odd[0]}{f' (and {len(odd) - 1} more like it)' if len(odd) > 1 else ''}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of kvfold and of what computes."""
-    names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
-    return {"kvfold": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
-
-
-def commit() -> str | None:
-    """The commit of the source that runs, with `+` when files differ from it; None outside a checkout of kvfold.
-
-    A kvfold that is installed inside another repository has no commit: that repository's is not its own.
-    """
-    package = Path(__file__).resolve().parents[1]
-    root = package.parents[1]
-    if package.parent.name != "src" or not (root / ".git").exists() or not _is_kvfolds(root / "pyproject.toml"):
-        return None
-    if _git(root, "ls-files", "--error-unmatch", "--", str(Path(__file__).resolve())) is None:
-        return None
-    return _git(root, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*") or None
-
-
-def _is_kvfolds(project: Path) -> bool:
-    try:
-        return bool(re.search(r'^name = "kvfold"$', read_text(project), re.M))
-    except KvfoldError:
-        return False
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    """What git answers about a folder, whatever repository the environment names; None when it has no answer."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    try:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=10,
-            check=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

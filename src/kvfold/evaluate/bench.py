@@ -37,7 +37,7 @@ from kvfold.formats import size
 from kvfold.machine import best_device, device_memory
 from kvfold.predict.roofline import hardware
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import MOST, SEEDS, check_range
+from kvfold.settings import MOST, SEEDS, check_range, differing
 
 PIECE = 64  # tokens of each prompt that are read together at the largest batch
 THREADS = 4096  # at most: each is started, and none of them is refused by PyTorch
@@ -96,11 +96,13 @@ def bench(
     checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
     hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
     name = name or "-".join(checkpoints)
-    identity = {**asdict(settings), "models": [str(each) for each in models]}
+    places = {"models": [str(each) for each in models]}
+    asked = {**asdict(settings), **places}
+    identity = record.identity("bench", name, {**differing(settings), **places})
     path = record.path_of(records, "bench", name, identity)
     record.check_replaceable(path)
     record.check_folder(Path(records))
-    made = None if overwrite else record.existing(path, hashes)
+    made = None if overwrite else record.existing(path, hashes, asked)
     if made is not None:
         progress.say(f"{path}: measured already")
         return made
@@ -111,8 +113,9 @@ def bench(
         made = record.make(
             "bench",
             name,
-            identity,
+            asked,
             {**metrics, "bytes_as_predicted": error is None},
+            identity=identity,
             hashes=hashes,
             seed=settings.seed,
             status="failed" if error else "done",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfold import hf
+from kvfold.contracts.cache import cached_by
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import root_teacher, steps_since_root
@@ -27,12 +28,11 @@ from kvfold.evaluate.checks import LONGEST, check_same, find_tasks, for_models, 
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
+from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, corpus
 from kvfold.text.tokens import token_file
 
 __all__ = ["EvaluateSettings", "evaluate", "teacher_of"]
-
-OF_PAIRS = ("beams", "answers", "answer_tokens")  # settings without effect on decoders
 
 
 def evaluate(
@@ -71,24 +71,23 @@ def evaluate(
         "control": None if control is None else fingerprint(control),
     }
     name = name or model.path.resolve().name
-    kept = {key: value for key, value in asdict(settings).items() if text.corpus or key not in OF_PAIRS}
-    identity = {
-        **kept,
-        "student": str(student),
-        "teacher": None if other is None else other.name,
-        "row": dict(row or {}),
-    }
+    compared = {"student": str(student), "teacher": None if other is None else other.name, "row": dict(row or {})}
+    identity = record.identity("evaluate", name, {**differing(settings), **compared})
+    asked = {**asdict(settings), **compared}
     path = record.path_of(records, "evaluate", name, identity)
     record.check_replaceable(path)
-    made = None if overwrite else record.existing(path, hashes)
+    made = None if overwrite else record.existing(path, hashes, asked)
     if made is not None:
         progress.say(f"{path}: measured already")
     else:
-        metrics = _measure(settings, {"student": model} | ({"teacher": other} if other else {}), text, progress)
+        models = {"student": model} | ({"teacher": other} if other else {})
+        metrics = _measure(settings, models, text, progress)
         if steps := steps_since_root(model):
             metrics["made_by"] = steps
-        made = _make(name, identity, settings, metrics, control)
-        made = replace(made, hashes=hashes, wall_seconds=round(time.monotonic() - began, 2))
+        metrics["cache"] = {who: cached_by(each.shape) for who, each in models.items()}
+        made = _make(name, asked, settings, metrics, control)
+        seconds = round(time.monotonic() - began, 2)
+        made = replace(made, hashes=hashes, identity=identity, wall_seconds=seconds)
         path = record.write(made, records)
     if made.status == "failed":
         raise CheckpointError(f"{made.error}", where=made.name, next=f"the weights are damaged; see {path}")

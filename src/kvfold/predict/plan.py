@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvfold import methods
-from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.cache import default_context, grouped_cache
 from kvfold.contracts.family import Family
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import spelled
@@ -205,7 +205,7 @@ def plan(
         root_elements = source.root_elements or grouped_cache(source).elements(1, 1)
         shape = replace(made.student.shape, root_elements=root_elements)
     crossed = any(site.kind == "cross" for site in source.sites)
-    context = options.context or min(source.max_positions, 8192)
+    context = options.context or default_context(source)
     serving = Serving(
         context=context,
         encoder_context=(options.encoder_context or context) if crossed else 0,

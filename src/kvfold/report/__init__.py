@@ -1,12 +1,12 @@
-"""Reports out of records: the page of a run, model cards, tables and figures of the docs, the paper in miniature.
+"""Reports: the page of a run and its model cards, from records, lineages and training logs.
 
-folder -> rows -> figures, speed, sections -> page (HTML), card (Markdown), pages, conversion, marks (Markdown and SVG)
+folder -> studies (rows, benches) -> tables, figures, outcome -> speed, planes, sections -> page (HTML), card (Markdown)
 """
 
 from kvfold.report.card import card
 from kvfold.report.page import render, report
 from kvfold.report.planes import first_planes
-from kvfold.report.rows import summary
+from kvfold.report.tables import summary
 
 __all__ = [
     "card",

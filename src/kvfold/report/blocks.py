@@ -1,12 +1,11 @@
-"""What a page is made of: sections, and in them tables, figures, texts to copy, and samples."""
+"""The parts of a page: sections of tables, figures, text to copy, and samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvfold.report.rows import Table
+from kvfold.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-def renamed(table: Table, names: Mapping[str, str]) -> Table:
-    """A table whose rows have other names, where these are known."""
-    columns, rows = table
-    return columns, [[names.get(row[0], row[0]), *row[1:]] for row in rows]
+def tabulated(title: str, columns: list[str], rows: list[list[str]], **look: Any) -> tuple[Block, ...]:
+    """A table as blocks of a section; none without rows."""
+    return (Block("table", title, table=(columns, rows), **look),) if rows else ()

@@ -1,7 +1,6 @@
-"""Model cards: a student's README, with where it comes from, what was measured, and how to load it.
+"""Model cards: where a student comes from, what was measured, and how to load it.
 
-A card is written into every trained checkpoint of a run: as README.md, or as MODEL_CARD.md where a README.md of
-somebody else is there already. What kvfold wrote carries its mark, and is written anew.
+Every trained checkpoint of a run gets a card: as README.md, or as MODEL_CARD.md if kvfold did not write its README.md.
 """
 
 from __future__ import annotations
@@ -16,20 +15,22 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from kvfold.disk.output import MANIFEST, read_json, replacing, written_by_kvfold
+from kvfold.disk.manifest import read_lineage
+from kvfold.disk.output import read_json, replacing, written_by_kvfold
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, plain
-from kvfold.report import rows as tables
+from kvfold.report import tables
 from kvfold.report.folder import Folded, Run, commands, findings
-from kvfold.report.reading import lineage_fault
+from kvfold.report.rows import Row, Study
+from kvfold.report.studies import studies
 
-_PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine: nobody else has them
-OWN = "kvfold_"  # what the model types that only kvfold's classes can load begin with
+_PLACE = re.compile(r"(?<![\w./-])/(?:[^\s/'`|;,]+/)+(?=[^\s/'`|;,])")  # folders of this machine
+OWN = "kvfold_"  # prefix of the model types that only kvfold's classes load
 MARK = "<!-- Written by kvfold; `kvfold report` writes it anew. -->"
 
 
 def templates(kind: Literal["html", "text"]) -> jinja2.Environment:
-    """The templates of the package: HTML escapes whatever is put in, text does not."""
+    """The templates of the package; those of HTML escape every value."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("kvfold"),
         autoescape=kind == "html",
@@ -55,24 +56,24 @@ def write_cards(run: Run) -> list[Path]:
 
 
 def card_path(folder: Path) -> Path | None:
-    """README.md of a checkpoint; MODEL_CARD.md where its README.md is not kvfold's; None where neither is."""
+    """README.md of a checkpoint, else MODEL_CARD.md; None if kvfold wrote neither."""
     places = (folder / "README.md", folder / "MODEL_CARD.md")
     return next((path for path in places if not os.path.lexists(path) or written_by_kvfold(path)), None)
 
 
 def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> str:
-    """The model card of a checkpoint that kvfold made, with the numbers that `records` hold of it.
+    """The model card of a checkpoint, with its numbers from `records`.
 
-    `names` are folders by content hash, for the commands. Raises CheckpointError when there is no lineage.
+    `names` are folders by content hash, for the commands. Raises CheckpointError without a lineage.
     """
     folder = Path(checkpoint_dir)
-    lineage, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    lineage, config = read_lineage(folder), read_json(folder / "config.json")
     config = {"model_type": "unknown", **(config if isinstance(config, dict) else {})}
-    if lineage_fault(lineage) is not None or not lineage["steps"]:
-        raise CheckpointError("has no lineage, so nothing can be said of it", where=folder, next="fold it with kvfold")
-    found = tables.studies(records, {lineage["hash"]: lineage})
+    if lineage is None or not lineage["steps"]:
+        raise CheckpointError("has no lineage, so a card would be empty", where=folder, next="fold it with kvfold")
+    found = studies(records, {lineage["hash"]: lineage})
     measured = [
-        (study, replace(row, records=own))  # of the seeds of a row, the one that made this checkpoint
+        (study, replace(row, records=own))  # only the seed of this checkpoint
         for study in found
         for row in study.rows
         if (own := tuple(each for each in row.records if each.hashes.get("student") == lineage["hash"]))
@@ -101,7 +102,7 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
 
 
 def _front(lineage: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """YAML front matter, by the hub's rules. The licence is the teacher's, which its own card states."""
+    """YAML front matter, by the hub's rules. It names no licence: that is the teacher's, on the teacher's card."""
     root, methods = lineage["root"], [step["settings"].get("method") for step in lineage["steps"]]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if str(root["name"]).count("/") == 1 and not str(root["name"]).startswith((".", "/")):
@@ -117,16 +118,16 @@ def _step(settings: Mapping[str, Any]) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text in one line that is no HTML."""
+    """Text in one line without HTML."""
     return plain(text, 10_000).replace("<", "&lt;")
 
 
 def _quoted(name: object) -> str:
-    """A name that stays between its backticks."""
+    """A name without backticks, to stand between some."""
     return plain(name, 400).replace("`", "'")
 
 
-def _numbers(study: tables.Study, row: tables.Row) -> tables.Table:
+def _numbers(study: Study, row: Row) -> tables.Table:
     """Student and teacher side by side."""
     teacher = study.teacher
 

@@ -1,7 +1,7 @@
-"""Figures as inline SVG, the same bytes for the same numbers: no date, fixed ids, colours left to the page.
+"""Figures as inline SVG; the same numbers give the same bytes.
 
-Matplotlib draws with stand-in colours, which become CSS variables afterwards, so that one figure serves a light page,
-a dark one and paper. Text stays text: it takes the page's font, can be searched and is read aloud.
+Matplotlib draws with stand-in colours, which become CSS variables: one figure serves a light page, a dark page and
+paper. Text stays text.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _INK, _GRID, _PAPER = "#010203", "#010204", "#010205"
 _STAND_INS = tuple(f"#0102{16 + number:02x}" for number in range(len(SERIES)))
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", "-.", ":")
-_HALO = "label-"  # ids of labels, which stand on a ground of their own
-_HOVERED = 12  # points of a line that its hover text has
-WIDE, NARROW = 12.0, 5.2  # inches of 72 units: as wide as a page, and as a phone, so that text keeps its size there
+_HALO = "label-"  # prefix of the ids of labels, which get an outline in the colour of the paper
+_HOVERED = 12  # points of a line in its hover text, at most
+WIDE, NARROW = 12.0, 5.2  # inches of 72 units: for a page and for a phone
 _HEIGHT = 3.3
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a figure: points in order of x; `low` and `high` bound each y where there are several seeds."""
+    """One line of a figure, in order of x; `low` and `high` bound each y over seeds."""
 
     label: str
     x: Sequence[float]
@@ -43,9 +43,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a scatter: points of one group share a colour and a mark, and a hollow one is a twin in it.
+    """One point of a scatter. Points of a group share a colour and a mark.
 
-    A point that is not `labelled` is named by its hover text alone. `in_front` points may lie on the front.
+    A point that is not `labelled` has only its hover text; one that is not `in_front` is never on the front.
     """
 
     label: str
@@ -94,7 +94,7 @@ def lines(
 
 
 def _hover(line: Line, x_label: str, y_label: str) -> str:
-    """A line in words: its label and its points; of many points, the first and the last."""
+    """The hover text of a line: its label and points; of many points, the first and the last."""
     points = list(zip(line.x, line.y, strict=True))
     shown = points if len(points) <= _HOVERED else [points[0], points[-1]]
     return "\n".join([line.label, f"{x_label}: {y_label}", *(f"{x:,.6g}: {y:.4g}" for x, y in shown)])
@@ -103,10 +103,10 @@ def _hover(line: Line, x_label: str, y_label: str) -> str:
 def scatter(
     name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str, width: float = NARROW
 ) -> str:
-    """A scatter over a doubling x axis as inline SVG, its points labelled where they stand, and its front.
+    """A scatter over a logarithmic x axis as inline SVG, with its front and a label at each point.
 
-    The front steps through the points that no other beats at both x and y; less is better. A label without room is
-    left out; the hover text of its point has it.
+    The front steps through the points that no other beats in both x and y; less is better. A label without room is left
+    out.
     """
     groups = list(dict.fromkeys(point.group for point in points))
     with _figure(0) as (figure, axes):
@@ -137,7 +137,7 @@ def scatter(
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats at both x and y, by x."""
+    """The points that no other beats in both x and y, by x."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
         if not front or point.y < front[-1].y:
@@ -146,8 +146,8 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def _labels(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Write the labels of points beside their marks, where there is room, each with a line to a mark far away."""
-    figure.draw_without_rendering()  # lays it out: from here on, data have a place
+    """Write labels beside their marks if there is room, with a line to a mark that is far away."""
+    figure.draw_without_rendering()  # lays it out: data now have places
     figure.set_layout_engine("none")
     labelled = [point for point in points if point.labelled]
     look = {"fontsize": 8.5, "ha": "left", "va": "bottom", "zorder": 4}
@@ -175,7 +175,7 @@ def _labels(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Poi
 
 
 def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks: Sequence[str]) -> str:
-    """Small marks row above row as inline SVG; rows are named at the y axis, at 0, 1, 2 and so on."""
+    """Rows of small marks as inline SVG; `y_ticks` name the rows at y = 0, 1, 2, ..."""
     with _figure(0) as (figure, axes):
         figure.set_figheight(max(_HEIGHT, 0.45 * len(rows) + 0.6))
         for number, row in enumerate(rows):
@@ -188,7 +188,7 @@ def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks:
 
 @contextmanager
 def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes and room for its legend below."""
+    """A figure with axes, and room for a legend below them."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -223,7 +223,7 @@ def _figure(legend_lines: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _doubling(axes: Any, values: Sequence[float], around: float = 1.25) -> None:
-    """Make x logarithmic, with a tick at each measured value that has room for one."""
+    """Make x logarithmic, with a tick at each measured value that has room."""
     axes.set_xscale("log", base=2)
     kept: list[float] = []
     for value in values:
@@ -242,11 +242,11 @@ def _words(axes: Any, x_label: str, y_label: str) -> None:
 
 
 def _svg(figure: Any, name: str, title: str, hovers: Mapping[str, str] | None = None) -> str:
-    """The figure as an SVG element for an HTML page: named ids, CSS colours, no address of anything.
+    """The figure as an SVG element of an HTML page, with CSS colours and without addresses.
 
-    `hovers` are what a pointer over a part of the figure shows, by the part's id.
+    Ids begin with `name`. `hovers` are hover texts by the id of a part.
     """
-    name = re.sub(r"[^\w-]", "-", name)  # it becomes part of ids
+    name = re.sub(r"[^\w-]", "-", name)
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\A.*?(?=<svg )", "", drawn.getvalue(), count=1, flags=re.S)
@@ -271,7 +271,7 @@ def _svg(figure: Any, name: str, title: str, hovers: Mapping[str, str] | None = 
 
 
 def style() -> str:
-    """The CSS variables that the figures draw with, for light and for dark."""
+    """The CSS variables of the figures, for light and dark pages."""
     light = "; ".join(f"--series-{number}: {colour}" for number, colour in enumerate(SERIES))
     dark = "; ".join(f"--series-{number}: {colour}" for number, colour in enumerate(DARK_SERIES))
     return (
@@ -282,7 +282,7 @@ def style() -> str:
 
 
 def standalone(svg: str) -> str:
-    """An inline figure as a file of its own, on a ground of its own, light or dark as the reader's screen is."""
+    """An inline figure as a file, with a background that is light or dark as the reader's screen."""
     look = f"{style()}\nsvg {{ --paper: #ffffff; color: #1b2129; background: var(--paper); "
     look += "font-family: system-ui, sans-serif }\n"
     look += "@media screen and (prefers-color-scheme: dark) { svg { --paper: #14181e; color: #e6e9ee } }"

@@ -1,4 +1,4 @@
-"""What lies below the folder of a run: records, checkpoints with their lineages, training logs, the recipe."""
+"""The folder of a run: its records, checkpoints with lineages, training logs, and recipe."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.disk.output import MANIFEST, REPLACED, read_json, tidy
+from kvfold.disk.manifest import read_lineage
+from kvfold.disk.output import MANIFEST, REPLACED, tidy
 from kvfold.disk.record import Record, read_all, warn
 from kvfold.errors import DataError, KvfoldError, plain
 from kvfold.inputs import LARGE, parse_json, read_bytes, read_text
 from kvfold.progress import SILENT, Progress
-from kvfold.report.reading import lineage_fault, log_line, record_fault
-from kvfold.report.rows import Study, studies
+from kvfold.report.reading import log_line, record_fault
+from kvfold.report.rows import Study
+from kvfold.report.studies import studies
 
 LOG = "train.jsonl"
 RECIPE = "recipe.yaml"
-HASHES = ("text", "teacher")  # among the settings of a step: what was read, by content
+HASHES = ("text", "teacher")  # settings of a step that are content hashes
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A checkpoint of the run: where it lies below the run's folder, and its lineage."""
+    """A checkpoint of the run: its path, its name below the run's folder, its lineage."""
 
     path: Path
     name: str
@@ -32,7 +34,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Run:
-    """What lies below a run's folder."""
+    """The content of a run's folder."""
 
     folder: Path
     records: tuple[Record, ...]
@@ -42,16 +44,16 @@ class Run:
 
     @property
     def studies(self) -> list[Study]:
-        """Its records as rows."""
+        """Its records as studies."""
         return studies(
             self.records, {checkpoint.lineage["hash"]: checkpoint.lineage for checkpoint in self.checkpoints}
         )
 
 
 def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
-    """Everything that a report needs of a run; what cannot be read is left out, and said in one line.
+    """Read the folder of a run. One line names what cannot be read; it is left out.
 
-    Raises DataError when there is nothing to report.
+    Raises DataError if there is nothing to report.
     """
     folder = Path(run_dir)
     tidy(folder)
@@ -63,20 +65,21 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
     for path in sorted(folder.rglob(MANIFEST)):
         if REPLACED not in path.parts:
             tidy(path.parent)
-        lineage = read_json(path)
-        whole = not any(part.endswith((".partial", REPLACED)) for part in path.relative_to(folder).parts)
-        fault = lineage_fault(lineage)
-        if whole and fault is not None:
-            odd.append(f"{path} is not shown: {fault}")
-        elif whole:
-            name = str(path.parent.relative_to(folder))
-            checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage))
-            if (path.parent / LOG).exists():
-                logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG, odd))
+        if any(part.endswith((".partial", REPLACED)) for part in path.relative_to(folder).parts):
+            continue
+        try:
+            lineage = read_lineage(path.parent)
+        except KvfoldError as error:
+            odd.append(f"{error}: it is not shown")
+            continue
+        name = str(path.parent.relative_to(folder))
+        checkpoints.append(Folded(path.parent, folder.resolve().name if name == "." else name, lineage or {}))
+        if (path.parent / LOG).exists():
+            logs[checkpoints[-1].name] = tuple(_log(path.parent / LOG, odd))
     records = []
     for record in read_all(folder, progress):
         if record.status == "failed":
-            records.append(replace(record, metrics={}))  # its error is shown, and no numbers
+            records.append(replace(record, metrics={}))  # only its error is shown
             continue
         fault = record_fault(record)
         if fault is None:
@@ -94,7 +97,7 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
 
 
 def _recipe(path: Path, progress: Progress) -> str | None:
-    """The text of the run's recipe, where there is one that can be read."""
+    """The text of the run's recipe; None if there is none that can be read."""
     if not path.exists():
         return None
     try:
@@ -105,7 +108,7 @@ def _recipe(path: Path, progress: Progress) -> str | None:
 
 
 def _log(path: Path, odd: list[str]) -> Iterator[Mapping[str, Any]]:
-    """The lines of a training's log that say a loss, in order; a log that cannot be read is `odd`."""
+    """The lines of a training log that have a loss; a log that cannot be read adds a line to `odd`."""
     try:
         octets = read_bytes(path, limit=LARGE)
     except KvfoldError as error:
@@ -121,7 +124,7 @@ def _log(path: Path, odd: list[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
-    """The commands that made a checkpoint from its root, one a line; `by_hash` names those that lie in the run."""
+    """The commands that made a checkpoint from its root, one per line; `by_hash` names the checkpoints of the run."""
     root, steps = checkpoint.lineage["root"], checkpoint.lineage["steps"]
     lines = []
     for number, step in enumerate(steps):
@@ -134,7 +137,7 @@ def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
 
 
 def findings(lineage: Mapping[str, Any]) -> list[str]:
-    """What conversions found out on the way, in words: how a budget was spent, and which heads were one already."""
+    """What the conversions of a lineage found, in sentences: how a budget was spent, which heads merge without loss."""
     lines = []
     for found in (step.get("found") or {} for step in lineage["steps"]):
         if "mix" in found:
@@ -165,7 +168,7 @@ def findings(lineage: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Resolved settings as flags; hashes that stand among them are no flags."""
+    """Resolved settings as flags, without content hashes."""
     for key, value in settings.items():
         flag = f"--{key.replace('_', '-')}"
         if key in HASHES:

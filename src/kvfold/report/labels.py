@@ -1,4 +1,4 @@
-"""Where the labels of a scatter stand: beside their marks, over no other label, mark or leader line."""
+"""Places for the labels of a scatter: beside their marks, over no other label, mark or leader line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 _AIR = 1.5  # between boxes
 _RADII = (5.0, 9.0, 14.0, 20.0, 27.0, 36.0, 46.0, 58.0, 72.0, 90.0, 110.0)
 _ANGLES = (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240, 15, 345, 165, 195, 45, 315, 135, 225)
-_NEAR = 60.0  # marks that are closer crowd one another
+_NEAR = 60.0  # marks that are closer form a crowd
 _LEADER = 11.0  # a label that is farther away than this has a line to its mark
 
 
 def place(marks: Sequence[Place], sizes: Sequence[Place], avoided: Sequence[Box], frame: Box) -> list[Box | None]:
-    """A box for each mark's label, in the order of the marks; None where there is no room for it in the frame.
+    """A box for the label of each mark; None for a label without room in the frame.
 
-    Labels are placed one after the other, in several orders, of which the best counts.
-    `sizes` are widths and heights of the labels; `avoided` are boxes that no label may cover, the marks among them.
+    Labels are placed greedily, in several orders; the best result counts. `sizes` are widths and heights of the labels,
+    `avoided` boxes that no label may cover, those of the marks included.
     """
     crowd = [sum(math.dist(mark, other) < _NEAR for other in marks) for mark in marks]
     orders = [
@@ -37,7 +37,7 @@ def place(marks: Sequence[Place], sizes: Sequence[Place], avoided: Sequence[Box]
 
 
 def _effort(marks: Sequence[Place], placed: Sequence[Box | None]) -> tuple[int, float]:
-    """Labels without a place, and how far the others are from their marks."""
+    """The number of labels without a place, and the total length of leader lines."""
     far = (math.dist(*line) for mark, box in zip(marks, placed, strict=True) if box and (line := leader(mark, box)))
     return list(placed).count(None), sum(far)
 
@@ -45,11 +45,11 @@ def _effort(marks: Sequence[Place], placed: Sequence[Box | None]) -> tuple[int, 
 def _in_order(
     order: Sequence[int], marks: Sequence[Place], sizes: Sequence[Place], avoided: Sequence[Box], frame: Box
 ) -> list[Box | None]:
-    """Each label in turn at the nearest place that is free."""
+    """Each label in turn at the nearest free place."""
     boxes: list[Box] = []
     lines: list[tuple[Place, Place]] = []
     placed: list[Box | None] = [None] * len(marks)
-    for lines_cross in ("nothing", "marks", "labels"):  # rather than that there is no label
+    for lines_cross in ("nothing", "marks", "labels"):  # each round allows more, rather than leave a label out
         for at in (each for each in order if placed[each] is None):
             over = _others(marks[at], avoided) if lines_cross == "nothing" else []
             for box in _candidates(marks[at], sizes[at]):
@@ -67,12 +67,12 @@ def _in_order(
 
 
 def _others(mark: Place, avoided: Sequence[Box]) -> list[Box]:
-    """What a line from a mark had better not cross: all that is avoided but the mark's own place."""
+    """The boxes that a line from a mark should not cross: all but those of the mark itself."""
     return [box for box in avoided if not (box[0] <= mark[0] <= box[2] and box[1] <= mark[1] <= box[3])]
 
 
 def leader(mark: Place, box: Box) -> tuple[Place, Place] | None:
-    """The line from a mark to its label; None where the label stands beside it."""
+    """The line from a mark to its label; None for a label beside its mark."""
     near = (min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3]))
     return (mark, near) if math.dist(mark, near) > _LEADER else None
 
@@ -99,7 +99,7 @@ def _overlap(one: Box, other: Box) -> bool:
 
 
 def _crosses(line: tuple[Place, Place], box: Box) -> bool:
-    """Does a line pass through a box? Clipped side by side, as Liang and Barsky do."""
+    """Whether a line passes through a box: line clipping by Liang and Barsky (1984)."""
     (x, y), (to_x, to_y) = line
     enters, leaves = 0.0, 1.0
     for step, distance in (

@@ -1,4 +1,4 @@
-"""Short names of the rows of a study, of plans and of a benchmark's models: what tells them apart, and no more."""
+"""Short names of rows, plans and the models of a benchmark: the fewest settings that tell them apart."""
 
 from __future__ import annotations
 
@@ -9,57 +9,46 @@ from typing import Any
 
 from kvfold.disk.record import Record
 from kvfold.methods import all_methods
-from kvfold.report import rows as tables
-from kvfold.report.rows import Row, Study, compact
+from kvfold.report.benches import bench_rows, benched
+from kvfold.report.rows import Row, Study, training_words
 
 _Items = tuple[tuple[str, str], ...]  # settings by name, and in words
-_MOST = 4  # settings in a short name; where these are too few, the name is the whole label
+_MOST = 4  # settings in a short name; if these are too few, the name is the whole label
 
 
 def short_names(rows: Sequence[Row]) -> list[str]:
     """A name for each row, in their order: `gqa, kv heads 2`; no two rows have the same one."""
-    starts = [row.method if row.role == "student" else row.role for row in rows]
-    return _names(starts, [_of_row(row) for row in rows], [row.label for row in rows])
+    items = [
+        () if row.role == "teacher" else (*_items(row.settings), *training_words(row.training).items()) for row in rows
+    ]
+    return _names([row.group for row in rows], items, [row.label for row in rows])
 
 
 def plan_names(plans: Sequence[Record]) -> list[str]:
-    """A name for each plan, by the settings that are not its method's defaults."""
+    """A name for each plan, by the settings that differ from the defaults of its method."""
     methods = [str(plan.metrics["method"]) for plan in plans]
-    items = [_of_plan(method, plan.metrics["settings"]) for method, plan in zip(methods, plans, strict=True)]
-    whole = [", ".join([method, *(words for _, words in own)]) for method, own in zip(methods, items, strict=True)]
+    items = []
+    for name, plan in zip(methods, plans, strict=True):
+        known = all_methods().get(name)
+        usual = {each.name: each.default for each in fields(known.Config)} if known else {}
+        settings = plan.metrics["settings"].items()
+        items.append(_items({key: value for key, value in settings if value is not None and usual.get(key) != value}))
+    whole = [", ".join([name, *(words for _, words in own)]) for name, own in zip(methods, items, strict=True)]
     return _names(methods, items, whole)
 
 
 def bench_names(bench: Record, found: Sequence[Study]) -> dict[str, str]:
-    """The models of a benchmark -> the short names of the rows that they are; a model of no row has its own name."""
-    models = list(dict.fromkeys(row["model"] for row in tables.bench_rows(bench)))
+    """The models of a benchmark -> the short names of their rows; a model without a row is left out."""
+    models = list(dict.fromkeys(row["model"] for row in bench_rows(bench)))
     names = {models[0]: "teacher"} if models else {}
     for study in found:
         for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
-            names |= {model: name for model in models[1:] if tables.benched(bench, model, row.records)}
+            names |= {model: name for model in models[1:] if benched(bench, model, row.records)}
     return {model: name for model, name in names.items() if list(names.values()).count(name) == 1}
 
 
-def _of_row(row: Row) -> _Items:
-    """Settings, then training, as (key, words)."""
-    if row.role == "teacher":
-        return ()
-    found = [(key, f"{key} {value}".replace("_", " ")) for key, value in row.settings.items()]
-    for key, value in row.training.items():
-        if key == "alpha":
-            found.append((key, f"alpha {value:g}"))
-        elif key == "tokens":
-            found.append((key, f"{value if isinstance(value, str) else compact(value)} tokens"))
-        else:
-            found.append((key, str(value)))
-    return tuple(found)
-
-
-def _of_plan(method: str, settings: Mapping[str, Any]) -> _Items:
-    known = all_methods().get(method)
-    usual = {each.name: each.default for each in fields(known.Config)} if known else {}
-    told = {key: value for key, value in settings.items() if value is not None and usual.get(key) != value}
-    return tuple((key, f"{key} {value}".replace("_", " ")) for key, value in told.items())
+def _items(settings: Mapping[str, Any]) -> _Items:
+    return tuple((key, f"{key} {value}".replace("_", " ")) for key, value in settings.items())
 
 
 def _names(starts: Sequence[str], items: Sequence[_Items], whole: Sequence[str]) -> list[str]:
@@ -73,9 +62,9 @@ def _names(starts: Sequence[str], items: Sequence[_Items], whole: Sequence[str])
 
 
 def _distinct(own: _Items, others: Sequence[set[tuple[str, str]]], at_least: int) -> tuple[str, ...] | None:
-    """The fewest items that no other has together; with the first one, unless all have that.
+    """The fewest items that no other has together; the first item is among them, unless all have it.
 
-    One that has all of them and more does not count: its name has some of what it has more.
+    Another that has all of them and more does not count: its name has some of the others.
     """
     first = own[:1] if own and at_least and not (others and all(own[0] in other for other in others)) else ()
     for count in range(max(at_least - len(first), 0), _MOST):

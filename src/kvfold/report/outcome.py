@@ -1,4 +1,4 @@
-"""What the head of the page says of each student: its verdict, what was lost, what was gained, and its gate."""
+"""The cards at the head of the page: the verdict on each student, what was lost, what was gained, and its gate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.record import Record
 from kvfold.formats import size
-from kvfold.report import rows as tables
+from kvfold.report.benches import benched, benches
 from kvfold.report.folder import Run
 from kvfold.report.names import short_names
-from kvfold.report.rows import Row, Study
+from kvfold.report.rows import Row, Spread, Study, spread
+from kvfold.report.studies import plan_of
 from kvfold.report.verdict import COPIES, OUTCOMES, Measured, Outcome, verdict
 
 TASKS = 4  # scores that a card shows
@@ -32,7 +33,7 @@ _LOG_LINES = 40  # a log with fewer lines is too short to read a trend from
 
 @dataclass(frozen=True)
 class Fact:
-    """One number of a card: what it is, its value, and what it is compared with."""
+    """One number of a card, with its name and what it is compared with."""
 
     what: str
     value: str
@@ -41,7 +42,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Card:
-    """The verdict on a student with the numbers that it rests on."""
+    """The verdict on a student, with the numbers that it depends on."""
 
     name: str
     settings: str
@@ -50,18 +51,18 @@ class Card:
     reason: str
     lost: tuple[Fact, ...]
     gained: tuple[Fact, ...]
-    gate: tuple[tuple[str, bool], ...]  # rows in words, and whether each holds
+    gate: tuple[tuple[str, bool], ...]  # its rows in words, and whether each holds
     missing: tuple[str, ...]
 
 
 def cards(run: Run) -> list[tuple[str, list[Card]]]:
-    """The students of each study, under the text that they were evaluated on; the ones to ship first."""
+    """The students of each study by the text of their evaluation, those to ship first."""
     found = []
     for study in run.studies:
         students = [
             _card(study, row, name, run)
             for row, name in zip(study.everyone, short_names(study.everyone), strict=True)
-            if row.role == "student" and row.method != "identity"
+            if row.group not in ("teacher", "control", "identity")
         ]
         if students:
             data = str(study.everyone[0].records[0].settings.get("data") or "")
@@ -70,7 +71,7 @@ def cards(run: Run) -> list[tuple[str, list[Card]]]:
 
 
 def summary_of(found: Sequence[tuple[str, Sequence[Card]]]) -> str:
-    """How many students have which verdict, in a sentence."""
+    """The number of students with each verdict, in a sentence."""
     outcomes = [card.outcome for _, students in found for card in students]
     counts = [f"{outcomes.count(key)} {_SUMMARY[key]}" for key in OUTCOMES if key in outcomes]
     if len(outcomes) < 2:
@@ -83,14 +84,9 @@ def _card(study: Study, row: Row, name: str, run: Run) -> Card:
     lost = (*_loss(row), *_recall(study, row), *_tasks(study, row))
     gained = (*_bytes(row), *_speed(row), *_largest(row, run.records))
     facts = {fact.what for fact in (*lost, *gained) if not fact.note.startswith(PLANNED)}
-    unmeasured = [what for what in ("recall", "decode speed", "largest batch") if what not in facts]
-    if not any(_scores(each) for each in row.records):
-        unmeasured.insert(1 if "recall" in unmeasured else 0, "tasks")
-    gate = tuple(
-        (f"{each['expr']}: {_against(each)}", bool(each["passed"]))
-        for record in row.records
-        for each in (record.metrics.get("gate") or {}).get("rows", [])
-    )
+    facts |= {"tasks"} if any(_scores(each) for each in row.records) else set()
+    unmeasured = [what for what in ("recall", "tasks", "decode speed", "largest batch") if what not in facts]
+    gate = tuple((f"{each['expr']}: {_against(each)}", bool(each["passed"])) for each in _gate_rows(row))
     return Card(
         name=name,
         settings=settings_of(row),
@@ -110,19 +106,23 @@ def settings_of(row: Row) -> str:
     return f"{row.name}. Training: {row.schooling}.{seeds}"
 
 
+def _gate_rows(row: Row) -> list[Mapping[str, Any]]:
+    return [each for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
+
+
 def _against(row: Mapping[str, Any]) -> str:
     sides = ("not measured" if row[side] is None else f"{row[side]:.4f}" for side in ("left", "right"))
     return f"{' against '.join(sides)}, {'holds' if row['passed'] else 'missed'}"
 
 
-# --- the numbers of the rule -----------------------------------------------------------------------------------------
+# --- what the verdict depends on -------------------------------------------------------------------------------------
 
 
 def measured(study: Study, row: Row, run: Run) -> Measured:
-    """What the rule of the verdict reads, out of the records and the training log of a student."""
+    """What the verdict depends on, from the records and the training log of a student."""
     loss, itemsize = row.metric("loss"), cache_itemsize(run.records)
     fp8_loss = study.teacher.metric("loss_fp8_cache") if study.teacher else None
-    gates = [each["passed"] for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
+    gates = [each["passed"] for each in _gate_rows(row)]
     kept = _recall_kept(study, row)
     teacher_bytes = row.teacher_cache_bytes or (study.teacher.cache_bytes if study.teacher else None)
     return Measured(
@@ -140,13 +140,15 @@ def measured(study: Study, row: Row, run: Run) -> Measured:
 
 
 def cache_itemsize(records: Sequence[Record]) -> int | None:
-    """Bytes of a cached number, by the plans; None where they differ or there is none."""
-    formats = {str(record.metrics["dtype"]) for record in records if record.kind == "plan" and record.metrics}
+    """Bytes of a cached number, by the plans, else by the evaluations; None where they differ."""
+    planned = {str(record.metrics["dtype"]) for record in records if record.kind == "plan" and record.metrics}
+    caches = [each for record in records for each in (record.metrics.get("cache") or {}).values() if each]
+    formats = planned or {str(each.get("dtype")) for each in caches}
     return DTYPE_BYTES.get(formats.pop()) if len(formats) == 1 else None
 
 
 def _recall_kept(study: Study, row: Row) -> list[tuple[float, str, float, float]] | None:
-    """By distance at which the teacher copies: the share of its copy gain that is left, and both gains."""
+    """For each distance at which the teacher copies: the share of its copy gain that is left, and both gains."""
     own, theirs = row.keyed("copy_gain"), study.teacher.keyed("copy_gain") if study.teacher else {}
     shared = [key for key in own if key in theirs]
     if not shared:
@@ -156,9 +158,9 @@ def _recall_kept(study: Study, row: Row) -> list[tuple[float, str, float, float]
 
 
 def _closing(study: Study, row: Row, run: Run) -> float | None:
-    """Nats that a doubling of the training tokens closes.
+    """Nats that a doubling of the training tokens closes: by the same student with more, else fewer tokens.
 
-    By the same student trained on more or else fewer tokens, else by the second half of its training log.
+    Without another, by the second half of its training log.
     """
     loss, (unit, spent) = row.metric("loss"), _spent(row)
     if not row.trained or loss is None:
@@ -178,7 +180,7 @@ def _closing(study: Study, row: Row, run: Run) -> float | None:
 
 
 def _spent(row: Row) -> tuple[str, float]:
-    """The training of a row: the tokens of its lineage, else its alpha, else its tokens; 0 where it is no number."""
+    """The training of a row: the tokens of its lineage, else its alpha, else its tokens; 0 if that is no number."""
     for record in row.records:
         steps = record.metrics.get("made_by") or ()
         if tokens := sum(step.get("tokens") or 0 for step in steps if step["stage"] == "uptrain"):
@@ -253,17 +255,17 @@ def _tasks(study: Study, row: Row) -> Iterator[Fact]:
             yield Fact(f"{task} {name}".strip().replace("_", " "), own.text(3), note)
 
 
-def _score(row: Row | None, task: str, name: str) -> tables.Spread | None:
+def _score(row: Row | None, task: str, name: str) -> Spread | None:
     if row is None:
         return None
     if not name:
         return next(iter(row.keyed(task).values()), None)  # fewest beams
     found = [(record.metrics.get("lm_eval") or {}).get(task) or {} for record in row.records]
-    return tables.spread(number(each.get(name)) for each in found)
+    return spread(number(each.get(name)) for each in found)
 
 
 def number(value: object) -> float | None:
-    """A metric of lm-eval as a number; None for a name, and for what is not finite."""
+    """A metric of lm-eval as a finite number; None for anything else."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -284,11 +286,11 @@ def _speed(row: Row) -> Iterator[Fact]:
 
 
 def _largest(row: Row, records: Sequence[Record]) -> Iterator[Fact]:
-    """The largest batch in a given memory: as a benchmark ran it, else as the plan has it."""
+    """The largest batch in a given memory: as benchmarked, else as planned."""
     own = (*row.records, *row.converted)
-    for bench in tables.benches(records):
+    for bench in benches(records):
         rows = bench.metrics.get("largest") or []
-        mine = [each for each in rows if tables.benched(bench, each["model"], own)]
+        mine = [each for each in rows if benched(bench, each["model"], own)]
         for each in sorted(mine, key=lambda each: -each["context"])[:1]:
             teacher = [
                 other["batch"]
@@ -298,7 +300,7 @@ def _largest(row: Row, records: Sequence[Record]) -> Iterator[Fact]:
             value = f"{teacher[0]:,} → {each['batch']:,}" if teacher else f"{each['batch']:,}"
             yield Fact("largest batch", value, f"in {size(each['memory'])}, context {each['context']:,}")
             return
-    plan = tables.plan_of(records, {"method": row.method, **row.settings})
+    plan = plan_of(records, {"method": row.method, **row.settings})
     if plan is not None:
         before, after = (plan.metrics[side]["largest_batch"] for side in ("before", "after"))
         where = f"context {plan.metrics['context']:,} on {plan.metrics['hardware']['name']}"

@@ -1,7 +1,6 @@
 """The report of a run: one HTML page with its numbers, figures, samples and what made them, and model cards.
 
-The page is one file: figures are inline SVG, the style is inline, nothing is fetched and no script runs. Everything in
-it comes from records, lineages and training logs below the run's folder; what is not there is left out.
+The page is one file: figures are inline SVG, the style is inline, nothing is fetched and no script runs.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Progress = SILENT) -> Path:
-    """Write the page of a run, and the cards of its trained checkpoints; return the path of the page.
+    """Write the page of a run and the cards of its trained checkpoints, and return the path of the page.
 
-    The page is `run_dir/report.html` unless `out` names another file. What cannot be read is left out, and said in a
-    line. Raises DataError when nothing is there to
-    report, OutputError when the disk refuses.
+    The page is `run_dir/report.html` unless `out` names another file. One line names what cannot be read; it is left
+    out. Raises DataError if there is nothing to report, and OutputError if the page cannot be written.
     """
     run = collect(run_dir, progress)
     page = Path(out) if out is not None else run.folder / "report.html"
@@ -43,7 +41,7 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Prog
 
 
 def _check(page: Path) -> None:
-    """Refuse to replace anything but a page of kvfold's own. Raises OutputError."""
+    """Refuse to replace anything but a page that kvfold wrote. Raises OutputError."""
     if page.is_dir():
         raise OutputError("is a directory", where=page, next="name a file, such as report.html")
     if page.name in ("", "..") or "\0" in str(page):
@@ -57,7 +55,7 @@ def _check(page: Path) -> None:
 
 
 def render(run: Run) -> str:
-    """The page of a run as HTML: the same bytes for the same run."""
+    """The page of a run as HTML; the same run gives the same bytes."""
     missed = [record.name for record in run.records if record.status == "gate_missed"]
     gated = any(record.metrics.get("gate") for record in run.records)
     roots = sorted({checkpoint.lineage["root"]["name"] for checkpoint in run.checkpoints})

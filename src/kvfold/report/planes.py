@@ -1,4 +1,4 @@
-"""Which rotary planes the key heads of a student keep, out of what its conversion found."""
+"""The rotary planes that the key heads of a student keep, as its conversion found them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ ABOUT = (
 
 
 def planes_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
-    """The planes that each key head keeps, by site; empty for students that keep keys and values of heads.
-
-    `steps` are those of a lineage, or of a record.
-    """
+    """The planes that each key head keeps, by site; empty for other methods. `steps` are of a lineage or a record."""
     found: dict[str, list[list[int]]] = {}
     for step in steps:
         sites = (step.get("found") or {}).get("sites") or {}
@@ -31,7 +28,7 @@ def planes_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
 
 
 def planes_figure(name: str, title: str, planes: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """A mark for each plane of each key head that stays rotated, as inline SVG."""
+    """Inline SVG with a mark for each plane of each key head that stays rotated."""
     step = -(-len(planes) // ROWS)
     drawn = list(planes.items())[::step]
     rows = [
@@ -46,12 +43,12 @@ def planes_figure(name: str, title: str, planes: Mapping[str, Sequence[Sequence[
 
 
 def _height(head: int, heads: Sequence[Sequence[int]]) -> float:
-    """Where the row of a head lies within its layer's."""
+    """The height of a head's row within its layer."""
     return 0.8 * ((head + 0.5) / len(heads) - 0.5)
 
 
 def first_planes(records: Sequence[Record]) -> str | None:
-    """The figure of the first student among the records that keeps planes; None when none does."""
+    """The figure of the first student among the records that keeps planes; None without one."""
     for record in records:
         if record.kind == "evaluate" and (planes := planes_of(record.metrics.get("made_by") or ())):
             return figures.standalone(planes_figure("planes", f"Rotary planes kept by {record.name}", planes))

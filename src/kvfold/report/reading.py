@@ -1,6 +1,6 @@
-"""What a report reads of records, lineages and logs, as schemas: what does not fit is left out, with its reason.
+"""The schemas of what a report reads of records and logs: what does not fit is left out, with the reason.
 
-Keys that are not named here are not read, and may hold anything: records of newer versions stay readable.
+Keys without a field are not read, and may hold anything: records of newer versions stay readable.
 """
 
 from __future__ import annotations
@@ -9,102 +9,21 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints
 
 from kvfold.contracts.site import DTYPE_BYTES
+from kvfold.disk.manifest import Count, Number, Part, Step, fault
 from kvfold.disk.record import Record
 from kvfold.inputs import LARGEST
 
-Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # a figure draws it
 Positive = Annotated[float, Field(gt=1e-100, le=1e100)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Natural = Annotated[int, Field(ge=1, le=LARGEST)]
 Words = Annotated[str, StringConstraints(min_length=1)]
 Dtype = Annotated[str, StringConstraints(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
 Keyed = dict[Annotated[str, StringConstraints(pattern=r"^\d{1,12}$")], Number | None]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _Found(_Part):
-    """What a conversion found at one site."""
-
-    lossless: list[Any] | None = None
-    lost: list[Number] | Number | None = None
-    planes: Annotated[list[list[Count]], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> _Found:
-        if self.planes is not None and not isinstance(self.lost, int | float):
-            raise ValueError("planes without what is lost")
-        if self.lossless and not isinstance(self.lost, list):
-            raise ValueError("lossless groups without all groups")
-        return self
-
-
-class _Mix(_Part):
-    kv_heads: Any
-    kl: Number
-
-
-class _Layout(_Part):
-    layout: Any
-    kl: Number
-
-
-class _Findings(_Part):
-    sites: dict[str, _Found] | None = None
-    budget: Number | None = None
-    mix: _Mix | None = None
-    uniform: _Mix | None = None
-    chosen: _Layout | None = None
-    alike: _Layout | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> _Findings:
-        pairs = ((self.mix, self.uniform), (self.chosen, self.alike))
-        if any(one is not None and (other is None or self.budget is None) for one, other in pairs):
-            raise ValueError("a choice without its budget and what it is compared with")
-        return self
-
-
-class _Step(_Part):
-    """One step of a lineage, or of what a record says of one."""
-
-    stage: str
-    settings: dict[str, Any] | None = None
-    tokens: Count | None = None
-    seed: Any = None
-    found: _Findings | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> _Step:
-        method = (self.settings or {}).get("method", "")
-        if self.stage == "convert" and (self.settings is None or not isinstance(method, str)):
-            raise ValueError("a conversion without its settings")
-        return self
-
-
-class _LineageStep(_Step):
-    settings: dict[str, Any]
-    source: str | None
-
-
-class _Root(_Part):
-    name: str
-    hash: str
-    parameters: Count
-
-
-class _Lineage(_Part):
-    hash: str
-    root: _Root
-    steps: list[_LineageStep]
-
-
-class _Measured(_Part):
+class _Measured(Part):
     """Metrics of one model."""
 
     loss: Number | None = None
@@ -124,25 +43,32 @@ class _Measured(_Part):
     lm_eval: dict[str, dict[str, Any]] | None = None
 
 
-class _GateRow(_Part):
+class _GateRow(Part):
     expr: str
     left: Number | None
     right: Number | None
     passed: bool
 
 
-class _Gate(_Part):
+class _Gate(Part):
     rows: list[_GateRow]
 
 
-class _Sample(_Part):
+class _Sample(Part):
     prompt: str
     student: str
     teacher: str = ""
 
 
-class _Metrics(_Part):
-    """What is shown of every kind of record."""
+class _Cached(Part):
+    """What a model caches."""
+
+    dtype: Dtype | None = None
+    bytes_per_token: Positive
+
+
+class _Metrics(Part):
+    """Metrics of every kind of record."""
 
     gate: _Gate | None = None
 
@@ -150,23 +76,24 @@ class _Metrics(_Part):
 class _Evaluation(_Measured, _Metrics):
     teacher: _Measured | None = None
     without: dict[str, _Measured] | None = None
-    made_by: list[_Step] | None = None
+    made_by: list[Step] | None = None
     samples: list[_Sample] | None = None
+    cache: dict[str, _Cached] | None = None
 
 
-class _RowSettings(_Part):
+class _RowSettings(Part):
     role: str | None = None
     method: str | None = None
     alpha: Number | None = None
     tokens: Count | str | None = None
 
 
-class _EvaluationSettings(_Part):
+class _EvaluationSettings(Part):
     row: _RowSettings | None = None
     tokens: Count | None = None
 
 
-class _BenchRow(_Part):
+class _BenchRow(Part):
     model: str
     cache: str
     context: Natural
@@ -177,7 +104,7 @@ class _BenchRow(_Part):
     decode_s_per_token: Positive
 
 
-class _Largest(_Part):
+class _Largest(Part):
     model: str
     context: Natural
     batch: Natural
@@ -191,16 +118,16 @@ class _Bench(_Metrics):
     notes: list[str] | None = None
 
 
-class _Named(_Part):
+class _Named(Part):
     name: str
 
 
-class _Engine(_Part):
+class _Engine(Part):
     name: str
     loads: bool
 
 
-class _Side(_Part):
+class _Side(Part):
     kv_heads: Any
     parameters: Count
     cache_bytes_per_token: Count
@@ -223,31 +150,19 @@ class _Plan(_Metrics):
     speedup: Number
 
 
-METRICS: dict[str, type[BaseModel]] = {"evaluate": _Evaluation, "bench": _Bench, "plan": _Plan}
+METRICS: dict[str, type[Part]] = {"evaluate": _Evaluation, "bench": _Bench, "plan": _Plan}
 
 
 def record_fault(record: Record) -> str | None:
-    """What of a record cannot be shown, or None."""
-    fault = _fault(METRICS.get(record.kind, _Metrics), record.metrics, "metrics")
-    return fault or (_fault(_EvaluationSettings, record.settings, "settings") if record.kind == "evaluate" else None)
-
-
-def lineage_fault(lineage: object) -> str | None:
-    """What of a lineage cannot be shown, or None."""
-    return _fault(_Lineage, lineage, "lineage")
-
-
-def _fault(schema: type[BaseModel], value: object, where: str) -> str | None:
-    try:
-        schema.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        return f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}"
-    return None
+    """Why a record cannot be shown; None if it can."""
+    if wrong := fault(METRICS.get(record.kind, _Metrics), record.metrics):
+        return f"metrics.{wrong}"
+    wrong = fault(_EvaluationSettings, record.settings) if record.kind == "evaluate" else None
+    return wrong and f"settings.{wrong}"
 
 
 def log_line(line: object) -> Mapping[str, Any] | None:
-    """The numbers of one line of train.jsonl that says a loss, or None."""
+    """The numbers in one line of train.jsonl; None for a line without a loss."""
     if not isinstance(line, dict):
         return None
     kept = {key: value for key, value in line.items() if _is_number(value)}

@@ -1,26 +1,26 @@
-"""The sections of a report, out of a run: tables, figures, samples, commands. A section without data is left out."""
+"""The sections of a report: tables, figures, samples, commands. A section without data is left out."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kvfold.disk.record import Record
-from kvfold.report import figures
-from kvfold.report import rows as tables
-from kvfold.report.blocks import Block, Section, renamed
+from kvfold.report import figures, tables
+from kvfold.report.blocks import Block, Section, tabulated
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.names import short_names
 from kvfold.report.outcome import cache_itemsize, number, settings_of
 from kvfold.report.planes import planes_section
-from kvfold.report.recall import asked, recall
-from kvfold.report.rows import NONE, Row, Study, headline
+from kvfold.report.rows import Study, compact, spread
 from kvfold.report.speed import plans, speed
+from kvfold.report.tables import NONE, asked, headline, recall, renamed
 
 _LOGGED = ("step", "tokens", "stage", "lr", "grad_norm", "tokens_per_second", "seconds")  # the rest are losses
 _LOSSES = {"ce": "Cross-entropy", "kl": "KL to the teacher", "attention": "Attention outputs", "loss": "Objective"}
+_RECORD = ["kind", "name", "status", "seed", "seconds", "date", "hashes"]
 _DRAWN = 160  # points of a training curve
 
 
@@ -32,7 +32,7 @@ def sections(run: Run) -> list[Section]:
         plans(run, found),
         planes_section(run),
         _training(run),
-        speed(run),
+        speed(run, found),
         _gates(run),
         _samples(found),
         _failures(run),
@@ -58,18 +58,15 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
     place = tables.headline_place(study)
     if place:
         about += "Decode: the speed relative to the teacher's at context × batch, measured in one run. "
-    main = Section(
-        f"result{suffix}",
-        f"Result{again}",
-        about.strip(),
-        (_result(study),),
-    )
     blocks = (*_quality(study, run, suffix), *_recall(study, suffix))
-    return [main, Section(f"quality{suffix}", f"Quality{again}", "", blocks)]
+    return [
+        Section(f"result{suffix}", f"Result{again}", about.strip(), (_result(study),)),
+        Section(f"quality{suffix}", f"Quality{again}", "", blocks),
+    ]
 
 
 def _result(study: Study) -> Block:
-    """The headline with short names; settings and training of each row on demand."""
+    """The headline with short names; settings and training of each row are folded."""
     columns, rows = headline(study)
     kept = [at for at, column in enumerate(columns) if column != "training"]
     names = short_names(study.everyone)
@@ -83,85 +80,52 @@ def _result(study: Study) -> Block:
     )
 
 
-def quality_points(study: Study, *, schooled: bool = True) -> list[Point]:
-    """Cache bytes per token against loss above the teacher's, for everyone whose both are known.
+def quality_points(study: Study, *, schooled: bool = True, itemsize: int | None = None) -> list[Point]:
+    """Cache bytes per token against loss above the teacher's, for every row with both.
 
-    Hover texts have all settings, and how each was trained where that is `schooled`.
+    Hover texts have all settings, and if `schooled` the training. With `itemsize`, the bytes of a cached number, the
+    teacher and its students follow again with an fp8 cache.
     """
-    points = []
+    points, rounded = [], []
     for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
-        loss, above = row.metric("loss"), _above_teacher(row)
+        loss, fp8 = row.metric("loss"), row.metric("loss_fp8_cache")
+        above = 0.0 if row.role == "teacher" else row.loss_lost
         if row.cache_bytes is None or loss is None or above is None:
             continue
-        shift = above - loss.mean
-        about = row.label if schooled else row.name
-        points.append(
-            Point(
-                name,
-                row.cache_bytes,
-                above,
-                loss.low + shift,
-                loss.high + shift,
-                group=row.method if row.role == "student" else row.role,
-                in_front=row.role != "control",
-                about=about if about != name else "",
-            )
+        shift, about = above - loss.mean, row.label if schooled else row.name
+        point = Point(
+            name,
+            row.cache_bytes,
+            above,
+            loss.low + shift,
+            loss.high + shift,
+            group=row.group,
+            in_front=row.role != "control",
+            about=about if about != name else "",
         )
-    return points
-
-
-def _above_teacher(row: Row) -> float | None:
-    return 0.0 if row.role == "teacher" else row.loss_lost
-
-
-def _fp8_points(study: Study, records: Sequence[Record]) -> list[Point]:
-    """Teacher and students with an fp8 cache, at its bytes: would a flag do, and does it still add something?"""
-    itemsize = cache_itemsize(records)
-    points = []
-    for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
-        loss, rounded = row.metric("loss"), row.metric("loss_fp8_cache")
-        above = _above_teacher(row)
-        if itemsize is None or row.cache_bytes is None or loss is None or rounded is None or above is None:
-            continue
-        if row.role != "control":
-            points.append(
-                Point(
-                    f"{name}, fp8 cache",
-                    row.cache_bytes / itemsize,
-                    above + rounded.mean - loss.mean,
-                    group=row.method if row.role == "student" else row.role,
-                    hollow=True,
-                    labelled=row.role == "teacher",
-                    in_front=False,
-                )
-            )
-    return points
+        points.append(point)
+        if itemsize and fp8 is not None and row.role != "control":
+            twin = Point(f"{name}, fp8 cache", row.cache_bytes / itemsize, fp8.mean + shift, group=row.group)
+            rounded.append(replace(twin, hollow=True, labelled=row.role == "teacher", in_front=False))
+    return points + rounded
 
 
 def _quality(study: Study, run: Run, suffix: str) -> Iterator[Block]:
-    native, rounded = quality_points(study), _fp8_points(study, run.records)
-    if len(native) + len(rounded) < 2:
+    points = quality_points(study, itemsize=cache_itemsize(run.records))
+    if len(points) < 2:
         return
     title = "Quality against bytes"
     about = "Down and to the left is better. The line is the front: no student with an unquantised cache beats one "
     about += "on it in both bytes and loss. "
-    about += "A hollow mark is the same model with an fp8 cache. " if rounded else ""
+    about += "A hollow mark is the same model with an fp8 cache. " if any(point.hollow for point in points) else ""
     about += "A bar is the range over seeds. " if any(len(row.records) > 1 for row in study.rows) else ""
     about += "Point at a mark for its numbers."
-    drawn = "".join(
-        f'<div class="{kind}">'
-        + figures.scatter(
-            f"scatter-{kind}{suffix}",
-            title,
-            native + rounded,
-            x_label="cache bytes per token",
-            y_label="loss above the teacher’s (nats)",
-            width=width,
-        )
-        + "</div>"
-        for kind, width in (("for-wide", figures.WIDE), ("for-narrow", figures.NARROW))
-    )
-    rows = [[point.label, f"{point.x:,.0f}", f"{point.y:+.4f}"] for point in native + rounded]
+    axes = {"x_label": "cache bytes per token", "y_label": "loss above the teacher’s (nats)"}
+    drawn = ""
+    for kind, width in (("for-wide", figures.WIDE), ("for-narrow", figures.NARROW)):
+        svg = figures.scatter(f"scatter-{kind}{suffix}", title, points, width=width, **axes)
+        drawn += f'<div class="{kind}">{svg}</div>'
+    rows = [[point.label, f"{point.x:,.0f}", f"{point.y:+.4f}"] for point in points]
     table = (["model", "cache bytes/token", "loss above the teacher’s"], rows)
     yield Block("figure", title, about, table=table, content=drawn, wide=True)
 
@@ -170,17 +134,11 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
     rows, names = asked(study, "copy_loss"), _names(study)
     if rows:
         title = "Copy loss by distance"
-        lines = [
-            Line(
-                names[row.label],
-                [float(distance) for distance in values],
-                [value.mean for value in values.values()],
-                [value.low for value in values.values()],
-                [value.high for value in values.values()],
-            )
-            for row in rows
-            if (values := row.keyed("copy_loss"))
-        ]
+        lines = []
+        for row in rows:
+            values = row.keyed("copy_loss")
+            bounds = zip(*((value.mean, value.low, value.high) for value in values.values()), strict=True)
+            lines.append(Line(names[row.label], list(map(float, values)), *map(list, bounds)))
         about = "Loss on the second occurrence of a random span, by its distance in tokens. Only recall lowers it."
         drawn = figures.lines(
             f"copy{suffix}", title, lines, x_label="distance (tokens)", y_label="copy loss (nats)", log_x=True
@@ -198,7 +156,7 @@ def _recall(study: Study, suffix: str) -> Iterator[Block]:
 
 
 def _names(study: Study) -> dict[str, str]:
-    """The label of each row -> its short name, also of what it is without a part."""
+    """The label of each row, also without a part of its attention -> its short name."""
     found: dict[str, str] = {}
     for row, name in zip(study.everyone, short_names(study.everyone), strict=True):
         found |= {part.label: f"{name}, without its {part.left_out}" for part in row.parted}
@@ -212,7 +170,7 @@ def _tasks(study: Study) -> Iterator[list[str]]:
     found = [each for each in found if any(each)]
     names = sorted({(task, name) for each in found for results in each for task in results for name in results[task]})
     for task, name in names:
-        values = [tables.spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
+        values = [spread(number(results.get(task, {}).get(name)) for results in each) for each in found]
         if any(value is not None for value in values):
             yield [f"{task}, {name}", *(tables.cell(value, 3) for value in values)]
 
@@ -251,9 +209,8 @@ def _training(run: Run) -> Section:
         for name, lines in run.logs.items()
         if lines
     ]
-    if paces:
-        blocks.append(Block("table", "Pace", table=(["run", "tokens", "tokens/s, median", "minutes"], paces)))
-    return Section("training", "Loss over tokens", "", tuple(blocks))
+    pace = tabulated("Pace", ["run", "tokens", "tokens/s, median", "minutes"], paces)
+    return Section("training", "Loss over tokens", "", (*blocks, *pace))
 
 
 def _short(name: str) -> str:
@@ -261,7 +218,7 @@ def _short(name: str) -> str:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """A running mean over a twentieth of the points, thinned to what a figure can show."""
+    """A running mean over a twentieth of the points, at no more points than a figure can show."""
     half = len(points) // 40
     values = [value for _, value in points]
     smooth = [statistics.fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(points))]
@@ -285,12 +242,11 @@ def _gates(run: Run) -> Section:
         for row in (record.metrics.get("gate") or {}).get("rows", [])
     ]
     columns = ["model", "threshold", "measured", "bound", ""]
-    blocks = (Block("table", "Thresholds", table=(columns, rows), words=2),) if rows else ()
-    return Section("gate", "Gate", "", blocks)
+    return Section("gate", "Gate", "", tabulated("Thresholds", columns, rows, words=2))
 
 
 def _samples(found: Sequence[Study]) -> Section:
-    """What teacher and students write after the same words, at one seed each."""
+    """Continuations of the same prompts by teacher and students, for one seed."""
     prompts: dict[str, list[tuple[str, str]]] = {}
     names = {label: name for study in found for label, name in _names(study).items()}
     for row in (row for study in found for row in study.rows):
@@ -303,11 +259,10 @@ def _samples(found: Sequence[Study]) -> Section:
 
 def _failures(run: Run) -> Section:
     rows = [[record.kind, record.name, record.error or ""] for record in run.records if record.status == "failed"]
-    blocks = (Block("table", "", table=(["kind", "name", "error"], rows), words=3),) if rows else ()
-    return Section("failed", "Failures", "", blocks)
+    return Section("failed", "Failures", "", tabulated("", ["kind", "name", "error"], rows, words=3))
 
 
-# --- how to do it again ----------------------------------------------------------------------------------------------
+# --- provenance ------------------------------------------------------------------------------------------------------
 
 
 def _commands(run: Run) -> Section:
@@ -323,48 +278,41 @@ def _commands(run: Run) -> Section:
 
 
 def _provenance(run: Run) -> Section:
-    """Hashes, lineage, versions and device of everything on the page."""
-    blocks = []
-    if run.checkpoints:
-        rows = [
-            [
-                checkpoint.name,
-                str(checkpoint.lineage["hash"])[:16],
-                f"{checkpoint.lineage['root']['name']} {str(checkpoint.lineage['root']['hash'])[:16]}",
-                " → ".join(_step(step) for step in checkpoint.lineage["steps"]),
-                str(checkpoint.lineage.get("tokenizer") or NONE)[:16],
-            ]
-            for checkpoint in run.checkpoints
+    checkpoints = [
+        [
+            checkpoint.name,
+            str(checkpoint.lineage["hash"])[:16],
+            f"{checkpoint.lineage['root']['name']} {str(checkpoint.lineage['root']['hash'])[:16]}",
+            " → ".join(_step(step) for step in checkpoint.lineage["steps"]),
+            str(checkpoint.lineage.get("tokenizer") or NONE)[:16],
         ]
-        columns = ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"]
-        blocks.append(Block("table", "Checkpoints", table=(columns, rows), words=5))
-        told = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
-        if told:
-            blocks.append(Block("table", "Conversion findings", table=(["checkpoint", "finding"], told), words=2))
-    if run.records:
-        made_by = sorted({("device", record.device) for record in run.records if record.device})
-        made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
-        made_by += sorted({(name, version) for record in run.records for name, version in record.versions.items()})
-        blocks.append(
-            Block("table", "Versions and device", table=(["", ""], [list(pair) for pair in made_by]), words=2)
-        )
-        rows = [
-            [
-                record.kind,
-                record.name,
-                record.status,
-                NONE if record.seed is None else str(record.seed),
-                NONE if record.wall_seconds is None else f"{record.wall_seconds:,.1f}",
-                record.date,
-                ", ".join(f"{key} {str(value)[:12]}" for key, value in record.hashes.items() if value) or NONE,
-            ]
-            for record in run.records
+        for checkpoint in run.checkpoints
+    ]
+    found = [[checkpoint.name, line] for checkpoint in run.checkpoints for line in findings(checkpoint.lineage)]
+    made_by = sorted({("device", record.device) for record in run.records if record.device})
+    made_by += sorted({("commit", record.commit) for record in run.records if record.commit})
+    made_by += sorted({pair for record in run.records for pair in record.versions.items()})
+    records = [
+        [
+            record.kind,
+            record.name,
+            record.status,
+            NONE if record.seed is None else str(record.seed),
+            NONE if record.wall_seconds is None else f"{record.wall_seconds:,.1f}",
+            record.date,
+            ", ".join(f"{key} {str(value)[:12]}" for key, value in record.hashes.items() if value) or NONE,
         ]
-        columns = ["kind", "name", "status", "seed", "seconds", "date", "hashes"]
-        blocks.append(Block("table", "Records", table=(columns, rows), words=7, folded=True))
-    return Section("provenance", "Hashes, lineage, versions", "", tuple(blocks))
+        for record in run.records
+    ]
+    blocks = (
+        *tabulated("Checkpoints", ["checkpoint", "hash", "root teacher", "lineage", "tokenizer"], checkpoints, words=5),
+        *tabulated("Conversion findings", ["checkpoint", "finding"], found, words=2),
+        *tabulated("Versions and device", ["", ""], [list(pair) for pair in made_by], words=2),
+        *tabulated("Records", _RECORD, records, words=7, folded=True),
+    )
+    return Section("provenance", "Hashes, lineage, versions", "", blocks)
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    tokens = f" {tables.compact(step['tokens'])} tokens" if step.get("tokens") else ""
+    tokens = f" {compact(step['tokens'])} tokens" if step.get("tokens") else ""
     return f"{step['stage']}{tokens}"

@@ -1,14 +1,15 @@
-"""The verdict on a student: ship it, train it longer, or use a quantised cache instead, from measured numbers alone.
+"""The verdict on a student: ship it, train it longer, or use a quantised cache instead.
 
-`verdict` is a pure function, and `RULE` states it in words with the same thresholds, for the page. A number that was
-not measured is named, never guessed: where the verdict depends on one, the verdict is to measure it first.
+`verdict` is a pure function of measured numbers, and `RULE` states it in words with the same thresholds. If it depends
+on a number that was not measured, the verdict is to measure that first.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from kvfold.formats import measurable
 
 Outcome = Literal["ship", "train", "quantise", "measure"]
 
@@ -21,9 +22,9 @@ OUTCOMES: dict[Outcome, str] = {
 
 LOSS_LIMIT = 0.1  # nats per token above the teacher's loss, where no gate is set
 RECALL_LIMIT = 0.8  # of the teacher's copy gain, where no gate is set
-COPIES = 0.5  # nats: a teacher with a smaller copy gain does not copy, so there is no recall to lose
-CLOSING_LIMIT = 0.5  # of the gap that is left: what a doubling of the tokens closes, to be worth another
-GAP_LIMIT = 0.02  # nats: a gap that is not worth more training, however fast it closes
+COPIES = 0.5  # nats: with a smaller copy gain, a teacher has no recall to lose
+CLOSING_LIMIT = 0.5  # of the gap that is left: another doubling of the tokens is worth it if the last closed as much
+GAP_LIMIT = 0.02  # nats: a smaller gap is not worth more training
 
 RULE = (
     "Measure first: the cache bytes or the loss of the student or of the teacher is missing; or the student caches at "
@@ -40,7 +41,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What the verdict depends on; None is what was not measured. Bytes are per token, losses in nats per token."""
+    """What the verdict depends on; None if not measured. Bytes are per token, losses in nats per token."""
 
     loss: float | None = None
     teacher_loss: float | None = None
@@ -56,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome with its reason, and what was not measured that could change it."""
+    """An outcome, its reason, and missing numbers that could change it."""
 
     outcome: Outcome
     reason: str
@@ -64,8 +65,8 @@ class Verdict:
 
 
 def verdict(measured: Measured) -> Verdict:
-    """What to do with a student: the first line of `RULE` that applies."""
-    known = _finite(measured)
+    """The first line of `RULE` that applies to a student."""
+    known = Measured(**measurable(vars(measured)))
     needed = {
         "the student's loss": known.loss,
         "the teacher's loss": known.teacher_loss,
@@ -119,15 +120,6 @@ def _beyond(gap: float, recall_kept: float | None) -> list[str]:
 
 def _depends(name: str) -> Verdict:
     return Verdict("measure", f"The verdict depends on {name}.", (name,))
-
-
-def _finite(measured: Measured) -> Measured:
-    """A number that is not finite counts as not measured."""
-    known: dict[str, Any] = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(measured).items()
-    }
-    return Measured(**known)
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -1,8 +1,4 @@
-"""Settings from people: strict decoding of flags and YAML into the dataclasses of the stages, and run recipes.
-
-One path for both: a key that no dataclass knows is an error with the nearest name, a value of the wrong type is an
-error with the right one. Counts may be written `20M` or `64k`, lists `1,2,4`.
-"""
+"""Recipes: the YAML file of a run, and the rows of its grid."""
 
 from __future__ import annotations
 
@@ -19,21 +15,15 @@ from kvfold.errors import SettingError
 from kvfold.inputs import check_depth, parse_yaml
 from kvfold.settings import SEEDS, check_range, decode, read_yaml
 
-ROWS = 10_000  # rows of a run
-
-
+ROWS = 10_000  # of a run
 CHAIN = 8  # recipes that extend one another, and conversions one after the other
-
-
 LABEL = 180  # characters of a row's name, which is the name of a folder
-
-
-LONGEST_NAME = 100  # of a recipe: rows, seeds and kinds of records are added to it in names of files
+LONGEST_NAME = 100  # bytes of a recipe's name: rows, seeds and kinds of records are added to it in names of files
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run in one file: what to fold, on which text, through which stages, over which grid and seeds."""
+    """A run: what to fold, on which text, with which stages, over which grid and seeds."""
 
     name: str = field(metadata={"help": "Name of the run; its folder, unless --out says otherwise."})
     source: str = field(metadata={"help": "The teacher: a directory, a hub id, or kvfold:demo."})
@@ -57,7 +47,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        """Refuse a name that is no folder's, or that leads elsewhere, with SettingError."""
+        """Refuse a name that is not the name of a folder. Raises SettingError."""
         bad = self.name in ("", ".", "..") or set(self.name) & set("/\\") or self.name != self.name.strip()
         if bad or not self.name.isprintable() or len(self.name.encode("utf-8", "replace")) > LONGEST_NAME:
             raise SettingError(
@@ -71,7 +61,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a run: the settings of its stages, after the grid and the seed were put in."""
+    """One row of a run: the settings of its stages, at one point of the grid and one seed."""
 
     label: str
     convert: Mapping[str, Any]
@@ -82,9 +72,8 @@ class Cell:
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; `changes` are `key=value` or `stage.key=value` from the command line.
 
-    `extends` names another recipe beside it, of which it says what differs.
-
-    Raises SettingError when a file is not there, is not YAML, or holds an unknown key.
+    Its keys replace those of the recipe beside it that `extends` names. Raises SettingError for a file that is missing,
+    is not YAML, or has an unknown key.
     """
     content = _extended(Path(path), ())
     for change in changes:
@@ -96,7 +85,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def _extended(path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
-    """The keys of a recipe over those of the one that it extends."""
+    """The keys of a recipe, with those of the recipe that it extends."""
     if path.resolve() in through:
         raise SettingError("extends itself", where=path)
     if len(through) > CHAIN:
@@ -107,16 +96,13 @@ def _extended(path: Path, through: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(other, str) or other in ("", ".", "..") or Path(other).name != other:
         raise SettingError(f"extends cannot be {other!r}", where=path, allowed="the name of a recipe beside this one")
-    return _over(_extended(path.parent / other, (*through, path.resolve())), content)
+    return _merged(_extended(path.parent / other, (*through, path.resolve())), content)
 
 
-def _over(base: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    """One mapping over another: of what both hold as mappings, each key."""
-    made = dict(base)
-    for key, value in content.items():
-        inner = made.get(key)
-        made[key] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return made
+def _merged(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of both; mappings are merged, and any other value of `content` replaces that of `base`."""
+    both = {key for key, value in content.items() if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)}
+    return {**base, **{key: _merged(base[key], value) if key in both else value for key, value in content.items()}}
 
 
 def _change(content: dict[str, Any], change: str) -> None:
@@ -133,9 +119,9 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 
 def cells(recipe: Recipe) -> list[Cell]:
-    """Every row of the run: each grid of `matrix` is a product, grids add up, each row runs once per seed.
+    """The rows of a run: every point of each grid in `matrix`, once per seed; equal rows are one.
 
-    A value of null takes the key out of its stage. Raises SettingError for more than `ROWS` rows, before they are made.
+    A value of null removes the key from its stage. Raises SettingError for more than `ROWS` rows, before they are made.
     """
     _count(recipe)
     found: dict[str, Cell] = {}
@@ -153,30 +139,28 @@ def cells(recipe: Recipe) -> list[Cell]:
             settings = stages[stage]
             if settings is None:
                 raise SettingError(f"matrix: {key!r} needs an {stage} section")
-            if value is None:  # as if the recipe did not say it
-                settings.pop(name, None)
-            else:
-                settings[name] = value
+            settings[name] = value
+            if value is None:
+                del settings[name]
         convert, uptrain = stages["convert"] or {}, stages["uptrain"]
         if uptrain is not None and (uptrain.get("alpha") == 0 or uptrain.get("tokens") == 0):
             uptrain = None
+        words = (f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items() if value is not None)
+        name = re.sub(r"[^\w.=-]+", "-", "_".join(words) or "student")
+        trained = uptrain is not None or recipe.finetune is not None
         for seed in recipe.seeds:
-            said = (f"{key.partition('.')[2]}-{_word(value)}" for key, value in point.items() if value is not None)
-            label = "_".join(said) or "student"
-            trained = uptrain is not None or recipe.finetune is not None
-            label = re.sub(r"[^\w.=-]+", "-", label) + (f"_seed-{seed}" if trained else "")
+            label = f"{name}_seed-{seed}" if trained else name
             if len(label) > LABEL:
                 raise SettingError(
                     "the name of a row is too long", where="matrix", got=label, allowed=f"{LABEL} letters"
                 )
-            cell = Cell(label, convert, uptrain, seed)
             same = fingerprint([convert, uptrain, seed if trained else None])
-            found.setdefault(same, cell)
+            found.setdefault(same, Cell(label, convert, uptrain, seed))
     return list(found.values())
 
 
 def _count(recipe: Recipe) -> None:
-    """Refuse a run of no rows, or of too many, before any row is made."""
+    """Refuse a run without rows, or with too many."""
     check_range(recipe, recipe.name, 0, SEEDS - 1, "seeds")
     if not recipe.seeds:
         raise SettingError("seeds is empty", where=recipe.name, next="leave it out for seed 0")
@@ -192,7 +176,7 @@ def _count(recipe: Recipe) -> None:
 
 
 def _word(value: Any) -> str:
-    """A value in the name of a row: of a conversion that comes first, its settings."""
+    """A value in the name of a row; a conversion that comes first is named by its settings."""
     return "-".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
 
 

@@ -1,7 +1,7 @@
-"""A whole run from one recipe: plan, convert, uptrain, fine-tune, evaluate, bench, report, over a grid and seeds.
+"""One recipe from end to end: plan, convert, uptrain, fine-tune, evaluate, bench, report, over a grid and seeds.
 
-Every stage keeps its own state on disk, so a run that was stopped goes on where it was, and a run that is complete
-says so. A missed gate does not stop the rows after it: the report is written first, then the run ends with exit 3.
+Each stage keeps its state on disk: the same command continues a run that stopped, and reuses what is complete. A missed
+gate does not stop the rows after it: the run ends with exit 3 once the report is written.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from kvfold.settings import decode, read_yaml
 from kvfold.train.pretrain import PretrainSettings, pretrain
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
-STAGES = ("converted", "uptrained", "finetuned")  # folders of a run that hold its outputs
+STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
-"""In a recipe's `convert` section: the conversion that comes first, with keys of its own."""
+"""Key of a `convert` section for the conversion that comes first."""
 
 
 @dataclass
 class _Run:
-    """What the stages of one run share."""
+    """State that the stages of one run share."""
 
     recipe: Recipe
     folder: Path
@@ -52,6 +52,10 @@ class _Run:
     def records(self) -> Path:
         return self.folder / "records"
 
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"overwrite": self.overwrite, "progress": self.progress}
+
 
 def run(
     recipe: str | Path | Recipe,
@@ -61,22 +65,23 @@ def run(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
-    """Do everything that a recipe says and return the path of the report.
+    """Run a recipe and return the path of its report.
 
-    `changes` are `stage.key=value` strings laid over the recipe. Raises SettingError before any work when a setting
-    of any row is wrong, and GateMissed after the report when a gate does not hold.
+    `changes` are `stage.key=value` strings that replace keys of the recipe file. Raises SettingError before any work if
+    a setting of any row is wrong, and GateMissed after the report if a gate does not hold.
     """
     file = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, changes)
     elif changes:
-        raise SettingError("changes are laid over a recipe file; change the Recipe itself")
+        raise SettingError("changes are for recipe files", next="change the Recipe itself")
     work = _Run(recipe, Path(out or Path("runs") / recipe.name), overwrite, progress)
     rows = cells(recipe)
     _check_places(work, file)
     _check(work, rows, planned=recipe.pretrain is None)
     if recipe.pretrain is not None:
-        _pretrain(work, recipe.pretrain)
+        settings = _pretraining(work, recipe.pretrain)
+        pretrain(recipe.pretrain["config"], recipe.source, settings, **work.how)
         _check(work, rows)
     with disk_errors(work.folder):
         work.folder.mkdir(parents=True, exist_ok=True)
@@ -86,17 +91,16 @@ def run(
                 sibling.write_text(written, encoding="utf-8")
     _plans(work, rows)
     reference = recipe.source if recipe.finetune is None else str(_finetune(work, recipe.source, "teacher", 0))
-    # one that was fine-tuned is nobody's student here
-    itself = None if recipe.finetune is None else reference
+    itself = None if recipe.finetune is None else reference  # a fine-tuned teacher is compared with itself
     teacher = _evaluate(work, reference, "teacher", {"role": "teacher", "method": "identity"}, teacher=itself)
     students: dict[str, Path] = {}
     for number, cell in enumerate(rows, 1):
         progress.say(f"row {number} of {len(rows)}: {cell.label}")
         students.setdefault(fingerprint(dict(cell.convert)), _cell(work, cell, reference))
     if recipe.bench is not None:
-        settings = decode(BenchSettings, recipe.bench, "bench")
+        timing = decode(BenchSettings, recipe.bench, "bench")
         models: list[str | Path] = [reference, *students.values()]
-        bench(models, settings, records=work.records, name=recipe.name, overwrite=overwrite, progress=progress)
+        bench(models, timing, records=work.records, name=recipe.name, **work.how)
     page = report(work.folder, progress=progress)
     if work.missed:
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
@@ -105,7 +109,7 @@ def run(
 
 
 def _check_places(work: _Run, file: Path | None) -> None:
-    """Refuse to write over what the run reads, or over what others wrote in its folder. Raises OutputError."""
+    """Refuse to replace what the run reads, or a recipe that kvfold did not write. Raises OutputError."""
     recipe = work.recipe
     reads = {"data": recipe.data, "heldout text": recipe.heldout, "recipe": file}
     reads |= {"calibration text": recipe.convert.get("calibration")}
@@ -123,12 +127,12 @@ def _check_places(work: _Run, file: Path | None) -> None:
 
 
 def _is(path: Path, file: Path | None) -> bool:
-    """Is a path the very recipe that runs? It then stays as it is."""
+    """Whether a path is the recipe file that runs, which is left as it is."""
     return file is not None and os.path.realpath(path) == os.path.realpath(file)
 
 
 def _written_by_run(path: Path) -> bool:
-    """Is a recipe as `run` writes one: every default is there, and not a blank or a comment of a person's?"""
+    """Whether a recipe is as `run` writes it: with every default, without a comment or another blank."""
     if path.is_symlink():
         return False
     try:
@@ -140,14 +144,14 @@ def _written_by_run(path: Path) -> bool:
 
 
 def _given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The keys of a recipe that say something, as YAML writes them."""
+    """The keys of a recipe that have a value, as YAML writes them."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value not in (None, ())}
 
 
 def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
     """Decode every setting of every row, so that a typing error costs a second and not an hour.
 
-    Conversions are `planned` too, once their source is there.
+    Conversions are also `planned`, once their source exists.
     """
     _plan_settings(work.recipe)
     if work.recipe.pretrain is not None:
@@ -160,7 +164,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
             )
     for cell in rows:
         for settings in _chain(cell.convert):
-            decode(ConvertSettings, _of_stage(settings), "convert")
+            _options(settings)
             name, own = _method(settings)
             decode(methods.get(name).Config, own, name)
         if len(_label(cell.convert)) > LABEL:
@@ -171,7 +175,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
             name, own = _method(_chain(cell.convert)[0])
             methods.check(name, decode(methods.get(name).Config, own, name), family_of(dict(made)).shape(dict(made)))
         if cell.uptrain is not None:
-            decode(UptrainSettings, {**cell.uptrain, "data": work.recipe.data, "seed": cell.seed}, "uptrain")
+            _uptraining(work, {**cell.uptrain, "seed": cell.seed})
     evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}
     if work.recipe.control:
         evaluation.setdefault("control", "the run's own")  # known when the control has been evaluated
@@ -180,20 +184,21 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A recipe's `convert` section without the fields of the stage itself -> method name and its settings."""
+    """The method of a `convert` section, and its settings without those of the stage."""
     own = {*ConvertSettings.__dataclass_fields__, "method", AFTER}
     return str(settings.get("method", "gqa")), {key: value for key, value in settings.items() if key not in own}
 
 
-def _of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the stage itself."""
-    return {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
+def _options(settings: Mapping[str, Any]) -> ConvertSettings:
+    """The settings of a `convert` section that belong to the stage."""
+    own = {key: value for key, value in settings.items() if key in ConvertSettings.__dataclass_fields__}
+    return decode(ConvertSettings, own, "convert")
 
 
 def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]]:
-    """A `convert` section as conversions one after the other: `after` holds the one that comes first, if any.
+    """The conversions of a `convert` section in order: `after` is the one that comes first.
 
-    What comes first reads the same calibration unless it names its own.
+    It uses the same calibration, unless it names its own.
     """
     first = settings.get(AFTER)
     if first is None:
@@ -213,8 +218,8 @@ def _plan(work: _Run, cell: Cell) -> Plan:
     return plan(work.recipe.source, *last, options=_plan_settings(work.recipe), after=before)
 
 
-def _told(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a record says of conversions that came first."""
+def _before(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The conversions that came first, as records keep them."""
     words = [
         " ".join([name, *(f"{key} {value}" for key, value in own.items())])
         for name, own in map(_method, _chain(settings)[:-1])
@@ -229,123 +234,99 @@ def _plan_settings(recipe: Recipe) -> PlanSettings:
 def _plans(work: _Run, rows: Sequence[Cell]) -> None:
     for cell in rows:
         name, settings = _method(cell.convert)
-        made, told = _plan(work, cell).as_dict(), _told(cell.convert)
-        identity = {"method": name, **settings, **told, "plan": dict(work.recipe.plan or {})}
-        made["settings"] = {**made["settings"], **told}
-        record.write(record.make("plan", f"{work.recipe.name}/{name}", identity, made), work.records)
+        made, before = _plan(work, cell).as_dict(), _before(cell.convert)
+        asked = {"method": name, **settings, **before, "plan": dict(work.recipe.plan or {})}
+        made["settings"] = {**made["settings"], **before}
+        identity = fingerprint(asked)  # as in kvfold 0.1, whose plan is replaced
+        record.write(record.make("plan", f"{work.recipe.name}/{name}", asked, made, identity=identity), work.records)
 
 
-def _pretraining(work: _Run, said: Mapping[str, Any]) -> PretrainSettings:
-    """How the source is trained, on the recipe's text unless another is named."""
-    if "config" not in said:
+def _pretraining(work: _Run, given: Mapping[str, Any]) -> PretrainSettings:
+    """The settings that train the source, by default on the text of the recipe."""
+    if "config" not in given:
         raise SettingError("pretrain has no config", where=work.recipe.name, next="add the keys of config.json there")
-    if not isinstance(said["config"], str | Mapping):
+    if not isinstance(given["config"], str | Mapping):
         raise SettingError(
-            f"config cannot be {said['config']!r}",
+            f"config cannot be {given['config']!r}",
             where="pretrain",
             allowed="the keys of config.json, or the name of a file that holds them",
         )
-    rest = {key: value for key, value in said.items() if key != "config"}
+    rest = {key: value for key, value in given.items() if key != "config"}
     return decode(PretrainSettings, {"data": work.recipe.data, **rest}, "pretrain")
 
 
-def _pretrain(work: _Run, said: Mapping[str, Any]) -> None:
-    """Make the source: `source` is then the place where it will lie."""
-    settings = _pretraining(work, said)
-    pretrain(said["config"], work.recipe.source, settings, overwrite=work.overwrite, progress=work.progress)
+def _uptraining(work: _Run, given: Mapping[str, Any]) -> UptrainSettings:
+    return decode(UptrainSettings, {**given, "data": work.recipe.data}, "uptrain")
 
 
 def _task(work: _Run, seed: int) -> UptrainSettings:
-    """How a model is fine-tuned: by cross-entropy, unless the recipe says otherwise."""
-    said = {"data": work.recipe.data, "loss": "ce", **(work.recipe.finetune or {}), "seed": seed}
-    return decode(UptrainSettings, said, "finetune")
+    """The settings that fine-tune a model, by default with cross-entropy."""
+    given = {"data": work.recipe.data, "loss": "ce", **(work.recipe.finetune or {}), "seed": seed}
+    return decode(UptrainSettings, given, "finetune")
 
 
 def _finetune(work: _Run, model: str | Path, label: str, seed: int) -> Path:
-    """Train a model on the task of the recipe."""
-    out = work.folder / "finetuned" / label
-    return uptrain(model, out, _task(work, seed), overwrite=work.overwrite, progress=work.progress)
+    return uptrain(model, work.folder / "finetuned" / label, _task(work, seed), **work.how)
 
 
 def _cell(work: _Run, cell: Cell, reference: str) -> Path:
-    """Convert, evaluate, uptrain and evaluate one row; what another row has made already is used as it is.
+    """Convert, evaluate, uptrain and evaluate one row; what another row has made is reused.
 
-    With a task to fine-tune on, models are evaluated behind that alone, beside the `reference`; conversion and
-    uptraining are then done once for all seeds.
+    With a task to fine-tune on, models are evaluated only after it, beside the `reference`; conversion and uptraining
+    are then done once for all seeds.
     """
     recipe = work.recipe
+    converted: str | Path = recipe.source
+    for each in _chain(cell.convert):
+        out = work.folder / "converted" / _label(each)
+        converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
     name, settings = _method(cell.convert)
-    first, *others = _chain(cell.convert)
-    converted = _converted(work, first, recipe.source)
-    for each in others:
-        converted = _converted(work, each, converted)
-    label = _label(cell.convert)
-    told: dict[str, Any] = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
-    row = {"role": "student", "method": name, **settings, **told, **_told(cell.convert), "alpha": 0}
+    named = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
+    row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
     if recipe.finetune is not None:
-        return _tuned_cell(work, cell, converted, row, reference)
-    last = cell.uptrain is None
-    _evaluate(work, converted, f"{label}/converted", row, teacher=recipe.source, judged=last)
+        return _tuned_cell(work, cell, Path(converted), row, reference)
+    last, label = cell.uptrain is None, f"{_label(cell.convert)}/converted"
+    _evaluate(work, converted, label, row, teacher=recipe.source, judged=last)
     if cell.uptrain is None:
-        return converted
+        return Path(converted)
     control = _control(work, cell, cell.uptrain) if recipe.control else None
-    trained = work.folder / "uptrained" / cell.label
-    wanted = decode(UptrainSettings, {**cell.uptrain, "data": recipe.data, "seed": cell.seed}, "uptrain")
-    uptrain(converted, trained, wanted, teacher=recipe.source, overwrite=work.overwrite, progress=work.progress)
+    wanted = _uptraining(work, {**cell.uptrain, "seed": cell.seed})
+    trained = uptrain(converted, work.folder / "uptrained" / cell.label, wanted, teacher=recipe.source, **work.how)
     row |= {"seed": cell.seed, **_spent(cell.uptrain, recipe)}
     _evaluate(work, trained, f"{cell.label}/uptrained", row, teacher=recipe.source, judged=True, control=control)
     return trained
 
 
-def _converted(work: _Run, settings: Mapping[str, Any], source: str | Path) -> Path:
-    """Convert a source, or find it converted."""
-    return convert(
-        source,
-        work.folder / "converted" / _label(settings),
-        *_method(settings),
-        options=decode(ConvertSettings, _of_stage(settings), "convert"),
-        overwrite=work.overwrite,
-        progress=work.progress,
-    )
-
-
 def _tuned_cell(work: _Run, cell: Cell, converted: Path, row: Mapping[str, Any], reference: str) -> Path:
     """Uptrain a student once, fine-tune it with the seed of the row, and evaluate it."""
-    made, task = converted, _task(work, cell.seed)
-    spent: dict[str, Any] = {"loss_name": "the task"}
+    made, spent = converted, {"loss_name": "the task"}
     if cell.uptrain is not None:
-        said = {"seed": 0, **cell.uptrain, "data": work.recipe.data}
         once = work.folder / "uptrained" / cell.label.rpartition("_seed-")[0]
-        wanted = decode(UptrainSettings, said, "uptrain")
-        made = uptrain(
-            converted, once, wanted, teacher=work.recipe.source, overwrite=work.overwrite, progress=work.progress
-        )
+        made = uptrain(converted, once, _uptraining(work, cell.uptrain), teacher=work.recipe.source, **work.how)
         spent = _spent(cell.uptrain, work.recipe)
         spent["loss_name"] = f"{spent['loss_name'] or 'the default loss'}, then the task"
     tuned = _finetune(work, made, cell.label, cell.seed)
-    row = {**row, "seed": cell.seed, **spent, "tokens": task.tokens}
+    row = {**row, "seed": cell.seed, **spent, "tokens": _task(work, cell.seed).tokens}
     _evaluate(work, tuned, f"{cell.label}/finetuned", row, teacher=reference, judged=True)
     return tuned
 
 
 def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
-    """Train the unconverted teacher on the same tokens and return the record of its evaluation.
+    """Train the unconverted teacher on the same tokens, and return the path of the record of its evaluation.
 
-    By cross-entropy, whatever the students' loss is: the teacher's distance to itself is nothing to learn from.
+    The loss is cross-entropy, whatever the students' is: the KL of the teacher to itself teaches nothing.
     """
     given = {key: value for key, value in settings.items() if key != "converted_only"}
     spent = {**given, "data": work.recipe.data, "seed": cell.seed, "loss": "ce", "stages": None}
-    wanted = decode(UptrainSettings, spent, "uptrain")
     label = f"control_{fingerprint(spent)[:8]}_seed-{cell.seed}"
-    trained = work.folder / "uptrained" / label
-    uptrain(work.recipe.source, trained, wanted, overwrite=work.overwrite, progress=work.progress)
+    trained = uptrain(work.recipe.source, work.folder / "uptrained" / label, _uptraining(work, spent), **work.how)
     row = {"role": "control", "method": "identity", "seed": cell.seed, **_spent(spent, work.recipe)}
     made = _evaluate(work, trained, label, row, teacher=work.recipe.source)
-    return record.path_of(work.records, made.kind, made.name, made.settings)
+    return record.path_of(work.records, made.kind, made.name, made.identity)
 
 
 def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What a row of a table says of its uptraining: its tokens, its loss, and what the matrix sets in it besides."""
+    """The uptraining of a row, for tables: its tokens, its loss, and the settings that the matrix varies."""
     varied = {key.partition(".")[2] for grid in recipe.matrix for key in grid if key.startswith("uptrain.")}
     others = sorted(varied - {"alpha", "tokens", "loss", "stages"} & settings.keys())
     named = {key: settings[key] for key in ("alpha", "tokens") if settings.get(key) is not None}
@@ -357,12 +338,13 @@ def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def _label(settings: Mapping[str, Any]) -> str:
-    """The folder of a conversion; of a chain, its steps in order."""
+    """The folder of a conversion; of several, in their order."""
     labels = []
     for each in _chain(settings):
-        method, said = _method(each)[0], {key: value for key, value in each.items() if key not in ("method", AFTER)}
-        places = {key: Path(str(value)).name for key, value in said.items() if key == "calibration"}
-        labels.append("_".join([method, *(f"{key}-{value}" for key, value in sorted({**said, **places}.items()))]))
+        given = {key: value for key, value in each.items() if key not in ("method", AFTER)}
+        if "calibration" in given:
+            given["calibration"] = Path(str(given["calibration"])).name
+        labels.append("_".join([_method(each)[0], *(f"{key}-{value}" for key, value in sorted(given.items()))]))
     return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_then_".join(labels))
 
 
@@ -376,25 +358,15 @@ def _evaluate(
     judged: bool = False,
     control: Path | None = None,
 ) -> Record:
-    """Evaluate one model; the gate is for students that are finished, and a missed one waits for the report."""
+    """Evaluate one model; the gate is for finished students, and a missed one waits for the report."""
     wanted = {**work.recipe.evaluate, "data": work.recipe.heldout}
     wanted |= {"gate": wanted.get("gate") if judged else None, "control": control and str(control)}
-    settings = decode(EvaluateSettings, wanted, "evaluate")
-    identity = f"{work.recipe.name}/{name}"
+    settings, name = decode(EvaluateSettings, wanted, "evaluate"), f"{work.recipe.name}/{name}"
     try:
-        return evaluate(
-            model,
-            settings,
-            teacher=teacher,
-            records=work.records,
-            name=identity,
-            row=row,
-            overwrite=work.overwrite,
-            progress=work.progress,
-        )
+        return evaluate(model, settings, teacher=teacher, records=work.records, name=name, row=row, **work.how)
     except GateMissed as missed:
         work.missed.append(str(missed))
-        return next(each for each in record.read_all(work.records) if each.name == identity)
+        return max((each for each in record.read_all(work.records) if each.name == name), key=lambda each: each.date)
 
 
 def demo_recipe() -> Path:

@@ -6,7 +6,6 @@ and `State.load`, which put its tensors on disk and back.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -15,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -25,20 +24,16 @@ from torch import Tensor, nn
 
 from kvfold.disk.output import damaged, disk_errors, replacing, write_json
 from kvfold.errors import Interrupted, SettingError, TrainingError
+from kvfold.formats import json_text
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.progress import Progress
-from kvfold.settings import MOST, SEEDS, check_range
+from kvfold.settings import MOST, SEEDS, check_range, differing
 from kvfold.train.state import SLOTS, STATE, Position, kept_lines, load_slot, read_marker
 
 LOG = "train.jsonl"
 
 _NO_MATTER = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")
-_UNSAID = {
-    "optimizer": "adamw",
-    "dropout": None,
-    "tokenizer_data": (),
-    "lora": None,
-}  # outputs are older than these settings
+DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
 
 Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 """A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""
@@ -129,9 +124,12 @@ class TrainSettings:
         return self.batch_size * self.sequence_length
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the weights: how often to save and to log does not, and what the text is called."""
-        known = {name: value for name, value in asdict(self).items() if name not in _NO_MATTER}
-        return {name: value for name, value in known.items() if name not in _UNSAID or value != _UNSAID[name]}
+        """The settings that differ from their default and decide the weights.
+
+        The name of the text and how often to save and to log do not decide them.
+        """
+        found = {name: value for name, value in differing(self).items() if name not in _NO_MATTER}
+        return {"defaults": DEFAULTS, **found}
 
 
 def rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -262,7 +260,7 @@ class Log:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add one line."""
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_text(line) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in line.items():

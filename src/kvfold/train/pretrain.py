@@ -30,7 +30,7 @@ from kvfold.disk.output import (
     prepare_cache,
     write_json,
 )
-from kvfold.disk.record import versions
+from kvfold.disk.record_commit import versions
 from kvfold.disk.sidecar import tokenizer_hash
 from kvfold.errors import SettingError
 from kvfold.families import family_of

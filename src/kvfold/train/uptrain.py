@@ -27,7 +27,7 @@ from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import check_range
+from kvfold.settings import check_range, differing
 from kvfold.text.pairs import Pairs, corpus
 from kvfold.text.tokens import token_file
 from kvfold.train import losses as objectives
@@ -181,7 +181,7 @@ def uptrain(
         guide = None
     known = {
         "stage": "uptrain",
-        "stages": [_told(stage) for stage in stages],
+        "stages": [differing(stage) for stage in stages],
         "amount": amount,
         "text": tokens.hash,
         "student": source.hash(),
@@ -190,7 +190,7 @@ def uptrain(
 
     def identity(asked: UptrainSettings) -> dict[str, Any]:
         own = asked.identity()
-        del own["converted_only"]  # stages say it
+        own.pop("converted_only", None)  # `stages` has it
         return own | known
 
     settings = decide(settings, out, identity, overwrite=overwrite)
@@ -227,13 +227,6 @@ def uptrain(
     State(output.work).remove()
     output.commit()
     return output.path
-
-
-def _told(stage: Stage) -> dict[str, Any]:
-    """A stage in the identity of a run, where what is not used is not said: outputs of before stay what they are."""
-    return {
-        name: value for name, value in dataclasses.asdict(stage).items() if value or name not in ("converted", "taught")
-    }
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
