@@ -384,7 +384,7 @@ def test_a_student_that_shares_is_a_source(tiny_checkpoint: Callable[..., Path],
 def test_a_plan_says_that_reads_do_not_fall(tiny_checkpoint: Callable[..., Path]) -> None:
     planned = plan(tiny_checkpoint(), "cla", {"share": 2})
     assert planned.after.cache_bytes * 2 == planned.before.cache_bytes
-    assert any("saves room and not reads" in line for line in planned.warnings)
+    assert any("saves memory but not reads" in line for line in planned.warnings)
     assert planned.after.largest_batch > 1.9 * planned.before.largest_batch
     loads = {engine.name for engine in planned.engines if engine.loads}
     assert loads == {"transformers"}
