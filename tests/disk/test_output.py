@@ -522,7 +522,7 @@ def test_a_place_that_cannot_be_written() -> None:
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.ENOSPC, "the disk is full; free some space; the same command goes on from here"),
+        (errno.ENOSPC, "the disk is full; free some space; the same command continues from here"),
         (errno.EDQUOT, "the disk quota is used up"),
         (errno.EACCES, "no permission to write; choose another path"),
         (errno.EPERM, "no permission to write"),
