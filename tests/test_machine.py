@@ -15,11 +15,11 @@ import torch
 
 from kvfold import machine
 from kvfold.convert.conversion import convert
-from kvfold.disk.output import fingerprint, read_json
+from kvfold.disk.output import fingerprint, read_json, standing
 from kvfold.errors import OutputError
 from kvfold.progress import Silent
-from kvfold.train import precision
 from kvfold.train.pretrain import PretrainSettings, pretrain
+from kvfold.train.settings import decide
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
 SMALL: dict[str, Any] = {"sequence_length": 16, "batch_size": 2, "tokens": 64, "log_every": 1, "loss": "ce"}
@@ -196,7 +196,7 @@ def test_a_run_goes_on_in_its_own_precision_on_another_kind_of_machine(
         uptrain(student, tmp_path / "out", settings, progress=Unplugged())
     native(not begun)
     for overwrite in (False, True):  # the same command, also when it replaces an output
-        assert precision.standing(tmp_path / "out", overwrite=overwrite) == [
+        assert standing(tmp_path / "out", overwrite=overwrite) == [
             read_json(tmp_path / "out.partial" / ".inputs.json")["inputs"]
         ]
     out = uptrain(student, tmp_path / "out", settings)
@@ -236,7 +236,7 @@ def test_what_is_hashed_never_says_auto(tmp_path: Path, native: Callable[[bool],
         return asked.identity()
 
     native(True)
-    decided = precision.decide(UptrainSettings(data="t", tokens=1), tmp_path / "out", identity)
+    decided = decide(UptrainSettings(data="t", tokens=1), tmp_path / "out", identity)
     assert sorted(hashed) == ["bf16", "fp32"]
     assert fingerprint(decided.identity()) == fingerprint(
         UptrainSettings(data="t", tokens=1, precision="bf16").identity()

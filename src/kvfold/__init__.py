@@ -24,7 +24,7 @@ _WHERE = {
     "run": "kvfold.run.runner",
     "load": "kvfold.hf",
     "PlanSettings": "kvfold.predict.plan",
-    "ConvertSettings": "kvfold.convert.conversion",
+    "ConvertSettings": "kvfold.convert.settings",
     "UptrainSettings": "kvfold.train.uptrain",
     "PretrainSettings": "kvfold.train.pretrain",
     "EvaluateSettings": "kvfold.evaluate.evaluation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -38,3 +40,13 @@ class Silent:
 
 
 SILENT: Progress = Silent()
+
+
+@contextmanager
+def task(progress: Progress, what: str, total: float, unit: str) -> Iterator[None]:
+    """A context in which a task of `total` units runs; it stops with the context, complete or not."""
+    progress.start(what, total, unit)
+    try:
+        yield
+    finally:
+        progress.stop()

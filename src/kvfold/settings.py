@@ -20,9 +20,9 @@ from kvfold.inputs import LARGEST, load_yaml
 T = TypeVar("T")
 
 
-def setting(default: T, help: str) -> T:
-    """A field of a settings dataclass: its default, and the help of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: T, help: str, **more: str) -> T:
+    """A field of a settings dataclass: its default, and the help of its flag (`group`: the panel it stands in)."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 SEEDS = 2**32  # seeds are below this: generators take them, also times a million and a step

@@ -22,7 +22,7 @@ from kvfold.text.pairs import corpus
 from tolerance import assert_same
 
 Make = Callable[..., Path]
-EXACT = CalibrationSettings(dtype="float64", length=48, device="cpu")
+EXACT = CalibrationSettings(dtype="float64", length=48)
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 9
 SHARED = {
     "model_type": "kvfold_t5",
@@ -119,11 +119,11 @@ def test_moments_are_those_of_the_definition(
     close(answers[asked[-1]]["gram_DD"], first.T @ second / len(first))
 
 
-def test_what_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make, text: Path) -> None:
+def test_requests_that_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make, text: Path) -> None:
     source = Checkpoint.open(tiny_checkpoint("t5"))
     spans = corpus(text, source.path)
     for request in (SampledPairs(Site(0), 3), CrossGram(Site(0), Site(0, "cross"))):
-        with pytest.raises(SettingError, match=f"{type(request).__name__} is not answered by an encoder-decoder"):
+        with pytest.raises(SettingError, match=f"an encoder-decoder cannot answer {type(request).__name__}"):
             calibrate(source, [request], spans, EXACT)
     with pytest.raises(SettingError, match="do not fit into memory"):
         calibrate(source, [InputGram(Site(0))], spans, CalibrationSettings(length=48, max_bytes=10_000))
@@ -132,7 +132,7 @@ def test_what_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make, text: Pa
     with pytest.raises(SettingError, match="measured on decoder-only models"):
         convert(source.path, text.parent / "auto", "gqa", {"kv_heads": "auto", "budget": 0.5}, options=options)
     options = ConvertSettings(calibration=str(text), repair=("o",))
-    with pytest.raises(SettingError, match="encoder-decoders are not repaired yet"):
+    with pytest.raises(SettingError, match="repair does not support encoder-decoders"):
         convert(source.path, text.parent / "repaired", "gqa", {"kv_heads": 2}, options=options)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvfold import hf
-from kvfold.calibrate import sensitivity
+from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
-from kvfold.calibrate.sensitivity import SensitivitySettings, measure
+from kvfold.calibrate.sensitivity import measure
 from kvfold.contracts.requests import FoldedKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import ConvertSettings, convert
@@ -32,7 +32,7 @@ from kvfold.text.tokens import TokenFile
 Make = Callable[..., Path]
 METHOD = gqa.METHOD
 AUTO = gqa.Config("auto", init="mean", budget=0.5)
-SETTINGS = SensitivitySettings(tokens=48, length=16)
+SETTINGS = CalibrationSettings(sensitivity_tokens=48)
 TEXT = "When that Aprill with his shoures soote the droghte of March hath perced to the roote. " * 40
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
@@ -45,6 +45,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sensitivity, "LENGTH", 16)
     return tmp_path / "cache"
 
 
@@ -131,19 +132,19 @@ def test_answers_are_kept_whatever_the_budget(
 ) -> None:
     source, tokens = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False)), token_file()
     source.hash()  # which has progress of its own
-    told: list[Any] = []
+    events: list[Any] = []
 
     class Listener(Silent):
         def start(self, what: str, total: float, unit: str) -> None:
-            told.append(total)
+            events.append(total)
 
         def advance(self, amount: float, note: str = "") -> None:
-            told.append(amount)
+            events.append(amount)
 
     some = measure(source, METHOD, AUTO, folds(source)[:3], {}, tokens, SETTINGS, progress=Listener())
-    assert told == [3 * 48, 48, 48, 48]
+    assert events == [3 * 48, 48, 48, 48]
     whole = measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS, progress=Listener())
-    assert told[4] == 5 * 48  # the three are not measured again
+    assert events[4] == 5 * 48  # the three are not measured again
     assert {question: whole[question]["kl"] for question in some} == {each: some[each]["kl"] for each in some}
     assert len(list((cache / "sensitivity").iterdir())) == 1
     fresh = tiny_checkpoint("llama", tokenizer=False, name="copy")
@@ -158,7 +159,7 @@ def test_what_was_measured_before_a_stop_stays(
     tiny_checkpoint: Make, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, tokens = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False)), token_file()
-    compare, calls = sensitivity._Reading.compare, list[int]()
+    compare, calls = sensitivity._Teacher.compare, list[int]()
 
     def stopped(self: Any, layer: int, *given: Any) -> Any:
         calls.append(layer)
@@ -166,7 +167,7 @@ def test_what_was_measured_before_a_stop_stays(
             raise KeyboardInterrupt
         return compare(self, layer, *given)
 
-    monkeypatch.setattr(sensitivity._Reading, "compare", stopped)
+    monkeypatch.setattr(sensitivity._Teacher, "compare", stopped)
     with pytest.raises(KeyboardInterrupt):
         measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
     found = measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
@@ -238,12 +239,12 @@ def test_heads_that_are_one_already_are_merged_without_loss(
     assert found[1]["lossless"] == [0]
     assert found[1]["lost"][0] < 1e-9
     torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-4, atol=1e-4)
-    told = card(student, [])
+    events = card(student, [])
     assert (
         "within 100.0% of the root teacher's cache: 4/4/1/4, of predicted KL 0.0000 nats before any repair; 4 in"
-        in told
+        in events
     )
-    assert "Heads that were linear images of one another, merged without loss: layer 2 (1 of 1 groups)." in told
+    assert "Heads that were linear images of one another, merged without loss: layer 2 (1 of 1 groups)." in events
     half = convert(teacher, tmp_path / "half", "gqa", {"kv_heads": 2}, options=text)
     (step,) = json.loads((half / "kvfold.json").read_text())["steps"]
     lossless = {name: site["lossless"] for name, site in step["found"]["sites"].items()}
@@ -275,11 +276,11 @@ def test_the_mix_is_what_a_list_by_hand_would_be(tiny_checkpoint: Make, tmp_path
     assert step["found"]["mix"]["kl"] <= step["found"]["uniform"]["kl"]
     by_hand = convert(teacher, tmp_path / "by hand", "gqa", {"kv_heads": step["settings"]["kv_heads"]}, options=text)
     assert Checkpoint.open(by_hand).hash() == student.hash()
-    said: list[str] = []
+    lines: list[str] = []
     listener = Silent()
-    listener.say = said.append  # type: ignore[method-assign]
+    listener.say = lines.append  # type: ignore[method-assign]
     convert(teacher, tmp_path / "student", "gqa", auto, options=text, progress=listener)
-    assert "is complete" in said[0]
+    assert "is complete" in lines[0]
 
 
 def test_a_budget_of_a_student_counts_from_its_root(
@@ -291,7 +292,7 @@ def test_a_budget_of_a_student_counts_from_its_root(
     assert sorted(heads) == [1, 1, 1, 2]  # 5 of the root's 16
 
 
-def test_what_was_found_before_a_stop_is_told(
+def test_measurements_from_before_a_stop_are_recorded(
     tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, out = tiny_checkpoint(), tmp_path / "out"

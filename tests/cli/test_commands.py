@@ -251,7 +251,7 @@ def test_a_disk_that_refuses_and_then_does_not(
 def test_too_little_room_is_said_first(here: Path, kvfold: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    _told(kvfold(*CONVERT), "too little room")
+    _told(kvfold(*CONVERT), "not enough space on the disk")
     assert not (here / "student").exists()
     assert not list(here.glob("student.partial/*.safetensors"))
 
@@ -370,9 +370,10 @@ def test_help_shows_each_method_in_a_panel_of_its_own_after_the_common_flags(kvf
     _, out, _ = kvfold("convert", "--help")
     panels = dict(part.split(":\n", 1) for part in out.split("\n\n")[2:])
     named = [f"Method {name}" for name, each in all_methods().items() if dataclasses.fields(each.Config)]
-    assert list(panels) == ["Arguments", "Flags", "Settings", *named]
+    assert list(panels) == ["Arguments", "Flags", "Settings", "Advanced", *named]
     assert "--overwrite" in panels["Flags"]
     assert "--calibration-tokens" in panels["Settings"]
+    assert "--repair-length" in panels["Advanced"]
     assert "--init fit|align|align-norm|mean|first|random" in panels["Method gqa"]
     assert "--init fit|copy|mean" in panels["Method cla"]
 

@@ -221,7 +221,7 @@ def test_a_small_file_system_that_fills_up_is_one_line(tiny_checkpoint: Make, tm
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("kvfold: ")
-    assert "too little room" in done.stderr or "the disk is full" in done.stderr
+    assert "not enough space on the disk" in done.stderr or "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from kvfold import methods
 from kvfold.cli.commands import run_command
 from kvfold.contracts.cache import CacheSpec, grouped_cache
+from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers, CrossGram, InputGram, Request
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
@@ -31,7 +32,7 @@ from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import MANIFEST, read_json
 from kvfold.errors import CheckpointError, Interrupted, OutputError, SettingError
 from kvfold.families import all_families
-from kvfold.repair.layers import RepairSettings
+from kvfold.repair import RepairSettings
 
 Make = Callable[..., Path]
 
@@ -53,7 +54,7 @@ def logits(folder: Path, **config: Any) -> torch.Tensor:
 
 
 class Listener:
-    """Records what a stage tells."""
+    """Records the progress of a stage."""
 
     def __init__(self) -> None:
         self.total, self.done, self.lines = 0.0, 0.0, list[str]()
@@ -91,7 +92,7 @@ def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(all_families()))
+@pytest.mark.parametrize("family", sorted(all_families().keys() - {"gpt_neox", "olmo2"}))  # Phi's names; wide norms
 @pytest.mark.parametrize("heads", [1, 2])
 def test_mean_pooling_against_its_definition(tiny_checkpoint: Make, tmp_path: Path, family: str, heads: int) -> None:
     teacher = tiny_checkpoint(family, shard_size=30_000)
@@ -210,8 +211,8 @@ def test_stock_transformers_loads_the_student_without_kvfold(tiny_checkpoint: Ma
 import sys
 sys.modules["kvfold"] = None  # importing it would raise
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, said = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(said.values()), said
+model, loading = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(loading.values()), loading
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("fold", return_tensors="pt").input_ids
 assert model.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
 print(model.config.num_key_value_heads, model.model.layers[0].self_attn.k_proj.weight.shape)
@@ -298,7 +299,7 @@ def test_a_method_with_calibration_and_groups_of_layers(
 ) -> None:
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     teacher = tiny_checkpoint("qwen2", hidden_size=32)
-    with pytest.raises(SettingError, match="toy asks the teacher to read a little text, and none is given"):
+    with pytest.raises(SettingError, match="toy needs calibration text, and none is given"):
         convert(teacher, tmp_path / "student", "toy")
     (tmp_path / "text.txt").write_text("Whan that Aprille with his shoures soote. " * 20)
     options = ConvertSettings(calibration=str(tmp_path / "text.txt"), calibration_tokens=200)
@@ -331,8 +332,6 @@ def test_a_method_with_calibration_and_groups_of_layers(
 
 # --- repaired -------------------------------------------------------------------------------------------------------
 
-REPAIRED = tuple(f"{role}_proj.weight" for role in REPAIRABLE)
-
 
 @pytest.fixture
 def calibrated(tmp_path: Path) -> Callable[..., ConvertSettings]:
@@ -350,7 +349,7 @@ def fold(teacher: Path, out: Path, options: ConvertSettings, **more: Any) -> Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(name for name, each in all_families().items() if not each.encoder_decoder))
 @pytest.mark.parametrize("form", [{}, {"dtype": "bfloat16", "shard_size": 20_000}])
-def test_a_repaired_student_is_stock_and_says_what_it_is(
+def test_a_repaired_student_is_stock_and_has_its_lineage(
     tiny_checkpoint: Make, tmp_path: Path, calibrated: Callable[..., ConvertSettings], family: str, form: dict[str, Any]
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -359,15 +358,17 @@ def test_a_repaired_student_is_stock_and_says_what_it_is(
     size = {"shard_size": form["shard_size"]} if form else {}
     plain = fold(teacher, tmp_path / "plain", calibrated(repair=("none",)))
     student = fold(teacher, tmp_path / "student", calibrated(**size))
-    model, said = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
-    assert not any(said[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, loading = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
+    assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.num_key_value_heads == 2
 
     old, new = state(plain), state(student)
     assert old.keys() == new.keys()
     assert all(new[name].dtype == tensor.dtype for name, tensor in old.items())
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {name for name in old if name.endswith(REPAIRED)}
+    made = Checkpoint.open(student)
+    roles = [role for role in REPAIRABLE if role not in MLP or role in made.family.body.mlp]
+    assert changed == {made.family.tensor(site, role) for site in made.shape.sites for role in roles}
     assert len(list(student.glob("*.safetensors"))) > 3 if form else (student / "model.safetensors").exists()
     files = {path.name for path in student.iterdir() if path.suffix != ".safetensors"}
     assert files == {path.name for path in teacher.iterdir()} - {"model.safetensors"} | {MANIFEST} | (
@@ -376,8 +377,8 @@ def test_a_repaired_student_is_stock_and_says_what_it_is(
 
     lineage = read_json(student / MANIFEST)
     (step,) = lineage["steps"]
-    assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", ["q", "o", "gate", "up", "down"])
-    assert step["settings"]["repaired_by"]["logit_tokens"] == RepairSettings().logit_tokens
+    assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", roles)
+    assert step["settings"]["repaired_by"]["q_tokens"] == RepairSettings().q_tokens
     assert step["calibration"] == read_json(plain / MANIFEST)["steps"][0]["calibration"]
     assert read_json(plain / MANIFEST)["steps"][0]["settings"]["repair"] == []
     assert lineage["hash"] == Checkpoint.open(student).hash() != Checkpoint.open(plain).hash()
@@ -401,14 +402,14 @@ def test_shards_of_a_repaired_student_hold_the_same(
 
 
 @pytest.mark.parametrize(("method", "repair"), [("identity", ("o",)), ("gqa", ("q", "down"))])
-def test_any_method_is_repaired_where_it_is_said(
+def test_any_method_can_be_repaired(
     tiny_checkpoint: Make,
     tmp_path: Path,
     calibrated: Callable[..., ConvertSettings],
     method: str,
     repair: tuple[str, ...],
 ) -> None:
-    """Also after the paper's own pooling, which asks the teacher nothing."""
+    """Also after the paper's own pooling, which needs no calibration."""
     teacher = tiny_checkpoint(num_hidden_layers=2)
     settings = {"kv_heads": 2, "init": "mean"} if method == "gqa" else {}
     plain = state(convert(teacher, tmp_path / "plain", method, settings, options=calibrated()))
@@ -426,20 +427,20 @@ def test_any_method_is_repaired_where_it_is_said(
     assert read_json(student / MANIFEST)["steps"][0]["calibration"]
 
 
-def test_repair_that_cannot_be(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_repairs(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_checkpoint()
     with pytest.raises(SettingError, match="convert: 'v' cannot be repaired; allowed: q, o, gate, up or down, or none"):
         ConvertSettings(repair=("q", "v"))
-    with pytest.raises(SettingError, match="repair asks the teacher to read a little text, and none is given"):
+    with pytest.raises(SettingError, match="repair needs calibration text, and none is given"):
         convert(teacher, tmp_path / "out", "identity", options=ConvertSettings(repair=("o",)))
     capsys.readouterr()
     command = ["convert", str(teacher), str(tmp_path / "out"), "--kv-heads", "2"]
     for flags, says in ((["--repair", "x"], "'x' cannot be repaired"), (["--repair", "o"], "add --calibration TEXT")):
         assert run_command([*command, *flags]) == 2
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert told.err.count("\n") == 1
-        assert says in told.err
+        events = capsys.readouterr()
+        assert events.out == ""
+        assert events.err.count("\n") == 1
+        assert says in events.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
     assert run_command([*command, "--repair", "none"]) == 0
     assert read_json(tmp_path / "out" / MANIFEST)["steps"][0]["settings"]["repair"] == []
@@ -601,24 +602,35 @@ def test_unknown_settings(tiny_checkpoint: Make, tmp_path: Path) -> None:
         convert(teacher, tmp_path / "out", "gqqa", {"kv_heads": 2})
     with pytest.raises(SettingError, match="shard_size must be at least 1"):
         ConvertSettings(shard_size=0)
+    with pytest.raises(SettingError, match=r"convert: calibration_length must be at least 1 \(got 0\)"):
+        ConvertSettings(calibration_length=0)
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_advanced_settings_change_an_identity_only_where_they_differ() -> None:
+    before = {"dtype": "source", "shard_size": 5_000_000_000, "repair": []}  # as the first students were identified
+    assert ConvertSettings().identity() == before
+    assert ConvertSettings(repair_length=256, sensitivity_tokens=8192).identity() == before
+    assert ConvertSettings(repair_length=128).identity() == {**before, "repair_length": 128}
+    assert ConvertSettings(repair_q_tokens=1).identity() == {**before, "repair_q_tokens": 1}
+    assert ConvertSettings(calibration_memory=1).identity() == before
+
+
+def test_too_little_room_is_an_error_before_anything_is_written(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(OutputError, match=r"the disk has too little room \(got 0.00 GB free\)"):
+    with pytest.raises(OutputError, match=r"not enough space on the disk \(got 0.00 GB free\)"):
         convert(tiny_checkpoint(), tmp_path / "out", "gqa", {"kv_heads": 2})
     assert not list(tmp_path.rglob("*.partial/*.safetensors"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission to write")]
+    ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission to write")]
 )
 def test_a_disk_that_refuses_half_way_and_then_does_not(
-    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
     teacher, out = tiny_checkpoint(), tmp_path / "out"
     options = ConvertSettings(shard_size=20_000)
@@ -631,7 +643,7 @@ def test_a_disk_that_refuses_half_way_and_then_does_not(
         return pwrite(*given)
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(OutputError, match=said):
+    with pytest.raises(OutputError, match=message):
         convert(teacher, out, "gqa", {"kv_heads": 2}, options=options)
     assert not out.exists()
     monkeypatch.setattr(os, "pwrite", pwrite)

@@ -22,8 +22,7 @@ from kvfold.predict import roofline
 from kvfold.progress import Silent
 from kvfold.report import report
 from kvfold.report.folder import collect
-from kvfold.train.loop import Position, State
-from kvfold.train.state import kept_lines
+from kvfold.train.state import Position, State, kept_lines
 
 HTML = "<script>alert(1)</script>"
 

@@ -33,7 +33,7 @@ from tolerance import assert_same
 
 Make = Callable[..., Path]
 TINY = all_families()["t5gemma"].tiny()
-EXACT = CalibrationSettings(dtype="float64", length=48, device="cpu")
+EXACT = CalibrationSettings(dtype="float64", length=48)
 
 
 def wide(**decoder: Any) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def test_attentions_that_read_what_the_teachers_did_look_at_its_encoder(tiny_che
 
 
 def test_it_is_not_pretrained(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="each name their own ids are not pre-trained.*t5gemma"):
+    with pytest.raises(SettingError, match="vocabularies of their own is not pre-trained.*t5gemma"):
         pretrain(TINY, tmp_path / "out", PretrainSettings(data="stdlib", tokens=1000))
 
 

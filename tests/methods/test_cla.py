@@ -17,8 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvfold import hf
+from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
-from kvfold.calibrate.sensitivity import SensitivitySettings, measure
+from kvfold.calibrate.sensitivity import measure
 from kvfold.contracts.requests import ConvertedKL, CrossGram, InputGram, QueryGram
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
@@ -171,7 +172,12 @@ def test_a_budget_is_a_part_of_the_roots_bytes() -> None:
 @pytest.mark.parametrize("family", TAKERS)
 @pytest.mark.parametrize("init", ["fit", "copy"])
 def test_the_price_of_a_group_is_the_kl_of_a_student_that_shares_there(
-    family: str, init: Any, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+    family: str,
+    init: Any,
+    tiny_checkpoint: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = Checkpoint.open(tiny_checkpoint(family))
     tokens = token_file(str(text), source.path)
@@ -179,7 +185,8 @@ def test_the_price_of_a_group_is_the_kl_of_a_student_that_shares_there(
     asked = cla.METHOD.needs(config, source.shape)
     moments = calibrate(source, [each for each in asked if not isinstance(each, ConvertedKL)], tokens)
     groups = [ConvertedKL((Site(0), Site(1))), ConvertedKL((Site(1), Site(2), Site(3)))]
-    settings = SensitivitySettings(tokens=480, length=48)
+    settings = CalibrationSettings(sensitivity_tokens=480)
+    monkeypatch.setattr(sensitivity, "LENGTH", 48)
     found = measure(source, cla.METHOD, config, groups, moments, tokens, settings)
     starts = [row * (len(tokens) - 48) // 9 for row in range(10)]
     ids_BT = torch.stack([torch.from_numpy(tokens.tokens[at : at + 48].astype("int64")) for at in starts])

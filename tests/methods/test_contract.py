@@ -306,7 +306,7 @@ def test_without_text_the_default_is_the_papers(tiny_checkpoint: Callable[..., P
     assert plain.lineage is not None
     (step,) = plain.lineage["steps"]
     assert (step["settings"]["init"], step["settings"]["repair"], step["calibration"]) == ("mean", [], None)
-    with pytest.raises(SettingError, match="gqa asks the teacher to read a little text, and none is given"):
+    with pytest.raises(SettingError, match="gqa needs calibration text, and none is given"):
         convert(teacher, tmp_path / "fit", "gqa", {"kv_heads": 2, "init": "fit"})
 
 
@@ -549,7 +549,7 @@ def test_calibration_groups_and_resolving(
 
 
 def test_calibration_needs_a_text(toy: Toy, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="toy asks the teacher to read a little text, and none is given"):
+    with pytest.raises(SettingError, match="toy needs calibration text, and none is given"):
         convert(tiny_checkpoint("llama"), tmp_path / "student", "toy")
     assert not (tmp_path / "student").exists()
 

@@ -103,7 +103,7 @@ def test_too_few_tokens_are_refused_with_the_number(
     teacher, out = tiny_checkpoint("llama"), tmp_path / "out"
     for tokens in (2, 17, least - 1):
         options = ConvertSettings(calibration=str(text), calibration_tokens=tokens, repair=(repair,))
-        with pytest.raises(SettingError, match=rf"so few calibration tokens .*got {tokens} .*at least {least}"):
+        with pytest.raises(SettingError, match=rf"too few calibration tokens .*got {tokens} .*at least {least}"):
             convert(teacher, out, method, settings, options=options)
     assert not out.with_name("out.partial").exists()
     assert convert(

@@ -22,12 +22,13 @@ from kvfold.disk import spool
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.progress import Silent
-from kvfold.repair.layers import RepairSettings, repair
+from kvfold.repair import RepairSettings, layers
+from kvfold.repair.layers import DAMPING, repair
 from kvfold.text.tokens import TokenFile
 
 Make = Callable[..., Path]
 LENGTH, ROWS = 16, 24
-SETTINGS = RepairSettings(length=LENGTH, batch_tokens=5 * LENGTH, logit_tokens=ROWS * LENGTH)
+SETTINGS = RepairSettings(length=LENGTH, q_tokens=ROWS * LENGTH)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -184,7 +185,7 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
         z_BTN, share = seen.inputs[names["o"].removesuffix(".weight")], torch.ones(1)
         if kind == "normed behind":
             target, share = behind(layer.post_attention_layernorm, o(z_BTN), target)
-        expected = lstsq(o, z_BTN * share, target * share, SETTINGS.damping, share)
+        expected = lstsq(o, z_BTN * share, target * share, DAMPING, share)
         torch.testing.assert_close(found[number][names["o"]], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(expected, o.weight, atol=1e-2)
         put(model, {names[role]: found[number][names[role]] for role in names if role != "down"})
@@ -193,7 +194,7 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
         z_BTN, share = seen.inputs[names["down"].removesuffix(".weight")], torch.ones(1)
         if kind == "normed behind":
             target, share = behind(layer.post_feedforward_layernorm, down(z_BTN), target)
-        expected = lstsq(down, z_BTN * share, target * share, SETTINGS.damping, share)
+        expected = lstsq(down, z_BTN * share, target * share, DAMPING, share)
         torch.testing.assert_close(found[number][names["down"]], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(expected, down.weight, atol=1e-2)
         put(model, {names["down"]: found[number][names["down"]]})
@@ -294,22 +295,21 @@ def test_layers_above_see_what_was_repaired_below(pair: Callable[..., Pair]) -> 
     assert not any(torch.allclose(untouched[1][name], tensor, atol=1e-3) for name, tensor in whole[1].items())
 
 
-def test_batches_do_not_matter_and_what_is_left_of_a_row_is_not_read(pair: Callable[..., Pair]) -> None:
+def test_batches_do_not_matter_and_what_is_left_of_a_row_is_not_read(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = pair("windowed")
     whole = repaired(both, text=tokens())
-    for other in (
-        repaired(both, text=tokens(ROWS * LENGTH + 5)),
-        repaired(both, batch_tokens=1),
-        repaired(both, batch_tokens=10**6),
-    ):
-        for one, another in zip(whole, other, strict=True):
+    for batch, text in ((5 * LENGTH, tokens(ROWS * LENGTH + 5)), (1, tokens()), (10**6, tokens())):
+        monkeypatch.setattr(layers, "BATCH", batch)
+        for one, another in zip(whole, repaired(both, text=text), strict=True):
             for name, tensor in one.items():
                 torch.testing.assert_close(another[name], tensor, rtol=1e-3, atol=1e-3)
 
 
-def test_q_reads_as_much_as_was_said(pair: Callable[..., Pair]) -> None:
+def test_q_reads_as_many_tokens_as_set(pair: Callable[..., Pair]) -> None:
     both, name = pair(), "model.layers.0.self_attn.q_proj.weight"
-    part = repaired(both, ("q",), logit_tokens=6 * LENGTH + 3)[0][name]
+    part = repaired(both, ("q",), q_tokens=6 * LENGTH + 3)[0][name]
     alone = repaired(both, ("q",), _first(tokens(), 6 * LENGTH))[0][name]
     assert torch.equal(part, alone)
     assert not torch.allclose(part, repaired(both, ("q",))[0][name], atol=1e-4)
@@ -341,27 +341,27 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
     pair: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
-    told: list[Any] = []
+    events: list[Any] = []
 
     class Listener(Silent):
         def start(self, what: str, total: float, unit: str) -> None:
-            told.append((what, total, unit))
+            events.append((what, total, unit))
 
         def advance(self, amount: float, note: str = "") -> None:
-            told.append(amount)
+            events.append(amount)
 
         def stop(self) -> None:
-            told.append("stop")
+            events.append("stop")
 
     teacher, student = pair()
     before = {path: path.read_bytes() for path in (*teacher.files(), *student.files())}
     working = repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener())
     next(working)
     working.close()  # type: ignore[attr-defined]
-    assert told == [("repairing", 2, "layers"), "stop"]
-    told.clear()
+    assert events == [("repairing", 2, "layers"), "stop"]
+    events.clear()
     list(repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener()))
-    assert told == [("repairing", 2, "layers"), 1, 1, "stop"]
+    assert events == [("repairing", 2, "layers"), 1, 1, "stop"]
     assert list((tmp_path / "cache" / "spool").iterdir()) == []
     assert {path: path.read_bytes() for path in before} == before
 
@@ -369,7 +369,7 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roles_that_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = pair()
     with pytest.raises(SettingError, match=r"repair: 'v' cannot be repaired; allowed: q, o, gate, up or down"):
         next(repair(teacher, student, ("q", "v"), tokens()))
@@ -385,7 +385,7 @@ def test_what_cannot_be_repaired(pair: Callable[..., Pair], monkeypatch: pytest.
         next(repair(teacher, student, ("o",), tokens(), SETTINGS))
 
 
-def test_numbers_that_are_none_are_told(pair: Callable[..., Pair]) -> None:
+def test_a_repaired_tensor_that_is_not_finite_is_an_error(pair: Callable[..., Pair]) -> None:
     teacher, student = pair()
     file = student.path / "model.safetensors"
     tensors = load_file(file)

@@ -117,7 +117,7 @@ def test_what_is_right_already_stays_as_it_is() -> None:
     torch.testing.assert_close(made.solve("up", steps=6).float(), made.up.weight, rtol=1e-4, atol=1e-5)
 
 
-def test_room_is_asked_for_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 4 * ROWS * LENGTH * (HIDDEN + WIDE + HIDDEN)  # inputs, slopes, what is missing
     monkeypatch.setattr(spool, "free_bytes", lambda path: needed)
     Case("silu").solve("up", steps=1)

@@ -316,7 +316,7 @@ def test_a_norm_over_all_heads_is_differentiated_as_a_whole() -> None:
 
 @pytest.mark.parametrize("saturated", [slice(0, 1), slice(0, 4)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_a_head_that_looks_at_one_key_asks_for_nothing(saturated: slice, normed: bool) -> None:
+def test_a_head_that_looks_at_one_key_stays_as_it_is(saturated: slice, normed: bool) -> None:
     """Its attention is 0 and 1 to the bit, and no logit's error has a price."""
     made = case(normed=normed)
     made.taught.query_BHTE[:, saturated] *= 1e5
@@ -326,7 +326,7 @@ def test_a_head_that_looks_at_one_key_asks_for_nothing(saturated: slice, normed:
     assert not torch.allclose(found_HED[saturated.stop :], before_HED[saturated.stop :]) or saturated.stop == 4
 
 
-def test_room_is_asked_for_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     made, tokens = case(), ROWS * LENGTH
     needed = 4 * tokens * (HIDDEN + 2 * WIDTH + 4 * WIDTH + 4 * LENGTH)  # inputs, shared keys, their means, attention
     monkeypatch.setattr(spool, "free_bytes", lambda path: needed)

@@ -21,8 +21,8 @@ from kvfold.families import all_families
 from kvfold.run.recipe import cells, read_recipe
 from kvfold.run.runner import _spent, run
 from kvfold.settings import decode
-from kvfold.train.loop import TrainSettings
 from kvfold.train.pretrain import PretrainSettings
+from kvfold.train.settings import TrainSettings
 from kvfold.train.uptrain import UptrainSettings
 
 
@@ -305,7 +305,7 @@ def test_a_name_with_a_nul_is_refused() -> None:
     [
         (PretrainSettings, {"seed": -1}, "seed must be at least 0"),
         (PretrainSettings, {"seed": 2**32}, "seed must be at most"),
-        (PretrainSettings, {"beta1": 1.0}, "beta1 must be less than 1"),
+        (PretrainSettings, {"beta1": 1.0}, "beta1 and beta2 must be less than 1"),
         (PretrainSettings, {"weight_decay": -0.1}, "weight_decay must be at least 0"),
         (PretrainSettings, {"weight_decay": float("nan")}, "weight_decay must be at least 0"),
         (PretrainSettings, {"learning_rate": float("inf")}, "learning_rate must be positive"),
@@ -314,7 +314,7 @@ def test_a_name_with_a_nul_is_refused() -> None:
         (UptrainSettings, {"data": "d", "tokens": 9, "temperature": float("inf")}, "temperature must be positive"),
         (UptrainSettings, {"data": "d", "alpha": 0.1, "pretraining_tokens": -5}, "pretraining_tokens must be"),
         (UptrainSettings, {"data": "d", "tokens": 9, "lora": 10**9}, "lora must be at most 65,536"),
-        (UptrainSettings, {"data": "d", "tokens": 9, "loss": f"{'9' * 400}ce"}, "infinite weight"),
+        (UptrainSettings, {"data": "d", "tokens": 9, "loss": f"{'9' * 400}ce"}, "positive and finite"),
         (EvaluateSettings, {"data": "d", "copy_trials": 10**12}, "copy_trials must be at most"),
         (EvaluateSettings, {"data": "d", "seed": -1}, "seed must be at least 0"),
         (EvaluateSettings, {"data": "d", "beams": (0,)}, "beams must be at least 1"),

@@ -242,6 +242,6 @@ def test_a_list_by_hand(tiny_checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_auto_without_text(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="gqa asks the teacher to read a little text, and none is given; add --cal"):
+    with pytest.raises(SettingError, match="gqa needs calibration text, and none is given; add --cal"):
         convert(tiny_checkpoint(), tmp_path / "student", "gqa", {"kv_heads": "auto", "budget": 0.5})
     assert not list(tmp_path.glob("student*"))

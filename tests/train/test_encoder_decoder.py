@@ -23,8 +23,9 @@ from kvfold.families import all_families
 from kvfold.text.pairs import UNSEEN, Pairs, corpus
 from kvfold.text.tokens import token_file
 from kvfold.train import losses as objectives
-from kvfold.train.loop import TrainSettings, make_optimizer, place, rate
+from kvfold.train.loop import make_optimizer, place
 from kvfold.train.pretrain import PretrainSettings, pretrain
+from kvfold.train.settings import TrainSettings, rate
 from kvfold.train.uptrain import UptrainSettings, objective, uptrain
 
 Make = Callable[..., Path]
@@ -90,7 +91,7 @@ def test_hidden_states_and_head_are_the_models_logits(family: str, changes: dict
     torch.testing.assert_close(guided(batch)[0].detach(), torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
-def test_kl_counts_what_is_asked_for_and_no_padding() -> None:
+def test_kl_counts_targets_and_no_padding() -> None:
     config = all_families()["t5"].tiny()
     model, teacher = (hf.build(config, seed=seed, attention=hf.ATTENTION).eval() for seed in (0, 1))
     target = torch.tensor([[5, 6, 7, 1], [8, 1, UNSEEN, UNSEEN]])
@@ -156,7 +157,7 @@ def test_alpha_counts_the_tokens_of_the_pretraining(text: Path, tmp_path: Path) 
     assert (Checkpoint.open(out).lineage or {})["steps"][-1]["tokens"] == 32 * 4 * 5
 
 
-def test_text_of_the_teachers_own_is_refused(student: Path, tmp_path: Path) -> None:
+def test_text_sampled_from_the_teacher_is_refused(student: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="only a decoder can sample text"):
         uptrain(student, tmp_path / "out", UptrainSettings(data="self", tokens=128, **SMALL))
     assert not (tmp_path / "out").exists()
@@ -175,8 +176,8 @@ def _pretrained(text: Path, tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("tied", [True, False])
 def test_pretrain_makes_a_t5_that_stock_transformers_loads(tied: bool, text: Path, tmp_path: Path) -> None:
     made = _pretrained(text, tmp_path, tie_word_embeddings=tied)
-    stock, told = AutoModelForSeq2SeqLM.from_pretrained(made, output_loading_info=True)
-    assert not any(told[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stock, events = AutoModelForSeq2SeqLM.from_pretrained(made, output_loading_info=True)
+    assert not any(events[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (stock.lm_head.weight is stock.shared.weight) == tied
     source = Checkpoint.open(made)
     assert sum(source.spec(name).numel for name in source.names()) == source.shape.parameters
@@ -240,16 +241,16 @@ def test_a_constant_rate_stays() -> None:
     assert [rate(settings, step, 20) for step in (0, 1, 2, 19)] == [0.5, 1.0, 1.0, 1.0]
 
 
-def test_dropout_is_what_is_said() -> None:
+def test_dropout_is_set_everywhere() -> None:
     config = {**all_families()["t5"].tiny(), "dropout_rate": 0.3}
-    for said, expected in ((None, 0.3), (0.0, 0.0), (0.1, 0.1)):
-        model = place(hf.build(config, seed=0), TrainSettings(data="x", dropout=said))
+    for given, expected in ((None, 0.3), (0.0, 0.0), (0.1, 0.1)):
+        model = place(hf.build(config, seed=0), TrainSettings(data="x", dropout=given))
         found = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
         found |= {module.dropout for module in model.modules() if type(module).__name__ == "T5Attention"}
         assert found == {expected}
 
 
-def test_new_settings_do_not_change_what_older_outputs_are_known_by() -> None:
+def test_new_settings_do_not_change_the_identity_of_older_outputs() -> None:
     settings = TrainSettings(data="x")
     assert not {"optimizer", "dropout", "tokenizer_data"} & set(settings.identity())
     assert not {"optimizer", "dropout", "tokenizer_data"} & set(PretrainSettings().identity())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvfold.settings import differing
-from kvfold.train.loop import DEFAULTS
 from kvfold.train.pretrain import PretrainSettings
+from kvfold.train.settings import DEFAULTS
 from kvfold.train.uptrain import UptrainSettings
 
 COMMON = {
@@ -53,7 +53,7 @@ KNOWN = {  # defaults under `DEFAULTS = 1`
 def test_a_default_that_changes_raises_defaults(settings: Any) -> None:
     found = {each.name: each.default for each in dataclasses.fields(settings)}
     changed = [name for name, value in KNOWN[settings].items() if found[name] != value]
-    assert (changed, DEFAULTS) == ([], 1), "raise DEFAULTS in train/loop.py, and write the new defaults here"
+    assert (changed, DEFAULTS) == ([], 1), "raise DEFAULTS in train/settings.py, and write the new defaults here"
 
 
 def test_what_decides_the_weights_is_the_identity() -> None:

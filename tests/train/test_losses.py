@@ -100,7 +100,7 @@ def test_a_teacher_of_equal_logits_is_no_distance_and_pulls_nowhere() -> None:
     assert slope.abs().max() < 1e-12
 
 
-def test_frozen_parts_get_no_gradient_and_kl_asks_for_a_teacher() -> None:
+def test_frozen_parts_get_no_gradient_and_kl_needs_a_teacher() -> None:
     h, w, b, target, *_ = _inputs(torch.float32)
     h.requires_grad_()
     total, _ = token_losses(h, Head(w, b), target, {"ce": 1.0})

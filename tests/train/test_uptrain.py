@@ -29,10 +29,12 @@ from kvfold.methods import gqa
 from kvfold.progress import Silent
 from kvfold.settings import decode
 from kvfold.text.tokens import token_file
-from kvfold.train.loop import State, Work, parameter_groups, rate, train
+from kvfold.train.loop import Work, parameter_groups, train
 from kvfold.train.losses import Head, hidden_states, token_losses
 from kvfold.train.pretrain import PretrainSettings, pretrain
+from kvfold.train.settings import rate
 from kvfold.train.stages import parse_loss, parse_stages
+from kvfold.train.state import State
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
 STEPS = 6
@@ -139,7 +141,7 @@ def test_training_brings_the_student_nearer_to_its_teacher(student: Path, text: 
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), loss
 
 
-def test_what_comes_out(student: Path, text: Path, tmp_path: Path) -> None:
+def test_the_trained_checkpoint(student: Path, text: Path, tmp_path: Path) -> None:
     out = uptrain(student, tmp_path / "out", _settings(text))
     made, source = Checkpoint.open(out), Checkpoint.open(student)
     assert made.config == source.config
@@ -180,7 +182,7 @@ def test_only_what_was_converted_is_trained(tiny_checkpoint: Callable[..., Path]
     after = _weights(uptrain(shared, tmp_path / "some", settings))
     named = {f"model.layers.{n}.self_attn.{role}_proj.weight" for n, role in ((0, "q"), (0, "k"), (1, "q"))}
     assert {name for name in before if before[name] != after[name]} == named
-    with pytest.raises(SettingError, match="no attention of the model was converted"):
+    with pytest.raises(SettingError, match="the model has no converted attention"):
         uptrain(teacher, tmp_path / "none", _settings(text, converted_only=True, loss="ce"))
 
 
@@ -297,7 +299,7 @@ torch.set_num_threads(1)
 
 from kvfold import hf  # everything is imported once; each child below is a fork
 from kvfold.disk import output  # everything is imported once; each child below is a fork
-from kvfold.train import loop  # everything is imported once; each child below is a fork
+from kvfold.train import state  # everything is imported once; each child below is a fork
 from kvfold.progress import Silent
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
@@ -330,9 +332,9 @@ def torn(save):
 def child(kind, step):
     progress = At(step if kind == "step" else 0)
     if kind == "slot":
-        loop.torch.save = torn(torch.save)
+        state.torch.save = torn(torch.save)
     elif kind == "marker":
-        loop.write_json = lambda path, value: die()
+        state.write_json = lambda path, value: die()
     elif kind == "commit":
         output.Output.commit = lambda self: die()
     uptrain(student, out, settings, progress=progress)
@@ -344,7 +346,7 @@ for kind, step in ENDS:
         child(kind, step)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
-    at = loop.State(Path(out + ".partial")).position()
+    at = state.State(Path(out + ".partial")).position()
     print(kind or "end", "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), at and at.step)
 """
 
@@ -354,14 +356,14 @@ for kind, step in ENDS:
 def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, tokens=12 * 64, learning_rate=3e-3, stages="attention:0.25,kl+ce:0.75")
     whole = uptrain(student, tmp_path / "whole", settings)
-    said = subprocess.run(
+    ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, str(student), str(text), str(tmp_path / "out")],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert said.stdout.splitlines() == [
+    assert ran.stdout.splitlines() == [
         "step killed None",  # before the first state
         "step killed 2",
         "slot killed 2",  # half of the other slot is written
@@ -370,23 +372,23 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not(student: Path,
         "slot killed 4",
         "commit killed None",  # everything is written but the name
         "end 0 None",
-    ], said.stderr
+    ], ran.stderr
     assert _weights(tmp_path / "out") == _weights(whole)
     assert _losses(tmp_path / "out") == _losses(whole)
 
 
 def test_an_output_knows_its_inputs(student: Path, text: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
 
     class Listener(Silent):
         def say(self, line: str) -> None:
-            said.append(line)
+            lines.append(line)
 
     settings, out = _settings(text), tmp_path / "out"
     uptrain(student, out, settings)
     before = (out / "model.safetensors").stat().st_mtime_ns
     uptrain(student, out, dataclasses.replace(settings, log_every=2, checkpoint_minutes=1.0), progress=Listener())
-    assert "is complete" in said[-1]
+    assert "is complete" in lines[-1]
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(OutputError, match="exists"):
         uptrain(student, out, dataclasses.replace(settings, seed=1))
@@ -424,13 +426,13 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_state(student: Path, 
     assert kept["model"]["weight"].isfinite().all()
 
 
-def test_a_loss_that_runs_away_stops(student: Path, text: Path, tmp_path: Path) -> None:
+def test_a_loss_that_diverges_stops(student: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss diverged, from 2\.0\d+ to \d+\.\d+ at step \d+"):
         _train_on([2.0] * 5 + [30.0] * 40, tmp_path / "work", student, text)
     _train_on([7.0, 5.0, 9.0, 4.0, 12.0, 3.0], tmp_path / "noisy", student, text)
 
 
-def test_a_learning_rate_that_is_too_high_is_told(student: Path, text: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_too_high_is_an_error(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, learning_rate=1e30, loss="ce", warmup=0.0)
     with pytest.raises(TrainingError, match="at step 2"):
         uptrain(student, tmp_path / "out", settings)
@@ -440,24 +442,26 @@ def test_a_learning_rate_that_is_too_high_is_told(student: Path, text: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"tokens": None}, "say how long to train, in one way .*neither"),
-        ({"alpha": 0.05}, "in one way .*tokens and alpha"),
+        ({"tokens": None}, "needs one of tokens and alpha .*neither"),
+        ({"alpha": 0.05}, "needs one of tokens and alpha .*both"),
         ({"tokens": None, "alpha": -1.0}, "alpha must be positive"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"loss": "ke"}, "loss 'ke' is not known.*did you mean 'kl'|did you mean 'ce'"),
-        ({"loss": "0kl"}, "weight 0"),
-        ({"loss": "kl", "stages": "kl:1"}, "say the same"),
+        ({"loss": "0kl"}, "must be positive and finite .*0kl"),
+        ({"loss": "kl", "stages": "kl:1"}, "exclude each other"),
         ({"stages": "kl:0.5,ce:0.4"}, "do not add up to 1 .*0.9"),
         ({"stages": "kl"}, "'kl' is not LOSS:SHARE"),
         ({"attention_inputs": "teacher"}, "attention_inputs teacher"),
         ({"micro_batch": 3}, "micro_batch must divide batch_size"),
-        ({"warmup": 1.5}, "warmup is a share"),
+        ({"warmup": 1.5}, "warmup must be at most 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"beta1": 1.0}, "must be less than 1"),
+        ({"lora": 0}, "lora must be at least 1"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], what: str) -> None:
+def test_invalid_settings(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(SettingError, match=what) as caught:
         UptrainSettings(**{"data": "t.txt", **SMALL, **changes})
     assert "\n" not in str(caught.value)
@@ -492,14 +496,14 @@ def test_bad_text_writes_nothing(
 
 
 @pytest.mark.slow
-def test_the_teacher_is_the_root_and_speaks_the_same_language(
+def test_the_teacher_is_the_root_and_has_the_same_vocabulary(
     tiny_checkpoint: Callable[..., Path], student: Path, text: Path, tmp_path: Path
 ) -> None:
     teacher = tmp_path / "teacher"
     out = uptrain(student, tmp_path / "out", _settings(text))
     step = json.loads((out / "kvfold.json").read_text())["steps"][-1]
     assert step["settings"]["teacher"] == Checkpoint.open(teacher).hash()
-    with pytest.raises(SettingError, match=r"nobody's student.*--teacher.*--loss ce"):
+    with pytest.raises(SettingError, match=r"is not a student.*--teacher.*--loss ce"):
         uptrain(teacher, tmp_path / "t", _settings(text, loss="kl"))
     control = uptrain(teacher, tmp_path / "control", _settings(text))
     assert "ce" in _log(control)[0], "without a teacher the default is cross-entropy"
@@ -521,7 +525,7 @@ def test_the_teacher_is_the_root_and_speaks_the_same_language(
 
 
 @pytest.mark.slow
-def test_text_of_the_teachers_own(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_sampled_from_the_teacher(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvfold.text import tokens as token_files
 
     monkeypatch.setattr(token_files, "SAMPLED", 8)
@@ -592,7 +596,7 @@ def test_pretrain_refuses_before_it_writes(text: Path, tmp_path: Path) -> None:
     settings = PretrainSettings(**{"data": str(text), **SMALL})
     for config, changes, what in (
         (_config(vocab_size=96), {}, "vocab_size is too small .*96.*at least 257"),
-        (_config(), {"tokens": None}, "say how long to train"),
+        (_config(), {"tokens": None}, "the number of tokens is not set"),
         (_config(), {"sequence_length": 300}, "longer than the model's positions"),
         (_config(model_type="lama"), {}, "'lama' is not supported"),
         (_config(), {"batch_size": 400}, "shorter than one batch"),

@@ -1,30 +1,29 @@
-"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and every site's sums grow side by side.
+"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and all sums grow side by side.
 
-What a cross-attention makes keys and values of is the encoder's output: its input moments are those of encoder tokens,
-its queries' those of decoder tokens. Decoders alone are read layer by layer (`calibrate`); here the model must fit.
+The keys and values of a cross-attention are made of the encoder's output: its input moments are over encoder tokens,
+those of its queries over decoder tokens. The model must fit into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfold.calibrate.statistics import Sampling, finite, looks, start
-from kvfold.contracts.requests import Answers, AttentionGram, Question, Request, SampledPairs
-from kvfold.contracts.site import Site
+from kvfold.calibrate.statistics import Signal, Sums, signals, watch
+from kvfold.contracts.requests import Answers, AttentionGram, Request, SampledPairs
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.errors import CheckpointError, SettingError
-from kvfold.progress import SILENT, Progress
+from kvfold.errors import SettingError
+from kvfold.progress import SILENT, Progress, task
 from kvfold.text.pairs import Ids, Pairs, batched, start_id
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-BATCH = 512  # tokens: rows of equal lengths are read together up to here
+BATCH = 512  # tokens of one batch, on its longer side
 
 
 def read(
@@ -36,34 +35,31 @@ def read(
     device: str,
     progress: Progress = SILENT,
 ) -> Answers:
-    """Answer the requests from one pass of the teacher over rows of input and target, keeping nothing.
+    """Answer the requests by one pass of the teacher over rows of input and target, without the cache.
 
-    Raises SettingError for a request that asks for single tokens or compares encoder with decoder tokens,
-    CheckpointError when an answer is not finite.
+    Raises SettingError for requests of single tokens, or of encoder tokens with decoder tokens, and CheckpointError if
+    an answer is not finite.
     """
-    from kvfold import hf  # loads transformers: what is kept is answered without it
+    from kvfold import hf  # loads transformers, which answers from the cache do not need
 
     for request in requests:
-        kinds = {site.kind for site, _ in looks(request) if not isinstance(request, AttentionGram)}
+        kinds = {site.kind for site, _ in signals(request) if not isinstance(request, AttentionGram)}
         if isinstance(request, SampledPairs) or len(kinds) > 1:
             raise SettingError(
-                f"{type(request).__name__} is not answered by an encoder-decoder", where="calibrate", got=request
+                f"an encoder-decoder cannot answer {type(request).__name__}", where="calibrate", got=request
             )
     model: Any = hf.load(source.path, dtype=dtype, device=device, attention=hf.WATCHED)
-    pass_ = _Pass(source, model, requests, device)
+    work = _Pass(source, model, requests, device)
     made = sorted(rows, key=lambda row: (len(row[0]), len(row[1])))
-    progress.start("calibrating", sum(len(given) + len(asked) for given, asked in made), "tokens")
-    try:
-        with pass_.listening(), torch.inference_mode():
-            for batch in _batches(made):
-                progress.advance(pass_.add(batch.to(device)))
-    finally:
-        progress.stop()
-    return pass_.answers()
+    total = sum(len(given) + len(wanted) for given, wanted in made)
+    with task(progress, "calibrating", total, "tokens"), work.watching(), torch.inference_mode():
+        for batch in _batches(made):
+            progress.advance(work.add(batch.to(device)))
+    return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
 def _batches(rows: Sequence[tuple[Ids, Ids]]) -> Iterator[Pairs]:
-    """Rows of equal lengths together: nothing is padded, and so nothing is counted that is not there."""
+    """Rows of equal lengths together, without padding, so that every token counts."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
         waiting, count = list(same), max(1, BATCH // max(lengths))
         for first in range(0, len(waiting), count):
@@ -74,59 +70,44 @@ class _Pass:
     """The sums of all requests, and the hooks that feed them."""
 
     def __init__(self, source: Checkpoint, model: Any, requests: Sequence[Request], device: str) -> None:
-        self.source, self.model = source, model
-        self.sums = {request: start(request, source.shape, device, Sampling([], 0)) for request in requests}
-        self.seen: dict[tuple[Site, str], Tensor] = {}
+        self.source, self.model, shape = source, model, source.shape
+        by_attention = [each for each in requests if isinstance(each, AttentionGram)]
+        self.sums = Sums([each for each in requests if each not in by_attention], shape, device)
+        self.averages = Sums(by_attention, shape, device)
+        self.seen: dict[Signal, Tensor] = {}
         self.tokens = {"encoder": 0, "decoder": 0}
 
-    def listening(self) -> ExitStack:
-        """Look at what the requests look at, for the length of a context."""
+    def watching(self) -> ExitStack:
+        """A context in which the model shows what the requests read."""
         from kvfold import hf
 
         stack, takers = ExitStack(), {}
-        for site, what in {look for request in self.sums for look in looks(request)}:
-            if what == "p":
-                module = self.model.get_submodule(self.source.family.module(site))
-                takers[module] = self._taker(AttentionGram(site))
-                continue
-            name = self.source.family.tensor(site, "k" if what == "x" else what)
-            module = self.model.get_submodule(name.rpartition(".")[0])
-            stack.callback(module.register_forward_hook(self._show((site, what))).remove)
+        for signal in {signal for request in (*self.sums.of, *self.averages.of) for signal in signals(request)}:
+            name, hook = watch(self.source, signal, self.seen)
+            if signal[1] == "p":
+                takers[self.model.get_submodule(name)] = self._taker(AttentionGram(signal[0]))
+            else:
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                stack.callback(module.register_forward_hook(hook).remove)
         stack.enter_context(hf.probabilities(takers))
         return stack
 
-    def _show(self, look: tuple[Site, str]) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.seen[look] = inputs[0] if look[1] == "x" else output
-
-        return hook
-
-    def _taker(self, request: AttentionGram) -> Any:
-        """Sum up while the attention runs: the probabilities of all attentions together would be too many."""
-        return lambda p_BHTS: self.sums[request].add(self.seen[request.site, "x"], p_BHTS)
+    def _taker(self, request: AttentionGram) -> Callable[[Tensor], None]:
+        """Add while the attention runs: the probabilities of all attentions would not fit into memory."""
+        return lambda p_BHTS: self.averages.of[request].add(self.seen[request.site, "x"], p_BHTS)
 
     def add(self, batch: Pairs) -> int:
-        """Read a batch; the tokens that it had."""
+        """Read a batch and return its number of tokens."""
         begun_BT = batch.shifted(start_id(self.model.config))
         self.model(input_ids=batch.input_BS, decoder_input_ids=begun_BT, use_cache=False)
-        for request, total in self.sums.items():
-            if not isinstance(request, AttentionGram):
-                total.add(*(self.seen[look] for look in looks(request)))
+        self.sums.add(self.seen)
         self.seen.clear()
         self.tokens["encoder"] += batch.input_BS.numel()
         self.tokens["decoder"] += batch.target_BT.numel()
         return batch.input_BS.numel() + batch.target_BT.numel()
 
-    def answers(self) -> Answers:
-        """What every request asked for."""
-        found: dict[Question, dict[str, Tensor]] = {}
-        for request, total in self.sums.items():
-            site, what = looks(request)[-1]
-            of_encoder = site.kind == "encoder" or (site.kind == "cross" and what in "xk")
-            tokens = self.tokens["encoder" if of_encoder else "decoder"]
-            found[request] = {name: tensor.cpu() for name, tensor in total.answer(tokens).items()}
-            if not finite(found[request]):
-                raise CheckpointError(
-                    "the teacher's activations are not finite", where=self.source.path, got=request, next="try float32"
-                )
-        return found
+    def tokens_of(self, request: Request) -> int:
+        """The tokens over which a request is summed."""
+        site, what = signals(request)[-1]
+        of_encoder = site.kind == "encoder" or (site.kind == "cross" and what in "xk")
+        return self.tokens["encoder" if of_encoder else "decoder"]

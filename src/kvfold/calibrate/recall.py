@@ -1,9 +1,8 @@
-"""Recall by layer: what copying loses when the attention of one layer sees no further back than a window.
+"""Recall by layer: how much the loss of copying rises if the attention of one layer sees only a window and sinks.
 
-Rows are text whose last tokens repeat the first, drawn at random: nothing but looking back over the whole row tells
-them (as in copy loss, `probes`). The teacher reads them once as it is, and once for each layer whose attention sees the
-last tokens and the first alone. The rise of the loss on the repetition says how much this layer brings from afar: what
-a state of a fixed size would have to keep there.
+Rows are text whose last tokens repeat the first ones, drawn at random, so that only attention over the whole row
+predicts them. The teacher reads the rows unchanged, and once for each layer with that layer's attention limited. The
+rise of the loss on the repetition is what the layer recalls from afar, and what a fixed-size state would have to keep.
 """
 
 from __future__ import annotations
@@ -21,43 +20,40 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import known_length
 from kvfold.errors import DataError
 from kvfold.machine import best_device
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 from kvfold.text.tokens import TokenFile
 
-SPAN = 16  # tokens that are repeated
-BATCH = 4096  # tokens read together
+SPAN = 16  # repeated tokens
+BATCH = 4096  # tokens of one batch
 SEED = 0
 
 
 def measure_recall(
     source: Checkpoint, questions: Sequence[RecallDrop], tokens: TokenFile, *, progress: Progress = SILENT
 ) -> Answers:
-    """Answer the questions by reading; the whole teacher is in memory, in float32.
+    """Answer the questions by running the teacher, which is in memory whole, in float32.
 
-    Raises DataError when the text is too short for a row.
+    Raises DataError if the text is too short for a row.
     """
     from kvfold import hf  # loads transformers
 
     device = best_device()
     model: Any = hf.load(source.path, device=device)
     found: dict[Question, Mapping[str, Tensor]] = {}
-    for asked in sorted({each.tokens for each in questions}):
-        rows_BT = copies(tokens, known_length(source), asked).to(device)
-        here = [each for each in questions if each.tokens == asked]
-        progress.start("measuring recall", rows_BT.numel() * (1 + len(here)), "tokens")
-        try:
+    for count in sorted({each.tokens for each in questions}):
+        rows_BT = copies(tokens, known_length(source), count).to(device)
+        here = [each for each in questions if each.tokens == count]
+        with task(progress, "measuring recall", rows_BT.numel() * (1 + len(here)), "tokens"):
             whole = _loss(model, rows_BT, progress)
             for each in here:
                 attention = model.get_submodule(source.family.module(each.site))
                 with near_only(attention, each.window, each.sinks):
                     found[each] = {"drop": torch.tensor(_loss(model, rows_BT, progress) - whole, dtype=torch.float64)}
-        finally:
-            progress.stop()
     return found
 
 
 def copies(tokens: TokenFile, length: int, count: int) -> Tensor:
-    """Rows `ids_BT` of a text, about `count` tokens in all, whose last `SPAN` tokens are their first, drawn from it."""
+    """Rows `ids_BT` of a text, about `count` tokens in all. The first and last `SPAN` tokens are equal and random."""
     length = min(length, len(tokens))
     if length < 3 * SPAN:
         raise DataError("the text is too short to measure recall on", got=f"{length} tokens", allowed=f"{3 * SPAN}")
@@ -73,7 +69,7 @@ def copies(tokens: TokenFile, length: int, count: int) -> Tensor:
 
 @contextmanager
 def near_only(attention: nn.Module, window: int, sinks: int) -> Iterator[None]:
-    """Let an attention see the last `window` tokens and the first `sinks` alone, on rows without padding."""
+    """A context in which an attention sees only the last `window` and first `sinks` tokens, on rows without padding."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -91,7 +87,7 @@ def near_only(attention: nn.Module, window: int, sinks: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def _loss(model: Any, rows_BT: Tensor, progress: Progress) -> float:
-    """Mean loss of the repetition, in nats a token; its first token is left out, which nothing foretells."""
+    """Mean loss of the repetition in nats per token, without its first token, which cannot be predicted."""
     total = 0.0
     for ids_BT in torch.split(rows_BT, max(1, BATCH // rows_BT.shape[1])):
         logits_BTV = model(input_ids=ids_BT, use_cache=False, logits_to_keep=SPAN).logits[:, :-1]

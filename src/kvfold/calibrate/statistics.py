@@ -1,34 +1,30 @@
-"""The sums of a calibration, one class per request: fed with batches of rows, they end as the request's answer.
+"""The sums of a calibration, one for each request.
 
-What is summed over tokens is summed in float64, whatever the teacher computes in: a Gram matrix is positive
-semidefinite to the last bit that way, and does not depend on the order of the text.
+Sums over tokens are float64, whatever the dtype of the teacher. A Gram matrix is then positive semidefinite to the last
+bit, and does not depend on the order of the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvfold.contracts.requests import AttentionGram, CrossGram, InputGram, QueryGram, Request, SampledPairs
+from kvfold.contracts.requests import AttentionGram, CrossGram, InputGram, QueryGram, Question, Request, SampledPairs
 from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import CheckpointError
+
+SEED = 0  # of the sampled tokens
+
+Signal = tuple[Site, str]
+"""What a request reads of a site: the input `x`, queries `q` and keys `k` before rotation, or the attention `p`."""
 
 
-class Moment(Protocol):
-    """The unfinished answer to one request."""
-
-    @property
-    def add(self) -> Callable[..., None]:
-        """Take the next rows of the text, one tensor for each of the request's `looks`, B and T in front."""
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        """The answer after that many tokens, by name."""
-
-
-def looks(request: Request) -> tuple[tuple[Site, str], ...]:
-    """What a request looks at: a site's input `x`, its queries `q` and keys `k` before rotation, its attention `p`."""
+def signals(request: Request) -> tuple[Signal, ...]:
+    """The signals that a request reads, in the order of the arguments of its sum."""
     match request:
         case InputGram(site):
             return ((site, "x"),)
@@ -42,102 +38,138 @@ def looks(request: Request) -> tuple[tuple[Site, str], ...]:
             return ((site, "q"), (site, "k"))
 
 
-def start(request: Request, shape: Shape, device: str, sampling: Sampling) -> Moment:
-    """An empty sum for a request."""
+def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tuple[str, Callable[..., None]]:
+    """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on."""
+    (site, what), family = signal, source.family
+    attention, packed = source.shape.sites[site], family.packed(what)
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if packed is not None:
+            output = packed.part(output.movedim(-1, 0), what, attention).movedim(0, -1)
+        seen[signal] = inputs[0] if what == "x" else output[1] if what == "p" else output
+
+    if what == "p":
+        return family.module(site), hook
+    if what == "x":
+        return family.tensor(site, "k" if attention.source is None else "q"), hook
+    return family.tensor(site, f"{what}_norm" if attention.norms != "none" else what), hook
+
+
+class Sum(Protocol):
+    """The unfinished answer to a request."""
+
+    @property
+    def add(self) -> Callable[..., None]:
+        """Add the next rows of the text: one tensor `(B, T, ...)` for each signal."""
+
+    def answer(self, tokens: int) -> dict[str, Tensor]:
+        """The answer after this number of tokens, by name."""
+
+
+class Sums:
+    """The sums of several requests on rows of these lengths."""
+
+    def __init__(self, requests: Iterable[Request], shape: Shape, device: str, lengths: Sequence[int] = ()) -> None:
+        self.of = {request: _start(request, shape, device, lengths) for request in requests}
+
+    def add(self, seen: Mapping[Signal, Tensor]) -> None:
+        """Add the next rows of the text to every sum."""
+        for request, total in self.of.items():
+            total.add(*(seen[signal] for signal in signals(request)))
+
+    def answers(self, tokens: Callable[[Request], int], where: object) -> dict[Question, Mapping[str, Tensor]]:
+        """All answers. Raises CheckpointError if one is not finite."""
+        found: dict[Question, Mapping[str, Tensor]] = {}
+        for request, total in self.of.items():
+            found[request] = {name: tensor.cpu() for name, tensor in total.answer(tokens(request)).items()}
+            if not all(bool(tensor.isfinite().all()) for tensor in found[request].values()):
+                raise CheckpointError(
+                    "the teacher's activations are not finite",
+                    where=where,
+                    got=request,
+                    next="try --calibration-dtype float32",
+                )
+        return found
+
+
+def _start(request: Request, shape: Shape, device: str, lengths: Sequence[int]) -> Sum:
+    sites = shape.sites
     match request:
-        case InputGram(site):
-            return _InputSum(shape.sites[site], device)
-        case QueryGram(site):
-            return _QuerySum(shape.sites[site], device)
-        case AttentionGram(site):
-            return _AttentionSum(shape.sites[site], device)
+        case InputGram(site) | AttentionGram(site):
+            operands = _rows if isinstance(request, InputGram) else _averaged
+            return _Gram("gram_DD", (sites[site].input_width,) * 2, device, operands, mean=True)
         case CrossGram(first, second):
-            return _CrossSum(shape.sites[first], shape.sites[second], device)
+            return _Gram("gram_DD", (sites[first].input_width, sites[second].input_width), device, _rows)
+        case QueryGram(site):
+            heads, width = sites[site].num_attention_heads, sites[site].head_dim
+            return _Gram("gram_HEE", (heads, width, width), device, lambda q: [_heads(q, width).transpose(0, 1)])
         case SampledPairs(site, count):
-            return _Sample(shape.sites[site], *sampling.choose(count))
+            return _Sample(sites[site], *choose(lengths, count))
 
 
-class Sampling:
-    """Which tokens of the text are sampled: every site is asked about the same ones."""
+class _Gram:
+    """The sum of `x^T y`, by head for operands `(H, N, E)`, or of `x^T x` for a single operand; `mean`: and of `x`."""
 
-    def __init__(self, lengths: Sequence[int], seed: int) -> None:
-        self.lengths, self.seed = lengths, seed
+    def __init__(
+        self,
+        name: str,
+        size: Sequence[int],
+        device: str,
+        operands: Callable[..., Sequence[Tensor]],
+        *,
+        mean: bool = False,
+    ) -> None:
+        self.name, self.operands = name, operands
+        self.gram = torch.zeros(*size, dtype=torch.float64, device=device)
+        self.sum_D = torch.zeros(size[-1], dtype=torch.float64, device=device) if mean else None
 
-    def choose(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`index_N` of `count` tokens in the text, ascending, their `row_N`, and their `position_N` in it.
-
-        A number is drawn for each token; those with the smallest are a uniform sample.
-        """
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.cat([torch.rand(length, generator=generator, dtype=torch.float64) for length in self.lengths])
-        index_N = drawn.topk(count, largest=False).indices.sort().values
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        row_N = torch.searchsorted(starts, index_N, right=True) - 1
-        return index_N, row_N, index_N - starts[row_N]
-
-
-class _InputSum:
-    """Sums of `x x^T` and `x`."""
-
-    def __init__(self, site: Attention, device: str) -> None:
-        self.gram_DD = _zeros(site.input_width, site.input_width, device=device)
-        self.sum_D = _zeros(site.input_width, device=device)
-
-    def add(self, x_BTD: Tensor) -> None:
-        x_ND = x_BTD.flatten(0, 1).double()
-        self.gram_DD.addmm_(x_ND.T, x_ND)
-        self.sum_D += x_ND.sum(0)
+    def add(self, *seen: Tensor) -> None:
+        operands = [each.double() for each in self.operands(*seen)]
+        left, right = operands[0], operands[-1]
+        if left.dim() == 3:
+            self.gram.baddbmm_(left.mT, right)
+        else:
+            self.gram.addmm_(left.T, right)
+        if self.sum_D is not None:
+            self.sum_D += left.sum(0)
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_DD": self.gram_DD / tokens, "mean_D": self.sum_D / tokens}
+        mean = {} if self.sum_D is None else {"mean_D": self.sum_D / tokens}
+        return {self.name: self.gram / tokens, **mean}
 
 
-class _CrossSum:
-    """Sum of `x_first x_second^T`."""
-
-    def __init__(self, first: Attention, second: Attention, device: str) -> None:
-        self.gram_DD = _zeros(first.input_width, second.input_width, device=device)
-
-    def add(self, first_BTD: Tensor, second_BTD: Tensor) -> None:
-        self.gram_DD.addmm_(first_BTD.flatten(0, 1).double().T, second_BTD.flatten(0, 1).double())
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_DD": self.gram_DD / tokens}
+def _rows(*inputs_BTD: Tensor) -> Sequence[Tensor]:
+    return [each.flatten(0, 1) for each in inputs_BTD]
 
 
-class _QuerySum:
-    """Sum of `q q^T` by head."""
+def _averaged(x_BSD: Tensor, p_BHTS: Tensor) -> Sequence[Tensor]:
+    """Inputs averaged by attention: token t by that of head `t mod H`.
 
-    def __init__(self, site: Attention, device: str) -> None:
-        self.site = site
-        self.gram_HEE = _zeros(site.num_attention_heads, site.head_dim, site.head_dim, device=device)
-
-    def add(self, q: Tensor) -> None:
-        q_HNE = _heads(q, self.site).double().transpose(0, 1)
-        self.gram_HEE.baddbmm_(q_HNE.mT, q_HNE)
-
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return {"gram_HEE": self.gram_HEE / tokens}
-
-
-class _AttentionSum:
-    """Sums of `y y^T` and `y`, `y` being the inputs averaged by attention: token t by that of head `t mod H`.
-
-    All heads at all tokens would be `H` times the work for sums that differ by the noise of a sample. The average is
+    All heads at all tokens would be `H` times the work, for sums that differ by the noise of a sample. The average is
     taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
     """
+    format = torch.promote_types(x_BSD.dtype, torch.float32)
+    token_T = torch.arange(p_BHTS.shape[2], device=p_BHTS.device)
+    return _rows(p_BHTS[:, token_T % p_BHTS.shape[1], token_T].to(format) @ x_BSD.to(format))
 
-    def __init__(self, site: Attention, device: str) -> None:
-        self.sum = _InputSum(site, device)
 
-    def add(self, x_BSD: Tensor, p_BHTS: Tensor) -> None:
-        format = torch.promote_types(x_BSD.dtype, torch.float32)
-        token_T = torch.arange(p_BHTS.shape[2], device=p_BHTS.device)
-        self.sum.add(p_BHTS[:, token_T % p_BHTS.shape[1], token_T].to(format) @ x_BSD.to(format))
+def _heads(tensor: Tensor, head_dim: int) -> Tensor:
+    """`(B, T, heads E)` as `(N, heads, E)`. The output of a norm by head has its heads split already."""
+    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1, head_dim)
 
-    def answer(self, tokens: int) -> dict[str, Tensor]:
-        return self.sum.answer(tokens)
+
+def choose(lengths: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A uniform sample of `count` tokens: ascending `index_N` in the text, `row_N`, and `position_N` in the row.
+
+    It depends on lengths and count alone, so every site samples the same tokens: those with the smallest of as many
+    random numbers.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = torch.cat([torch.rand(length, generator=generator, dtype=torch.float64) for length in lengths])
+    index_N = drawn.topk(count, largest=False).indices.sort().values
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    row_N = torch.searchsorted(starts, index_N, right=True) - 1
+    return index_N, row_N, index_N - starts[row_N]
 
 
 class _Sample:
@@ -150,24 +182,10 @@ class _Sample:
     def add(self, q: Tensor, k: Tensor) -> None:
         tokens = q.shape[0] * q.shape[1]
         here = self.index_N[(self.index_N >= self.seen) & (self.index_N < self.seen + tokens)] - self.seen
-        q_NHE, k_NGE = (_heads(part, self.site)[here.to(part.device)].float().cpu() for part in (q, k))
+        q_NHE, k_NGE = (_heads(part, self.site.head_dim)[here.to(part.device)].float().cpu() for part in (q, k))
         self.parts.append((q_NHE, k_NGE))
         self.seen += tokens
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
         q_NHE, k_NGE = (torch.cat(pieces) for pieces in zip(*self.parts, strict=True))
         return {"q_NHE": q_NHE, "k_NGE": k_NGE, "row_N": self.row_N, "position_N": self.position_N}
-
-
-def finite(answer: Mapping[str, Tensor]) -> bool:
-    """Is every number of an answer one?"""
-    return all(bool(tensor.isfinite().all()) for tensor in answer.values())
-
-
-def _zeros(*size: int, device: str) -> Tensor:
-    return torch.zeros(*size, dtype=torch.float64, device=device)
-
-
-def _heads(tensor: Tensor, site: Attention) -> Tensor:
-    """Split `(B, T, heads E)` into `(N, heads, E)`; a module that splits already is left as it is."""
-    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1, site.head_dim)

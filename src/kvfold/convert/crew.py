@@ -1,4 +1,4 @@
-"""A few threads that copy and hash tensors beside the one that converts."""
+"""Threads that copy and hash tensors while another thread converts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ CREW = min(4, os.cpu_count() or 1)  # threads
 
 
 class Crew:
-    """A few threads with a short queue, so that files fill in order; the first failure stops the rest."""
+    """Threads with a short queue, so that files are filled in order. The first failure stops the rest."""
 
     def __init__(self, progress: Progress) -> None:
         self._pool = ThreadPoolExecutor(CREW)
         self._pending: deque[Future[int]] = deque()
         self._progress = progress
 
-    def give(self, work: Callable[..., int], *given: Any) -> None:
-        """Hand over work, which returns the bytes it wrote; wait when the queue is full. Raises what work raised."""
-        self._pending.append(self._pool.submit(work, *given))
+    def give(self, work: Callable[..., int], *arguments: Any) -> None:
+        """Queue work that returns the bytes it wrote, waiting for space. Raises what earlier work raised."""
+        self._pending.append(self._pool.submit(work, *arguments))
         if len(self._pending) > 4 * CREW:
             self._progress.advance(self._pending.popleft().result())
 
     def __enter__(self) -> Self:
-        """Start every thread now: one whose start is interrupted would not be waited for, and write on by itself."""
+        """Start every thread now: a thread whose start was interrupted would not be joined, and would go on writing."""
         together = Barrier(CREW)
         try:
             for each in [self._pool.submit(together.wait) for _ in range(CREW)]:

@@ -1,31 +1,29 @@
-"""Closed-form repair of a student, layer after layer, on its own inputs; any method may ask for it.
+"""Closed-form repair of a student, layer by layer, on its own inputs. Nothing is trained, for any method.
 
-A conversion changes what each layer hears from those below it, and leaves q, o and the MLP tuned to the teacher. Both
-read the same text side by side; in each layer, in this order, a weight of the student is refitted to what the teacher
-did there, and everything above sees the layer as repaired:
+A conversion changes the inputs of every layer above it, and leaves q, o and the MLP as they suit the teacher. Teacher
+and student read the same text. In each layer, in this order, weights of the student are refitted to the teacher's, and
+the layers above read the repaired layer:
 
-    q     its logits: min E_t Var_{s ~ p_t}[ q'_t . k'_s - l_ts ]      p and l are the teacher's attention and logits
+    q     its logits: min E_t Var_{s ~ p_t}[ q'_t . k'_s - l_ts ]      p and l: the teacher's attention and logits
     o     min E |z W_o^T - (a - h')|^2       z: the student's heads; a: the teacher's residual stream after attention
-    gate  min E |m W_down^T - (r - a')|^2    m: what the student's MLP hands to down; r: the teacher's stream above
-    up    the same, in W_up                  (in W_gate it is the minimum to first order)
+    gate  min E |m W_down^T - (r - a')|^2    m: the student's input of down; r: the teacher's stream after the layer
+    up    the same, in W_up                  (in W_gate to first order)
     down  the same, in W_down
 
-`h'` and `a'` are the student's own residual stream, so what drifted below is made up for. o and down are ridge
-regressions, q is the least squares of `logits`, gate and up those of `gated`. No gradient runs through a layer, and
-nothing is trained.
+`h'` and `a'` are the student's own residual stream, so that a repair also corrects the errors of the layers below.
+o and down are ridge regressions; `queries` has the least squares of q, and `mlp` that of gate and up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.contracts.family import MLP
@@ -36,7 +34,8 @@ from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import CheckpointError, SettingError, choices
 from kvfold.machine import best_device
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
+from kvfold.repair import RepairSettings
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
 from kvfold.repair.residual import Residual
@@ -45,21 +44,11 @@ from kvfold.solve.linalg import ridge
 if TYPE_CHECKING:
     from kvfold.text.tokens import TokenFile
 
+BATCH = 4096  # tokens that pass through a layer together
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
-
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """How much text, how stiff, how exact."""
-
-    length: int = field(default=256, metadata={"help": "Tokens of a row; each row is read from its own beginning."})
-    batch_tokens: int = field(default=4096, metadata={"help": "Tokens that go through a layer together."})
-    logit_tokens: int = field(default=49_152, metadata={"help": "Tokens on which q is repaired; others have them all."})
-    steps: int = field(default=6, metadata={"help": "Steps of conjugate gradients for q: each rereads those tokens."})
-    inner_steps: int = field(default=3, metadata={"help": "The same for gate and up, over all tokens."})
-    damping: float = field(default=3e-2, metadata={"help": "Pull of o and down to where they are."})
-    logit_damping: float = field(default=1e-1, metadata={"help": "The same for q."})
-    inner_damping: float = field(default=1e-2, metadata={"help": "The same for gate and up."})
+DAMPING = 3e-2  # pulls o and down towards what they were
+Q_STEPS, Q_DAMPING = 6, 1e-1  # conjugate gradients for q: each step rereads its tokens
+INNER_STEPS, INNER_DAMPING = 3, 1e-2  # for gate and up: each step rereads all tokens
 
 
 def repair(
@@ -73,38 +62,40 @@ def repair(
     done: Sequence[Mapping[str, Tensor]] = (),
     progress: Progress = SILENT,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield, layer by layer, the student's repaired tensors by name; the checkpoints are not written.
+    """Yield the repaired tensors of each layer by name. The checkpoints are not written.
 
-    `queries` are the teacher's query heads in the student's order, at sites where that is another. The first layers may
-    be `done`: they are taken as they are, so that a repair goes on where it was stopped.
-    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: six hidden states a token,
-    and the inner width of the MLP, or over `logit_tokens` the teacher's attention. Raises SettingError for unknown
-    roles and for families whose MLP is not known, OutputError when the disk has no room, CheckpointError when a
-    repaired tensor is not finite.
+    `queries` are the teacher's query heads in the student's order, at sites where it differs. The tensors of the first
+    layers may be `done`: a repair continues after them.
+
+    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: six hidden states per token,
+    and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises SettingError for roles that cannot
+    be repaired, OutputError if the disk has no room, CheckpointError if a repaired tensor is not finite.
     """
+    _check_roles(teacher, roles)
+    layers = teacher.shape.num_layers
+    with ExitStack() as stack, task(progress, "repairing", layers, "layers"):
+        work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
+        for number in range(layers):
+            yield work.layer(number, done[number] if number < len(done) else None)
+            progress.advance(1)
+
+
+def _check_roles(teacher: Checkpoint, roles: Sequence[str]) -> None:
+    family = teacher.family
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if packed := [role for role in roles if teacher.family.packed(role)]:
+    if packed := [role for role in roles if family.packed(role)]:
         raise SettingError(
-            f"family {teacher.family.name} keeps {choices(packed)} in one tensor with other roles",
+            f"family {family.name} keeps {choices(packed)} in one tensor with other roles",
             where="repair",
             next=f"leave out {choices(packed)}",
         )
-    if absent := [role for role in roles if role in MLP and role not in teacher.family.body.mlp]:
+    if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
         raise SettingError(
-            f"the MLP of family {teacher.family.name} has no {choices(absent)}",
+            f"the MLP of family {family.name} has no {choices(absent)}",
             where="repair",
             next=f"leave out {choices(absent)}",
         )
-    with ExitStack() as stack:
-        work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
-        progress.start("repairing", len(work.teachers), "layers")
-        try:
-            for number in range(len(work.teachers)):
-                yield work.layer(number, done[number] if number < len(done) else None)
-                progress.advance(1)
-        finally:
-            progress.stop()
 
 
 def repair_in_place(
@@ -112,13 +103,15 @@ def repair_in_place(
     output: Output,
     roles: Sequence[str],
     tokens: TokenFile,
+    settings: RepairSettings,
     writer: Writer,
     queries: Mapping[Site, Sequence[int]],
     progress: Progress,
 ) -> None:
-    """Repair the student that lies in an unfinished output, whose tensors `writer` has written.
+    """Repair the student in an unfinished output, whose tensors `writer` has written.
 
-    Each layer is kept in a file of its own until all are done, so that stopped work goes on and none is mixed up.
+    The tensors of each layer lie in a file of their own until all layers are done, so that stopped work continues from
+    a student of which nothing is repaired.
     """
     folder = output.work / REPAIRED
     folder.mkdir(exist_ok=True)
@@ -130,9 +123,8 @@ def repair_in_place(
         except SafetensorError as error:
             raise damaged(path) from error
     student = Checkpoint(output.work, output.path.name, read_config(output.work))
-    for number, tensors in enumerate(
-        repair(source, student, roles, tokens, queries=queries, done=done, progress=progress)
-    ):
+    layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
+    for number, tensors in enumerate(layers):
         if number >= len(done):
             path = folder / f"{number:05d}.safetensors"
             save_file(tensors, path.with_suffix(".tmp"))
@@ -143,7 +135,7 @@ def repair_in_place(
 
 
 class _Pass:
-    """Teacher and student side by side: their residual streams over all rows, before the layer at hand."""
+    """Teacher and student, and on disk their residual streams over all rows: before the current layer, and in it."""
 
     def __init__(
         self,
@@ -155,126 +147,103 @@ class _Pass:
         queries: Mapping[Site, Sequence[int]],
         stack: ExitStack,
     ) -> None:
-        self.roles, self.settings, self.queries = roles, settings, queries
-        self.source, self.target = teacher, student
-        device = best_device()
+        self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
         length = min(settings.length, known_length(teacher), len(tokens))
-        rows = len(tokens) // length
-        self.teachers, self.students = (
-            stack.enter_context(hf.Layers(each, device=device, attention=hf.WATCHED, lengths=[length] * rows))
+        width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
+        self.models = [
+            stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
             for each in (teacher, student)
+        ]
+        check_room(4 * spool_bytes(sum(self.lengths), width))
+        # before the layer, of teacher and student; the teacher's after attention, and after the layer
+        self.teacher, self.student, self.middle, self.above = (
+            stack.enter_context(Spool(self.lengths, width)) for _ in range(4)
         )
-        width = teacher.shape.hidden_size
-        check_room(4 * spool_bytes(rows * length, width))
-        # before the layer: the teacher's stream and the student's; within it: the teacher's after attention, after all
-        self.taught, self.learnt, self.middle, self.above = (
-            stack.enter_context(Spool([length] * rows, width)) for _ in range(4)
-        )
-        for row, count in self.taught.batches(settings.batch_tokens):
-            ids_BT = torch.from_numpy(tokens.tokens[row * length : (row + count) * length].astype("int64"))
-            hidden_BTD = self.teachers.embed(ids_BT.view(count, length))
-            self.taught.write(row, hidden_BTD)
-            self.learnt.write(row, self.students.embed(ids_BT.view(count, length)))
-        self.length, self.rows = length, rows
-
-    def layer(self, number: int, done: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Repair one layer, or take it as it was repaired, and let both models read it."""
-        teacher, student = self.teachers.open(number), self.students.open(number)
-        site = Site(number)
-        taught, learnt = (_Parts(*each, site) for each in ((teacher, self.source), (student, self.target)))
-        self._read_teacher(taught)
-        found: dict[str, Tensor] = {}
-        if done is not None:
-            for name, tensor in done.items():
-                learnt.put(name, tensor)
-                found[name] = tensor
-        else:
-            for role in (role for role in REPAIRABLE if role in self.roles):
-                if role in ("up", "gate"):
-                    self._repair_inner(learnt, role)
-                else:
-                    {"q": self._repair_q, "o": self._repair_o, "down": self._repair_down}[role](taught, learnt)
-                name = self.target.family.tensor(site, role)
-                # what lies above must see the layer as it will be saved
-                found[name] = learnt.rounded(name, getattr(torch, self.target.spec(name).dtype))
-                if not bool(found[name].isfinite().all()):
-                    raise CheckpointError("the repaired tensor is not finite", where=name, next="repair less")
         for row, count in self._batches():
-            self.learnt.write(row, student.run(self.learnt.read(row, count), row))
-        self.taught, self.above = self.above, self.taught
-        return found
+            ids_N = torch.from_numpy(tokens.tokens[row * length : (row + count) * length].astype("int64"))
+            for model, stream in zip(self.models, (self.teacher, self.student), strict=True):
+                stream.write(row, model.embed(ids_N.view(count, length)))
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        return self.taught.batches(self.settings.batch_tokens)
+        return self.teacher.batches(BATCH)
 
     @torch.inference_mode()
-    def _read_teacher(self, taught: _Parts) -> None:
+    def layer(self, number: int, done: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Repair one layer, or take it as it is `done`, and pass the rows of both models through it."""
+        site = Site(number)
+        teacher, student = (_Layer(model.open(number), model.source, site) for model in self.models)
         for row, count in self._batches():
-            for spool, stream_BTD in zip(
-                (self.middle, self.above), taught.streams(self.taught.read(row, count), row), strict=True
-            ):
-                spool.write(row, stream_BTD)
+            middle_BTD, above_BTD = teacher.streams(self.teacher.read(row, count), row)
+            self.middle.write(row, middle_BTD)
+            self.above.write(row, above_BTD)
+        found = dict(done or {})
+        for name, tensor in found.items():
+            student.weight(name).copy_(tensor)
+        for role in REPAIRABLE if done is None else ():
+            if role in self.roles:
+                self._repair(role, teacher, student)
+                name = self.target.family.tensor(site, role)
+                weight, dtype = student.weight(name), getattr(torch, self.target.spec(name).dtype)
+                weight.copy_(saved := weight.to(dtype))  # the layers above read it as it is saved
+                if not bool(saved.isfinite().all()):
+                    raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
+                found[name] = saved.cpu()
+        for row, count in self._batches():
+            self.student.write(row, student.layer.run(self.student.read(row, count), row))
+        self.teacher, self.above = self.above, self.teacher
+        return found
 
-    @torch.inference_mode()
-    def _repair_o(self, taught: _Parts, learnt: _Parts) -> None:
-        """o: the student's heads to what is missing of the teacher's stream after attention."""
-        fit = _Ridge(learnt.o)
-        for row, count in self._batches():
-            hidden_BTD = self.learnt.read(row, count)
-            heads_BTN = learnt.attend(hidden_BTD, row).heads_BTN
-            missing_BTD, share = learnt.added["attention"].missing(
-                learnt.o(heads_BTN), self.middle.read(row, count) - hidden_BTD
+    def _repair(self, role: str, teacher: _Layer, student: _Layer) -> None:
+        if role == "q":
+            self._repair_q(teacher, student)
+        elif role == "o":
+            _regress(student.o, self._heads(student))
+        elif role == "down":
+            rows = self._mlp(student)
+            _regress(
+                student.mlp["down"], ((inner_BTF * share, lacks_BTD) for _, _, inner_BTF, lacks_BTD, share in rows)
             )
-            fit.add(heads_BTN * share, missing_BTD * share)
-        fit.solve(self.settings.damping)
+        else:
+            with InnerFit(student.mlp[role], student.mlp["down"], self.lengths) as fit:
+                for row, x_BTD, _, lacks_BTD, share in self._mlp(student):
+                    fit.add(row, x_BTD, student.slope(x_BTD, role) * share, lacks_BTD)
+                fit.solve(steps=INNER_STEPS, damping=INNER_DAMPING, batch=max(1, BATCH // self.lengths[0]))
 
-    @torch.inference_mode()
-    def _repair_inner(self, learnt: _Parts, role: str) -> None:
-        """up or gate: the student's gated MLP to what is missing of the teacher's stream after the layer."""
-        batch = max(1, self.settings.batch_tokens // self.length)
-        with InnerFit(learnt.mlp[role], learnt.mlp["down"], [self.length] * self.rows) as fit:
-            for row, count in self._batches():
-                middle_BTD, x_BTD, inner_BTF = learnt.through(self.learnt.read(row, count), row)
-                wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
-                missing_BTD, share = learnt.added["mlp"].missing(learnt.mlp["down"](inner_BTF), wanted_BTD)
-                fit.add(row, x_BTD, learnt.slope(x_BTD, role) * share, missing_BTD * share)
-            fit.solve(steps=self.settings.inner_steps, damping=self.settings.inner_damping, batch=batch)
-
-    @torch.inference_mode()
-    def _repair_down(self, taught: _Parts, learnt: _Parts) -> None:
-        """down: the same, as a regression on what the MLP hands to it."""
-        fit = _Ridge(learnt.mlp["down"])
+    def _heads(self, student: _Layer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the input of o, and of what its output lacks; both weighted."""
         for row, count in self._batches():
-            middle_BTD, _, inner_BTF = learnt.through(self.learnt.read(row, count), row)
-            wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
-            missing_BTD, share = learnt.added["mlp"].missing(learnt.mlp["down"](inner_BTF), wanted_BTD)
-            fit.add(inner_BTF * share, missing_BTD * share)
-        fit.solve(self.settings.damping)
+            hidden_BTD = self.student.read(row, count)
+            heads_BTN = student.attend(hidden_BTD, row).heads_BTN
+            wanted_BTD = self.middle.read(row, count) - hidden_BTD
+            lacks_BTD, share = student.added["attention"].missing(student.o(heads_BTN), wanted_BTD)
+            yield heads_BTN * share, lacks_BTD * share
 
-    @torch.inference_mode()
-    def _repair_q(self, taught: _Parts, learnt: _Parts) -> None:
-        """q: the student's logits to the teacher's."""
-        heads = taught.attention.num_attention_heads
-        batch = max(1, LOGIT_BATCH // (heads * self.length**2))
-        rows = max(1, min(self.rows, self.settings.logit_tokens // self.length))
-        lengths = [self.length] * rows
-        with LogitFit(taught.attention, learnt.attention, learnt.q, learnt.q_norm, lengths) as fit:
+    def _mlp(self, student: _Layer) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | float]]:
+        """Batches: first row, input of the MLP, input of down, what the output of down lacks (weighted), weights."""
+        for row, count in self._batches():
+            middle_BTD, x_BTD, inner_BTF, out_BTD = student.through(self.student.read(row, count), row)
+            wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
+            lacks_BTD, share = student.added["mlp"].missing(out_BTD, wanted_BTD)
+            yield row, x_BTD, inner_BTF, lacks_BTD * share, share
+
+    def _repair_q(self, teacher: _Layer, student: _Layer) -> None:
+        length = self.lengths[0]
+        batch = max(1, LOGIT_BATCH // (teacher.attention.num_attention_heads * length**2))
+        rows = max(1, min(len(self.lengths), self.settings.q_tokens // length))
+        with LogitFit(teacher.attention, student.attention, student.q, student.q_norm, [length] * rows) as fit:
             for row in range(0, rows, batch):
                 count = min(batch, rows - row)
-                both = (
-                    taught.attend(self.taught.read(row, count), row),
-                    learnt.attend(self.learnt.read(row, count), row),
-                )
-                fit.add(row, *both, self.queries.get(learnt.site))
-            fit.solve(steps=self.settings.steps, damping=self.settings.logit_damping, batch=batch)
+                theirs = teacher.attend(self.teacher.read(row, count), row)
+                fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
+            fit.solve(steps=Q_STEPS, damping=Q_DAMPING, batch=batch)
 
 
-class _Parts:
-    """One layer of one model, and the modules in it that a repair looks at."""
+class _Layer:
+    """One layer of one model, and the modules in it that a repair reads or changes."""
 
     def __init__(self, layer: hf.Layer, checkpoint: Checkpoint, site: Site) -> None:
-        family, self.site = checkpoint.family, site
-        self.layer, self.attention = layer, checkpoint.shape.sites[site]
+        family = checkpoint.family
+        self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
@@ -284,73 +253,57 @@ class _Parts:
         if self.mlp:
             self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
 
+    def weight(self, name: str) -> Any:
+        """The weight of the module that holds a tensor."""
+        return self.layer.owner(name).weight
+
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
-        """What the attention does with these hidden states, of the rows from `row` on."""
+        """The attention on hidden states of the rows from `row` on."""
         return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
 
-    def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and after the layer."""
-        added: list[Tensor] = []
-        handle = self.added["attention"].last.register_forward_hook(
-            lambda module, args, result: added.append(result[0] if isinstance(result, tuple) else result)
-        )
-        try:
-            above_BTD = self.layer.run(hidden_BTD, row)
-        finally:
-            handle.remove()
-        return hidden_BTD.to(added[0]) + added[0], above_BTD
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Set a weight of the layer."""
-        weight: Any = self.layer.owner(name).weight
-        weight.copy_(tensor)
-
-    def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight of the layer, rounded to the format in which it will be saved, here and in the layer."""
-        weight: Any = self.layer.owner(name).weight
-        saved: Tensor = weight.to(dtype)
-        weight.copy_(saved)
-        return saved.cpu()
-
-    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The residual stream after attention, the input of the MLP, and the input of `down`."""
-        seen: dict[str, Tensor] = {}
-
-        def look(part: str) -> Callable[..., None]:
-            return lambda module, args: seen.update({part: args[0]})
-
-        handles = [self.mlp[part].register_forward_pre_hook(look(part)) for part in ("up", "down")]
+    def _run(self, hidden_BTD: Tensor, row: int, *modules: nn.Module) -> tuple[Tensor, list[tuple[Any, Any]]]:
+        """The output of the layer, and the arguments and the output of modules in it."""
+        seen: dict[nn.Module, tuple[Any, Any]] = {}
+        handles = [
+            module.register_forward_hook(lambda module, args, result: seen.update({module: (args, result)}))
+            for module in modules
+        ]
         try:
             above_BTD = self.layer.run(hidden_BTD, row)
         finally:
             for handle in handles:
                 handle.remove()
-        return above_BTD - self.added["mlp"].added(self.mlp["down"](seen["down"])), seen["up"], seen["down"]
+        return above_BTD, [seen[module] for module in modules]
+
+    def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and after the layer."""
+        above_BTD, [(_, result)] = self._run(hidden_BTD, row, self.added["attention"].last)
+        added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
+        return hidden_BTD.to(added_BTD) + added_BTD, above_BTD
+
+    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual stream after attention, the input of the MLP, and input and output of `down`."""
+        above_BTD, [((x_BTD,), _), ((inner_BTF,), out_BTD)] = self._run(
+            hidden_BTD, row, self.mlp["up"], self.mlp["down"]
+        )
+        return above_BTD - self.added["mlp"].added(out_BTD), x_BTD, inner_BTF, out_BTD
 
     def slope(self, x_BTD: Tensor, role: str) -> Tensor:
-        """What a row of up or gate is multiplied by on its way to `down`."""
+        """The factor of each output of up or gate on its way to `down`."""
         up_BTF = self.mlp["up"](x_BTD)
         if "gate" not in self.mlp:
             return slope(self.mlp["act"], up_BTF, torch.ones_like(up_BTF), "gate")
         return slope(self.mlp["act"], self.mlp["gate"](x_BTD), up_BTF, role)
 
 
-class _Ridge:
-    """The sums of one regression, and what it finds added to a linear module: a correction, and not the map anew."""
-
-    def __init__(self, linear: Any) -> None:
-        self.linear = linear
-        out, wide = self.linear.weight.shape
-        self.gram_NN = torch.zeros(wide, wide, dtype=torch.float64, device=self.linear.weight.device)
-        self.cross_NM = torch.zeros(wide, out, dtype=torch.float64, device=self.linear.weight.device)
-        self.tokens = 0
-
-    def add(self, z: Tensor, missing: Tensor) -> None:
-        """Take inputs of the module and what its outputs lack."""
-        z_TN, missing_TM = z.flatten(0, -2), missing.flatten(0, -2)
-        self.gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
-        self.cross_NM += z_TN.T @ missing_TM
-        self.tokens += len(z_TN)
-
-    def solve(self, damping: float) -> None:
-        self.linear.weight += ridge(self.gram_NN / self.tokens, self.cross_NM / self.tokens, damping).T
+def _regress(linear: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add to a linear module the ridge regression of what its outputs lack on its inputs."""
+    out, wide = linear.weight.shape
+    gram_NN, cross_NM = (torch.zeros(wide, n, dtype=torch.float64, device=linear.weight.device) for n in (wide, out))
+    tokens = 0
+    for z, lacks in batches:
+        z_TN = z.flatten(0, -2)
+        gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
+        cross_NM += z_TN.T @ lacks.flatten(0, -2)
+        tokens += len(z_TN)
+    linear.weight += ridge(gram_NN / tokens, cross_NM / tokens, DAMPING).T

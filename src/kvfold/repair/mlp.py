@@ -1,14 +1,14 @@
-"""The least squares of what lies inside a gated MLP, `down(act(gate x) * up x)`, against what its output lacks.
+"""The least squares of an inner map of a gated MLP, `down(act(gate x) * up x)`, against what its output lacks.
 
-One of the two inner maps is refitted while the other stays. A change V of it moves the output by `W (s * (V x))`: W is
-down, and s what the row is multiplied by,
+One of the two inner maps is refitted while the other stays. A change V of it moves the output by `W (s * (V x))`, where
+W is down and s is the factor of each row on its way to down,
 
     of up     s = act(gate x)             exactly
     of gate   s = act'(gate x) * up x     to first order: one Gauss-Newton step
 
 and `min_V E |W (s * (V x)) - missing|^2` has the normal equations `E[(s * W^T W (s * (V x))) x^T] = E[(s * W^T missing)
-x^T]`. They are applied in sweeps over the text, by conjugate gradients. Were s independent of x, their left side would
-be `(E[s s^T] * W^T W) V E[x x^T]`: that is the preconditioner, and a few steps are enough.
+x^T]`. Conjugate gradients apply them in sweeps over the text. If s were independent of x, their left side would be
+`(E[s s^T] * W^T W) V E[x x^T]`: that is the preconditioner, with which a few steps are enough.
 """
 
 from __future__ import annotations
@@ -23,34 +23,28 @@ from torch import Tensor
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
 
-FLOOR = 3e-2  # of the preconditioner's left factor: W^T W has no more rank than the model has width
+FLOOR = 3e-2  # of the preconditioner's left factor: the rank of W^T W is at most the width of the model
 
 
-class InnerFit:
-    """What an MLP was given and what its output lacks, and the solution added to one of its inner maps.
+class InnerFit(ExitStack):
+    """Inputs of an MLP and what its output lacks, on disk, and the solution for one of its inner maps.
 
-    A context manager: inputs, slopes and what is missing wait on disk. Raises OutputError when there is no room.
+    A context manager. Raises OutputError if the disk has no room.
     """
 
     def __init__(self, inner: Any, down: Any, lengths: Sequence[int]) -> None:
+        super().__init__()
         self.inner, self.weight_DF = inner, down.weight
         wide, hidden = inner.weight.shape
         widths = (hidden, wide, len(self.weight_DF))
         check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
-        self._stack = ExitStack()
-        self.inputs, self.slopes, self.missing = (self._stack.enter_context(Spool(lengths, width)) for width in widths)
+        self.inputs, self.slopes, self.missing = (self.enter_context(Spool(lengths, width)) for width in widths)
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.slopes_FF = torch.zeros(wide, wide, dtype=torch.float64)
         self.tokens = 0
 
-    def __enter__(self) -> InnerFit:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
     def add(self, row: int, x_BTD: Tensor, slope_BTF: Tensor, missing_BTD: Tensor) -> None:
-        """Take the MLP's inputs, what each row of the inner map is multiplied by, and what its output should add."""
+        """Add the inputs of the MLP, the factor of each output of the inner map, and what the MLP's output lacks."""
         for spool, rows in ((self.inputs, x_BTD), (self.slopes, slope_BTF), (self.missing, missing_BTD)):
             spool.write(row, rows)
         x_ND, slope_NF = x_BTD.flatten(0, 1), slope_BTF.flatten(0, 1)
@@ -59,10 +53,10 @@ class InnerFit:
         self.tokens += len(x_ND)
 
     def solve(self, *, steps: int, damping: float, batch: int) -> None:
-        """Add the change that `steps` of conjugate gradients find, over `batch` rows at a time."""
+        """Add the change of `steps` conjugate gradients to the inner map, reading `batch` rows at a time."""
         gram_DD = self.gram_DD / self.tokens
         left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
-        # a preconditioner need not be exact, and these are the widest products of a repair
+        # float32 is enough for a preconditioner, and these are the widest products of a repair
         left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR).float(), damped_inverse(gram_DD, damping).float()
         stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
 
@@ -79,7 +73,7 @@ class InnerFit:
         self.inner.weight += change_FD.to(self.inner.weight)
 
     def _sweep(self, batch: int, change_FD: Tensor | None) -> Tensor:
-        """One pass over the text: the normal equations' left side at a change, or their right side, per token."""
+        """One pass over the text: the left side of the normal equations at a change, or their right side, per token."""
         weight_DF = self.weight_DF
         total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
         change = None if change_FD is None else change_FD.to(weight_DF)
@@ -97,7 +91,7 @@ class InnerFit:
 
 
 def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:
-    """What a change of `up`, or of `gate`, is multiplied by before `down`."""
+    """The factor of a change of `up`, or of `gate`, on its way to `down`."""
     if role == "up":
         opened_BTF: Tensor = activation(gate_BTF)
         return opened_BTF

@@ -1,15 +1,15 @@
 """The least squares of a student's queries against its teacher's logits, in the metric of the teacher's attention.
 
-For query t of a head the error over the keys is `e_s = q'_t . k'_s - l_ts`, and its price `Var_{s ~ p_t}(e)`: the
+The error of query t of a head over the keys is `e_s = q'_t . k'_s - l_ts`, and its cost is `Var_{s ~ p_t}(e)`: the
 second-order term of the KL divergence between the two attentions (Amari 1998; the Fisher metric of a softmax). A logit
-that attention ignores costs nothing, nor does one constant for all keys. With `q'_t = R_t W x_t` the sum over t is a
-quadratic form in W of as many unknowns as W has numbers; its normal equations
+that attention ignores costs nothing, and neither does a constant for all keys. With `q'_t = R_t W x_t` the sum over t
+is a quadratic form in W. Its normal equations
 
     sum_t R_t^T C_t R_t W x_t x_t^T = sum_t R_t^T b_t x_t^T     C, b: covariances by p_t, of k' with k', of k' with l
 
 are never written out: conjugate gradients apply them in sweeps over the text, preconditioned by `E[x x^T]` on one side
-and the keys' power on the other. What a sweep needs of the teacher is its attention, computed once and kept on disk.
-Where q is normed before it is rotated, they are those of one Gauss-Newton step.
+and the power of the keys on the other. The teacher's attention is computed once and kept on disk. If q is normed before
+it is rotated, this is one Gauss-Newton step.
 """
 
 from __future__ import annotations
@@ -27,74 +27,63 @@ from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
 from kvfold.solve.rope import pairs, rotate
 
-BLOCKS = 4  # of queries, each of which meets the keys up to its own end: what lies beyond was never looked at
+BLOCKS = 4  # of queries: each meets the keys up to its own end, and not those after it
 
 
-class LogitFit:
-    """What both attentions did with the same rows, and the solution put into the student's q.
+class LogitFit(ExitStack):
+    """Both attentions on the same rows, on disk (`H * T` numbers per token), and the solution for the student's q.
 
-    A context manager: the teacher's attention, `H * T` numbers a token, waits on disk. Raises OutputError when there is
-    no room for it.
+    A context manager. Raises OutputError if the disk has no room.
     """
 
     def __init__(self, teacher: Attention, student: Attention, q: Any, q_norm: Any, lengths: Sequence[int]) -> None:
+        super().__init__()
         self.student, self.linear, self.norm = student, q, q_norm
         heads, width, hidden = student.num_attention_heads, student.head_dim, student.hidden_size
         widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths))
         check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
-        self._stack = ExitStack()
         self.inputs, self.keys, self.means, self.attention = (
-            self._stack.enter_context(Spool(lengths, each)) for each in widths
+            self.enter_context(Spool(lengths, each)) for each in widths
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
         self.spreads_HE = torch.zeros(heads, width, dtype=torch.float64)
         self.powers_G = torch.zeros(student.num_key_value_heads, dtype=torch.float64)
         self.tokens = 0
-        self.seen: hf.Attended | None = None
+        self.seen: hf.Attended  # the last one that was added: scale and rotation are the same for all
 
-    def __enter__(self) -> LogitFit:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def add(self, row: int, taught: hf.Attended, learnt: hf.Attended, queries: Sequence[int] | None = None) -> None:
-        """Take what both attentions did with the same rows: the teacher's attention, and what the student's lack.
-
-        `queries` are the teacher's heads in the student's order, where that is another.
-        """
-        x_BTD, key_BGSE, self.seen = learnt.input_BTD, learnt.key_BGSE, learnt
-        logits_BHTS = _meet(taught.scale * taught.query_BHTE, taught.key_BGSE)
+    def add(self, row: int, teacher: hf.Attended, student: hf.Attended, queries: Sequence[int] | None = None) -> None:
+        """Add both attentions on the rows from `row` on. `queries` are the teacher's heads in the student's order."""
+        x_BTD, key_BGSE, self.seen = student.input_BTD, student.key_BGSE, student
+        logits_BHTS = _meet(teacher.scale * teacher.query_BHTE, teacher.key_BGSE)
         if queries is not None:
             logits_BHTS = logits_BHTS[:, queries]
-        attention_BHTS = _attention(logits_BHTS, learnt.mask)
+        attention_BHTS = _attention(logits_BHTS, student.mask)
         mean_BHTE = _look(attention_BHTS, key_BGSE)
         self.inputs.write(row, x_BTD)
         self.keys.write(row, _rows(key_BGSE))
         self.means.write(row, _rows(mean_BHTE))
-        self.attention.write(row, attention_BHTS.view(*x_BTD.shape[:2], -1))  # not head by head: as it lies in memory
+        self.attention.write(row, attention_BHTS.view(*x_BTD.shape[:2], -1))  # as it lies in memory, not by token
         self.gram_DD += (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).cpu()
         self.powers_G += key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
         spread_BHTE = _look(attention_BHTS, key_BGSE.square()) - mean_BHTE.square()
         self.spreads_HE += spread_BHTE.clamp_min(0).double().sum((0, 2)).cpu()
         self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
         own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
-        turn = Turn(learnt, self.norm, own_BHTE)
+        turn = Turn(student, self.norm, own_BHTE)
         products_BHTE = _covariances(
-            attention_BHTS, mean_BHTE, key_BGSE, learnt.scale * turn.whole(own_BHTE), logits_BHTS
+            attention_BHTS, mean_BHTE, key_BGSE, student.scale * turn.whole(own_BHTE), logits_BHTS
         )
         self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
 
     def solve(self, *, steps: int, damping: float, batch: int) -> None:
-        """Change the student's q by `steps` of conjugate gradients over `batch` rows at a time."""
-        assert self.seen is not None
+        """Add the change of `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
         gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
         inverse_DD = damped_inverse(gram_DD, damping)
-        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # a head may look at one key alone
-        # by the keys' whole power: where attention is so sharp that logits hardly matter, q is to stay as it is
+        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # 0 for a head that looks at one key
+        # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
         power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
         stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
 
@@ -110,7 +99,7 @@ class LogitFit:
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
     def _spread(self) -> Tensor:
-        """What each coordinate of a query is worth: the keys' variance under its attention, alike within a plane."""
+        """The weight of each coordinate of a query: the variance of the keys under its attention, equal in a plane."""
         spread_HE = self.spreads_HE.clone()
         if self.student.rope:
             real, imaginary = pairs(self.student.rope)
@@ -118,29 +107,27 @@ class LogitFit:
         return spread_HE[..., None]
 
     def _sweep(self, batch: int, change_HED: Tensor) -> Tensor:
-        """One pass over the text: the normal equations' left side at a change of W_q, per token."""
+        """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
         total_HED = torch.zeros_like(change_HED)
         for row in range(0, len(self.inputs), batch):
             total_HED += self._change(row, min(batch, len(self.inputs) - row), change_HED)
         return total_HED / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
-        assert self.seen is not None
         device, width = self.linear.weight.device, self.student.head_dim
         x_BTD, keys, means, attention = (
             spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)
-        # without a norm the derivative is the same for all that q puts out
+        # without a norm, the derivative does not depend on the output of q
         turn = Turn(self.seen, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
         moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
         products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
         return self._pull(products_BHTE, turn, x_BTD)
 
     def _pull(self, products_BHTE: Tensor, turn: Turn, x_BTD: Tensor) -> Tensor:
-        """From what is asked of queries to what is asked of W_q."""
-        assert self.seen is not None
+        """The gradient by W_q of a gradient by the queries."""
         pulled_BTN = _rows(turn.back(self.seen.scale * products_BHTE))
         change_ND = pulled_BTN.flatten(0, 1).T @ x_BTD.flatten(0, 1)
         return change_ND.cpu().double().view_as(self.missing_HED)
@@ -149,7 +136,7 @@ class LogitFit:
 def _covariances(
     attention_BHTS: Tensor, mean_BHTE: Tensor, key_BGSE: Tensor, query_BHTE: Tensor, wanted_BHTS: Tensor | None = None
 ) -> Tensor:
-    """Covariances `(B, H, T, E)`, under the attention, of keys with the logits of queries, or with what those lack."""
+    """Covariances `(B, H, T, E)`, under the attention, of the keys with the logits of queries, or with their error."""
     products = []
     for start, end in _blocks(query_BHTE.shape[2]):
         seen_BGSE = key_BGSE[:, :, :end]
@@ -164,7 +151,7 @@ def _covariances(
 
 
 def _attention(logits_BHTS: Tensor, visible: Tensor | None) -> Tensor:
-    """The teacher's attention: 0 where a query may not look, so that an error there costs nothing."""
+    """The teacher's attention. It is 0 at masked keys, so that an error there costs nothing."""
     if visible is None:
         length = logits_BHTS.shape[-1]
         visible = torch.ones(length, length, dtype=torch.bool, device=logits_BHTS.device).tril()[None, None]
@@ -172,7 +159,7 @@ def _attention(logits_BHTS: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    """Blocks of queries as (first, behind the last)."""
+    """Blocks of queries as (first, end)."""
     size = -(-tokens // BLOCKS)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -193,17 +180,17 @@ def _look(weights_BHTS: Tensor, key_BGSE: Tensor) -> Tensor:
 
 
 def _rows(heads_BHTE: Tensor) -> Tensor:
-    """`(B, H, T, E)` -> heads side by side."""
+    """`(B, H, T, E)` as `(B, T, H E)`."""
     return heads_BHTE.transpose(1, 2).flatten(2)
 
 
 def _heads(rows_BTN: Tensor, width: int) -> Tensor:
-    """Heads side by side -> `(B, H, T, E)`."""
+    """`(B, T, H E)` as `(B, H, T, E)`."""
     return rows_BTN.view(*rows_BTN.shape[:2], -1, width).transpose(1, 2)
 
 
 class Turn:
-    """From what `q` puts out to what meets the keys: the norm, where there is one, and the rotation."""
+    """From the output of q to the queries that meet the keys: the norm, if there is one, and the rotation."""
 
     def __init__(self, seen: hf.Attended, norm: Any, own_BHTE: Tensor | None) -> None:
         self.rotation = None if seen.cos_TE is None or seen.sin_TE is None else (seen.cos_TE, seen.sin_TE)
@@ -217,7 +204,7 @@ class Turn:
             self.unit_BHTE = own_BHTE / self.length_BHT1
 
     def whole(self, own_BHTE: Tensor) -> Tensor:
-        """All of it."""
+        """The queries of an output."""
         if self.norm is None:
             return self._rotate(own_BHTE)
         rows = own_BHTE if self.over == (-1,) else _rows(own_BHTE)
@@ -225,7 +212,7 @@ class Turn:
         return self._rotate(normed if rows is own_BHTE else _heads(normed, own_BHTE.shape[-1]))
 
     def change(self, change_BHTE: Tensor) -> Tensor:
-        """Its derivative in the direction of a change."""
+        """The derivative in the direction of a change."""
         return self._rotate(change_BHTE if self.norm is None else self._normed(change_BHTE) * self.weight_E)
 
     def back(self, pulled_BHTE: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from kvfold import methods
-from kvfold.convert.conversion import ConvertSettings, convert
+from kvfold.convert.conversion import convert
+from kvfold.convert.settings import ADVANCED_NAMES, ConvertSettings
 from kvfold.disk import record
 from kvfold.disk.output import check_apart, disk_errors, fingerprint, replacing
 from kvfold.disk.record import Record
@@ -36,6 +37,7 @@ from kvfold.train.uptrain import UptrainSettings, uptrain
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
 """Key of a `convert` section for the conversion that comes first."""
+RECORDED = ("repair", "calibration_seed", *ADVANCED_NAMES)  # fields of ConvertSettings that records of a row name
 
 
 @dataclass
@@ -281,7 +283,7 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
         out = work.folder / "converted" / _label(each)
         converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
     name, settings = _method(cell.convert)
-    named = {key: cell.convert[key] for key in ("repair", "calibration_seed") if key in cell.convert}
+    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert}
     row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
     if recipe.finetune is not None:
         return _tuned_cell(work, cell, Path(converted), row, reference)

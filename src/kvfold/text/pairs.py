@@ -332,6 +332,11 @@ def corpus(
     return Spans(tokens, sentinels_of(tokenizer), end)
 
 
+def read_tokens(source: str | Path, tokenizer_dir: str | Path, *, paired: bool, **how: Any) -> TokenFile | Corpus:
+    """A text as tokens, with the arguments of `token_file`; `paired`: as the `corpus` of an encoder-decoder."""
+    return (corpus if paired else token_file)(source, tokenizer_dir, **how)
+
+
 def _pair_file(
     source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None, progress: Progress
 ) -> PairFile:

@@ -1,8 +1,8 @@
-"""Losses of uptraining: cross-entropy and KL to a teacher, chunked over tokens, and matching of attention outputs.
+"""Losses of training: cross-entropy and KL to a teacher, chunked over tokens, and the distance of attention outputs.
 
-Both losses on the next token are computed from hidden states, not from logits: for each chunk of tokens the logits of
-student and teacher are made, the loss and its gradient by the logits are taken at once, and only the gradients by the
-hidden states and by the head's weight are kept. Logits never stand in memory whole, and nothing is computed twice.
+The losses on the next token are computed from hidden states. For each chunk of tokens, the logits of student and
+teacher are computed, then the loss and its gradient by the logits; only the gradients by the hidden states and by the
+weight of the head are kept. The logits of all tokens are never in memory, and nothing is computed twice.
 
 With student logits `z_V`, teacher logits `t_V`, `p = softmax(t / c)`, `q = softmax(z / c)` at temperature `c`:
 
@@ -23,18 +23,18 @@ from torch.nn import functional
 
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
 
-LOOKED_AT = ("key_value_states", "encoder_hidden_states")  # what cross-attentions call the encoder's output
+ENCODED = ("key_value_states", "encoder_hidden_states")  # names of the encoder's output in cross-attentions
 CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What to sum in: fp32, or the dtype itself where it is wider."""
+    """The dtype of sums: fp32, or a wider dtype itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states: `z_NV = h_ND w_VD^T (+ b_V)`, then `c tanh(z / c)` where there is a cap."""
+    """The output head: logits `z_NV = h_ND w_VD^T (+ b_V)`, then `c tanh(z / c)` if there is a cap."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
@@ -47,21 +47,21 @@ class Head:
         return cls(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        """Logits in fp32 at least, multiplied in the dtype of the hidden states."""
+        """Logits in fp32 or wider, multiplied in the dtype of the hidden states."""
         bias = None if self.bias is None else self.bias.to(h_ND.dtype)
         z_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
         z_NV = z_NV.to(_wide(z_NV.dtype))
         return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
 
     def to(self, dtype: torch.dtype) -> Head:
-        """The same, to multiply in this dtype; a bias is added in the hidden states' own."""
+        """The same head with its weight in this dtype."""
         return replace(self, weight=self.weight.to(dtype))
 
 
 def parted(batch: Tensor | Pairs) -> tuple[Tensor | Pairs, Tensor, Tensor | None]:
-    """What a model reads of a batch, the ids `target_BT` that it should say, and where those count (None: everywhere).
+    """The model's input, its targets `target_BT`, and where they count (None: everywhere).
 
-    A batch of ids is one wider than either.
+    A batch of ids is one token wider than input and targets.
     """
     if isinstance(batch, Tensor):
         return batch[:, :-1], batch[:, 1:], None
@@ -70,7 +70,7 @@ def parted(batch: Tensor | Pairs) -> tuple[Tensor | Pairs, Tensor, Tensor | None
 
 
 def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
-    """What the output head of a transformers model reads, `h_BTD`, of ids or of pairs."""
+    """The input of the output head, `h_BTD`, for ids or pairs."""
     if isinstance(batch, Tensor):
         h_BTD = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     else:
@@ -82,7 +82,7 @@ def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
             encoder_attention_mask=batch.seen_BS,
             use_cache=False,
         ).last_hidden_state
-        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head, which else would say too much
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
             h_BTD = h_BTD * config.d_model**-0.5
     assert isinstance(h_BTD, Tensor)
     return h_BTD
@@ -98,10 +98,10 @@ def token_losses(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of `ce` and `kl` over tokens, with a gradient, and each by name without one; nats per token.
+    """The weighted sum of `ce` and `kl` with a gradient, and each by name without one; nats per token.
 
-    `teacher` is its hidden states (B, T, D') and head, needed for `kl`. `chunk` is in tokens. Multiplies in the dtype
-    of autocast where that is on, and sums in fp32.
+    `kl` needs the `teacher`: its hidden states `(B, T, D')` and head. `chunk` is in tokens. Products are in the dtype
+    of autocast if that is on, sums in fp32.
     """
     if weights.get("kl") and teacher is None:
         raise ValueError("KL needs a teacher")
@@ -134,7 +134,7 @@ class _Settings:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks of tokens."""
+    """Losses and gradients in one pass over chunks of tokens."""
 
     @staticmethod
     def forward(
@@ -156,7 +156,7 @@ class _TokenLosses(torch.autograd.Function):
             t_NV = None if teacher is None or not settings.kl else teacher[1].logits(teacher[0][rows])
             chunk_ce, chunk_kl, grad_NV = _chunk(z_NV, t_NV, target_N[rows], settings)
             if settings.softcap is not None:
-                grad_NV.mul_(1 - (z_NV / settings.softcap).square())  # the slope of the cap: z is capped
+                grad_NV.mul_(1 - (z_NV / settings.softcap).square())  # the derivative of the cap at capped z
             ce, kl = ce + chunk_ce, kl + chunk_kl
             grad_NV = grad_NV.div_(tokens).to(h_ND.dtype)
             if grad_h is not None:
@@ -185,7 +185,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunk(z_NV: Tensor, t_NV: Tensor | None, target_N: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of CE and KL over a chunk's tokens, and the gradient of their weighted sum by the student's logits."""
+    """The sums of CE and KL over a chunk, and the gradient of their weighted sum by the student's logits."""
     ce = kl = z_NV.new_zeros(())
     grad_NV: Tensor | None = None
     if settings.ce or t_NV is None:
@@ -206,10 +206,10 @@ def _chunk(z_NV: Tensor, t_NV: Tensor | None, target_N: Tensor, settings: _Setti
 
 
 def attention_matching(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Mean over attentions of `||s - t||^2 / ||t||^2`, outputs by module path, each (B, T, D).
+    """The mean over attentions of `||s - t||^2 / ||t||^2`, for outputs `(B, T, D)` by module path.
 
-    Dividing by the teacher's own square makes every layer count alike (Bercovich et al. 2024, Puzzle, arXiv
-    2411.19146, section 3.2: the normalised MSE of block-wise local distillation).
+    Normalised, every layer has the same weight (Bercovich et al. 2024, Puzzle, arXiv 2411.19146, section 3.2: the loss
+    of block-wise local distillation).
     """
     ratios = [
         (student[path].float() - target.float()).square().mean() / target.float().square().mean()
@@ -220,29 +220,27 @@ def attention_matching(student: Mapping[str, Tensor], teacher: Mapping[str, Tens
 
 @contextmanager
 def same_inputs(student: nn.Module, teacher: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """Let the student's attentions at these paths read what the teacher's read in its forward just before.
+    """A context in which the student's attentions at these paths read what the teacher's read in its last forward.
 
-    That of a cross-attention is two things: what asks, and what is looked at.
-
-    Each attention then learns alone, on inputs that are right from the first step (block-wise local distillation,
-    Puzzle, section 3.2); what the student's other layers compute meanwhile means nothing.
+    For a cross-attention, these are the hidden states and the encoder's output. Each attention is then trained by
+    itself, on correct inputs from the first step (block-wise local distillation, Puzzle, section 3.2). The output of
+    the student means nothing meanwhile.
     """
-    read: dict[str, Tensor] = {}
-    looked: dict[str, dict[str, Tensor]] = {}
+    read: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            read[path] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            looked[path] = {key: kwargs[key] for key in LOOKED_AT if key in kwargs}
+            hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            read[path] = hidden_BTD, {key: kwargs[key] for key in ENCODED if key in kwargs}
 
         return hook
 
     def give(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            kwargs = {**kwargs, **looked[path]}
+            hidden_BTD, encoded = read[path]
             if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": read[path]}
-            return (read[path], *args[1:]), kwargs
+                return args, {**kwargs, **encoded, "hidden_states": hidden_BTD}
+            return (hidden_BTD, *args[1:]), {**kwargs, **encoded}
 
         return hook
 

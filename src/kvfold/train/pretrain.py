@@ -1,6 +1,6 @@
-"""Pre-training: a model from a config, with a tokenizer that it trains itself, in the loop of uptraining.
+"""Pre-training: a model from a config, with a tokenizer that is trained on its text, in the loop of uptraining.
 
-What comes out is an ordinary checkpoint with a lineage of its own, so `kvfold uptrain --alpha` knows its tokens.
+The result is an ordinary checkpoint. Its lineage holds the number of tokens, which `kvfold uptrain --alpha` reads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from kvfold import hf
+from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import FORMAT, read_config, save_model
 from kvfold.disk.output import (
     MANIFEST,
@@ -24,9 +25,7 @@ from kvfold.disk.output import (
     cache_folder,
     check_apart,
     disk_errors,
-    dropped_on_error,
     fingerprint,
-    open_output,
     prepare_cache,
     write_json,
 )
@@ -35,14 +34,12 @@ from kvfold.disk.sidecar import tokenizer_hash
 from kvfold.errors import SettingError
 from kvfold.families import family_of
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import decode, read_yaml
+from kvfold.settings import decode, read_yaml, setting
 from kvfold.text.documents import TextFacts, read_texts, text_facts
-from kvfold.text.pairs import Pairs, corpus
-from kvfold.text.tokens import token_file
+from kvfold.text.pairs import Pairs, read_tokens
 from kvfold.train import losses
-from kvfold.train.loop import State, TrainSettings, Work, parameter_groups, place, train
-from kvfold.train.precision import decide
-from kvfold.train.state import STATE
+from kvfold.train.loop import Work, parameter_groups, place, train, train_into
+from kvfold.train.settings import TrainSettings
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
 PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5
@@ -50,28 +47,23 @@ PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  
 
 @dataclass(frozen=True)
 class PretrainSettings(TrainSettings):
-    """How a model is trained from nothing."""
+    """How a model is trained from random weights."""
 
-    data: str = field(
-        default="stdlib",
-        metadata={
-            "help": "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a "
-            "folder of .txt, .jsonl and .parquet files, a hub data set (owner/name), or stdlib "
-            "(the source of Python's library). An encoder-decoder also reads pairs from a .tsv or "
-            ".jsonl file."
-        },
+    data: str = setting(
+        "stdlib",
+        "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a folder of .txt, .jsonl "
+        "and .parquet files, a hub data set (owner/name), or stdlib (the source of Python's library). An "
+        "encoder-decoder also reads pairs from a .tsv or .jsonl file.",
     )
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    schedule: Literal["cosine", "wsd"] = field(
-        default="wsd", metadata={"help": "Learning-rate schedule; wsd is warmup-stable-decay."}
-    )
+    learning_rate: float = setting(3e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "wsd"] = setting("wsd", "Learning-rate schedule; wsd is warmup-stable-decay.")
 
-    tokenizer_data: tuple[str, ...] = field(
-        default=(), metadata={"help": "Texts that the tokenizer also trains on, besides --data. Default: none."}
+    tokenizer_data: tuple[str, ...] = setting(
+        (), "Texts that the tokenizer also trains on, besides --data. Default: none."
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, with SettingError."""
+        """Raise SettingError for values out of range, and for text that a teacher would have to write."""
         super().__post_init__()
         if self.data == "self":
             raise SettingError("there is no teacher to sample text from", where="pretrain", next="give --data TEXT")
@@ -87,11 +79,12 @@ def pretrain(
 ) -> Path:
     """Train a fresh model of a `config.json` into `out`, and return its path.
 
-    `config` may be a recipe too: a YAML file whose `config` holds the same keys and whose `pretrain` holds settings,
-    over which those of `settings` go that are not at their defaults. The tokenizer is a byte-level BPE of the text,
-    as large as the config's vocabulary; that of an encoder-decoder, which learns span corruption, has sentinels.
-    Raises SettingError, DataError or UnsupportedModel before anything is written, TrainingError when the run diverges,
-    Interrupted on a signal: the same call then continues.
+    `config` may also be a recipe: a YAML file with `config` (the same keys) and `pretrain` (settings, which those of
+    `settings` override unless they are at their defaults). The tokenizer is a byte-level BPE, as large as the config's
+    vocabulary. An encoder-decoder learns span corruption, and its tokenizer has sentinels.
+
+    Raises SettingError, DataError or UnsupportedModel before anything is written, TrainingError if the run diverges,
+    and Interrupted on a signal: the same call then continues.
     """
     given = None if isinstance(config, Mapping) else config
     config, settings = _read(config, settings)
@@ -101,95 +94,87 @@ def pretrain(
     family = family_of(config)
     shape, paired = family.shape(config), family.encoder_decoder
     special = PAIRED if paired else (END,)
-    if any(isinstance(said, Mapping) and "vocab_size" in said for said in config.values()):
-        raise SettingError(
-            "an encoder and a decoder that each name their own ids are not pre-trained: the tokenizer names its own",
-            where="pretrain",
-            got=shape.model_type,
-            next="start from a checkpoint, or from a config of t5",
-        )
-    amount = settings.tokens
-    if amount is None:
-        raise SettingError("say how long to train", where="pretrain", next="give --tokens")
-    if shape.vocab_size < len(special) + 256:
-        raise SettingError(
-            "vocab_size is too small for a byte-level tokenizer",
-            where="pretrain",
-            got=shape.vocab_size,
-            allowed=f"at least {len(special) + 256}",
-        )
-    if settings.sequence_length > shape.max_positions:
-        raise SettingError(
-            "sequence_length is longer than the model's positions",
-            where="pretrain",
-            got=settings.sequence_length,
-            allowed=f"1 to {shape.max_positions}",
-        )
+    amount = _check(config, shape, settings, len(special))
     ids: dict[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if paired:
         ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     config = {**config, **ids}
     facts = text_facts(settings.data)
-
-    def identity(asked: PretrainSettings) -> dict[str, Any]:
-        return {**asked.identity(), "stage": "pretrain", "config": config, "text": facts.hash}
-
-    settings = decide(settings, out, identity, overwrite=overwrite)
     tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
-    tokens = (corpus if paired else token_file)(settings.data, tokenizer, progress=progress)
+    tokens = read_tokens(settings.data, tokenizer, paired=paired, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
-    output = open_output(out, identity(settings), overwrite=overwrite)
-    if output.complete:
-        progress.say(f"{out} is complete: it was trained from this config with these settings")
-        return output.path
-    work = output.work
-    if not output.written():
-        with disk_errors(work), dropped_on_error(output, STATE):
-            model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
 
-            def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-                read, target_BT, _ = losses.parted(batch)  # a text: every target counts
-                return losses.token_losses(
-                    losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0}
-                )
+    def make(settings: PretrainSettings, output: Output) -> None:
+        model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
+        named = dict(model.named_parameters())
 
-            named = dict(model.named_parameters())
-            steps = math.ceil(amount / settings.step_tokens)
-            stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
-            position = train(model, [stretch], tokens, settings, work, progress)
-            shutil.copytree(tokenizer, work, dirs_exist_ok=True)
-            write_json(work / "generation_config.json", {**ids, "pad_token_id": 0})
-            step = {
-                "stage": "pretrain",
-                "settings": {**dataclasses.asdict(settings), "text": facts.hash},
-                "source": None,
-                "calibration": None,
-                "tokens": position.tokens,
-                "seed": settings.seed,
-                "versions": versions(),
-                "wall_seconds": position.seconds,
-            }
-            config = {**config, "architectures": [type(model).__name__]}
-            _save(output, config, model, step, shape.parameters)
-    State(work).remove()
-    output.commit()
-    return output.path
+        def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+            read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
+            return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
+
+        steps = math.ceil(amount / settings.step_tokens)
+        stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
+        position = train(model, [stretch], tokens, settings, output.work, progress)
+        shutil.copytree(tokenizer, output.work, dirs_exist_ok=True)
+        write_json(output.work / "generation_config.json", {**ids, "pad_token_id": 0})
+        step = {
+            "stage": "pretrain",
+            "settings": {**dataclasses.asdict(settings), "text": facts.hash},
+            "source": None,
+            "calibration": None,
+            "tokens": position.tokens,
+            "seed": settings.seed,
+            "versions": versions(),
+            "wall_seconds": position.seconds,
+        }
+        _save(output, {**config, "architectures": [type(model).__name__]}, model, step, shape.parameters)
+
+    return train_into(
+        out,
+        settings,
+        lambda each: {**each.identity(), "stage": "pretrain", "config": config, "text": facts.hash},
+        make,
+        source="config",
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _check(config: Mapping[str, Any], shape: Shape, settings: PretrainSettings, special: int) -> int:
+    """The number of tokens to train on. Raises SettingError for a model that cannot be trained with these settings."""
+    if any(isinstance(part, Mapping) and "vocab_size" in part for part in config.values()):
+        raise SettingError(
+            "a config whose encoder and decoder have vocabularies of their own is not pre-trained",
+            where="pretrain",
+            got=shape.model_type,
+            next="start from a checkpoint, or from a config of t5",
+        )
+    if shape.vocab_size < special + 256:
+        raise SettingError(
+            "vocab_size is too small for a byte-level tokenizer",
+            where="pretrain",
+            got=shape.vocab_size,
+            allowed=f"at least {special + 256}",
+        )
+    settings.check_length(shape, "pretrain")
+    if settings.tokens is None:
+        raise SettingError("the number of tokens is not set", where="pretrain", next="give --tokens")
+    return settings.tokens
 
 
 def _save(
     output: Output, config: Mapping[str, Any], model: nn.Module, step: Mapping[str, Any], parameters: int
 ) -> None:
-    """Write the model, which is the root of its own lineage."""
-    # a T5 names its one embedding three times; state_dict has them all
+    """Write the model as the root of its own lineage."""
+    # state_dict of a T5 holds its one embedding three times
     tied = getattr(model, "all_tied_weights_keys", {})
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
     hashed = save_model(output.work, config=config, state=state, lineage={})
-    root = {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters}
     lineage = {
         "format": FORMAT,
         "inputs": output.inputs,
         "hash": hashed,
-        "root": root,
+        "root": {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters},
         "steps": [step],
         "tokenizer": tokenizer_hash(output.work),
     }
@@ -199,7 +184,7 @@ def _save(
 def _read(
     config: str | Path | Mapping[str, Any], settings: PretrainSettings
 ) -> tuple[dict[str, Any], PretrainSettings]:
-    """The model's config, and the settings with those of a recipe below them."""
+    """The model's config, and the settings over those of a recipe."""
     if isinstance(config, Mapping):
         return dict(config), settings
     path = Path(config)
@@ -230,10 +215,10 @@ def train_tokenizer(
     *,
     special: Sequence[str] = (END,),
 ) -> Path:
-    """A byte-level BPE of texts, the first with these `facts`, as transformers reads it: a folder of the cache.
+    """Train a byte-level BPE on texts, the first with these `facts`, or find it in the cache, and return its folder.
 
-    It is made once. Token 0 ends a document, and begins one; where there are more `special` tokens, 0 pads and 1 ends.
-    `positions` is the longest sequence that the model takes.
+    Token 0 starts and ends a document. With several `special` tokens, 0 is padding and 1 ends a document. `positions`
+    is the longest sequence of the model.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -276,7 +261,7 @@ def train_tokenizer(
 
 
 def _rename(made: Path, folder: Path) -> None:
-    """Put a tokenizer in its place; where another process has made the same one meanwhile, that one stays."""
+    """Put a tokenizer in its place, unless another process has made the same one in the meantime."""
     try:
         made.rename(folder)
     except OSError:

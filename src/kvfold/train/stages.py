@@ -1,4 +1,4 @@
-"""Stages of uptraining: read from what the user says, or asked of the method, and turned into parameters and ends."""
+"""Stages of uptraining: parsed from settings or taken from the method, with their parameters and learning rates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from kvfold.errors import SettingError, did_you_mean
 from kvfold.settings import decode
 
 LOSSES = ("ce", "kl", "attention")
-OF_A_TEACHER = {"kl", "attention"}
+GUIDED_LOSSES = {"kl", "attention"}
 _TERM = re.compile(r"\s*(\d*\.?\d*)\s*\*?\s*([a-z_]+)\s*")
 
 
 def parse_loss(text: str) -> dict[str, float]:
-    """Read `kl+0.5ce` as the weight of each loss. Raises SettingError."""
+    """The weight of each loss in a sum such as `kl+0.5ce`. Raises SettingError."""
     weights: dict[str, float] = {}
     for part in text.split("+"):
         match = _TERM.fullmatch(part)
@@ -38,12 +38,12 @@ def parse_loss(text: str) -> dict[str, float]:
             )
         weights[name] = weights.get(name, 0.0) + float(match[1] or 1)
     if not all(0 < weight < math.inf for weight in weights.values()):
-        raise SettingError("a loss of weight 0 or of an infinite weight is no loss", where="uptrain", got=repr(text))
+        raise SettingError("weights of losses must be positive and finite", where="uptrain", got=repr(text))
     return weights
 
 
 def parse_stages(text: str, trainable: tuple[str, ...] = ()) -> list[Stage]:
-    """Read `attention:0.1,kl:0.9` as stages, whose shares add up to 1. Raises SettingError."""
+    """The stages of a text such as `attention:0.1,kl:0.9`. Raises SettingError unless the shares add up to 1."""
     stages = []
     for part in text.split(","):
         loss, colon, share = part.strip().rpartition(":")
@@ -63,8 +63,8 @@ def check_shares(stages: Sequence[Stage]) -> None:
         raise SettingError("the shares of the stages do not add up to 1", where="uptrain", got=f"{total:g}")
 
 
-def said(stages: Sequence[Stage]) -> str:
-    """The losses of stages as people write them."""
+def formula(stages: Sequence[Stage]) -> str:
+    """The losses of stages as the setting `loss` or `stages` spells them."""
     formulas = [
         "+".join(f"{'' if weight == 1 else f'{weight:g}'}{name}" for name, weight in stage.losses.items())
         for stage in stages
@@ -75,15 +75,15 @@ def said(stages: Sequence[Stage]) -> str:
 
 
 def needs_teacher(stages: Sequence[Stage]) -> str | None:
-    """The name of the first stage whose losses ask for a teacher."""
-    return next((stage.name for stage in stages if OF_A_TEACHER & set(stage.losses)), None)
+    """The name of the first stage with a loss that needs a teacher."""
+    return next((stage.name for stage in stages if GUIDED_LOSSES & set(stage.losses)), None)
 
 
-# --- what the student's lineage says -------------------------------------------------------------------------------
+# --- the lineage of the student ------------------------------------------------------------------------------------
 
 
 def method_of(source: Checkpoint) -> tuple[Method[Any], Any] | None:
-    """The method that made the student, with its settings."""
+    """The method of the student's last conversion, and its settings; None if it was not converted."""
     steps = (source.lineage or {}).get("steps", [])
     settings = next((step["settings"] for step in reversed(steps) if step["stage"] == "convert"), None)
     if settings is None:
@@ -95,7 +95,7 @@ def method_of(source: Checkpoint) -> tuple[Method[Any], Any] | None:
 
 
 def method_stages(source: Checkpoint) -> list[Stage]:
-    """What the method that made the student wants done; nothing once that was done."""
+    """The stages of the method, if the student was converted last; none once it was trained."""
     made = method_of(source)
     steps = (source.lineage or {}).get("steps", [])
     if made is None or steps[-1]["stage"] != "convert":
@@ -104,12 +104,12 @@ def method_stages(source: Checkpoint) -> list[Stage]:
 
 
 def converted_sites(source: Checkpoint) -> set[Site]:
-    """The sites that the student's last conversion changed. Raises SettingError when there was none."""
+    """The sites of the student's last conversion. Raises SettingError if there was none."""
     made = method_of(source)
     found = {site for group in made[0].groups(made[1], source.shape) for site in group} if made else set[Site]()
     if not found:
         raise SettingError(
-            "no attention of the model was converted", where="uptrain", got=source.name, next="leave out converted_only"
+            "the model has no converted attention", where="uptrain", got=source.name, next="leave out converted_only"
         )
     return found
 
@@ -118,15 +118,15 @@ def converted_sites(source: Checkpoint) -> set[Site]:
 
 
 def finish_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], None]:
-    """The end of a stage, as its method has it."""
+    """The end of a stage: `Method.end` with this name."""
     made = method_of(source)
-    assert made is not None  # only a method's stages have a finish
+    assert made is not None  # only the stages of a method have a finish
     method, config = made
     return lambda: method.end(name, model, config)
 
 
 def _names(source: Checkpoint, role: str) -> set[str]:
-    """Parameters that play a role, over all sites."""
+    """The parameters of a role, over all sites."""
     return {source.family.tensor(site, role) for site in source.shape.sites}
 
 
@@ -154,5 +154,5 @@ def parameters_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[st
 
 
 def rates_of(source: Checkpoint, stage: Stage) -> dict[str, float]:
-    """Share of the learning rate by parameter name."""
+    """The factor of the learning rate by parameter name."""
     return {name: rate for role, rate in stage.rates.items() for name in _names(source, role)}

@@ -1,8 +1,8 @@
-"""Uptraining: a converted student trained back to quality on a small part of its teacher's tokens.
+"""Uptraining: a converted student trained on a small share of its teacher's tokens.
 
-The amount is `alpha` times the pre-training tokens (Ainslie et al. 2023, arXiv 2305.13245, section 2.1: 5%), or a
-number of tokens. What is minimised is a formula of losses, `kl`, `ce`, `kl+0.5ce`, `attention`, alone or in stages,
-`attention:0.1,kl:0.9`. Stopped at any moment, the same command continues, to the same weights bit for bit.
+The number of tokens is given, or is `alpha` times the pre-training tokens (Ainslie et al. 2023, arXiv 2305.13245,
+section 2.1: 5%). The loss is a sum of `kl`, `ce` and `attention`, such as `kl+0.5ce`, in one stage or several, such as
+`attention:0.1,kl:0.9`. A run that was stopped at any moment continues to the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,113 +22,101 @@ from kvfold import hf
 from kvfold.contracts.stages import Stage
 from kvfold.disk.checkpoint import Checkpoint, carry_over, save_model
 from kvfold.disk.lineage import descend, known_root, root_teacher, vocabulary_difference
-from kvfold.disk.output import check_apart, disk_errors, dropped_on_error, open_output
+from kvfold.disk.output import Output, check_apart
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import check_range, differing
-from kvfold.text.pairs import Pairs, corpus
-from kvfold.text.tokens import token_file
+from kvfold.settings import check_range, differing, setting
+from kvfold.text.pairs import Pairs, read_tokens
 from kvfold.train import losses as objectives
-from kvfold.train.loop import Objective, State, TrainSettings, Work, parameter_groups, place, train
-from kvfold.train.precision import decide
+from kvfold.train.loop import Objective, Work, parameter_groups, place, train, train_into
+from kvfold.train.settings import TrainSettings, check_positive
 from kvfold.train.stages import (
-    OF_A_TEACHER,
+    GUIDED_LOSSES,
     check_shares,
     converted_sites,
     finish_of,
+    formula,
     method_stages,
     needs_teacher,
     parameters_of,
     parse_loss,
     parse_stages,
     rates_of,
-    said,
 )
-from kvfold.train.state import STATE
 
-RANK = 65_536  # of factors, at most: wider than any model
-GUIDED = "kl+0.3ce"  # by default, with a teacher: better than either loss alone (docs/log.md)
+RANK = 65_536  # the largest of LoRA factors: wider than any model
+GUIDED = "kl+0.3ce"  # the default with a teacher: better than either loss alone (docs/log.md)
 
 
 @dataclass(frozen=True)
 class UptrainSettings(TrainSettings):
-    """How a student is trained back."""
+    """How a student is trained, and for how long."""
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."},
+    alpha: float | None = setting(
+        None, "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."
     )
-    pretraining_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens that the teacher was trained on, such as 2T. Default: what its record says."},
+    pretraining_tokens: int | None = setting(
+        None, "Tokens that the teacher was trained on, such as 2T. Default: what its record says."
     )
-    loss: str | None = field(
-        default=None,
-        metadata={"help": "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."},
+    loss: str | None = setting(
+        None, "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."
     )
-    stages: str | None = field(
-        default=None,
-        metadata={"help": "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."},
+    stages: str | None = setting(
+        None, "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL to the teacher."})
-    attention_inputs: Literal["own", "teacher"] = field(
-        default="own", metadata={"help": "Inputs of attention in a stage that matches attention outputs alone."}
+    temperature: float = setting(1.0, "Temperature of the KL to the teacher.")
+    attention_inputs: Literal["own", "teacher"] = setting(
+        "own", "Inputs of attention in a stage that matches attention outputs alone."
     )
-    trainable: tuple[str, ...] = field(
-        default=(), metadata={"help": "Roles to train, such as q,k,v,o. Default: every parameter."}
+    trainable: tuple[str, ...] = setting((), "Roles to train, such as q,k,v,o. Default: every parameter.")
+    lora: int | None = setting(
+        None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
     )
-    lora: int | None = field(
-        default=None,
-        metadata={"help": "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."},
-    )
-    converted_only: bool = field(
-        default=False, metadata={"help": "Train only the attention that the conversion changed."}
-    )
+    converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, with SettingError."""
+        """Raise SettingError for values out of range, and for settings that contradict each other."""
         super().__post_init__()
         if (self.tokens is None) == (self.alpha is None):
             raise SettingError(
-                "say how long to train, in one way",
+                "the length of training needs one of tokens and alpha",
                 where="uptrain",
-                got="neither" if self.tokens is None else "tokens and alpha",
+                got="neither" if self.tokens is None else "both",
                 next="give --tokens, or --alpha",
             )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise SettingError("alpha must be positive", where="uptrain", got=self.alpha)
         check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
         check_range(self, "uptrain", 1, RANK, "lora")
-        if not 0 < self.temperature < math.inf:
-            raise SettingError("temperature must be positive", where="uptrain", got=self.temperature)
+        check_positive(self, "uptrain", "alpha", "temperature")
         if self.loss is not None and self.stages is not None:
-            raise SettingError("loss and stages say the same thing", where="uptrain", next="give one of them")
-        if self.lora is not None and (self.lora < 1 or self.trainable):
+            raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
+        if self.lora is not None and self.trainable:
             raise SettingError(
-                "lora trains factors beside q, k, v and o, of rank 1 or more",
+                "lora trains factors of q, k, v and o, and trainable names other parameters",
                 where="uptrain",
-                got=f"rank {self.lora}" + (f", and trainable {','.join(self.trainable)}" if self.trainable else ""),
+                got=f"rank {self.lora}, and trainable {','.join(self.trainable)}",
                 next="leave out one of them",
             )
-        asked = self.asked()
-        if self.attention_inputs == "teacher" and not any(set(stage.losses) == {"attention"} for stage in asked):
+        stages = self.asked()  # raises for a loss that cannot be parsed
+        if self.attention_inputs == "teacher" and not any(set(each.losses) == {"attention"} for each in stages):
             raise SettingError(
-                "attention_inputs teacher is for a stage that matches attention outputs and nothing else",
+                "attention_inputs teacher needs a stage with the loss attention alone",
                 where="uptrain",
                 next="give --stages attention:0.1,kl:0.9",
             )
 
     def asked(self) -> list[Stage]:
-        """The stages that were asked for by `loss` or `stages`; none when that is left to the method."""
+        """The stages of `stages` or `loss`; empty if the method chooses."""
         if self.stages is not None:
             return [
                 replace(stage, converted=self.converted_only) for stage in parse_stages(self.stages, self.trainable)
             ]
-        if self.loss is None:
-            return []
-        return [Stage(self.loss, 1.0, parse_loss(self.loss), self.trainable, self.converted_only)]
+        return [] if self.loss is None else [self.single(self.loss)]
+
+    def single(self, loss: str) -> Stage:
+        """One stage with this loss."""
+        return Stage(loss, 1.0, parse_loss(loss), self.trainable, self.converted_only)
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -145,29 +133,25 @@ def uptrain(
 ) -> Path:
     """Train `student` into `out`, a complete checkpoint with its log `train.jsonl`, and return its path.
 
-    `teacher` is the root of the student's lineage unless it is given; losses that need none load none. Raises
-    SettingError, DataError or CheckpointError before anything is written, OutputError when `out` holds something
-    else, TrainingError when the run diverges, and Interrupted on a signal: the same call then continues.
+    `teacher` is by default the root of the student's lineage. It is loaded only for losses that need it.
+
+    Raises SettingError, DataError or CheckpointError before anything is written, OutputError if `out` holds something
+    else, TrainingError if the run diverges, and Interrupted on a signal: the same call then continues.
     """
     source, out = Checkpoint.open(student), Path(out)
     reads = {"student": source.path, "teacher": teacher, "root teacher": known_root(source), "data": settings.data}
     check_apart(out, reads)
-    if settings.sequence_length > source.shape.max_positions:
-        raise SettingError(
-            "sequence_length is longer than the model's positions",
-            where="uptrain",
-            got=settings.sequence_length,
-            allowed=f"1 to {source.shape.max_positions}",
-        )
+    settings.check_length(source.shape, "uptrain")
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
     stages = _stages(settings, source, guide)
     if settings.data == "self":  # the teacher writes the text
         (guide or source).require_finite(progress)
-    tokens = (corpus if source.family.encoder_decoder else token_file)(
+    tokens = read_tokens(
         settings.data,
         source.path,
+        paired=source.family.encoder_decoder,
         enough=amount + 1,
         teacher=(guide or source).path,
         seed=settings.seed,
@@ -188,61 +172,54 @@ def uptrain(
         "teacher": guide.hash() if guide else None,
     }
 
-    def identity(asked: UptrainSettings) -> dict[str, Any]:
-        own = asked.identity()
-        own.pop("converted_only", None)  # `stages` has it
+    def identity(settings: UptrainSettings) -> dict[str, Any]:
+        own = settings.identity()
+        own.pop("converted_only", None)  # it is part of the stages
         return own | known
 
-    settings = decide(settings, out, identity, overwrite=overwrite)
-    output = open_output(out, identity(settings), overwrite=overwrite)
-    if output.complete:
-        progress.say(f"{out} is complete: it was trained from this student with these settings")
-        return output.path
-    if not output.written():
-        with disk_errors(output.work), dropped_on_error(output, STATE):
-            device = best_device()
-            model = place(hf.load(source.path, device=device), settings)
-            other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
-            if settings.lora:
-                hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
-            works = _works(source, model, other, stages, settings, amount)
-            position = train(model, works, tokens, settings, output.work, progress)
-            lineage = descend(
-                source,
-                inputs=output.inputs,
-                stage="uptrain",
-                settings={
-                    **dataclasses.asdict(settings),
-                    "stages" if len(stages) > 1 else "loss": said(stages),
-                    "text": tokens.hash,
-                    "teacher": known["teacher"],
-                },
-                tokens=position.tokens,
-                seed=settings.seed,
-                wall_seconds=position.seconds,
-            )
-            if settings.lora:
-                hf.merge_lora(model)
-            _save(output.work, source, model, lineage)
-    State(output.work).remove()
-    output.commit()
-    return output.path
+    def make(settings: UptrainSettings, output: Output) -> None:
+        device = best_device()
+        model = place(hf.load(source.path, device=device), settings)
+        other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+        if settings.lora:
+            hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
+        works = _works(source, model, other, stages, settings, amount)
+        position = train(model, works, tokens, settings, output.work, progress)
+        lineage = descend(
+            source,
+            inputs=output.inputs,
+            stage="uptrain",
+            settings={
+                **dataclasses.asdict(settings),
+                "stages" if len(stages) > 1 else "loss": formula(stages),
+                "text": tokens.hash,
+                "teacher": known["teacher"],
+            },
+            tokens=position.tokens,
+            seed=settings.seed,
+            wall_seconds=position.seconds,
+        )
+        if settings.lora:
+            hf.merge_lora(model)
+        _save(output.work, source, model, lineage)
+
+    return train_into(out, settings, identity, make, source="student", overwrite=overwrite, progress=progress)
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
-    """Tokens to train on: `tokens`, or `alpha` of the pre-training tokens; SettingError when those are unknown."""
-    if settings.tokens is not None:
+    """`tokens`, or `alpha` times the pre-training tokens. Raises SettingError if those are unknown."""
+    if settings.alpha is None:
+        assert settings.tokens is not None
         return settings.tokens
     steps = (source.lineage or {}).get("steps", [])
     known = sum(step.get("tokens") or 0 for step in steps if step["stage"] == "pretrain")
     pretraining = settings.pretraining_tokens or known
     if not pretraining:
         raise SettingError(
-            "alpha is a part of the pre-training tokens, and their number is not known",
+            "alpha is a share of the pre-training tokens, and their number is not known",
             where="uptrain",
-            next="add --pretraining-tokens (for example 2T), or say --tokens",
+            next="add --pretraining-tokens (such as 2T), or give --tokens instead",
         )
-    assert settings.alpha is not None
     amount = settings.alpha * pretraining
     if amount > LARGEST:
         raise SettingError("alpha is too large", where="uptrain", got=settings.alpha, allowed=f"{LARGEST:,} tokens")
@@ -250,12 +227,12 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
 
 
 def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:
-    """Write the trained student in its source's dtype, frozen parameters too."""
+    """Write the trained student in its source's dtype, with its frozen parameters."""
     state = {source.stored_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if set(source.names()) <= set(state):
         save_model(work, config=source.config, state=state, lineage=lineage, like=source)
         return
-    carry_over(source, work)  # the end of a stage changed the architecture: its tensors are other ones
+    carry_over(source, work)  # the end of a stage changed the architecture, and with it the tensors
     config = model.config.to_dict()  # type: ignore[operator,union-attr]
     save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
 
@@ -264,9 +241,10 @@ def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str
 
 
 def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | None) -> Checkpoint | None:
-    """The teacher of this run, or None when nothing asks for one: it is told from the lineage unless it is given.
+    """The teacher: the one that is given, or the root of the lineage; None if nothing needs one.
 
-    Raises SettingError when one is needed and there is none, or when it speaks another vocabulary.
+    Raises SettingError if it is needed and there is none, or if its vocabulary differs; CheckpointError if the root
+    of the lineage is not found.
     """
     asked = settings.asked() or method_stages(source)
     needed = needs_teacher(asked)
@@ -281,42 +259,36 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
         )
     if found is None and needed:
         raise SettingError(
-            f"loss {needed} needs a teacher, and {source.name} is nobody's student",
+            f"loss {needed} needs a teacher, but {source.name} is not a student",
             where="uptrain",
             next="add --teacher, or train with --loss ce",
         )
-    if found is None:
-        return None
-    difference = vocabulary_difference(source, found)
-    if difference:
+    if found is not None and (difference := vocabulary_difference(source, found)):
         raise SettingError(
-            "teacher and student speak different vocabularies",
+            "student and teacher have different vocabularies",
             where=found.path,
             got=difference,
-            next="give the teacher that the student was made from",
+            next="give the teacher that the student was converted from",
         )
     return found
 
 
 def _stages(settings: UptrainSettings, source: Checkpoint, guide: Checkpoint | None) -> list[Stage]:
-    """What was asked for, else what the method wants, else one loss."""
-    stages = settings.asked() or method_stages(source)
-    if not stages:
-        loss = "ce" if guide is None else GUIDED
-        stages = [Stage(loss, 1.0, parse_loss(loss), settings.trainable, settings.converted_only)]
+    """The user's stages, else the method's, else one stage with the default loss."""
+    stages = settings.asked() or method_stages(source) or [settings.single("ce" if guide is None else GUIDED)]
     check_shares(stages)
     return stages
 
 
 def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
-    """The maps that factors stand beside: q, k, v and o, of converted sites alone where that was asked."""
+    """The modules that get LoRA factors: q, k, v and o, with `converted_only` those of converted sites."""
     sites = converted_sites(source) if settings.converted_only else source.shape.sites
     roles = ((site, role) for site in sites for role in "qkvo" if role in source.shape.sites[site].roles())
     return [source.family.tensor(*each).removesuffix(".weight") for each in roles]
 
 
 def _trained(source: Checkpoint, model: nn.Module, stage: Stage, settings: UptrainSettings) -> dict[str, nn.Parameter]:
-    """The parameters that a stage trains; factors in place of everything."""
+    """The parameters that a stage trains; with LoRA its factors, unless the stage names roles."""
     if settings.lora and not stage.trainable:
         return hf.lora_parameters(model)
     return parameters_of(source, model, stage)
@@ -330,14 +302,14 @@ def _works(
     settings: UptrainSettings,
     amount: int,
 ) -> list[Work]:
-    """Stages as work: their steps, objectives, parameters, and what ends them."""
+    """Stages as stretches of the loop."""
     steps = math.ceil(amount / settings.step_tokens)
     paths = [source.family.module(site) for site in source.shape.sites]
     works, done, share = [], 0, 0.0
     for stage in stages:
         share += stage.share
         end = round(share * steps)
-        _trained(source, model, stage, settings)  # refuses an unknown role before the first step
+        _trained(source, model, stage, settings)  # raises for an unknown role before the first step
         works.append(
             Work(
                 stage.name,
@@ -353,7 +325,7 @@ def _works(
     return works
 
 
-# --- what is minimised ---------------------------------------------------------------------------------------------
+# --- the objective ---------------------------------------------------------------------------------------------
 
 
 def objective(
@@ -365,19 +337,19 @@ def objective(
     *,
     taught: bool = False,
 ) -> Objective:
-    """The weighted sum of losses of a batch: `ids_BT`, one wider than the sequences, or pairs, to loss and parts.
+    """The weighted sum of `losses` as a function of a batch: `ids_BT`, one wider than the sequences, or pairs.
 
-    `taught` as in a Stage: the settings say it for stages that were asked for.
+    `taught` is that of a method's Stage. The setting `attention_inputs` applies to the user's stages.
     """
-    asks, matching = bool(OF_A_TEACHER & set(losses)), "attention" in losses
-    forced = matching and len(losses) == 1 and (taught or settings.attention_inputs == "teacher")
+    guided, matching = bool(GUIDED_LOSSES & set(losses)), "attention" in losses
+    forced = set(losses) == {"attention"} and (taught or settings.attention_inputs == "teacher")
 
     def evaluate(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         read, target_BT, counts_BT = objectives.parted(batch)
         counted = slice(None) if counts_BT is None else counts_BT
         with ExitStack() as stack:
             guide = None
-            if asks:
+            if guided:
                 assert teacher is not None
                 if matching:
                     ours = stack.enter_context(hf.attention_outputs(model, paths))

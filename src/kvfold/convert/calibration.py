@@ -1,0 +1,99 @@
+"""The calibration of a conversion: its text, and the answers that the teacher and the method give on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfold.contracts.method import Method
+from kvfold.contracts.requests import Answers, Computed, ConvertedKL, FoldedKL, Question, RecallDrop, Request
+from kvfold.convert.settings import ConvertSettings
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import SettingError
+from kvfold.progress import Progress, task
+
+if TYPE_CHECKING:
+    from kvfold.text.pairs import Corpus
+    from kvfold.text.tokens import TokenFile
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The requests of a method, and the text on which they are answered."""
+
+    questions: Sequence[Question]
+    tokens: TokenFile | Corpus
+    options: ConvertSettings
+    hash: str
+
+    @classmethod
+    def prepare(
+        cls,
+        source: Checkpoint,
+        method: str,
+        questions: Sequence[Question],
+        options: ConvertSettings,
+        progress: Progress,
+    ) -> Calibration | None:
+        """Tokenise the text; None if neither method nor repair needs any.
+
+        Raises SettingError if a text is needed and none is given, or if it is too short.
+        """
+        if not questions and not options.repair:
+            return None
+        if options.calibration is None:
+            raise SettingError(
+                f"{method if questions else 'repair'} needs calibration text, and none is given",
+                where="convert",
+                next="add --calibration TEXT (a file, a folder, a hub data set, stdlib or self)",
+            )
+        # these load transformers: only for conversions that need calibration
+        from kvfold.calibrate.decoder import calibration_hash, check_enough
+        from kvfold.text.pairs import read_tokens
+
+        source.require_finite(progress)  # before the teacher reads or writes a text
+        tokens = read_tokens(
+            options.calibration,
+            source.path,
+            paired=source.family.encoder_decoder,
+            max_tokens=options.calibration_tokens,
+            spread=True,
+            seed=options.calibration_seed,
+            teacher=source.path,
+            progress=progress,
+        )
+        check_enough(source, questions, options.repair or (), tokens)
+        return cls(questions, tokens, options, calibration_hash(tokens, options.reading))
+
+    def text(self) -> TokenFile:
+        """The text of a decoder. Raises SettingError for the pairs of an encoder-decoder."""
+        from kvfold.text.tokens import TokenFile
+
+        if not isinstance(self.tokens, TokenFile):
+            raise SettingError("the cost of converting single sites is measured only for decoders", where="convert")
+        return self.tokens
+
+    def answers(self, source: Checkpoint, method: Method[Any], config: Any, progress: Progress) -> Answers:
+        """Answer all requests: the moments of one pass first, then what is computed or measured with them."""
+        from kvfold.calibrate.decoder import calibrate
+        from kvfold.calibrate.sensitivity import measure
+
+        moments = [each for each in self.questions if isinstance(each, Request)]
+        alone = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
+        sites = sorted(each.site for each in self.questions if isinstance(each, Computed))
+        reading = self.options.reading
+        answers = dict(calibrate(source, moments, self.tokens, reading, progress=progress))
+        if alone:
+            answers |= measure(source, method, config, alone, answers, self.text(), reading, progress=progress)
+        if recalls:
+            from kvfold.calibrate.recall import measure_recall
+
+            answers |= measure_recall(source, recalls, self.text(), progress=progress)
+        if sites:
+            with task(progress, "computing", len(sites), "sites"):
+                for site in sites:
+                    answers[Computed(site)] = method.compute(site, source.roles(site), answers, config)
+                    progress.advance(1)
+        return answers

@@ -1,0 +1,145 @@
+"""The settings of every training run, its learning rate over the steps, and the precision that `auto` stands for."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from kvfold.contracts.site import Shape
+from kvfold.disk.output import fingerprint, standing
+from kvfold.errors import SettingError
+from kvfold.machine import Precision, best_precision
+from kvfold.settings import MOST, SEEDS, check_range, differing, setting
+
+DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
+_NOT_WEIGHTS = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")  # settings that no weight depends on
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings that `uptrain` and `pretrain` share."""
+
+    data: str = field(
+        metadata={
+            "help": "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a "
+            "folder of .txt, .jsonl and .parquet files, a hub data set (owner/name), stdlib (the "
+            "source of Python's library), or self (sampled from the teacher). An encoder-decoder "
+            "also reads pairs from a .tsv or .jsonl file."
+        }
+    )
+    tokens: int | None = setting(None, "Tokens to train on, such as 20M; required without --alpha.")
+    sequence_length: int = setting(256, "Tokens of a sequence.")
+    batch_size: int = setting(16, "Sequences in one optimiser step.")
+    micro_batch: int | None = setting(None, "Sequences in one forward pass. Default: --batch-size.")
+    learning_rate: float = setting(1e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "Learning-rate schedule; wsd is warmup-stable-decay."
+    )
+    warmup: float = setting(0.02, "Share of the steps that warm up, from 0 to 1.")
+    decay: float = setting(0.2, "Share of the steps that decay in wsd, from 0 to 1.")
+    final_rate: float = setting(0.0, "Final learning rate, as a share of the peak.")
+    optimizer: Literal["adamw", "adafactor"] = setting(
+        "adamw", "Optimiser; adafactor's rates are relative to a matrix's size."
+    )
+    dropout: float | None = setting(None, "Dropout probability. Default: the config's.")
+    weight_decay: float = setting(0.1, "Weight decay of matrices.")
+    beta1: float = setting(0.9, "Decay rate of AdamW's first moment.")
+    beta2: float = setting(0.95, "Decay rate of AdamW's second moment.")
+    clip: float = setting(1.0, "Largest gradient norm.")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "Format of matrix products; auto is bf16 where the hardware multiplies it natively."
+    )
+    compile: bool = setting(False, "Compile the model with torch.compile.")
+    checkpoint_minutes: float = setting(5.0, "Minutes between two saved states.")
+    checkpoint_steps: int | None = setting(None, "Steps between two saved states, besides the minutes. Default: none.")
+    log_every: int = setting(10, "Steps between two lines of the log.")
+    seed: int = setting(0, "Random seed, also of the data order.")
+
+    def __post_init__(self) -> None:
+        """Raise SettingError for values out of range."""
+        counts = ("sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps")
+        check_range(self, None, 1, MOST, *counts)
+        check_range(self, None, 1, math.inf, "tokens")
+        check_range(self, None, 0, 1, "warmup", "decay", "final_rate", "dropout", "beta1", "beta2")
+        check_range(self, None, 0, sys.float_info.max, "weight_decay", "checkpoint_minutes")
+        check_range(self, None, 0, SEEDS - 1, "seed")
+        check_positive(self, None, "learning_rate", "clip")
+        if 1 in (self.beta1, self.beta2):
+            raise SettingError("beta1 and beta2 must be less than 1", got=f"{self.beta1:g} and {self.beta2:g}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise SettingError(
+                "micro_batch must divide batch_size", got=f"{self.micro_batch}, and a batch of {self.batch_size}"
+            )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.batch_size * self.sequence_length
+
+    def check_length(self, shape: Shape, where: str) -> None:
+        """Raise SettingError if sequences are longer than the positions of a model."""
+        if self.sequence_length > shape.max_positions:
+            raise SettingError(
+                "sequence_length is longer than the model's positions",
+                where=where,
+                got=self.sequence_length,
+                allowed=f"1 to {shape.max_positions}",
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that differ from their default and that the weights depend on."""
+        found = {name: value for name, value in differing(self).items() if name not in _NOT_WEIGHTS}
+        return {"defaults": DEFAULTS, **found}
+
+
+def check_positive(settings: Any, where: str | None, *names: str) -> None:
+    """Raise SettingError unless these fields, where they are set, are positive and finite."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SettingError(f"{name} must be positive", where=where, got=value)
+
+
+def rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """The learning rate at a step of `steps`, as a share of its peak.
+
+    All schedules rise linearly over the warmup. `cosine` then falls as half a cosine to `final_rate`. `wsd` stays, and
+    falls to it as `1 - sqrt` over the last steps (Hägele et al. 2024, arXiv 2405.18392). `constant` stays: T5's own
+    schedule, `1 / sqrt(n)`, hardly changes in an uptraining that starts after a million steps.
+    """
+    warmup = round(settings.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        fall = 0.5 * (1 - math.cos(math.pi * done))
+    else:
+        decay = min(round(settings.decay * steps), steps - warmup)
+        done = (step - (steps - decay)) / max(1, decay)
+        fall = math.sqrt(done) if done > 0 else 0.0
+    return 1 - (1 - settings.final_rate) * fall
+
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def decide(
+    settings: Settings, out: str | Path, identity: Callable[[Settings], Mapping[str, Any]], *, overwrite: bool = False
+) -> Settings:
+    """Settings with a precision in place of `auto`, so that no identity depends on the machine.
+
+    If an output or unfinished work of one precision stands at `out`, its precision is kept, so that a run continues on
+    another machine as it began. Otherwise it is the best precision of this machine.
+    """
+    if settings.precision != "auto":
+        return settings
+    choices: tuple[Precision, ...] = ("bf16", "fp32") if best_precision() == "bf16" else ("fp32", "bf16")
+    known = {fingerprint(identity(each)): each for each in (replace(settings, precision=each) for each in choices)}
+    there = standing(out, overwrite=overwrite)
+    return next((known[inputs] for inputs in there if inputs in known), next(iter(known.values())))
