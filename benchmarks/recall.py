@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvfold import hf
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.evaluate.probes import copy_loss, copy_rows
+from kvfold.evaluate.recall import copy_loss, copy_rows
 from kvfold.text.tokens import token_file
 
 MEAN_TOKENS = 2048  # of the text, in rows of 512, over which the outputs of heads are averaged

@@ -58,11 +58,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The teacher as a GGUF file of float32 weights."""
-    from kvfold.export.gguf import FILE, write
+    from kvfold.export.gguf import LlamaCpp
 
-    folder = tmp_path_factory.mktemp("gguf")
-    assert write(Checkpoint.open(teacher), None, folder, "float32") == {"vocabulary": "byte-level BPE, split as smollm"}
-    return (folder / FILE).read_bytes()
+    engine, folder = LlamaCpp(), tmp_path_factory.mktemp("gguf")
+    written = engine.write(Checkpoint.open(teacher), None, folder, "float32")
+    assert written == {"vocabulary": "byte-level BPE, split as smollm"}
+    return (folder / engine.file).read_bytes()
 
 
 @pytest.fixture
