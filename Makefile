@@ -5,10 +5,10 @@ BIN := .venv/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check isa docs engines clean
+.PHONY: help demo smollm2 test check isa docs engines clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 .venv/.ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvfold needs Python 3.11 or newer; set PYTHON=python3.x"; exit 2; }
@@ -18,6 +18,10 @@ help:  ## this list
 
 demo: .venv/.ready  ## fold the shipped checkpoint: GQA and MQA, uptrained, measured, reported (5 minutes)
 	$(BIN)/kvfold demo
+
+smollm2: .venv/.ready  ## fold SmolLM2-135M: download it (93 MB), convert, measure, report; nothing is trained
+	$(BIN)/kvfold fetch smollm2
+	$(BIN)/kvfold run recipes/smollm2.yaml
 
 check: .venv/.ready  ## quick: format, lint, strict types, import rows, fast tests, docs in step
 	$(BIN)/ruff format --check .

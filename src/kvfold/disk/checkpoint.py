@@ -1,8 +1,8 @@
 """Checkpoints: opened lazily by tensor name, hashed by content, and saved.
 
-A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), or `kvfold:demo`, which
-ships with the package. Its content hash covers `config.json` and every tensor, independent of shards and file format.
-`kvfold.json` holds its lineage: the root teacher, and each step from there.
+A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), `kvfold:demo`, which ships
+with the package, or a fetched model (`kvfold.disk.published`). Its content hash covers `config.json` and every tensor,
+independent of shards and file format. `kvfold.json` holds its lineage: the root teacher, and each step from there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kvfold.disk.foreign import check_folder, check_names
 from kvfold.disk.headers import FLOATS, TensorSpec
 from kvfold.disk.manifest import FORMAT, read_lineage
 from kvfold.disk.output import CLAIM, MANIFEST, disk_errors, fingerprint, tidy, write_json
+from kvfold.disk.published import named, place
 from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tensors, tensors_hash
 from kvfold.errors import CheckpointError
 from kvfold.families import source_family
@@ -60,7 +61,8 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
 
     Raises CheckpointError if neither the disk nor the hub has the checkpoint.
     """
-    path = DEMO if str(source) == "kvfold:demo" else Path(source)
+    published = named(source)
+    path = DEMO if str(source) == "kvfold:demo" else place(published) if published else Path(source)
     try:
         tidy(path)  # restores an output whose replacement was killed
         with suppress(FileNotFoundError):  # may still be a hub id
@@ -71,6 +73,8 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
         if path.name.endswith(".partial") and (path / CLAIM).exists():
             raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
         return path
+    if published:
+        raise CheckpointError("is not in the cache", where=source, next=f"kvfold fetch {published} downloads it")
     if path.exists():
         raise CheckpointError("is a file, not a checkpoint's directory", where=path)
     if path.with_name(path.name + ".partial").is_dir():

@@ -314,6 +314,9 @@ def byte_level_split(tokenizer: dict[str, Any]) -> str | None:
         return None
     if len(steps) == 1:
         return "gpt-2" if last.get("use_regex", True) and not tokenizer.get("normalizer") else None
+    digits = {"type": "Digits", "individual_digits": True}
+    if steps[:-1] == [digits] and last.get("use_regex", True) and not tokenizer.get("normalizer"):
+        return "smollm"
     if len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
         pattern = steps[0].get("pattern", {}).get("Regex")
         return _SPLITS.get(pattern) if steps[0].get("behavior") == "Isolated" else None
