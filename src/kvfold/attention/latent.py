@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kvfold.attention import grouped
+from kvfold.attention.grouped import masked_softmax, with_causal
+from kvfold.attention.grouped import reference as grouped_reference
 
 
 def written_out(
@@ -85,8 +86,8 @@ def absorbed_attention(
     if softcap is not None:
         logits_BXS = softcap * torch.tanh(logits_BXS / softcap)
     if mask is None and causal and tokens > 1:
-        mask = grouped.with_causal(None, tokens, keys, q_BHTE.device)
-    weights_BXS = grouped.masked_softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
+        mask = with_causal(None, tokens, keys, q_BHTE.device)
+    weights_BXS = masked_softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
     context_BGXR = (weights_BXS @ latent_BSR).view(batch, groups, -1, latent_BSR.shape[-1])
     o_BGXE = _through(context_BGXR, v_up_GER.mT) + v_bias_GE[:, None]
     return o_BGXE.reshape(batch, heads, tokens, width)
@@ -142,4 +143,4 @@ def reference(
         keys.append(torch.cat([rotated_BSM[..., group * planes : (group + 1) * planes], free_BSN], dim=-1))
         values.append(torch.einsum("er,bsr->bse", v_up_GER[group], latent_BSR) + v_bias_GE[group])
     k_BGSE, v_BGSE = torch.stack(keys, dim=1), torch.stack(values, dim=1)
-    return grouped.reference(q_BHTE, k_BGSE, v_BGSE, mask=mask, causal=mask is None, scale=scale, softcap=softcap)
+    return grouped_reference(q_BHTE, k_BGSE, v_BGSE, mask=mask, causal=mask is None, scale=scale, softcap=softcap)
