@@ -55,7 +55,8 @@ from kvfold.families import all_families
 from kvfold.machine import best_device, describe
 from kvfold.progress import SILENT
 from kvfold.text.tokens import TokenFile
-from kvfold.train.loop import LOG, Work, parameter_groups, train
+from kvfold.train.loop import Work, parameter_groups, train
+from kvfold.train.state import LOG
 from kvfold.train.uptrain import UptrainSettings, objective
 
 Kernels = Mapping[str, Callable[[], object]]

@@ -136,7 +136,8 @@ def fit_layer(width: int, tokens: int, room: Path, *, repaired: bool) -> dict[st
     source, site = Checkpoint.open(room / "source"), Site(0)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens).astype(np.uint16)
     text = TokenFile(room / "text", ids, VOCABULARY, "random", "random tokens")
-    wanted = gqa.Config(kv_heads=config["num_key_value_heads"] // KEPT, init="fit")
+    kept = config["num_key_value_heads"] // KEPT
+    wanted = gqa.Config(kv_heads=kept, init="fit")
     questions = gqa.METHOD.needs(wanted, source.shape)
     found: dict[str, float] = {}
     with measured("calibrate", found):
@@ -147,7 +148,7 @@ def fit_layer(width: int, tokens: int, room: Path, *, repaired: bool) -> dict[st
         new = gqa.METHOD.convert({site: SiteTensors(attention, old)}, answers, wanted)[site]
     tensors = {name: source.read(name) for name in source.names()}
     tensors |= {source.family.tensor(site, role): tensor for role, tensor in new.items()}
-    save(room / "student", {**config, "num_key_value_heads": wanted.kv_heads}, tensors)
+    save(room / "student", {**config, "num_key_value_heads": kept}, tensors)
     student = Checkpoint.open(room / "student")
     del answers, old, new, tensors
     if repaired:

@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,8 @@ import yaml
 
 import kvfold
 from kvfold.cli.commands import COMMANDS, run_command
+from kvfold.disk import record
+from kvfold.disk.record import Record
 from kvfold.errors import KvfoldError
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +158,8 @@ def stop_stages(replace: Callable[[object, str, Any], None]) -> None:
         replace(importlib.import_module("kvfold.run.runner"), name, _stop)
     replace(importlib.import_module("kvfold.train.pretrain"), "text_facts", _stop)
     replace(importlib.import_module("kvfold.predict.roofline"), "measure", _stop)
+    for name in ("_download", "_unpack"):  # nothing is downloaded; what is asked for is looked at before
+        replace(importlib.import_module("kvfold.fetch"), name, _stop)
 
 
 class Hangs(BaseException):
@@ -314,6 +319,7 @@ _USUAL = {
     "evaluate": ["SRC", "--data", "stdlib"],
     "bench": ["SRC", "SRC"],
     "report": ["DST"],
+    "fetch": ["smollm2"],
     "run": ["DST"],
     "demo": ["--out", "DST"],
     "pretrain": ["SRC", "DST", "--tokens", "1M"],
@@ -354,8 +360,8 @@ def _a_run(folder: Path) -> Path:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     (run / "records").mkdir(parents=True)
-    for path in _RECORDS:
-        shutil.copy(path, run / "records" / path.name)
+    for each in _records():
+        record.write(each, run / "records")
     made = run / "uptrained" / "x"
     made.mkdir(parents=True)
     demo = ROOT / "src" / "kvfold" / "assets" / "demo"
@@ -377,12 +383,16 @@ def _a_run(folder: Path) -> Path:
     return run
 
 
-def _smallest(kind: str, count: int) -> list[Path]:
-    found = [path for path in (ROOT / "results").rglob(f"{kind}-*.json") if path.stat().st_size < 30_000]
-    return sorted(found, key=lambda path: (path.stat().st_size, path.name))[:: max(1, len(found) // count)][:count]
-
-
-_RECORDS = [path for kind in ("evaluate", "bench", "plan", "pretrain") for path in _smallest(kind, 2)]
+@cache
+def _records() -> list[Record]:
+    """Two small records of each kind that a report reads, from this repository's results."""
+    found = record.read_all(ROOT / "results")
+    chosen = []
+    for kind in ("evaluate", "bench", "pretrain"):
+        ranked = sorted((each for each in found if each.kind == kind), key=lambda each: (len(str(each)), each.name))
+        chosen += ranked[:: max(1, len(ranked) // 2)][:2]
+    assert {each.kind for each in chosen} >= {"evaluate", "bench"}
+    return chosen
 
 
 def report_case(seed: int, folder: Path) -> list[str]:

@@ -463,7 +463,7 @@ def test_a_recipe_folds_heads_and_then_layers(tiny_checkpoint: Callable[..., Pat
         assert after == plans[each.settings["row"].get("after")]["after"]["cache_bytes_per_token"]
     folders = sorted(each.name for each in (tmp_path / "run" / "converted").iterdir())
     assert folders == ["cla_init-copy_share-2", "gqa_kv_heads-1", "gqa_kv_heads-1_then_cla_init-copy_share-2"]
-    for said, told in (("gqa", "a conversion that comes first"), ("{method: gqa, kv_heads: 3}", "3 does not divide")):
+    for said, told in (("gqa", "a previous conversion"), ("{method: gqa, kv_heads: 3}", "3 does not divide")):
         with pytest.raises(SettingError, match=told):
             run(tmp_path / "recipe.yaml", out=tmp_path / "other", changes=["matrix=[]", f"convert.after={said}"])
     assert not (tmp_path / "other").exists()
