@@ -94,6 +94,7 @@ def textbook(model: Any, given: Tensor, asked: Tensor) -> dict[tuple[Site, str],
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, SHARED], ids=["multi-head", "shared"])
 def test_moments_are_those_of_the_definition(
     changes: dict[str, Any], tiny_checkpoint: Make, text: Path, tmp_path: Path

@@ -164,6 +164,7 @@ def test_wherever_the_machine_fails_a_command_ends_in_one_line(
 # --- whole stages ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("limit", [30_000, 110_000])
 def test_a_training_whose_disk_was_full_goes_on_to_the_same_weights(
@@ -331,6 +332,7 @@ def test_a_conversion_whose_disk_is_full_goes_on(tiny_checkpoint: Make, tmp_path
     assert (made / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_measurements_and_reports_on_a_full_disk_leave_nothing_half_written(
     tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

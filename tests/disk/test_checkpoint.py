@@ -45,6 +45,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 # --- opening --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(all_families()))
 @pytest.mark.parametrize("form", [{}, {"shard_size": 30_000}, {"form": "bin"}, {"form": "bin", "shard_size": 30_000}])
 def test_every_family_and_container_opens(tiny_checkpoint: Make, family: str, form: dict[str, Any]) -> None:

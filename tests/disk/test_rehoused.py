@@ -102,6 +102,7 @@ def test_a_student_is_a_stock_phi_of_the_source_that_was_given(
     torch.testing.assert_close(logits(model), logits(hf.load(student.path)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_repair_brings_a_student_nearer(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
     teacher, off = tiny_checkpoint("gpt_neox"), []
     tensors = load_file(teacher / "model.safetensors")

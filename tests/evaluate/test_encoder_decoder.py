@@ -143,6 +143,7 @@ def test_span_corruption_is_scored_alike_for_both(teacher: Path, tmp_path: Path)
     assert again.metrics == made.metrics
 
 
+@pytest.mark.slow
 def test_gates_and_settings(teacher: Path, student: Path, pairs: Path, tmp_path: Path) -> None:
     def run(**changes: Any) -> Any:
         settings = EvaluateSettings(data=str(pairs), answers=2, answer_tokens=3, beams=(1,), **changes)

@@ -57,6 +57,7 @@ def by_hand(model: nn.Module, tokenizer: Any, documents: list[dict[str, Any]]) -
     return right / len(documents)
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_a_task_of_ones_own(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     documents = [
@@ -112,6 +113,7 @@ def test_an_unknown_task_is_looked_for_among_lm_evals_own(tmp_path: Path, monkey
         find_tasks(("arc_eazy",), str(tmp_path / "tasks"), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/eval here")
 @pytest.mark.parametrize("name", ["arc_easy", "piqa"])
 def test_lm_eval_offline_on_real_tasks(name: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_ctranslate2_takes_a_number_of_heads_for_each_layer(
         assert check["same_tokens"] == check["tokens"] == 3 * 16
 
 
+@pytest.mark.slow
 @needs_ct2
 def test_heads_given_to_the_wrong_layers_are_found_out(
     mixed_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -383,6 +384,7 @@ def test_a_refusal_names_the_saturation_where_it_may_be_the_cause(
     assert ("no VNNI" in str(caught.value)) is told
 
 
+@pytest.mark.slow
 @needs_ct2
 def test_an_engine_that_computes_something_else_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -394,6 +396,7 @@ def test_an_engine_that_computes_something_else_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
+@pytest.mark.slow
 @needs_ct2
 def test_after_ctrl_c_the_same_export_starts_again(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

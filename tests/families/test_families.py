@@ -166,6 +166,7 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
         assert attention.window == (part.sliding_window if windowed else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     config = config_of(variant)

@@ -91,6 +91,7 @@ def test_a_format_is_said_in_all_parts(tiny_checkpoint: Make, tmp_path: Path) ->
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_capped_and_windowed_attention(tiny_checkpoint: Make, pairs: Path) -> None:
     """Against the probabilities that transformers' own eager attention shows."""
     source = Checkpoint.open(tiny_checkpoint("t5gemma", **wide(num_key_value_heads=2)))

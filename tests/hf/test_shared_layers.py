@@ -144,6 +144,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 # --- what is computed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["kvfold", "sdpa", "eager"])
 @torch.inference_mode()
 def test_logits_are_the_textbooks(saved: Path, attention: str) -> None:
@@ -214,6 +215,7 @@ def test_greedy_answers_are_the_textbooks(saved: Path) -> None:
         assert torch.equal(hf.generate(model, ids[:1], max_new_tokens=6, **helper), expected[:1])
 
 
+@pytest.mark.slow
 def test_left_padding_does_not_change_a_row(saved: Path) -> None:
     model, ids, padding = hf.load(saved), _ids(3, 12), (5, 0, 9)
     mask = torch.stack([torch.arange(12) >= width for width in padding]).long()

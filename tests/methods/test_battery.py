@@ -399,6 +399,7 @@ def test_a_cache_holds_the_bytes_that_were_promised(pair: Pair) -> None:
         assert hf.live_cache_bytes(cache) == expected
 
 
+@pytest.mark.slow
 def test_padding_and_neighbours_do_not_change_a_row(pair: Pair) -> None:
     """What is continued is padded on the left; what an encoder reads on the right, or on either side."""
     ids = _ids(3, 12)
@@ -414,6 +415,7 @@ def test_padding_and_neighbours_do_not_change_a_row(pair: Pair) -> None:
             assert torch.equal(answers[row], alone[0])
 
 
+@pytest.mark.slow
 def test_a_static_cache_writes_the_same(pair: Pair) -> None:
     dynamic, expected, _ = _written(pair.model, _ids(2, 10))
     static, logits, _ = _written(pair.model, _ids(2, 10), cache_implementation="static")
@@ -421,6 +423,7 @@ def test_a_static_cache_writes_the_same(pair: Pair) -> None:
     assert torch.equal(static, dynamic)
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_stock_transformers(pair: Pair) -> None:
     options = {"num_beams": 4, "num_return_sequences": 2, "output_scores": True}
     with torch.no_grad():
@@ -439,6 +442,7 @@ def test_beams_are_those_of_stock_transformers(pair: Pair) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_stock_transformers(pair: Pair) -> None:
     written = []
     for model in (pair.model, pair.stock):
@@ -448,6 +452,7 @@ def test_samples_are_those_of_stock_transformers(pair: Pair) -> None:
     assert torch.equal(*written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper", ["prompt-lookup", "teacher"])
 def test_assisted_generation_writes_what_greedy_does(pair: Pair, helper: str) -> None:
     ids = _ids(1, 4).repeat(1, 3)  # a prompt in which something can be looked up
@@ -507,6 +512,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_a_conversion_is_a_function_of_its_inputs(
     pair: Pair, tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,7 @@ def test_gqa_in_two_steps_is_gqa_in_one() -> None:
         torch.testing.assert_close(tensor, direct[role], rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["mean", "first", "fit", "align"])
 @pytest.mark.parametrize("family", [name for name, found in all_families().items() if not found.encoder_decoder])
 def test_gqa_of_equal_heads_loses_nothing(

@@ -193,6 +193,7 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "ratio"), [("llama", 0.5), ("qwen2", 0.25)])
 def test_a_ratio_is_kept_to_the_byte(
     family: str, ratio: float, tiny_checkpoint: Callable[..., Path], text: str, tmp_path: Path

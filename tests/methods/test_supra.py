@@ -141,6 +141,7 @@ def test_without_its_sums_it_is_the_student_that_never_had_them(
     assert torch.equal(hybrid(ids(2, 21)).logits, before)
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_what_the_sums_bring(
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +359,7 @@ def test_attention_is_handed_over_first_by_maps_and_gates_alone(
     assert all(not before.read(name).equal(whole.read(name)) for name in before.names())
 
 
+@pytest.mark.slow
 def test_lora_is_merged_into_what_is_saved(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     student = convert(tiny_checkpoint("llama", num_key_value_heads=2), tmp_path / "student", "supra", HYBRID)
     before = Checkpoint.open(student)

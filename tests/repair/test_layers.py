@@ -200,6 +200,7 @@ def test_o_and_down_are_the_least_squares_of_their_own_inputs(kind: str, pair: C
         put(model, {names["down"]: found[number][names["down"]]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_q_brings_attention_nearer_in_every_layer(kind: str, pair: Callable[..., Pair]) -> None:
     """In KL to the teacher's attention, on the student's own inputs."""
@@ -239,6 +240,7 @@ def test_a_repaired_student_is_nearer_on_other_text(kind: str, pair: Callable[..
     assert whole < 0.95 * part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_student_that_is_its_teacher_is_left_as_it_is(kind: str, pair: Callable[..., Pair]) -> None:
     teacher, student = pair(kind, "identity")

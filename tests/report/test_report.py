@@ -313,6 +313,7 @@ def test_speed_is_looked_up_by_content_before_it_is_by_name() -> None:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_has_every_section_that_has_data(run_dir: Path) -> None:
     text = report(run_dir).read_text(encoding="utf-8")
     headings = Page(text).headings
@@ -346,6 +347,7 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
     assert "Reproduce this run" not in headings
 
 
+@pytest.mark.slow
 def test_the_page_is_one_inert_file(run_dir: Path) -> None:
     text = report(run_dir).read_text(encoding="utf-8")
     page = Page(text)
@@ -380,6 +382,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_log(run_dir: Path) -> None:
     assert len(collect(run_dir).logs["uptrained/kv_heads-2_seed-0"]) == 100
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_is_its_command(run_dir: Path) -> None:
     (run_dir / "recipe.yaml").write_text("name: demo\n")
     assert "kvfold run recipe.yaml" in render(collect(run_dir))
@@ -393,6 +396,7 @@ def test_nothing_to_report_is_one_clear_error(tmp_path: Path, place: str) -> Non
     assert not (tmp_path / place / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_is_one_clear_error(run_dir: Path) -> None:
     with pytest.raises(OutputError, match="is a directory"):
         report(run_dir, out=run_dir)

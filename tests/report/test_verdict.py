@@ -409,6 +409,7 @@ class _Labels(HTMLParser):
             self.labels.append(data)
 
 
+@pytest.mark.slow
 def test_each_student_is_labelled_where_it_stands_and_each_mark_shows_its_numbers(tmp_path: Path) -> None:
     run = nine(tmp_path)
     found = _Labels(render(run))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import numpy
+import torch
 from torch import nn
 
 from kvfold.errors import DataError, SettingError, did_you_mean
 from kvfold.progress import SILENT, Progress
+
+SEED = 1234  # lm-eval's own default
 
 
 @dataclass(frozen=True)
@@ -28,20 +33,30 @@ class Harness:
     def run(
         self, model: nn.Module, tokenizer: Any, *, batch_size: int, max_length: int, progress: Progress = SILENT
     ) -> dict[str, dict[str, float]]:
-        """Scores by task (and by group) and metric, each with its standard error where lm-eval has one."""
-        from lm_eval import simple_evaluate
+        """Scores by task (and by group) and metric, each with its standard error where lm-eval has one.
+
+        As `lm_eval.simple_evaluate` with its default seeds, which also asks git for a commit and prints git's errors.
+        """
+        from lm_eval import evaluate
 
         wrapper = _wrapper(progress, sys.stderr)
         with _quiet():
-            found = simple_evaluate(
-                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
-                tasks=list(self.tasks),
-                task_manager=self.manager,
+            found = self.manager.load(list(self.tasks))
+            for task in found["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=SEED)
+            random.seed(0)
+            numpy.random.seed(SEED)
+            torch.manual_seed(SEED)
+            scores = evaluate(
+                lm=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+                task_dict=found,
                 limit=self.limit,
                 bootstrap_iters=100,
                 log_samples=False,
             )
-        return {task: _scores(values) for task, values in found["results"].items()}
+        return {task: _scores(values) for task, values in scores["results"].items()}
 
 
 def _wrapper(progress: Progress, stderr: TextIO) -> Any:
