@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from kvfold import hf
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
-from kvfold.disk.checkpoint import Checkpoint, Writer, read_config
-from kvfold.disk.lineage import known_length
+from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import CheckpointError, SettingError, choices
@@ -122,7 +121,7 @@ def repair_in_place(
             done.append(load_file(path))
         except SafetensorError as error:
             raise damaged(path) from error
-    student = Checkpoint(output.work, output.path.name, read_config(output.work))
+    student = Checkpoint(output.work, output.path.name)
     layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
         if number >= len(done):
@@ -148,7 +147,7 @@ class _Pass:
         stack: ExitStack,
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
-        length = min(settings.length, known_length(teacher), len(tokens))
+        length = min(settings.length, teacher.known_length, len(tokens))
         width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
         self.models = [
             stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
