@@ -43,6 +43,7 @@ from kvfold.disk.source import remember
 from kvfold.errors import CheckpointError, DataError, Interrupted, SettingError
 from kvfold.predict.student_config import draft, student_config
 from kvfold.progress import SILENT, Progress
+from kvfold.repair import check_roles
 
 __all__ = ["ConvertSettings", "convert"]
 
@@ -135,6 +136,7 @@ def _plan(
         changed = options.calibration is not None and made.student.shape != made.shape
         roles = chosen.repairs(made.settings) if changed else ()
         repair = tuple(role for role in roles if role not in MLP or role in source.family.body.mlp)
+    check_roles(source.family, repair)
     return source, made.settings, replace(options, repair=repair)
 
 

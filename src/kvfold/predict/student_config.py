@@ -57,10 +57,26 @@ def student_config(
     It is the source's except for the fields that the method changes or drops, and `auto_map`. Raises UnsupportedModel
     if no architecture of the family expresses the student.
     """
+    made: dict[str, Any] = {}
     try:
-        before, after = family.fields(shape), family.fields(student.shape) | dict(student.fields)
-    except (KeyError, AttributeError, TypeError) as error:  # a shape that the family cannot express
-        raise _inexpressible(family, method, str(student.model_type or "no model type of it")) from error
+        made = _changed(config, family, shape, student, dtype)
+    except (KeyError, AttributeError, TypeError):  # a shape that the family cannot express
+        fault: str | None = str(student.model_type or "no model type of it")
+    else:
+        fault = _fault(made, family, student)
+    if fault:
+        raise UnsupportedModel(
+            f"{method}: no architecture of family {family.name} expresses this student",
+            got=fault,
+            allowed=", ".join(family.architectures),
+            next="choose other settings or another method",
+        )
+    return made
+
+
+def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, dtype: str) -> dict[str, Any]:
+    """The source's config.json with the student's fields."""
+    before, after = family.fields(shape), family.fields(student.shape) | dict(student.fields)
     changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
     if student.model_type:
         changed["model_type"] = student.model_type
@@ -72,28 +88,17 @@ def student_config(
         parts = {part: value for part, value in config.items() if isinstance(value, Mapping)}
         changed |= {f"{part}.{key}": dtype for part, value in parts.items() for key in names if key in value}
     kept = {key: value for key, value in config.items() if key in after or key not in before}
-    made = without_code(with_fields(kept, changed))
-    _check_round_trip(made, family, student, method)
-    return made
+    return without_code(with_fields(kept, changed))
 
 
-def _check_round_trip(made: Mapping[str, Any], family: Family, student: Student, method: str) -> None:
-    """Raise UnsupportedModel if a student's config.json describes another model, or names no known class."""
+def _fault(made: Mapping[str, Any], family: Family, student: Student) -> str | None:
+    """What is wrong with a student's config.json that describes another model, or names no known class; else None."""
     model_type, named = str(made["model_type"]), made.get("architectures") or []
     if model_type not in family.architectures or any(name != family.architectures[model_type] for name in named):
-        raise _inexpressible(family, method, f"{model_type}, {', '.join(map(str, named))}")
+        return f"{model_type}, {', '.join(map(str, named))}"
     try:
         found = source_family(made).shape(made)  # as it will be opened
     except (UnsupportedModel, KeyError, TypeError, ValueError) as error:
-        raise _inexpressible(family, method, f"{model_type}: {error}") from error
-    if replace(found, dtype=student.shape.dtype) != student.shape:
-        raise _inexpressible(family, method, f"{model_type}, which describes another model")
-
-
-def _inexpressible(family: Family, method: str, got: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{method}: no architecture of family {family.name} expresses this student",
-        got=got,
-        allowed=", ".join(family.architectures),
-        next="choose other settings or another method",
-    )
+        return f"{model_type}: {error}"
+    same = replace(found, dtype=student.shape.dtype) == student.shape
+    return None if same else f"{model_type}, which describes another model"

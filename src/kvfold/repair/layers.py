@@ -26,15 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvfold import hf
-from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
-from kvfold.errors import CheckpointError, SettingError, choices
+from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
-from kvfold.repair import RepairSettings
+from kvfold.repair import RepairSettings, check_roles
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
 from kvfold.repair.residual import Residual
@@ -70,31 +69,13 @@ def repair(
     and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises SettingError for roles that cannot
     be repaired, OutputError if the disk has no room, CheckpointError if a repaired tensor is not finite.
     """
-    _check_roles(teacher, roles)
+    check_roles(teacher.family, roles)
     layers = teacher.shape.num_layers
     with ExitStack() as stack, task(progress, "repairing", layers, "layers"):
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
         for number in range(layers):
             yield work.layer(number, done[number] if number < len(done) else None)
             progress.advance(1)
-
-
-def _check_roles(teacher: Checkpoint, roles: Sequence[str]) -> None:
-    family = teacher.family
-    if unknown := [role for role in roles if role not in REPAIRABLE]:
-        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if packed := [role for role in roles if family.packed(role)]:
-        raise SettingError(
-            f"family {family.name} keeps {choices(packed)} in one tensor with other roles",
-            where="repair",
-            next=f"leave out {choices(packed)}",
-        )
-    if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
-        raise SettingError(
-            f"the MLP of family {family.name} has no {choices(absent)}",
-            where="repair",
-            next=f"leave out {choices(absent)}",
-        )
 
 
 def repair_in_place(
