@@ -32,8 +32,6 @@ from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, corpus
 from kvfold.text.tokens import token_file
 
-__all__ = ["EvaluateSettings", "evaluate", "teacher_of"]
-
 
 def evaluate(
     student: str | Path,

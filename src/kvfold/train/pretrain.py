@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,39 +35,15 @@ from kvfold.disk.source import read_config
 from kvfold.errors import SettingError
 from kvfold.families import family_of
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import decode, read_yaml, setting
+from kvfold.settings import decode, read_yaml
 from kvfold.text.documents import TextFacts, read_texts, text_facts
 from kvfold.text.pairs import Pairs, read_tokens
 from kvfold.train import losses
 from kvfold.train.loop import Work, parameter_groups, place, train, train_into
-from kvfold.train.settings import TrainSettings
+from kvfold.train.settings import PretrainSettings
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
 PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5
-
-
-@dataclass(frozen=True)
-class PretrainSettings(TrainSettings):
-    """How a model is trained from random weights."""
-
-    data: str = setting(
-        "stdlib",
-        "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a folder of .txt, .jsonl "
-        "and .parquet files, a hub data set (owner/name), or stdlib (the source of Python's library). An "
-        "encoder-decoder also reads pairs from a .tsv or .jsonl file.",
-    )
-    learning_rate: float = setting(3e-3, "Peak learning rate.")
-    schedule: Literal["cosine", "wsd"] = setting("wsd", "Learning-rate schedule; wsd is warmup-stable-decay.")
-
-    tokenizer_data: tuple[str, ...] = setting(
-        (), "Texts that the tokenizer also trains on, besides --data. Default: none."
-    )
-
-    def __post_init__(self) -> None:
-        """Raise SettingError for values out of range, and for text that a teacher would have to write."""
-        super().__post_init__()
-        if self.data == "self":
-            raise SettingError("there is no teacher to sample text from", where="pretrain", next="give --data TEXT")
 
 
 def pretrain(

@@ -11,9 +11,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,11 @@ from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import check_range, differing, setting
+from kvfold.settings import differing
 from kvfold.text.pairs import Pairs, read_tokens
 from kvfold.train import losses as objectives
 from kvfold.train.loop import Objective, Work, parameter_groups, place, train, train_into
-from kvfold.train.settings import TrainSettings, check_positive
+from kvfold.train.settings import UptrainSettings
 from kvfold.train.stages import (
     GUIDED_LOSSES,
     check_shares,
@@ -42,82 +41,10 @@ from kvfold.train.stages import (
     method_stages,
     needs_teacher,
     parameters_of,
-    parse_loss,
-    parse_stages,
     rates_of,
 )
 
-RANK = 65_536  # the largest of LoRA factors: wider than any model
 GUIDED = "kl+0.3ce"  # the default with a teacher: better than either loss alone (docs/log.md)
-
-
-@dataclass(frozen=True)
-class UptrainSettings(TrainSettings):
-    """How a student is trained, and for how long."""
-
-    alpha: float | None = setting(
-        None, "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."
-    )
-    pretraining_tokens: int | None = setting(
-        None, "Tokens that the teacher was trained on, such as 2T. Default: what its record says."
-    )
-    loss: str | None = setting(
-        None, "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."
-    )
-    stages: str | None = setting(
-        None, "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."
-    )
-    temperature: float = setting(1.0, "Temperature of the KL to the teacher.")
-    attention_inputs: Literal["own", "teacher"] = setting(
-        "own", "Inputs of attention in a stage that matches attention outputs alone."
-    )
-    trainable: tuple[str, ...] = setting((), "Roles to train, such as q,k,v,o. Default: every parameter.")
-    lora: int | None = setting(
-        None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
-    )
-    converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
-
-    def __post_init__(self) -> None:
-        """Raise SettingError for values out of range, and for settings that contradict each other."""
-        super().__post_init__()
-        if (self.tokens is None) == (self.alpha is None):
-            raise SettingError(
-                "the length of training needs one of tokens and alpha",
-                where="uptrain",
-                got="neither" if self.tokens is None else "both",
-                next="give --tokens, or --alpha",
-            )
-        check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
-        check_range(self, "uptrain", 1, RANK, "lora")
-        check_positive(self, "uptrain", "alpha", "temperature")
-        if self.loss is not None and self.stages is not None:
-            raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
-        if self.lora is not None and self.trainable:
-            raise SettingError(
-                "lora trains factors of q, k, v and o, and trainable names other parameters",
-                where="uptrain",
-                got=f"rank {self.lora}, and trainable {','.join(self.trainable)}",
-                next="leave out one of them",
-            )
-        stages = self.asked()  # raises for a loss that cannot be parsed
-        if self.attention_inputs == "teacher" and not any(set(each.losses) == {"attention"} for each in stages):
-            raise SettingError(
-                "attention_inputs teacher needs a stage with the loss attention alone",
-                where="uptrain",
-                next="give --stages attention:0.1,kl:0.9",
-            )
-
-    def asked(self) -> list[Stage]:
-        """The stages of `stages` or `loss`; empty if the method chooses."""
-        if self.stages is not None:
-            return [
-                replace(stage, converted=self.converted_only) for stage in parse_stages(self.stages, self.trainable)
-            ]
-        return [] if self.loss is None else [self.single(self.loss)]
-
-    def single(self, loss: str) -> Stage:
-        """One stage with this loss."""
-        return Stage(loss, 1.0, parse_loss(loss), self.trainable, self.converted_only)
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
