@@ -37,7 +37,7 @@ from kvfold.evaluate.timing import Contender, Rows, time_decode, time_prefill
 from kvfold.formats import size
 from kvfold.machine import best_device, device_memory
 from kvfold.predict.roofline import hardware
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 from kvfold.settings import differing
 
 PIECE = 64  # tokens of each prompt that are read together at the largest batch
@@ -64,7 +64,6 @@ def bench(
     began = time.monotonic()
     opened = [Checkpoint.open(each) for each in models]
     checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
-    hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
     name = name or "-".join(checkpoints)
     places = {"models": [str(each) for each in models]}
     asked = {**asdict(settings), **places}
@@ -72,6 +71,7 @@ def bench(
     path = record.path_of(records, "bench", name, identity)
     record.check_replaceable(path)
     record.check_folder(Path(records))
+    hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
     made = None if overwrite else record.existing(path, hashes, asked)
     if made is not None:
         progress.say(f"{path}: measured already")
@@ -201,8 +201,7 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
     ratios: Rows = []
     seconds: Rows = []
     largest: Rows = []
-    progress.start("bench", sum(context * batch for context, batch in places), "tokens")
-    try:
+    with task(progress, "bench", sum(context * batch for context, batch in places), "tokens"):
         for context, batch in places:
             found, raw = _place(contenders, drawn(batch, context), settings)
             rows += found
@@ -218,8 +217,6 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
             found, times = time_decode(lots, settings.repeats)
             for row, each_round in zip(found, times, strict=True):
                 largest.append(row | {"memory": settings.memory, "seconds": each_round})
-    finally:
-        progress.stop()
     return {
         "rows": rows,
         "ratios": ratios,

@@ -23,7 +23,7 @@ from kvfold.export.engine import Engine
 from kvfold.export.gguf import LlamaCpp
 from kvfold.export.self_contained import SelfContained
 from kvfold.export.settings import ExportSettings
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 
 ENGINES: Mapping[str, Engine] = {"ctranslate2": CTranslate2(), "gguf": LlamaCpp(), "transformers": SelfContained()}
 
@@ -111,8 +111,7 @@ def _make(
         "exact_up_to": None if engine.knows_windows else window,
         "loaded": engine.loadable(),
     }
-    progress.start(f"exporting to {engine.name}", 3, "steps")
-    try:
+    with task(progress, f"exporting to {engine.name}", 3, "steps"):
         model = load(source.path, attention=engine.attention) if found["loaded"] else None
         if model is not None:
             known = agreement.reference(
@@ -127,6 +126,4 @@ def _make(
             found |= agreement.compare(known, *engine.answer(folder, known, weights))
             agreement.require(found, engine.name, weights, engine.advice(weights))
         progress.advance(1, "compared")
-    finally:
-        progress.stop()
     return found

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
-from kvfold.text.pairs import Pairs, read_tokens
+from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
+from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
 from kvfold.train.loop import Objective, Work, parameter_groups, place, train, train_into
 from kvfold.train.settings import UptrainSettings
@@ -70,6 +72,7 @@ def uptrain(
     reads = {"student": source.path, "teacher": teacher, "root teacher": source.root_path, "data": settings.data}
     check_apart(out, reads)
     settings.check_length(source.shape, "uptrain")
+    check_text(settings.data, paired=source.family.encoder_decoder)
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
@@ -89,39 +92,52 @@ def uptrain(
     for each in (source, guide):
         if each is not None:
             each.require_finite(progress)
-    if not needs_teacher(stages):
-        guide = None
-    known = {
-        "stage": "uptrain",
-        "stages": [differing(stage) for stage in stages],
-        "amount": amount,
-        "text": tokens.hash,
-        "student": source.hash(),
-        "teacher": guide.hash() if guide else None,
-    }
+    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens, progress)
+    return train_into(out, settings, run.identity, run.make, source="student", overwrite=overwrite, progress=progress)
 
-    def identity(settings: UptrainSettings) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, and on what: all that is read before the output is claimed."""
+
+    source: Checkpoint
+    teacher: Checkpoint | None
+    stages: Sequence[Stage]
+    amount: int  # tokens
+    tokens: TokenFile | Corpus
+    progress: Progress
+
+    def identity(self, settings: UptrainSettings) -> dict[str, Any]:
+        """The settings and inputs that decide the weights."""
         own = settings.identity()
         own.pop("converted_only", None)  # it is part of the stages
-        return own | known
+        return own | {
+            "stage": "uptrain",
+            "stages": [differing(stage) for stage in self.stages],
+            "amount": self.amount,
+            "text": self.tokens.hash,
+            "student": self.source.hash(),
+            "teacher": self.teacher.hash() if self.teacher else None,
+        }
 
-    def make(settings: UptrainSettings, output: Output) -> None:
-        device = best_device()
+    def make(self, settings: UptrainSettings, output: Output) -> None:
+        """Train, and save the student."""
+        source, device = self.source, best_device()
         model = place(hf.load(source.path, device=device), settings)
-        other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+        other = None if self.teacher is None else hf.load(self.teacher.path, device=device).requires_grad_(False)
         if settings.lora:
             hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
-        works = _works(source, model, other, stages, settings, amount)
-        position = train(model, works, tokens, settings, output.work, progress)
+        works = _works(source, model, other, self.stages, settings, self.amount)
+        position = train(model, works, self.tokens, settings, output.work, self.progress)
         lineage = descend(
             source,
             inputs=output.inputs,
             stage="uptrain",
             settings={
                 **dataclasses.asdict(settings),
-                "stages" if len(stages) > 1 else "loss": formula(stages),
-                "text": tokens.hash,
-                "teacher": known["teacher"],
+                "stages" if len(self.stages) > 1 else "loss": formula(self.stages),
+                "text": self.tokens.hash,
+                "teacher": self.teacher.hash() if self.teacher else None,
             },
             tokens=position.tokens,
             seed=settings.seed,
@@ -130,8 +146,6 @@ def uptrain(
         if settings.lora:
             hf.merge_lora(model)
         _save(output.work, source, model, lineage)
-
-    return train_into(out, settings, identity, make, source="student", overwrite=overwrite, progress=progress)
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
