@@ -281,9 +281,10 @@ class _Layer:
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
         self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
         after = {part: layer.module(path) for part, path in family.body.after.items()}
-        self.added = {"attention": Residual(self._module, after.get("attention"))}
+        factor = float(checkpoint.config.get(family.body.residual, 1.0))
+        self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
-            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
+            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"), factor)
 
     def weight(self, name: str) -> Any:
         """The weight of the module that holds a tensor."""
@@ -317,7 +318,7 @@ class _Layer:
         """A hook that puts what attention adds to the residual stream into `seen`."""
 
         def see(module: nn.Module, args: Any, result: Any) -> None:
-            seen["added"] = result[0] if isinstance(result, tuple) else result
+            seen["added"] = self.added["attention"].factor * (result[0] if isinstance(result, tuple) else result)
 
         return self.added["attention"].last.register_forward_hook(see)
 
