@@ -33,11 +33,13 @@ class ConvertSettings:
         CalibrationSettings.length, "Tokens of one row of calibration text.", group=ADVANCED
     )
     calibration_dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        CalibrationSettings.dtype, "Format in which the teacher reads it. Sums are float64.", group=ADVANCED
+        CalibrationSettings.dtype,
+        "Format in which the teacher computes in calibration; sums are float64.",
+        group=ADVANCED,
     )
     calibration_memory: int | None = setting(
         CalibrationSettings.max_bytes,
-        "Memory for one layer of the teacher and its answers, in bytes (8G). Default: 80% of the device's.",
+        "Bytes (8G) of memory for one layer of the teacher and the statistics. Default: 80% of the device's.",
         group=ADVANCED,
     )
     sensitivity_tokens: int = setting(

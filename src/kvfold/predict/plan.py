@@ -50,7 +50,7 @@ class PlanSettings:
         None, "Tokens that the source was trained on, such as 2T, for --alpha. Default: none."
     )
     tokens: int | None = setting(None, "Uptraining tokens, instead of --alpha. Default: none.")
-    kl: bool = setting(True, "Uptraining also runs the teacher, for a KL loss.")
+    kl: bool = setting(True, "Uptraining has a KL loss, so the teacher runs too.")
     utilisation: float = setting(0.4, "Share of the peak FLOP/s that training reaches, from 0 to 1.")
 
     def __post_init__(self) -> None:
