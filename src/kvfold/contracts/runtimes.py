@@ -27,6 +27,7 @@ OWN = "kvfold_"
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
+    **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"},
     **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
@@ -260,12 +261,13 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
 
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
+_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
 
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _LAYOUT | {"phi", "gpt_neox"},
+    _LAYOUT | _EXPERTS | {"phi", "gpt_neox"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -274,7 +276,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads, or share keys and values",
     OWN,
     "Kvfold",
-    _LAYOUT,
+    _LAYOUT | _EXPERTS,
     lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
     _heads_by_layer,
     _read_layers,

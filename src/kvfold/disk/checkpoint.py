@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -163,6 +163,26 @@ class Checkpoint:
         """The name of a tensor in the files: its own, or that of the model's parameter."""
         alike = (each for each in self._stored if self.family.on_disk(each) == self.family.on_disk(name))
         return name if name in self._stored else next(alike, name)
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter of the model, joined where the files hold it in parts. Raises CheckpointError as `read` does."""
+        stacked = self.family.stacked(name)
+        if stacked is None or name in self._stored:
+            return self.read(self.stored_name(name))
+        return stacked.whole(self.read, shape[0])
+
+    def as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that hold these parameters of the model, under the names of the files."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            stacked = None if name in self._stored else self.family.stacked(name)
+            found |= {self.stored_name(name): tensor} if stacked is None else stacked.apart(tensor)
+        return found
+
+    def forms(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that hold a parameter of the model of this shape."""
+        stacked = None if name in self._stored else self.family.stacked(name)
+        return {self.stored_name(name): shape} if stacked is None else stacked.forms(shape)
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor. Raises CheckpointError if there is no tensor of that name."""

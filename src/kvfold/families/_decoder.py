@@ -97,6 +97,7 @@ class Layout:
     theta: float = 10000.0  # the base of the rotation, where config.json is silent
     gated: bool = True  # the MLP
     mlp_biases: bool = False
+    mlps: Sequence[int] | None = None  # parameters of each layer's, where some have experts
     vectors: int = 2  # of the model's width in a layer's norms, weights and biases
     last: int = 1  # the same in the last norm
     head_bias: bool = False  # of the output projection
@@ -173,8 +174,8 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     rope, windows = rope_of(config, width, found.rotated, found.theta), found.windows or [None] * layers
     sites = read(config, {Site(layer): Attention(*alone, rope, windows[layer]) for layer in range(layers)}, DECODERS)
     maps = 2 + found.gated
-    layer = maps * hidden * inner + found.vectors * hidden
-    layer += (maps - 1) * inner + hidden if found.mlp_biases else 0
+    mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)
+    outside = sum(found.mlps or [mlp] * layers) + layers * found.vectors * hidden
     ends = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2) + found.last * hidden
     return Shape(
         family=family,
@@ -183,10 +184,7 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
         hidden_size=hidden,
         vocab_size=vocab,
         num_layers=layers,
-        parameters=ends
-        + vocab * found.head_bias
-        + layers * layer
-        + sum(attention.parameters for attention in sites.values()),
+        parameters=ends + vocab * found.head_bias + outside + sum(attention.parameters for attention in sites.values()),
         dtype=dtype_of(config),
         max_positions=int(config.get("max_position_embeddings") or 2048),
     )

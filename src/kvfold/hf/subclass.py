@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
 from kvfold.contracts.site import Site
@@ -55,6 +56,8 @@ def register_decoders(
         base = getattr(transformers, f"{STEMS[stock]}Config")
         settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
         AutoConfig.register(runtime.model_type(stock), settings)
+        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
+            register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
         own = derive(
             module,
             about,
