@@ -289,7 +289,7 @@ LATENT = Runtime(
     "latent keys and values",
     f"{OWN}latent_",
     "KvfoldLatent",
-    frozenset({"llama", "mistral", "qwen2"}),  # no norm stands between a key and its latent
+    frozenset({"llama", "mistral", "qwen2", "mixtral", "qwen2_moe"}),  # no norm stands between a key and its latent
     lambda shape: any(each.kept is not None and each.linear is None for each in shape.sites.values()),
     _latent_fields,
     _read_latent,
@@ -299,7 +299,7 @@ LINEAR = Runtime(
     "linear attention",
     f"{OWN}linear_",
     "KvfoldLinear",
-    _LAYOUT,
+    _LAYOUT | _EXPERTS - {"qwen2_moe"},  # whose own masks know two kinds of layers
     lambda shape: any(each.linear is not None for each in shape.sites.values()),
     _linear_fields,
     _read_linear,
