@@ -28,9 +28,20 @@ STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
     **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"},
+    **{"olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "exaone4": "Exaone4", "stablelm": "StableLm"},
     **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
+
+_ODD = {
+    ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
+    ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
+}
+
+
+def stock_class(stock: str, end: str) -> str:
+    """The name of transformers' class for a stock architecture, such as its `Config`, `Model` or `ForCausalLM`."""
+    return _ODD.get((stock, end), f"{STEMS[stock]}{end}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Runtime:
 
     def architecture(self, stock: str, end: str) -> str:
         """The class of a stock architecture."""
-        return f"{self.stem}{STEMS[stock]}{end}"
+        return f"{self.stem}{stock_class(stock, end)}"
 
 
 def stock_type(config: Json) -> str:
@@ -262,12 +273,13 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
 _EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
+_NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _LAYOUT | _EXPERTS | {"phi", "gpt_neox"},
+    _LAYOUT | _EXPERTS | _NORMED | {"phi", "gpt_neox"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -276,7 +288,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads, or share keys and values",
     OWN,
     "Kvfold",
-    _LAYOUT | _EXPERTS,
+    _LAYOUT | _EXPERTS | _NORMED,
     lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
     _heads_by_layer,
     _read_layers,

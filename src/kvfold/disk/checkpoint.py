@@ -293,7 +293,7 @@ class Checkpoint:
 
     def _tied_twice(self) -> bool:
         """True if the output projection is tied to an embedding, and both are stored and equal."""
-        if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
+        if TIED not in self._stored or not self.family.tied(self.config):
             return False
         spec = self._stored[TIED].spec
         same = [name for name, other in self._stored.items() if "embed" in name and other.spec == spec]

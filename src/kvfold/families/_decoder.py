@@ -91,6 +91,7 @@ class Layout:
 
     biases: str = ""  # roles with biases
     norms: Literal["none", "pre_rope", "all_heads"] = "none"
+    norm_offset: float = 0.0  # added to the weights of norms
     windows: Sequence[int | None] | None = None  # by layer; None: no layer has a window
     head_dim: int | None = None  # where config.json is silent; None: hidden_size / num_attention_heads
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
@@ -116,12 +117,13 @@ def decoder(
     layout: Callable[[Json], Layout],
     tiny: Mapping[str, Any] = {},
     check: Callable[[Fields], None] = lambda fields: None,
+    ties: bool = False,
     **facts: Any,
 ) -> Family:
     """A family of decoders: `stock` model types, rules for the fields that they add, and their layout.
 
-    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. `facts` are other fields
-    of `Family`.
+    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. `ties` is the default
+    of `tie_word_embeddings`. `facts` are other fields of `Family`.
     """
     given: dict[str, Any] = {
         "architectures": architectures(DECODERS, END, *stock),
@@ -136,7 +138,8 @@ def decoder(
         name=name,
         about=about,
         check=partial(_check, rules=rules, layout=layout, own=check),
-        shape=partial(_shape, family=name, layout=layout),
+        shape=partial(_shape, family=name, layout=layout, ties=ties),
+        ties=ties,
         tiny=lambda: {**first, **_TINY, **tiny},
         **given,
     )
@@ -167,7 +170,15 @@ def check_layers(fields: Fields, name: str, kinds: Collection[str]) -> None:
         raise fields.refusal(f"{name} must name {layers} layers", got=repr(found), allowed=", ".join(sorted(kinds)))
 
 
-def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape:
+def check_head_dim(fields: Fields) -> None:
+    """Refuse heads that are not together as wide as the model, with UnsupportedModel: the architecture assumes it."""
+    fields.check_divides("num_attention_heads", "hidden_size")
+    width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
+    if fields.config.get("head_dim", width) != width:
+        raise fields.refusal("head_dim is not that of this architecture", got=fields.config["head_dim"], allowed=width)
+
+
+def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bool) -> Shape:
     """The shape of a checked config.json."""
     found = layout(config)
     hidden, heads, layers, inner, vocab = (
@@ -178,12 +189,14 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
     ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
     by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
-    own = {Site(layer): Attention(*alone, *each, found.scale, found.softcap) for layer, each in by_layer}
+    own = {
+        Site(layer): Attention(*alone, *each, found.scale, found.softcap, found.norm_offset) for layer, each in by_layer
+    }
     sites = read(config, own, DECODERS)
     maps = 2 + found.gated
     mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)
     outside = sum(found.mlps or [mlp] * layers) + layers * found.vectors * hidden
-    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2) + found.last * hidden
+    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", ties) else 2) + found.last * hidden
     return Shape(
         family=family,
         model_type=stock_type(config),

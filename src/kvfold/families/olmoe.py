@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvfold.contracts.config import WIDTH, YES_NO, Fields, Rule
 from kvfold.contracts.family import Json
-from kvfold.families._decoder import Layout, decoder
+from kvfold.families._decoder import Layout, check_head_dim, decoder
 from kvfold.families._experts import BODY, RULES, check_experts, number, routed
 
 NUMBER = 64  # of experts where config.json is silent
@@ -12,10 +12,7 @@ NUMBER = 64  # of experts where config.json is silent
 
 def _check(fields: Fields) -> None:
     check_experts(fields, NUMBER, chosen=8)
-    fields.check_divides("num_attention_heads", "hidden_size")
-    width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
-    if fields.config.get("head_dim", width) != width:
-        raise fields.refusal("all heads must be as wide as the model", got=fields.config["head_dim"], allowed=width)
+    check_head_dim(fields)
 
 
 def _layout(config: Json) -> Layout:
