@@ -173,6 +173,11 @@ class Shape:
         return [site for site in self.sites if site.kind != "encoder"]
 
     @property
+    def fused(self) -> bool:
+        """Whether torch's fused attention computes every site: it has no soft caps, and ignores sinks."""
+        return all(attention.softcap is None and not attention.sinks for attention in self.sites.values())
+
+    @property
     def owners(self) -> dict[int, int]:
         """Layers whose keys and values other layers read too -> elements per token. Empty in most models."""
         return {

@@ -49,6 +49,7 @@ TENSORS: Mapping[str, str | Packed] = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},
     **{f"{role}_bias": f"{role}_proj.bias" for role in "qkvo"},
     **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
+    "sinks": "sinks",
     "k_rope_bias": "k_rope.bias",  # of latent attention; its other roles are named after themselves
     "v_up_bias": "v_up.bias",
     "planes": "planes",
@@ -100,6 +101,7 @@ class Layout:
     rotations: Sequence[Json | None] | None = None  # by layer: fields in place of config.json's; None: not rotated
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # of the logits
+    sinks: bool = False  # one more logit of each query head
     gated: bool = True  # the MLP
     mlp_biases: bool = False
     mlps: Sequence[int] | None = None  # parameters of each layer's, where some have experts
@@ -189,9 +191,8 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bo
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
     ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
     by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
-    own = {
-        Site(layer): Attention(*alone, *each, found.scale, found.softcap, found.norm_offset) for layer, each in by_layer
-    }
+    logits = (found.scale, found.softcap, found.norm_offset, found.sinks)
+    own = {Site(layer): Attention(*alone, *each, *logits) for layer, each in by_layer}
     sites = read(config, own, DECODERS)
     maps = 2 + found.gated
     mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)

@@ -40,7 +40,7 @@ SPARSE: Rules = {
 """Those of the Qwens, some of whose layers may have no experts."""
 
 
-def number(config: Json, default: int) -> int:
+def experts_of(config: Json, default: int) -> int:
     """The number of experts of a layer, by any of its names."""
     return next((int(config[name]) for name in NAMES if name in config), default)
 
@@ -56,7 +56,7 @@ def check_experts(fields: Fields, default: int, chosen: int) -> None:
         raise fields.refusal(
             f"{' and '.join(said)} are names of one number and differ", got=str(said), next="remove all but one"
         )
-    most, few = number(fields.config, default), fields.config.get("num_experts_per_tok", chosen)
+    most, few = experts_of(fields.config, default), fields.config.get("num_experts_per_tok", chosen)
     if few > most:
         raise fields.refusal("num_experts_per_tok is more than there are", got=few, allowed=f"1 to {most}")
 

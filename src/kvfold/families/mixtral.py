@@ -6,7 +6,7 @@ from kvfold.contracts.config import HEADS, POSITIONS, SHARE, Fields
 from kvfold.contracts.family import Body, Json
 from kvfold.contracts.stacked import Stacked
 from kvfold.families._decoder import Layout, decoder
-from kvfold.families._experts import RULES, check_experts, number, routed
+from kvfold.families._experts import RULES, check_experts, experts_of, routed
 
 NUMBER = 8  # of experts where config.json is silent
 
@@ -20,7 +20,7 @@ def _check(fields: Fields) -> None:
 def _layout(config: Json) -> Layout:
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
     kind = "full_attention" if window is None else "sliding_attention"
-    each = routed(config, number(config, NUMBER), config["intermediate_size"])
+    each = routed(config, experts_of(config, NUMBER), config["intermediate_size"])
     return Layout(windows=[window] * layers, kinds=(kind,), theta=1e6, mlps=[each] * layers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvfold.contracts.config import WIDTH, YES_NO, Fields, Rule
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, check_head_dim, decoder
-from kvfold.families._experts import BODY, RULES, check_experts, number, routed
+from kvfold.families._experts import BODY, RULES, check_experts, experts_of, routed
 
 NUMBER = 64  # of experts where config.json is silent
 
@@ -16,7 +16,7 @@ def _check(fields: Fields) -> None:
 
 
 def _layout(config: Json) -> Layout:
-    each = routed(config, number(config, NUMBER), config["intermediate_size"])
+    each = routed(config, experts_of(config, NUMBER), config["intermediate_size"])
     return Layout(
         biases="qkvo" if config.get("attention_bias") else "",
         norms="all_heads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Fields, whole
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, decoder
-from kvfold.families._experts import BODY, SPARSE, check_experts, number, sparse
+from kvfold.families._experts import BODY, SPARSE, check_experts, experts_of, sparse
 
 NUMBER, INNER, SHARED = 60, 1408, 5632  # experts, their width and that of the shared one, where config.json is silent
 
@@ -28,7 +28,7 @@ def _layout(config: Json) -> Layout:
         biases="qkv" if config.get("qkv_bias", True) else "",
         windows=[window if kind == "sliding_attention" else None for kind in kinds],
         kinds=("full_attention", "sliding_attention") if window else ("full_attention",),
-        mlps=sparse(config, number(config, NUMBER), config.get("moe_intermediate_size", INNER), shared),
+        mlps=sparse(config, experts_of(config, NUMBER), config.get("moe_intermediate_size", INNER), shared),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvfold.contracts.config import HEADS, POSITIONS, WIDTH, YES_NO, Fields
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, decoder
-from kvfold.families._experts import BODY, SPARSE, check_experts, number, sparse
+from kvfold.families._experts import BODY, SPARSE, check_experts, experts_of, sparse
 
 NUMBER, INNER = 128, 768  # experts and their width, where config.json is silent
 
@@ -21,7 +21,7 @@ def _layout(config: Json) -> Layout:
         norms="pre_rope",
         windows=[window] * config["num_hidden_layers"],
         kinds=("full_attention" if window is None else "sliding_attention",),
-        mlps=sparse(config, number(config, NUMBER), config.get("moe_intermediate_size", INNER)),
+        mlps=sparse(config, experts_of(config, NUMBER), config.get("moe_intermediate_size", INNER)),
     )
 
 
