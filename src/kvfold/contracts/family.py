@@ -81,6 +81,7 @@ class Family:
     encoder_decoder: bool = False
     ties: bool = False  # the default of `tie_word_embeddings`
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
     @property

@@ -28,6 +28,7 @@ STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
     **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
+    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe"},
     **{"olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "exaone4": "Exaone4", "stablelm": "StableLm"},
     **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
 }
@@ -273,7 +274,7 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
 _EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
-_NORMED = frozenset({"gpt_oss", "olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
+_NORMED = frozenset({"gpt_oss", "glm4_moe", "granitemoe", "olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
 STOCK = Runtime(
     "grouped heads",
