@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -115,6 +116,7 @@ def decoder(
     layout: Callable[[Json], Layout],
     tiny: Mapping[str, Any] = {},
     check: Callable[[Fields], None] = lambda fields: None,
+    ties: bool = False,
     **facts: Any,
 ) -> Family:
     """A family of decoders: `stock` model types, rules for the fields that they add, and their layout.
@@ -135,8 +137,9 @@ def decoder(
         name=name,
         about=about,
         check=partial(_check, rules=rules, layout=layout, own=check),
-        shape=partial(_shape, family=name, layout=layout),
-        tiny=lambda: {**first, **_TINY, **tiny},
+        shape=partial(_shape, family=name, layout=layout, ties=ties),
+        ties=ties,
+        tiny=lambda: deepcopy({**first, **_TINY, **tiny}),  # transformers changes nested fields in place
         **given,
     )
 
@@ -166,7 +169,7 @@ def check_layers(fields: Fields, name: str, kinds: Collection[str]) -> None:
         raise fields.refusal(f"{name} must name {layers} layers", got=repr(found), allowed=", ".join(sorted(kinds)))
 
 
-def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape:
+def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bool) -> Shape:
     """The shape of a checked config.json."""
     found = layout(config)
     hidden, heads, layers, inner, vocab = (
@@ -182,7 +185,7 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     maps = 2 + found.gated
     layer = maps * hidden * inner + found.vectors * hidden
     layer += (maps - 1) * inner + hidden if found.mlp_biases else 0
-    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2) + found.last * hidden
+    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", ties) else 2) + found.last * hidden
     return Shape(
         family=family,
         model_type=stock_type(config),
