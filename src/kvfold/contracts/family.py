@@ -79,7 +79,7 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
-    ties: bool = False  # the default of `tie_word_embeddings`
+    ties: bool = False  # whether the output projection is the embedding where config.json is silent
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
@@ -90,7 +90,7 @@ class Family:
         return tuple(self.architectures)
 
     def tied(self, config: Json) -> bool:
-        """Whether the output projection is the decoder's embedding; the default is that of transformers."""
+        """Whether the output projection is the decoder's embedding."""
         return bool(config.get("tie_word_embeddings", self.ties or self.encoder_decoder))
 
     def module(self, site: Site) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -142,7 +143,7 @@ def decoder(
         check=partial(_check, rules=rules, layout=layout, own=check),
         shape=partial(_shape, family=name, layout=layout, ties=ties),
         ties=ties,
-        tiny=lambda: {**first, **_TINY, **tiny},
+        tiny=lambda: deepcopy({**first, **_TINY, **tiny}),  # transformers changes nested fields in place
         **given,
     )
 
