@@ -170,7 +170,7 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
 
 def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:
     """Write the trained student in its source's dtype, with its frozen parameters."""
-    state = {source.stored_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = source.as_stored({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     if set(source.names()) <= set(state):
         save_model(work, config=source.config, state=state, lineage=lineage, like=source)
         return
