@@ -76,7 +76,7 @@ def evaluate(
     name = name or model.path.resolve().name
     compared = {"student": str(student), "teacher": None if other is None else other.name, "row": dict(row or {})}
     identity = record.identity("evaluate", name, {**differing(settings), **compared})
-    asked = {**asdict(settings), **compared}
+    asked = {**asdict(settings), "gate": gate.recorded(settings.gate), **compared}
     path = record.path_of(records, "evaluate", name, identity)
     record.check_replaceable(path)
     made = None if overwrite else record.existing(path, hashes, asked)

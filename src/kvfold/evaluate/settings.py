@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvfold.errors import SettingError, choices
-from kvfold.evaluate.gate import METRICS, Threshold, parse
+from kvfold.evaluate.gate import DEFAULT, METRICS, Threshold, parse
 from kvfold.settings import MOST, SEEDS, check_range
 
 BEAMS = 1024  # at most: each has a cache of its own
@@ -56,9 +56,10 @@ class EvaluateSettings:
     )
     lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each lm-eval task. Default: all."})
     gate: str | None = field(
-        default=None,
+        default=DEFAULT,
         metadata={
-            "help": "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. Default: none."
+            "help": "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. `default`: on loss "
+            "and recall, and only reported; `none`: no gate."
         },
     )
     control: str | None = field(

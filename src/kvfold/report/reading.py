@@ -36,6 +36,8 @@ class _Measured(Part):
     copy_gain: Keyed | None = None
     passkey: Keyed | None = None
     passkey_loss: Keyed | None = None
+    last_word: Number | None = None
+    last_word_stderr: Number | None = None
     exact_match: Keyed | None = None
     cer: Keyed | None = None
     bleu: Keyed | None = None
