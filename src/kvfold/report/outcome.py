@@ -15,7 +15,7 @@ from kvfold.formats import size
 from kvfold.report.benches import benched, benches
 from kvfold.report.folder import Run
 from kvfold.report.names import short_names
-from kvfold.report.rows import Row, Spread, Study, spread
+from kvfold.report.rows import Row, Spread, Study, number, spread
 from kvfold.report.studies import plan_of
 from kvfold.report.tables import percent
 from kvfold.report.verdict import OUTCOMES, Measured, Outcome, verdict
@@ -297,11 +297,6 @@ def _score(row: Row | None, task: str, name: str) -> Spread | None:
         return next(iter(row.keyed(task).values()), None)  # fewest beams
     found = [(record.metrics.get("lm_eval") or {}).get(task) or {} for record in row.records]
     return spread(number(each.get(name)) for each in found)
-
-
-def number(value: object) -> float | None:
-    """A metric of lm-eval as a finite number; None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # --- what was gained -------------------------------------------------------------------------------------------------

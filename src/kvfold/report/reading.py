@@ -75,8 +75,15 @@ class _Metrics(Part):
     gate: _Gate | None = None
 
 
+class _Quantised(_Measured):
+    """A model over a quantised cache."""
+
+    bits: Positive
+
+
 class _Evaluation(_Measured, _Metrics):
     teacher: _Measured | None = None
+    quantised_cache: dict[str, _Quantised] | None = None
     without: dict[str, _Measured] | None = None
     made_by: list[Step] | None = None
     samples: list[_Sample] | None = None
