@@ -208,6 +208,7 @@ FAMILIES = (
             mlp_biases=config.get("mlp_bias", False),
             head_dim=128,
         ),
+        tiny={"attention_dropout": 0.0, "residual_dropout": 0.0},
     ),
     decoder(
         "arcee",
