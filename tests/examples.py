@@ -1,4 +1,4 @@
-"""The example of a method as a user gives it."""
+"""The example of a method as a user gives it, and the families on which every part is tested."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.site import Shape
+
+CORE = ("llama", "qwen2", "qwen3", "olmo2", "phi", "gpt_neox", "smollm3", "cohere", "t5", "bart", "t5gemma")
+"""Families that differ most. Checks that cost run on all of these, and on each of the others only now and then."""
 
 
 def example(method: Method[Any], shape: Shape) -> dict[str, Any]:
