@@ -24,12 +24,20 @@ Sites = dict[Site, Attention]
 
 OWN = "kvfold_"
 
+_PAIRED = {
+    **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
+    **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},
+    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall"},
+}
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
-    **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
+    **_PAIRED,
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
+
+HEADED = {"marian": "MarianMTModel"}
+"""Classes with an output head that are not named as those of other architectures."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class Runtime:
         return f"{self.prefix}{stock}"
 
     def architecture(self, stock: str, end: str) -> str:
-        """The class of a stock architecture."""
-        return f"{self.stem}{STEMS[stock]}{end}"
+        """The class of a stock architecture; its name has this end, unless the class is one of `HEADED`."""
+        return f"{self.stem}{HEADED.get(stock, STEMS[stock] + end)}"
 
 
 def stock_type(config: Json) -> str:
@@ -350,15 +358,13 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
     return found
 
 
-_PAIRED = frozenset({"t5", "mt5", "bart", "mbart", "t5gemma"})
-
 _ignored = partial(_without, (*HEADS_BY_KIND.values(), ENCODER_LATENT), "ignores it in")
-PAIRS_STOCK = Runtime("heads of their own", "", "", _PAIRED, lambda shape: True, lambda shape: {}, _ignored)
+PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(_PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
-    _PAIRED,
+    frozenset(_PAIRED),
     lambda shape: (
         shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
     ),
