@@ -21,11 +21,13 @@ from kvfold.contracts.config import (
     WIDTH,
     YES_NO,
     Fields,
+    Rule,
     Rules,
     check_parts,
     check_tokens,
     decimal,
     only,
+    whole,
 )
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
@@ -41,7 +43,7 @@ PARTS = ("encoder", "decoder")
 class Table:
     """What a checkpoint holds of a stack besides its layers: a table of positions, and norms."""
 
-    unused: int | None  # rows of the table before the first position; None: positions are computed, and not stored
+    unused: int | None  # rows of the table before the first position; None: the table is a constant, often not stored
     embedding_norm: bool  # after the embeddings
     last_norm: bool  # after the last layer
 
@@ -57,7 +59,7 @@ TABLES: Mapping[str, Table] = {
     "plbart": Table(2, embedding_norm=True, last_norm=False),
     "m2m_100": Table(None, embedding_norm=False, last_norm=True),
     "marian": Table(None, embedding_norm=False, last_norm=False),
-    "pegasus": Table(0, embedding_norm=False, last_norm=True),
+    "pegasus": Table(None, embedding_norm=False, last_norm=True),
     "blenderbot": Table(0, embedding_norm=False, last_norm=True),
     "blenderbot-small": Table(0, embedding_norm=True, last_norm=False),
 }
@@ -72,15 +74,22 @@ _RULES: Rules = {
     **{f"{part}_ffn_dim": WIDTH.needed for part in PARTS},
     "activation_function": ACTIVATION,
     "init_std": decimal(0, 1e3),
+    **{f"{part}_layerdrop": SHARE for part in PARTS},
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), SHARE),
     **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
 }
-_DECIMALS: Rules = {f"{part}_layerdrop": decimal(0, 1) for part in PARTS}  # in BART; others take 0 too
-_SHARES: Rules = {f"{part}_layerdrop": SHARE for part in PARTS}
-_MARIAN: Rules = {
-    "share_encoder_decoder_embeddings": only(True, "true: source and target have one vocabulary here"),
-    "decoder_vocab_size": VOCABULARY.or_null,
+_TOKEN = Rule(int, "a token id")
+_OWN: Mapping[str, Rules] = {
+    "bart": {f"{part}_layerdrop": decimal(0, 1) for part in PARTS},
+    "marian": {
+        "share_encoder_decoder_embeddings": only(True, "true: source and target have one vocabulary here"),
+        "decoder_vocab_size": VOCABULARY.or_null,
+        "decoder_start_token_id": _TOKEN,
+    },
+    "blenderbot": {"encoder_no_repeat_ngram_size": whole(0, 1 << 31), "decoder_start_token_id": _TOKEN},
 }
+"""The fields of one architecture alone, and those for which it has a narrower rule."""
+
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",
@@ -90,9 +99,8 @@ _ALIASES = {
 
 def _check(fields: Fields) -> None:
     stock = stock_type(fields.config)
-    fields.check({**_RULES, **(_DECIMALS if stock == "bart" else _SHARES)})
-    if stock == "marian":
-        fields.check(_MARIAN)
+    fields.check({**_RULES, **_OWN.get(stock, {})})
+    if stock == "marian" and fields.get("decoder_vocab_size") is not None:
         fields.check_alias("decoder_vocab_size", "vocab_size")
     for alias, name in _ALIASES.items():
         fields.check_alias(alias, name)

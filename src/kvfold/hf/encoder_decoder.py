@@ -89,7 +89,7 @@ class GroupedAttention(_Replacing):
     def _heads(self: Any, role: str, x_BTD: Tensor) -> Tensor:
         """The heads `(B, H, T, E)` of the projection for a role."""
         rows_BTN: Tensor = getattr(self, self.names[role])(x_BTD)
-        return rows_BTN.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        return rows_BTN.view(*rows_BTN.shape[:-1], -1, self.shape.head_dim).transpose(1, 2)
 
 
 class LatentCrossAttention(_Replacing):
