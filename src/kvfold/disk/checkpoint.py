@@ -49,7 +49,7 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
-        dropped, found = self.family.dropped(config), stored_tensors(path)
+        dropped, found = self.family.dropped(self.config), stored_tensors(path)
         self._stored = {name: each for name, each in found.items() if not name.startswith(dropped)}
         check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
