@@ -192,14 +192,9 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bo
     width = config.get("head_dim") or found.head_dim or hidden // heads
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
     ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
-    windows = found.windows or [None] * layers
-    common: dict[str, Any] = {
-        "scale": found.scale,
-        "softcap": found.softcap,
-        "norm_offset": found.norm_offset,
-        "sinks": found.sinks,
-    }
-    own = {Site(layer): Attention(*alone, ropes[layer], windows[layer], **common) for layer in range(layers)}
+    by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
+    same = Attention(*alone, scale=found.scale, softcap=found.softcap, norm_offset=found.norm_offset, sinks=found.sinks)
+    own = {Site(layer): replace(same, rope=rope, window=window) for layer, (rope, window) in by_layer}
     sites = read(config, own, DECODERS)
     maps = 2 + found.gated
     mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)
