@@ -51,8 +51,8 @@ class EvaluateSettings:
     lm_eval_limit: int | None = setting(None, "Documents of each lm-eval task. Default: all.")
     gate: str | None = setting(
         DEFAULT,
-        "Conditions that must hold, such as 'loss<=teacher+0.05, last_word>=0.5'; else the exit status is 3. `default`: "
-        "conditions on loss and recall, which are only reported; `none`: no gate.",
+        "Conditions that must hold, such as 'loss<=teacher+0.05, last_word>=0.5'; else the exit status is 3. "
+        "`default`: conditions on loss and recall, which are only reported; `none`: no gate.",
     )
     control: str | None = setting(None, "Record of the control's evaluation, for gates that name it. Default: none.")
     seed: int = setting(0, "Seed of the probes.")
