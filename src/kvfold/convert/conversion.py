@@ -163,15 +163,15 @@ def _write(
     config = student_config(source.config, source.family, source.shape, job.student, method=method, dtype=options.dtype)
     size, resumed = options.shard_size, output.resumed
     carry_over(source.path, output.work)
+    if config == source.config:  # byte for byte
+        shutil.copyfile(source.path / "config.json", output.work / "config.json")
+    else:
+        write_json(output.work / "config.json", config)
     with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
         writer.check_space(output.path)
         if calibration is None and job.method.without_text:
             progress.say("without --calibration TEXT, only weights are read; with it, more quality is kept")
         job.run(writer, progress)
-        if config == source.config:  # byte for byte
-            shutil.copyfile(source.path / "config.json", output.work / "config.json")
-        else:
-            write_json(output.work / "config.json", config)
         if calibration and options.repair:
             from kvfold.repair.layers import repair_in_place  # loads transformers
 
