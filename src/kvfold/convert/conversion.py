@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold import methods
-from kvfold.contracts.family import MLP
+from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import spelled
 from kvfold.convert.calibration import Calibration
@@ -84,6 +84,8 @@ def convert(
         with disk_errors(dst), ExitStack() as until_done:
             output = open_output(dst, {**asked, "source": _stamp(source)}, overwrite=overwrite)
             until_done.enter_context(dropped_on_error(output, JOURNAL, futile=FUTILE))
+            if calibration:
+                calibration.announce(source, chosen.student(config, source.shape).shape, progress)
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
@@ -138,7 +140,7 @@ def _plan(
 
 
 def _repairs(method: Method[Any], config: Any, source: Checkpoint, options: ConvertSettings) -> tuple[str, ...]:
-    """The roles to repair: the user's, else the method's if the student differs from its source."""
+    """The roles to repair: the user's, else the method's by effort if the student differs from its source."""
     if source.family.encoder_decoder:
         if options.repair:
             raise SettingError(
@@ -149,7 +151,7 @@ def _repairs(method: Method[Any], config: Any, source: Checkpoint, options: Conv
         return options.repair
     if options.calibration is None or method.student(config, source.shape).shape == source.shape:
         return ()
-    return tuple(role for role in method.repairs(config) if role not in MLP or role in source.family.body.mlp)
+    return EFFORTS[options.effort].repaired(method.repairs(config), source.family.body.mlp)
 
 
 def _config(source: Checkpoint, student: Student, method: str, dtype: str) -> dict[str, Any]:
