@@ -30,16 +30,16 @@ from kvfold import hf
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
-from kvfold.disk.checkpoint import Checkpoint, Writer, read_config
-from kvfold.disk.lineage import known_length
+from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
-from kvfold.errors import CheckpointError, SettingError, choices
+from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
+from kvfold.repair import check_roles
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
-from kvfold.repair.residual import Residual
+from kvfold.repair.residual import Norm, Residual
 from kvfold.solve.linalg import ridge
 
 if TYPE_CHECKING:
@@ -72,31 +72,13 @@ def repair(
     and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises SettingError for roles that cannot
     be repaired, OutputError if the disk has no room, CheckpointError if a repaired tensor is not finite.
     """
-    _check_roles(teacher, roles)
+    check_roles(teacher.family, roles)
     layers = teacher.shape.num_layers
     with ExitStack() as stack, task(progress, "repairing", layers, "layers"):
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
         for number in range(layers):
             yield work.layer(number, done[number] if number < len(done) else None)
             progress.advance(1)
-
-
-def _check_roles(teacher: Checkpoint, roles: Sequence[str]) -> None:
-    family = teacher.family
-    if unknown := [role for role in roles if role not in REPAIRABLE]:
-        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if packed := [role for role in roles if family.packed(role)]:
-        raise SettingError(
-            f"family {family.name} keeps {choices(packed)} in one tensor with other roles",
-            where="repair",
-            next=f"leave out {choices(packed)}",
-        )
-    if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
-        raise SettingError(
-            f"the MLP of family {family.name} has no {choices(absent)}",
-            where="repair",
-            next=f"leave out {choices(absent)}",
-        )
 
 
 def repair_in_place(
@@ -123,7 +105,7 @@ def repair_in_place(
             done.append(load_file(path))
         except SafetensorError as error:
             raise damaged(path) from error
-    student = Checkpoint(output.work, output.path.name, read_config(output.work))
+    student = Checkpoint(output.work, output.path.name)
     layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
         if number >= len(done):
@@ -149,7 +131,7 @@ class _Pass:
         stack: ExitStack,
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
-        length = min(settings.length, known_length(teacher), len(tokens))
+        length = min(settings.length, teacher.known_length, len(tokens))
         width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
         self.models = [
             stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
@@ -277,9 +259,10 @@ class _Layer:
         self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
-        self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
+        offset, normed = self.attention.norm_offset, self.attention.norms != "none"
+        self.q_norm = Norm(layer.owner(family.tensor(site, "q_norm")), offset) if normed else None
         self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
-        after = {part: layer.module(path) for part, path in family.body.after.items()}
+        after = {part: Norm(layer.module(path), offset) for part, path in family.body.after.items()}
         factor = float(checkpoint.config.get(family.body.residual, 1.0))
         self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
@@ -291,7 +274,8 @@ class _Layer:
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """The attention on hidden states of the rows from `row` on."""
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
+        rotated = self.attention.rope.dims if self.attention.rope else 0
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row, rotated)
 
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
@@ -317,7 +301,8 @@ class _Layer:
         """A hook that puts what attention adds to the residual stream into `seen`."""
 
         def see(module: nn.Module, args: Any, result: Any) -> None:
-            seen["added"] = self.added["attention"].factor * (result[0] if isinstance(result, tuple) else result)
+            added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
+            seen["added"] = self.added["attention"].factor * added_BTD
 
         return self.added["attention"].last.register_forward_hook(see)
 
