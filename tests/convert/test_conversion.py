@@ -642,22 +642,18 @@ def test_effort_decides_what_is_read_and_repaired_unless_flags_do(tiny_checkpoin
     teacher, text = tiny_checkpoint(num_hidden_layers=2), tmp_path / "text.txt"
     text.write_text("Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 400)
     wide = Checkpoint.open(teacher).spec("model.layers.0.mlp.down_proj.weight").shape[1]
-    plain = state(fold(teacher, tmp_path / "plain", ConvertSettings(str(text), repair=("none",))))
 
-    def said(name: str, **changes: Any) -> tuple[set[str], int]:
-        """The roles that a conversion repaired, and the tokens that it says it read."""
+    def said(name: str, **changes: Any) -> tuple[list[str], int]:
+        """The roles that a conversion repaired, and the tokens that it says it reads."""
         listener, out = Listener(), tmp_path / name
-        made = state(fold(teacher, out, ConvertSettings(str(text), **changes), progress=listener))
+        fold(teacher, out, ConvertSettings(str(text), **changes), progress=listener)
         (line,) = [line for line in listener.lines if "forward passes of the teacher" in line]
-        changed = {
-            name.split(".")[-2].removesuffix("_proj") for name in made if not torch.equal(made[name], plain[name])
-        }
-        return changed, int(line.split()[0].replace(",", ""))
+        return read_json(out / MANIFEST)["steps"][0]["settings"]["repair"], int(line.split()[0].replace(",", ""))
 
-    every = {"q", "o", "gate", "up", "down"}
-    assert said("quick", effort="quick") == ({"o", "down"}, EFFORTS["quick"].tokens(wide))
+    every = ["q", "o", "gate", "up", "down"]
+    assert said("quick", effort="quick") == (["o", "down"], EFFORTS["quick"].tokens(wide))
     assert said("standard") == (every, EFFORTS["standard"].tokens(wide))
-    assert said("flags", effort="quick", repair=("q",), calibration_tokens=512) == ({"q"}, 512)
+    assert said("flags", effort="quick", repair=("q",), calibration_tokens=512) == (["q"], 512)
     assert said("thorough", effort="thorough")[0] == every
 
 

@@ -27,7 +27,7 @@ from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tenso
 from kvfold.disk.source import locate, read_config, remembered
 from kvfold.errors import CheckpointError
 from kvfold.families import source_family
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,14 +142,11 @@ class Checkpoint:
         """
         missing = [name for name in self.names() if name not in self.digests]
         progress = progress if missing else SILENT
-        progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
-        try:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
-                    self.digests[name] = found
-                    progress.advance(self.spec(name).nbytes)
-        finally:
-            progress.stop()
+        size = sum(self.spec(name).nbytes for name in missing)
+        with task(progress, "hashing", size, "bytes"), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
+                self.digests[name] = found
+                progress.advance(self.spec(name).nbytes)
         specs = {name: self.spec(name) for name in self.names()}
         hashed = content_hash(self.config, specs, self.digests)
         if self.lineage and self.lineage.get("hash") != hashed:
