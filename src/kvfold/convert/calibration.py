@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.method import Method
-from kvfold.contracts.requests import Answers, Computed, ConvertedKL, FoldedKL, Question, RecallDrop, Request
+from kvfold.contracts.requests import Alone, Answers, Computed, Question, RecallDrop, Request
 from kvfold.convert.settings import ConvertSettings
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
@@ -80,7 +80,7 @@ class Calibration:
         from kvfold.calibrate.sensitivity import measure
 
         moments = [each for each in self.questions if isinstance(each, Request)]
-        alone = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        alone = [each for each in self.questions if isinstance(each, Alone)]
         recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
         sites = sorted(each.site for each in self.questions if isinstance(each, Computed))
         reading = self.options.reading
