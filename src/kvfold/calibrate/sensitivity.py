@@ -24,11 +24,11 @@ from types import UnionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
-from kvfold.calibrate.recall import copied_loss, copies
+from kvfold.calibrate.recall import SPAN, copied_loss, copies
 from kvfold.calibrate.resumed import Changed, Resumed
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
@@ -132,9 +132,9 @@ class _Measurement:
         sums = dict.fromkeys(questions, 0.0)
         teacher.advance(layer)
         for ids_BT, hidden_BTD, final_BTD in zip(teacher.ids, teacher.hidden, teacher.final, strict=True):
-            cost = self.kind.cost(teacher.head, ids_BT, final_BTD)
-            for each, changed in changes.items():
-                sums[each] += cost(teacher.run(hidden_BTD, changed)) * len(ids_BT)
+            cost = self.kind.cost(teacher.own(final_BTD, self.kind.last), ids_BT)
+            for each, change in changes.items():
+                sums[each] += cost(teacher.changed(hidden_BTD, change, self.kind.last)) * len(ids_BT)
                 progress.advance(ids_BT.numel(), f"layer {layer}")
         for each, total in sums.items():
             if not math.isfinite(total):
@@ -220,22 +220,22 @@ def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> T
     return copies(tokens, min(COPY_LENGTH, longest), COPY_TOKENS)
 
 
-def _kl(head: nn.Module, ids_BT: Tensor, final_BTD: Tensor) -> Cost:
+def _kl(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
     """The mean KL to the teacher, in nats per token; below 0 is rounding."""
-    log_p_BTV = head(final_BTD).log_softmax(-1)
+    log_p_BTV = own_BTV.log_softmax(-1)
     p_BTV = log_p_BTV.exp()
 
-    def cost(out_BTD: Tensor) -> float:
-        log_q_BTV = head(out_BTD).log_softmax(-1)
+    def cost(logits_BTV: Tensor) -> float:
+        log_q_BTV = logits_BTV.log_softmax(-1)
         return float((p_BTV * (log_p_BTV - log_q_BTV)).sum(-1).double().mean().clamp_min(0))
 
     return cost
 
 
-def _rise(head: nn.Module, ids_BT: Tensor, final_BTD: Tensor) -> Cost:
+def _rise(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
     """The rise of the mean loss of the repetition over the teacher's, in nats per token."""
-    whole = copied_loss(head, ids_BT, final_BTD)
-    return lambda out_BTD: copied_loss(head, ids_BT, out_BTD) - whole
+    whole = copied_loss(own_BTV, ids_BT)
+    return lambda logits_BTV: copied_loss(logits_BTV, ids_BT) - whole
 
 
 @dataclass(frozen=True)
@@ -245,11 +245,12 @@ class _Kind:
     asks: type | UnionType
     name: str
     rows: Callable[[TokenFile, int, CalibrationSettings], Tensor]
-    cost: Callable[[nn.Module, Tensor, Tensor], Cost]
+    cost: Callable[[Tensor, Tensor], Cost]  # of the teacher's logits and the ids
+    last: int = 0  # tokens of a row that it looks at; 0: all
 
 
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
     _Kind(HeadKL, "kl", _copied, _kl),
-    _Kind(FoldedRecall, "rise", _copied, _rise),
+    _Kind(FoldedRecall, "rise", _copied, _rise, SPAN),
     _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
 )

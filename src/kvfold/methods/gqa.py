@@ -153,7 +153,8 @@ class GQA(Method[Config]):
             folds, wanted = [], heads_by_site(config, shape)
             sites = [site for site, heads in wanted.items() if heads < shape.sites[site].num_key_value_heads]
         read = (InputGram, QueryGram, AttentionGram) if config.init in MERGES else ()
-        weighed = sites if config.init == "fit" and config.weigh == "ablation" else ()
+        decoder = all(site.kind == "self" for site in shape.cached_sites)
+        weighed = sites if config.init == "fit" and config.weigh == "ablation" and decoder else ()
         recalls = [HeadKL(site, head) for site in weighed for head in range(shape.sites[site].num_key_value_heads)]
         return [*(request(site) for site in sites for request in read), *recalls, *folds]
 
@@ -212,7 +213,7 @@ class GQA(Method[Config]):
         for site, tensors in group.items():
             heads, attention = config.kv_heads.at(site), tensors.attention
             if config.init in MERGES and heads < attention.num_key_value_heads:
-                converted[site], lost[site] = _merge(site, tensors, heads, answers, config.init, config.weigh)
+                converted[site], lost[site] = _merge(site, tensors, heads, answers, config.init)
             else:
                 converted[site] = _pool(tensors, heads, config, salt=str(site))
         return converted, lost
@@ -235,18 +236,14 @@ class GQA(Method[Config]):
         return Config(PerSite.parse(max(1, fewest // 2)))
 
 
-def _merge(
-    site: Site, tensors: SiteTensors, heads: int, answers: Answers, how: Merge, weigh: str
-) -> tuple[Roles, dict[str, Any]]:
-    """Merge heads by the moments of calibration."""
+def _merge(site: Site, tensors: SiteTensors, heads: int, answers: Answers, how: Merge) -> tuple[Roles, dict[str, Any]]:
+    """Merge heads by the moments of calibration, weighed by their ablation if that was measured."""
     from kvfold.solve.normed_heads import merge_normed  # loads torch: a plan works without
     from kvfold.solve.shared_heads import ablation_weights, merge_site, moments_of, reported
 
     merge = merge_normed if tensors.attention.norms == "all_heads" else merge_site
-    moments = moments_of(site, answers)
-    if how == "fit" and weigh == "ablation":
-        moments = replace(moments, weight_G=ablation_weights(site, tensors.attention, answers))
-    roles, lost = merge(tensors.attention, tensors.roles, heads, moments, how)
+    weight_G = ablation_weights(site, tensors.attention, answers) if HeadKL(site, 0) in answers else None
+    roles, lost = merge(tensors.attention, tensors.roles, heads, moments_of(site, answers), how, weight_G)
     return roles, reported(lost, tensors.roles["k"])
 
 

@@ -249,9 +249,10 @@ class _Layer:
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
         self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
         after = {part: layer.module(path) for part, path in family.body.after.items()}
-        self.added = {"attention": Residual(self._module, after.get("attention"))}
+        factor = float(checkpoint.config.get(family.body.residual, 1.0))
+        self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
-            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
+            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"), factor)
 
     def weight(self, name: str) -> Any:
         """The weight of the module that holds a tensor."""
@@ -278,7 +279,7 @@ class _Layer:
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
         above_BTD, [(_, result)] = self._run(hidden_BTD, row, self.added["attention"].last)
-        added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
+        added_BTD: Tensor = self.added["attention"].factor * (result[0] if isinstance(result, tuple) else result)
         return hidden_BTD.to(added_BTD) + added_BTD, above_BTD
 
     def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

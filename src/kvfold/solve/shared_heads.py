@@ -157,7 +157,6 @@ class Moments:
     query_HEE: Tensor
     attended_DD: Tensor
     attended_mean_D: Tensor
-    weight_G: Tensor | None = None  # of key/value heads: an error of one counts so many times; None: all alike
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """The covariances of the inputs and of their averages by attention, both `(D, D)`."""
@@ -188,11 +187,12 @@ def ablation_weights(site: Site, attention: Attention, answers: Answers) -> Tens
 
 
 def merge_site(
-    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge
+    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge, weight_G: Tensor | None = None
 ) -> tuple[Roles, list[float]]:
     """Merge the KV heads of a site into `heads` contiguous groups: its new roles, float64, and the loss of each group.
 
-    The loss of a group is the larger of its keys' and its values'. A bias is a column of its map, for an input that is
+    An error of KV head g counts `weight_G[g]` times, 1 unless given. The loss of a group is the larger of its keys' and
+    its values'. A bias is a column of its map, for an input that is
     always 1.
     """
     new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
@@ -202,12 +202,11 @@ def merge_site(
     group, readers = attention.num_key_value_heads // heads, attention.query_group
     key_gram_DD = keys.with_one(moments.gram_DD, moments.mean_D, moments.mean_D)
     value_gram_DD = values.with_one(moments.attended_DD, moments.attended_mean_D, moments.attended_mean_D)
-    weight_G = keys.rows_HED.new_ones(len(keys.rows_HED)) if moments.weight_G is None else moments.weight_G
     merged_k, merged_v, lost = [], [], []
     for first in range(0, attention.num_key_value_heads, group):
         mine = slice(first, first + group)
         read = slice(first * readers, (first + group) * readers)
-        weight_J = weight_G[mine]
+        weight_J = None if weight_G is None else weight_G[mine]
         looks_JEE = moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1)
         shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how, weight_J)
         if attention.norms == "all_heads":
