@@ -17,7 +17,7 @@ from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.recall import SPAN, copies
 from kvfold.calibrate.sensitivity import COPY_LENGTH, COPY_TOKENS, measure
-from kvfold.contracts.requests import Alone, FoldedRecall, HeadKL, Question
+from kvfold.contracts.requests import FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -168,11 +168,8 @@ def test_a_planted_circuit_is_found_and_kept(tiny_checkpoint: Make) -> None:
     best = sorted(heads, key=lambda head: -float(found[head]["kl"]))
     assert set(best[:2]) == {HeadKL(Site(0), 1), HeadKL(Site(1), 2)}
     assert found[best[1]]["kl"] > 10 * found[best[2]]["kl"]
-    print([(str(h), float(found[h]['kl'])) for h in heads])
-    folds: list[Alone] = [FoldedRecall(Site(layer), 1) for layer in range(2)]
-    uniform = measure(source, gqa.METHOD, replace(ONE, weigh="uniform"), folds, answers, token_file(VOCABULARY))
-    weighed = measure(source, gqa.METHOD, ONE, folds, {**answers, **found}, token_file(VOCABULARY))
-    print(uniform, weighed)
-    for fold in folds:
-        assert uniform[fold]["rise"] > 1.0
-        assert weighed[fold]["rise"] < 0.5 * uniform[fold]["rise"]
+    fold = FoldedRecall(Site(1), 1)
+    uniform = measure(source, gqa.METHOD, replace(ONE, weigh="uniform"), [fold], answers, token_file(VOCABULARY))
+    weighed = measure(source, gqa.METHOD, ONE, [fold], {**answers, **found}, token_file(VOCABULARY))
+    assert uniform[fold]["rise"] > 2.0
+    assert weighed[fold]["rise"] < 0.3

@@ -161,7 +161,7 @@ def test_chain_of_conversions(tiny_checkpoint: Make, tmp_path: Path) -> None:
     assert lineage["root"]["hash"] == Checkpoint.open(teacher).hash() == Checkpoint.open(two).root_hash()
     assert lineage["root"]["config"]["num_key_value_heads"] == 8
     assert lineage["hash"] == Checkpoint.open(two).hash()
-    assert lineage["tokenizer"] == Checkpoint.open(teacher).tokenizer_hash()
+    assert lineage["tokenizer"] == Checkpoint.open(teacher).tokenizer_hash
 
 
 def test_grouped_source_names_what_it_can_become(tiny_checkpoint: Make, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import fingerprint
 from kvfold.errors import KvfoldError, SettingError, UnsupportedModel
-from kvfold.export import export
+from kvfold.export.exporting import export
 from kvfold.families import all_families
 from kvfold.methods import cla
 from kvfold.predict.plan import plan

@@ -35,7 +35,6 @@ from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
@@ -89,7 +88,7 @@ class _Measurement:
         self, questions: Sequence[Alone], tokens: TokenFile, settings: CalibrationSettings, progress: Progress
     ) -> Mapping[str, float]:
         """The answers by the key of each question, and those that were measured before."""
-        device, rows_BT = best_device(), self.kind.rows(tokens, known_length(self.source), settings)
+        device, rows_BT = best_device(), self.kind.rows(tokens, self.source.known_length, settings)
         path = cache_folder() / "sensitivity" / f"{self._identity(questions, tokens, settings, rows_BT, device)}.json"
         kept = read_json(path)
         sound = isinstance(kept, dict) and all(type(cost) is float and math.isfinite(cost) for cost in kept.values())

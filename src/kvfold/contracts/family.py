@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.contracts.config import Fields
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.site import Attention, Roles, Shape, Site
+from kvfold.contracts.stacked import Stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ class Body:
     these two. `layers` and `norm` are those of a decoder alone. Paths of `mlp` and `after` are relative to a layer:
     `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known;
     `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
+    `stacked` has the parameters of a layer that checkpoints store in other tensors.
     """
 
     embedding: str = "model.embed_tokens"
@@ -35,6 +37,7 @@ class Body:
     norm: str = "model.norm"
     mlp: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
     residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
 
     def inside(self, layer: int, path: str = "") -> str:
@@ -76,7 +79,9 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
+    ties: bool = False  # whether the output projection is the embedding where config.json is silent
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
     @property
@@ -85,8 +90,8 @@ class Family:
         return tuple(self.architectures)
 
     def tied(self, config: Json) -> bool:
-        """Whether the output projection is the decoder's embedding; the default is that of transformers."""
-        return bool(config.get("tie_word_embeddings", self.encoder_decoder))
+        """Whether the output projection is the decoder's embedding."""
+        return bool(config.get("tie_word_embeddings", self.ties or self.encoder_decoder))
 
     def module(self, site: Site) -> str:
         """Path of the attention module of a site."""
@@ -103,6 +108,12 @@ class Family:
         """The name under which a checkpoint stores a parameter of the model."""
         found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
         return name if found is None else self.renamed[found] + name.removeprefix(found)
+
+    def stacked(self, name: str) -> Stacked | None:
+        """The tensors that hold a parameter of the model, where a checkpoint stores it in others."""
+        layer, _, path = name.removeprefix(f"{self.body.layers}.").partition(".")
+        found = self.body.stacked.get(path) if name.startswith(self.body.layers) else None
+        return found and found.below(f"{self.body.layers}.{layer}.")
 
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
@@ -128,6 +139,19 @@ class Family:
         shapes = {role: attention.roles()[role] for role in roles}
         packed = self.packed(roles[0])
         return shapes[roles[0]] if packed is None else packed.form(shapes)
+
+
+AUTO_MAP = "auto_map"
+"""The key of config.json, tokenizer_config.json and others that names code in the same folder."""
+
+
+def without_code(config: Json) -> dict[str, Any]:
+    """A config.json without `auto_map`, also in nested configs."""
+    return {
+        key: without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != AUTO_MAP
+    }
 
 
 def with_fields(config: Json, fields: Json) -> dict[str, Any]:

@@ -27,9 +27,26 @@ OWN = "kvfold_"
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
+    **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
+    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe"},
+    **{"olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "exaone4": "Exaone4", "stablelm": "StableLm"},
+    **{"gemma": "Gemma", "granite": "Granite", "starcoder2": "Starcoder2", "smollm3": "SmolLM3", "olmo": "Olmo"},
+    **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
+    **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
+    **{"cohere": "Cohere", "cohere2": "Cohere2"},
     **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
+
+_ODD = {
+    ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
+    ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
+}
+
+
+def stock_class(stock: str, end: str) -> str:
+    """The name of transformers' class for a stock architecture, such as its `Config`, `Model` or `ForCausalLM`."""
+    return _ODD.get((stock, end), f"{STEMS[stock]}{end}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Runtime:
 
     def architecture(self, stock: str, end: str) -> str:
         """The class of a stock architecture."""
-        return f"{self.stem}{STEMS[stock]}{end}"
+        return f"{self.stem}{stock_class(stock, end)}"
 
 
 def stock_type(config: Json) -> str:
@@ -259,13 +276,23 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
     return None
 
 
-_LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
+_PLAIN = frozenset({"llama", "mistral", "qwen2", "gemma", "granite", "ministral", "arcee"})
+"""Rotated in halves, without norms of q and k, dropout behind o, or positions in the queries."""
+
+_NEIGHBOURS = frozenset({"ernie4_5", "helium", "glm", "glm4", "cohere"})
+"""Neighbouring coordinates rotate together."""
+
+_APART = _PLAIN | _NEIGHBOURS | {"qwen3", "olmo2", "starcoder2", "seed_oss", "smollm3", "olmo", "ministral3", "cohere2"}
+"""Maps of q, k, v and o apart, in classes of their own."""
+
+_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"})
+_NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _LAYOUT | {"phi", "gpt_neox"},
+    _APART | _EXPERTS | _NORMED | {"phi", "gpt_neox", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -274,7 +301,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads, or share keys and values",
     OWN,
     "Kvfold",
-    _LAYOUT,
+    _APART | _EXPERTS | _NORMED,
     lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
     _heads_by_layer,
     _read_layers,
@@ -287,7 +314,7 @@ LATENT = Runtime(
     "latent keys and values",
     f"{OWN}latent_",
     "KvfoldLatent",
-    frozenset({"llama", "mistral", "qwen2"}),  # no norm stands between a key and its latent
+    _PLAIN | {"mixtral", "qwen2_moe"},
     lambda shape: any(each.kept is not None and each.linear is None for each in shape.sites.values()),
     _latent_fields,
     _read_latent,
@@ -297,7 +324,7 @@ LINEAR = Runtime(
     "linear attention",
     f"{OWN}linear_",
     "KvfoldLinear",
-    _LAYOUT,
+    _PLAIN - {"ministral"} | _NEIGHBOURS | {"qwen3", "olmo2", "mixtral", "qwen3_moe", "olmoe"},
     lambda shape: any(each.linear is not None for each in shape.sites.values()),
     _linear_fields,
     _read_linear,

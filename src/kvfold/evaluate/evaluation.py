@@ -29,10 +29,8 @@ from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
-from kvfold.text.pairs import Corpus, corpus
+from kvfold.text.pairs import Corpus, check_text, corpus
 from kvfold.text.tokens import token_file
-
-__all__ = ["EvaluateSettings", "evaluate", "teacher_of"]
 
 
 def evaluate(
@@ -57,10 +55,11 @@ def evaluate(
     """
     began = time.monotonic()
     model = Checkpoint.open(student)
+    check_text(settings.data, paired=model.family.encoder_decoder)
+    record.check_folder(Path(records))
+    control = read_control(settings)
     other = teacher_of(model, teacher, progress)
     settings = for_models(settings, model, other)
-    control = read_control(settings)
-    record.check_folder(Path(records))
     text = _read(settings, model, progress)
     check_same(settings, control, text.tokens_hash)
     hashes = {

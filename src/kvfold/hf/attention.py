@@ -38,15 +38,14 @@ def forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature -> `(o_BTHE, None)`: no attention weights are computed.
 
-    The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, and `softcap` caps them.
-    Raises SettingError for attention sinks (`s_aux`).
+    The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, `softcap` caps them, and
+    `s_aux` (H,) are the logits of sinks.
     """
-    if kwargs.get("s_aux") is not None:
-        raise SettingError(f"attention `{NAME}` has no s_aux", next="load the model with attention sdpa or eager")
     tokens = query_BHTE.shape[2]
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
     if causal and tokens > 1:
@@ -64,6 +63,7 @@ def forward(
         scale=scaling,
         dropout=dropout,
         softcap=softcap,
+        sinks_H=s_aux,
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
 

@@ -9,8 +9,9 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
+from kvfold.contracts.runtimes import Runtime, stock_class, stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
 
@@ -50,11 +51,13 @@ def register_decoders(
     its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
-        model = getattr(transformers, f"{STEMS[stock]}Model")
+        model = getattr(transformers, stock_class(stock, "Model"))
         named = {"model_type": runtime.model_type(stock), **fields}
-        base = getattr(transformers, f"{STEMS[stock]}Config")
+        base = getattr(transformers, stock_class(stock, "Config"))
         settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
         AutoConfig.register(runtime.model_type(stock), settings)
+        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
+            register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
         own = derive(
             module,
             about,
@@ -65,7 +68,7 @@ def register_decoders(
         )
         for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
             classes = {"config_class": settings, "own_attention": own}
-            base = getattr(transformers, f"{STEMS[stock]}{end}")
+            base = getattr(transformers, stock_class(stock, end))
             auto.register(settings, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
 
 

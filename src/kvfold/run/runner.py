@@ -21,8 +21,9 @@ from kvfold.disk import record
 from kvfold.disk.output import check_apart, disk_errors, fingerprint, replacing
 from kvfold.disk.record import Record
 from kvfold.errors import GateMissed, OutputError, SettingError
-from kvfold.evaluate.bench import BenchSettings, bench
-from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
+from kvfold.evaluate.bench import bench
+from kvfold.evaluate.evaluation import evaluate
+from kvfold.evaluate.settings import BenchSettings, EvaluateSettings
 from kvfold.families import family_of
 from kvfold.inputs import read_text
 from kvfold.predict.plan import Plan, PlanSettings, plan
@@ -31,8 +32,9 @@ from kvfold.report import report
 from kvfold.report.folder import RECIPE
 from kvfold.run.recipe import CHAIN, LABEL, Cell, Recipe, cells, read_recipe
 from kvfold.settings import decode, read_yaml
-from kvfold.train.pretrain import PretrainSettings, pretrain
-from kvfold.train.uptrain import UptrainSettings, uptrain
+from kvfold.train.pretrain import pretrain
+from kvfold.train.settings import PretrainSettings, UptrainSettings
+from kvfold.train.uptrain import uptrain
 
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
