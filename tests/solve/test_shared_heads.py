@@ -12,10 +12,10 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from kvfold.contracts.requests import AttentionGram, InputGram, QueryGram
+from kvfold.contracts.requests import AttentionGram, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import Attention, Roles, Rope, Site
 from kvfold.solve import Merge
-from kvfold.solve.shared_heads import Merged, Moments, aligned, low_rank, merge_site, moments_of
+from kvfold.solve.shared_heads import Merged, Moments, ablation_weights, aligned, low_rank, merge_site, moments_of
 
 HOWS: tuple[Merge, ...] = get_args(Merge)
 WIDTH, HIDDEN, TOKENS = 8, 12, 60
@@ -518,3 +518,15 @@ def test_weights_are_those_of_least_squares_on_materialised_rows(plain: bool) ->
     else:
         torch.testing.assert_close(values, best, rtol=1e-6, atol=0)
         torch.testing.assert_close(keys, best_key, rtol=1e-6, atol=0)
+
+
+def test_weights_by_ablation_are_squares_of_the_kl_and_never_nothing() -> None:
+    shape, here = attention(heads=(8, 4)), Site(3)
+
+    def weights(*kls: float) -> list[float]:
+        answers = {HeadKL(here, head): {"kl": torch.tensor(kl).double()} for head, kl in enumerate(kls)}
+        return ablation_weights(here, shape, answers).tolist()
+
+    assert weights(0.1, 0.1, 0.3, 0.1) == pytest.approx([1 / 3, 1 / 3, 3, 1 / 3])
+    assert weights(0, 0, 0, 0) == [1, 1, 1, 1]
+    assert weights(0, 0, 0.5, 0) == pytest.approx([1e-3, 1e-3, 4, 1e-3])

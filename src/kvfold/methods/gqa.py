@@ -84,7 +84,7 @@ class Config:
         None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; required for --kv-heads auto."
     )
     weigh: Literal["uniform", "ablation"] = setting(
-        "uniform", "What an error of a head counts in fit: all alike, or by the KL to the teacher without it."
+        "uniform", "What an error of a head counts in fit: all alike, or by the KL to the teacher without it, squared."
     )
     budget_metric: Literal["kl", "recall", "both"] = setting(
         "kl", "Cost of folding a layer under --kv-heads auto: KL on text, rise of the loss of copying, or their sum."

@@ -181,9 +181,12 @@ def moments_of(site: Site, answers: Answers) -> Moments:
 
 
 def ablation_weights(site: Site, attention: Attention, answers: Answers) -> Tensor:
-    """How often an error of each key/value head counts, `(G,)`: the KL without its readers; their mean is 1."""
+    """How often an error of each key/value head counts, `(G,)`, 1 on average: the square of the KL without its readers.
+
+    The KL itself does less for the heads that a model needs most (docs/methods/gqa.md).
+    """
     kl_G = torch.stack([answers[HeadKL(site, head)]["kl"] for head in range(attention.num_key_value_heads)])
-    return _ratio(kl_G, kl_G.mean()).clamp_min(LEAST_WEIGHT)
+    return _ratio(kl_G.square(), kl_G.square().mean()).clamp_min(LEAST_WEIGHT)
 
 
 def merge_site(
