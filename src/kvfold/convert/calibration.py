@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.method import Method
-from kvfold.contracts.requests import Answers, Computed, ConvertedKL, FoldedKL, Question, RecallDrop, Request
+from kvfold.contracts.requests import Alone, Answers, Computed, Question, RecallDrop, Request
 from kvfold.contracts.site import Shape
 from kvfold.convert.settings import ConvertSettings
 from kvfold.disk.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ class Calibration:
         from kvfold.calibrate.sensitivity import measure
 
         moments = [each for each in self.questions if isinstance(each, Request)]
-        alone = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        alone = [each for each in self.questions if isinstance(each, Alone)]
         recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
         sites = sorted(each.site for each in self.questions if isinstance(each, Computed))
         reading = self.options.reading
