@@ -94,6 +94,7 @@ FAMILY = Family(
     name="bart",
     architectures=architectures("bart", "mbart"),
     about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
+    examples=("facebook/bart-large-cnn", "facebook/mbart-large-50"),
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
         "self": "model.decoder.layers.{layer}.self_attn",
