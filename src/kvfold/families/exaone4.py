@@ -46,6 +46,7 @@ FAMILY = decoder(
     },
     check=_check,
     layout=_layout,
+    heads_first=True,
     tiny={"sliding_window": 6},
     body=AFTER,
 )

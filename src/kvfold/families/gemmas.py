@@ -99,6 +99,7 @@ FAMILIES = (
         rules=GEMMA3,
         check=_check_gemma3,
         layout=_gemma3,
+        heads_first=True,
         ties=True,
         tiny={
             **{"query_pre_attn_scalar": 16, "sliding_window": 6, "sliding_window_pattern": 2},
