@@ -365,7 +365,7 @@ def methods(as_json: bool) -> None:
 
 @command(AS_JSON)
 def families(as_json: bool) -> None:
-    """List the model families: checkpoints, the methods that take them, their students and the engines for these."""
+    """List the families: checkpoints, methods, students and engines of each."""
     from kvfold.predict.supported import COLUMNS, supported
 
     found = supported()
