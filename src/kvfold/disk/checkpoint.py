@@ -284,11 +284,12 @@ class Checkpoint:
                 next=self._gap(),
             )
 
-    def _hint(self, name: str) -> str | None:
+    def _hint(self, name: str) -> str:
         """The likely reason why a tensor of an attention is missing."""
         last = name.rsplit(".", 2)[-2:]
-        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
-        return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
+        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), name)
+        elsewhere = re.sub(r"\d+", "", alike) != re.sub(r"\d+", "", name)  # not only in another layer
+        return f"is it named otherwise, as {alike}?" if elsewhere else "download it again"
 
     def _gap(self) -> str | None:
         """The first tensor that some layers have and another lacks."""
@@ -306,11 +307,6 @@ class Checkpoint:
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _same_module(first: str, second: str) -> bool:
-    """True if two names differ in the layer's number alone."""
-    return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
