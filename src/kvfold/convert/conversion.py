@@ -163,7 +163,9 @@ def _write(
     config = student_config(source.config, source.family, source.shape, job.student, method=method, dtype=options.dtype)
     size, resumed = options.shard_size, output.resumed
     carry_over(source.path, output.work)
-    with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
+    with Writer(
+        output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path, spelled=source.spelled
+    ) as writer:
         writer.check_space(output.path)
         if calibration is None and job.method.without_text:
             progress.say("without --calibration TEXT, only weights are read; with it, more quality is kept")
