@@ -70,7 +70,9 @@ def twin(folder: Path) -> Checkpoint:
             heads = roles[role].unflatten(0, (GROUPS, -1, attention.head_dim))
             roles[role] = heads[:, :1].expand_as(heads).flatten(0, 2).contiguous()
         for name, held in source.family.stored(site, attention).items():
-            tensors[name] = source.family.joined(attention, {role: roles[role] for role in held}).contiguous()
+            tensors[source.spelled.get(name, name)] = source.family.joined(
+                attention, {role: roles[role] for role in held}
+            ).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     return Checkpoint.open(folder)
 
@@ -122,11 +124,10 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    free = any(
-        each.norms == "pre_rope" and (each.rope is None or each.rope.dims < each.head_dim)
-        for each in student.shape.sites.values()
-    )  # unrotated coordinates are aligned by a matrix, which does not commute with the weights of their norm
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-2 if free else 1e-3)
+    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a tiny
+    # exaone4 are short, because nothing norms the inputs of its first layer
+    tolerance = 5e-3 if student.family.name == "exaone4" else 1e-3
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance)
 
 
 def test_the_cache_is_as_predicted(fold: Fold) -> None:
