@@ -1,4 +1,4 @@
-"""The example of a method as a user gives it, and the architectures that share a family."""
+"""A method's example as a user gives it, the families of costly checks, and architectures that share a family."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.runtimes import PAIRS
 from kvfold.contracts.site import Shape
 from kvfold.families import all_families
+
+CORE = ("llama", "qwen2", "qwen3", "olmo2", "phi", "gpt_neox", "smollm3", "cohere", "t5", "bart", "t5gemma")
+"""Families that differ most. Checks that cost run on all of these, and on each of the others only now and then."""
 
 
 def example(method: Method[Any], shape: Shape) -> dict[str, Any]:

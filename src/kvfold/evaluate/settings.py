@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvfold.errors import SettingError, choices
-from kvfold.evaluate.gate import METRICS, Threshold, parse
+from kvfold.evaluate.gate import DEFAULT, METRICS, Threshold, parse
 from kvfold.settings import MOST, SEEDS, check_range, setting
 
 BEAMS = 1024  # at most: each has a cache of its own
@@ -35,7 +35,10 @@ class EvaluateSettings:
     passkey_trials: int = setting(32, "Hidden numbers for each context.")
     samples: int = setting(3, "Prompts that student and teacher continue greedily.")
     sample_tokens: int = setting(48, "Tokens of each continuation.")
-    fp8: bool = setting(True, "Also measure the loss with an fp8 cache.")
+    fp8: bool = setting(
+        True,
+        "Also measure with quantised caches: the loss in fp8; of a teacher, recall and tasks too, in fp8 and q4_0.",
+    )
     beams: tuple[int, ...] = setting(
         (1, 4), "Numbers of beams with which an encoder-decoder answers pairs; 1 is greedy."
     )
@@ -45,7 +48,9 @@ class EvaluateSettings:
     lm_eval_tasks_dir: str | None = setting(None, "Folder of more lm-eval tasks. Default: none.")
     lm_eval_limit: int | None = setting(None, "Documents of each lm-eval task. Default: all.")
     gate: str | None = setting(
-        None, "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. Default: none."
+        DEFAULT,
+        "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. `default`: on loss and recall, "
+        "and only reported; `none`: no gate.",
     )
     control: str | None = setting(None, "Record of the control's evaluation, for gates that name it. Default: none.")
     seed: int = setting(0, "Seed of the probes.")

@@ -92,9 +92,9 @@ def _cohere2(config: Json) -> Layout:
 
 
 def _check_ministral3(fields: Fields) -> None:
-    """Its queries are multiplied by a number that is 1 up to the positions before scaling."""
-    rope = fields.inside("rope_parameters")
-    rope.check({"llama_4_scaling_beta": number(0, 1e3).needed, "original_max_position_embeddings": POSITIONS.needed})
+    """Queries are multiplied by 1 up to the positions before scaling, and a repair reads no row beyond these."""
+    before = {"original_max_position_embeddings": whole(4096, (1 << 31) - 1).needed}
+    fields.inside("rope_parameters").check({"llama_4_scaling_beta": number(0, 1e3).needed, **before})
 
 
 FAMILIES = (
@@ -193,7 +193,7 @@ FAMILIES = (
         tiny={
             "rope_parameters": {
                 **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0},
-                **{"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},
+                **{"original_max_position_embeddings": 4096, "llama_4_scaling_beta": 0.1},
             }
         },
     ),
@@ -208,6 +208,7 @@ FAMILIES = (
             mlp_biases=config.get("mlp_bias", False),
             head_dim=128,
         ),
+        tiny={"attention_dropout": 0.0, "residual_dropout": 0.0},
     ),
     decoder(
         "arcee",

@@ -6,10 +6,8 @@ counts against the others'. Nothing is normed before attention and MLP; what the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvfold.contracts.config import YES_NO
-from kvfold.families._decoder import BODY, Layout, decoder
+from kvfold.families._decoder import AFTER, Layout, decoder
 
 FAMILY = decoder(
     "olmo2",
@@ -17,5 +15,5 @@ FAMILY = decoder(
     "olmo2",
     rules={"attention_bias": YES_NO},
     layout=lambda config: Layout(biases="qkvo" if config.get("attention_bias") else "", norms="all_heads"),
-    body=replace(BODY, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}),
+    body=AFTER,
 )

@@ -23,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from kvfold.attention.linear import Past, Sinks, Sums, Weights, absorbed, decode, linear_attention, normed, slopes
 from kvfold.contracts.runtimes import LINEAR, LINEAR_LAYER
 from kvfold.errors import SettingError
-from kvfold.hf.attention import NAME_FP8, implementation, through_fp8
+from kvfold.hf.attention import ROUNDINGS, implementation
 from kvfold.hf.linear_cache import LinearLayer
 from kvfold.hf.subclass import Replacement, attentions, register_decoders
 
@@ -149,8 +149,8 @@ class LinearAttention(Replacement):
         if self.kind != "none" and not self.rotates_features:
             phi_q = self._features(query, "q")
             phi_k = None if self.window else self._features(key, "k")
-        if self.config._attn_implementation == NAME_FP8:
-            key, value = through_fp8(key), through_fp8(value)
+        if rounded := ROUNDINGS.get(self.config._attn_implementation):
+            key, value = rounded(key), rounded(value)
         return _New(query, key, value, phi_q, key if self.window else cast(Tensor, phi_k), seen)
 
     def _features(self, rows_BHTE: Tensor, role: str) -> Tensor:
