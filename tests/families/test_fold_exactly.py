@@ -125,7 +125,11 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    free = any(
+        each.norms == "pre_rope" and (each.rope is None or each.rope.dims < each.head_dim)
+        for each in student.shape.sites.values()
+    )  # unrotated coordinates are aligned by a matrix, which does not commute with the weights of their norm
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-2 if free else 1e-3)
 
 
 def test_the_cache_is_as_predicted(fold: Fold) -> None:
