@@ -108,7 +108,7 @@ FAMILY = Family(
         "dtype": "float32",
     },
     body=Body(embedding="model.decoder.embed_tokens"),
-    examples=("openai/whisper-tiny to whisper-large-v3-turbo", "distil-whisper/distil-large-v3"),
+    examples=("openai/whisper-small", "openai/whisper-large-v3-turbo", "distil-whisper/distil-large-v3"),
     encoder_decoder=True,
     audio=True,
 )
