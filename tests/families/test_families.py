@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import kvfold
-from examples import paired
+from examples import paired, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
@@ -125,6 +125,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, (family, changes) in PAIRED.items()
     },
+    "whisper, grouped": (
+        "whisper",
+        {"model_type": "kvfold_whisper", "self_num_key_value_heads": [4, 2, 4, 1], **CROSS},
+    ),
+    "whisper, latent": ("whisper", {"model_type": "kvfold_whisper", "cross_latent_dim": 12, **CROSS}),
     "umt5, latent": ("t5", {"model_type": "kvfold_umt5", "cross_latent_dim": 5, **CROSS}),
     "marian, latent": ("bart", {"model_type": "kvfold_marian", "cross_latent_dim": 5, **CROSS}),
     "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
@@ -162,7 +167,8 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
     decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    assert shape.max_positions == getattr(decoder, "max_position_embeddings", 1 << 15)  # T5 has no end
+    most = getattr(decoder, "max_target_positions", 1 << 15)  # of a Whisper; T5 has no end
+    assert shape.max_positions == getattr(decoder, "max_position_embeddings", most)
     saved = model.state_dict().keys()
     stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
     tensors = {name: tuple(tensor.shape) for name, tensor in stored}
@@ -203,17 +209,20 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     config = config_of(variant)
-    predicted = grouped_cache(family_of(config).shape(config))
+    shape = family_of(config).shape(config)
+    predicted = grouped_cache(shape)
     model = hf.build(config, seed=0).eval()
     ids_BT = 1 + torch.arange(2 * 24).view(2, 24) % 90
-    read: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     name = "input_ids"
     if family_of(config).encoder_decoder:
-        read, name = {"encoder_outputs": model.get_encoder()(ids_BT[:, :11])}, "decoder_input_ids"
+        given, name = {"encoder_outputs": model.get_encoder()(**read(model, ids_BT[:, :11]))}, "decoder_input_ids"
     with torch.inference_mode():
-        cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
-        model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
-    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4, encoder_tokens=11)
+        cache = model(**given, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
+        model(**given, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(
+        24, batch=2, itemsize=4, encoder_tokens=shape.encoder_positions or 11
+    )
 
 
 @pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
