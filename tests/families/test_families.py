@@ -73,7 +73,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3, each second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
     "olmo, clipped": ("olmo", {"clip_qkv": 0.5, "attention_bias": True}),
     "ministral, all windows": ("ministral", {"layer_types": None}),
-    "ministral, no window": ("ministral", {"layer_types": None, "sliding_window": None}),
+    "ministral, window of full layers": ("ministral", {"layer_types": ["full_attention"] * 4}),
     "ministral3, window": ("ministral3", {"sliding_window": 16}),
     "seed_oss, other biases": (
         "seed_oss",
@@ -393,7 +393,7 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 4 numbers (got [1, 0])"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types must name 4 layers"),
         ("ministral", {"head_dim": None}, "head_dim must be a positive whole number (got None)"),
-        ("ministral", {"sliding_window": None}, "layer_types must name 4 layers"),
+        ("ministral", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
         ("ministral3", {"rope_parameters": None}, "rope_parameters must be a part with settings of its own"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias must be false: no such model is known here (got True)"),
         ("helium", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),
