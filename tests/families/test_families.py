@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import kvfold
-from examples import paired
+from examples import paired, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
@@ -63,6 +63,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, tied": ("phi", {"tie_word_embeddings": True}),
     "gpt_neox, tied": ("gpt_neox", {"tie_word_embeddings": True}),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    "gemma, biases": ("gemma", {"attention_bias": True}),
+    "granite, biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "starcoder2, no biases": ("starcoder2", {"use_bias": False, "sliding_window": 16}),
+    "smollm3, windows": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 16, "mlp_bias": True},
+    ),
+    "smollm3, each second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5, "attention_bias": True}),
+    "ministral, all windows": ("ministral", {"layer_types": None}),
+    "ministral, window of full layers": ("ministral", {"layer_types": ["full_attention"] * 4}),
+    "ministral3, window": ("ministral3", {"sliding_window": 16}),
+    "seed_oss, other biases": (
+        "seed_oss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "arcee, biases": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "ernie4_5, biases": ("ernie4_5", {"use_bias": True}),
+    "helium, biases": ("helium", {"attention_bias": True, "mlp_bias": True}),
+    **{f"{name}, no biases": (name, {"attention_bias": False}) for name in ("glm", "glm4")},
+    "cohere, biases": ("cohere", {"attention_bias": True, "head_dim": 16}),
+    "cohere2, pattern": ("cohere2", {"sliding_window_pattern": 2, "attention_bias": True}),
     "olmo2, biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
@@ -103,6 +125,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, (family, changes) in PAIRED.items()
     },
+    "whisper, grouped": (
+        "whisper",
+        {"model_type": "kvfold_whisper", "self_num_key_value_heads": [4, 2, 4, 1], **CROSS},
+    ),
+    "whisper, latent": ("whisper", {"model_type": "kvfold_whisper", "cross_latent_dim": 12, **CROSS}),
     "umt5, latent": ("t5", {"model_type": "kvfold_umt5", "cross_latent_dim": 5, **CROSS}),
     "marian, latent": ("bart", {"model_type": "kvfold_marian", "cross_latent_dim": 5, **CROSS}),
     "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
@@ -140,7 +167,8 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
     decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    assert shape.max_positions == getattr(decoder, "max_position_embeddings", 1 << 15)  # T5 has no end
+    most = getattr(decoder, "max_target_positions", 1 << 15)  # of a Whisper; T5 has no end
+    assert shape.max_positions == getattr(decoder, "max_position_embeddings", most)
     saved = model.state_dict().keys()
     stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
     tensors = {name: tuple(tensor.shape) for name, tensor in stored}
@@ -152,6 +180,7 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
             parameter.numel() for parameter in model.get_submodule(family.module(site)).parameters()
         )
     found = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    found = [name for name in found if ".vision_tower." not in name]
     modules = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:
@@ -166,7 +195,7 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
     made = transformers.AutoConfig.for_model(**config)
     shape = family_of(config).shape(config)
     for site, attention in shape.sites.items():
-        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made)
+        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made.get_text_config())
         kinds = getattr(part, "layer_types", None)
         if kinds is None:
             kinds = ["sliding_attention" if getattr(part, "sliding_window", None) else "full_attention"] * (
@@ -180,17 +209,20 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     config = config_of(variant)
-    predicted = grouped_cache(family_of(config).shape(config))
+    shape = family_of(config).shape(config)
+    predicted = grouped_cache(shape)
     model = hf.build(config, seed=0).eval()
     ids_BT = 1 + torch.arange(2 * 24).view(2, 24) % 90
-    read: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     name = "input_ids"
     if family_of(config).encoder_decoder:
-        read, name = {"encoder_outputs": model.get_encoder()(ids_BT[:, :11])}, "decoder_input_ids"
+        given, name = {"encoder_outputs": model.get_encoder()(**read(model, ids_BT[:, :11]))}, "decoder_input_ids"
     with torch.inference_mode():
-        cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
-        model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
-    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4, encoder_tokens=11)
+        cache = model(**given, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
+        model(**given, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(
+        24, batch=2, itemsize=4, encoder_tokens=shape.encoder_positions or 11
+    )
 
 
 @pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
@@ -350,6 +382,52 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         family_of(config).shape(config)
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+        ("gemma", {"num_key_value_heads": None}, "num_key_value_heads must be a positive whole number (got None)"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a number (got 0.0); allowed: 1e-06 to"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 4 numbers (got [1, 0])"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types must name 4 layers"),
+        ("ministral", {"head_dim": None}, "head_dim must be a positive whole number (got None)"),
+        ("ministral", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters must be a part with settings of its own"),
+        ("internlm3", {"qkv_bias": True}, "qkv_bias must be false: no such model is known here (got True)"),
+        ("helium", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm must be false: LayerNorms of q and k are not known here"),
+        ("cohere", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1: this architecture rotates whole"),
+        ("cohere2", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
+    ],
+    ids=str,
+)
+def test_rows_refuse_what_they_do_not_know(family: str, changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES[family].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(f"config.json: {line}")
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma", "seed_oss", "ernie4_5", "glm", "smollm3", "cohere", "starcoder2", "helium"]
+)
+def test_what_a_row_leaves_unsaid_is_what_transformers_takes(family: str) -> None:
+    """Head width, base and part of the rotation, biases, and whether the output projection is the embedding."""
+    said = ("head_dim", "rope_parameters", "tie_word_embeddings", "attention_bias", "use_bias")
+    config = {key: value for key, value in FAMILIES[family].tiny().items() if key not in said}
+    config |= {"hidden_size": 512} if family == "helium" else {}
+    found, made = family_of(config), transformers.AutoConfig.for_model(**config)
+    attention = found.shape(config).sites[Site(0)]
+    assert found.tied(config) is made.tie_word_embeddings
+    assert attention.head_dim == (getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
+    assert attention.rope is not None
+    assert attention.rope.theta == made.rope_parameters["rope_theta"]
+    part = made.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert attention.rope.dims == part * attention.head_dim
+    model = hf.build(config, seed=0)
+    assert found.shape(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_barts_that_cannot_be_taken() -> None:

@@ -1,4 +1,4 @@
-"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and all sums grow side by side.
+"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and every batch adds to all sums.
 
 The keys and values of a cross-attention are made of the encoder's output: its input moments are over encoder tokens,
 those of its queries over decoder tokens. The model must fit into memory.
@@ -18,7 +18,7 @@ from kvfold.contracts.requests import Answers, AttentionGram, Request, SampledPa
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.progress import SILENT, Progress, task
-from kvfold.text.pairs import Ids, Pairs, batched, start_id
+from kvfold.text.pairs import Pairs, Row, batched, start_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ BATCH = 512  # tokens of one batch, on its longer side
 def read(
     source: Checkpoint,
     requests: Sequence[Request],
-    rows: Iterable[tuple[Ids, Ids]],
+    rows: Iterable[Row],
     *,
     dtype: str,
     device: str,
@@ -58,7 +58,7 @@ def read(
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
-def _batches(rows: Sequence[tuple[Ids, Ids]]) -> Iterator[Pairs]:
+def _batches(rows: Sequence[Row]) -> Iterator[Pairs]:
     """Rows of equal lengths together, without padding, so that every token counts."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
         waiting, count = list(same), max(1, BATCH // max(lengths))
@@ -78,7 +78,7 @@ class _Pass:
         self.tokens = {"encoder": 0, "decoder": 0}
 
     def watching(self) -> ExitStack:
-        """A context in which the model shows what the requests read."""
+        """A context in which hooks on the model record what the requests need."""
         from kvfold import hf
 
         stack, takers = ExitStack(), {}
@@ -99,15 +99,18 @@ class _Pass:
     def add(self, batch: Pairs) -> int:
         """Read a batch and return its number of tokens."""
         begun_BT = batch.shifted(start_id(self.model.config))
-        self.model(input_ids=batch.input_BS, decoder_input_ids=begun_BT, use_cache=False)
+        given = {
+            name: each for name, each in batch.read(self.model.dtype).items() if name != "attention_mask"
+        }  # nothing is padded
+        self.model(**given, decoder_input_ids=begun_BT, use_cache=False)
         self.sums.add(self.seen)
         self.seen.clear()
-        self.tokens["encoder"] += batch.input_BS.numel()
+        self.tokens["encoder"] += batch.seen_BS.numel()
         self.tokens["decoder"] += batch.target_BT.numel()
-        return batch.input_BS.numel() + batch.target_BT.numel()
+        return batch.seen_BS.numel() + batch.target_BT.numel()
 
     def tokens_of(self, request: Request) -> int:
-        """The tokens over which a request is summed."""
+        """The number of tokens over which a request sums: those of the encoder, or those of the decoder."""
         site, what = signals(request)[-1]
         of_encoder = site.kind == "encoder" or (site.kind == "cross" and what in "xk")
         return self.tokens["encoder" if of_encoder else "decoder"]

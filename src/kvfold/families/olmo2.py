@@ -13,6 +13,7 @@ FAMILY = decoder(
     "olmo2",
     "OLMo 2 (q and k normed over all heads, norms behind attention and MLP)",
     "olmo2",
+    examples=("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B"),
     rules={"attention_bias": YES_NO},
     layout=lambda config: Layout(biases="qkvo" if config.get("attention_bias") else "", norms="all_heads"),
     body=AFTER,

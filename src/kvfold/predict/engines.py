@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.contracts.method import Student
 from kvfold.contracts.runtimes import LAYERS, PAIRS, STOCK
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
+
+NOT_RUN = "not run with"
+"""Begins what is said of an engine whose support of an architecture was read, and not tried."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,23 @@ class _Known:
     model_types: frozenset[str]
     ran: frozenset[str]
     checked: str
+    others: Mapping[str, str] = field(default_factory=dict)  # architectures that it runs in another way, and how
 
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LLAMA = frozenset({"llama"})
 
+_VLLM = _LAYOUT | {
+    *("gemma", "granite", "ministral", "ministral3", "cohere", "cohere2", "glm4", "gemma2", "gemma3_text", "stablelm"),
+    *("phi3", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "olmoe", "gpt_oss"),
+}
+_VLLM_BACKEND = dict.fromkeys(
+    ("phi", "starcoder2", "smollm3", "olmo", "olmo2", "olmo3", "glm"), "its backend for transformers' classes"
+)
+
 _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
-    _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
+    _Known("vLLM", "its own class", _VLLM, _LLAMA, "0.32 on a CPU: same tokens as transformers", _VLLM_BACKEND),
     _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
@@ -62,6 +74,8 @@ _MIXED = (  # layers that differ in their key/value heads: `per_layer_config`
 
 
 _T5 = frozenset({"t5", "mt5"})
+_BART = frozenset({"bart", "mbart", "m2m_100", "marian", "pegasus"})
+"""Encoder-decoders with absolute positions that CTranslate2 has."""
 _T5GEMMA = frozenset({"t5gemma"})
 _PAIRED = PAIRS.models
 
@@ -69,7 +83,7 @@ _GROUPED_T5 = (  # encoder-decoders with shared heads, in an architecture of kvf
     _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
     _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
-    _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
+    _Known("CTranslate2", "kvfold export", _T5 | _BART, _T5 | _BART, "4.8: same tokens as transformers"),
     _Known("SGLang", "has no T5", frozenset(), frozenset(), ""),
 )
 
@@ -119,14 +133,15 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
     if known.name in EXPORTED:
         found = refusal(known.name, config, shape)
         problem = None if found is None else found.line
-    elif shape.model_type not in known.model_types:
+    elif shape.model_type not in known.model_types and shape.model_type not in known.others:
         problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in ARCHITECTURES and _activation(config) not in _SILU:
         problem = f"its MLP supports only silu (got {_activation(config)})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
         problem = known.how
-    tried = known.checked if shape.model_type in known.ran else f"not run with {shape.model_type}"
-    return Engine(known.name, problem is None, problem or known.how, tried if problem is None else "no")
+    tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"
+    how = known.others.get(shape.model_type, known.how)
+    return Engine(known.name, problem is None, problem or how, tried if problem is None else "no")
 
 
 def _sharing() -> tuple[Engine, ...]:
@@ -143,8 +158,8 @@ def _sharing() -> tuple[Engine, ...]:
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoders that can be exported."""
 
-T5_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
-"""Activation of a T5 -> its name in CTranslate2."""
+PAIRED_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH", "swish": "SWISH"}
+"""Activation of an encoder-decoder -> its name in CTranslate2."""
 
 EXPORTED = ("llama.cpp", "CTranslate2")
 _SILU = ("silu", "swish")  # the same function
@@ -185,7 +200,7 @@ class Refusal:
 def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
-        return _of_t5(config, shape)
+        return _of_paired(config, shape)
     found = _of_decoder(config, shape)
     return found or (_of_gguf(shape) if engine == "llama.cpp" else None)
 
@@ -214,18 +229,24 @@ def _kept(shape: Shape) -> Refusal | None:
     return Refusal("the engine caches keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
 
 
-def _of_t5(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+def _of_paired(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Refuse encoder-decoders that CTranslate2 does not support."""
-    if shape.family != "t5":
-        return Refusal("its architecture is not supported", shape.model_type, "t5, mt5")
-    name = t5_activation(config)
-    if name not in T5_ACTIVATIONS:
-        return Refusal("the engine lacks the activation", name, ", ".join(T5_ACTIVATIONS))
+    if shape.model_type not in _T5 | _BART:
+        return Refusal("its architecture is not supported", shape.model_type, ", ".join(sorted(_T5 | _BART)))
+    name = paired_activation(config, shape)
+    if name not in PAIRED_ACTIVATIONS:
+        return Refusal("the engine lacks the activation", name, ", ".join(PAIRED_ACTIVATIONS))
+    heads = {each.num_attention_heads for each in shape.sites.values()}
+    if len(heads) > 1:
+        what = "encoder and decoder have different numbers of heads, which was not tried"
+        return Refusal(what, " and ".join(map(str, sorted(heads))))
     return _kept(shape)
 
 
-def t5_activation(config: Mapping[str, Any]) -> str:
-    """The activation of a T5 by its name in transformers."""
+def paired_activation(config: Mapping[str, Any], shape: Shape) -> str:
+    """The activation of an encoder-decoder by its name in transformers."""
+    if shape.model_type in _BART:
+        return str(config.get("activation_function", "relu" if shape.model_type == "m2m_100" else "gelu"))
     stated = str(config.get("feed_forward_proj", "relu"))
     return "gelu_new" if stated == "gated-gelu" else stated.removeprefix("gated-")
 

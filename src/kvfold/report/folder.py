@@ -44,7 +44,7 @@ class Run:
 
     @property
     def studies(self) -> list[Study]:
-        """Its records as studies."""
+        """The records grouped into studies, in which they may be compared with one another."""
         return studies(
             self.records, {checkpoint.lineage["hash"]: checkpoint.lineage for checkpoint in self.checkpoints}
         )

@@ -27,12 +27,13 @@ from kvfold.evaluate.evaluation import evaluate
 from kvfold.evaluate.settings import BenchSettings, EvaluateSettings
 from kvfold.families import family_of
 from kvfold.inputs import read_text
-from kvfold.predict.plan import Plan, PlanSettings, plan
+from kvfold.predict.plan import Plan, PlanSettings, plan, read_source
 from kvfold.progress import SILENT, Progress
 from kvfold.report import report
 from kvfold.report.folder import RECIPE
 from kvfold.run.recipe import CHAIN, LABEL, Cell, Recipe, cells, read_recipe
 from kvfold.settings import decode, read_yaml
+from kvfold.text.pairs import check_text
 from kvfold.train.pretrain import pretrain
 from kvfold.train.settings import PretrainSettings, UptrainSettings
 from kvfold.train.uptrain import uptrain
@@ -40,7 +41,9 @@ from kvfold.train.uptrain import uptrain
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
 """Key of a `convert` section for the conversion that comes first."""
-RECORDED = ("repair", "calibration_seed", *ADVANCED_NAMES)  # fields of ConvertSettings that records of a row name
+FIRST = ("effort", "thorough")
+"""The effort of conversions before there was a choice: names and records of rows do not say it."""
+RECORDED = ("effort", "repair", "calibration_seed", *ADVANCED_NAMES)  # of ConvertSettings, in the records of a row
 
 
 @dataclass
@@ -159,6 +162,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
     Conversions are also `planned`, once their source exists.
     """
     _plan_settings(work.recipe)
+    _check_texts(work.recipe, rows)
     if work.recipe.pretrain is not None:
         _pretraining(work, work.recipe.pretrain)
     if work.recipe.finetune is not None:
@@ -188,6 +192,21 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
     decode(BenchSettings, work.recipe.bench or {}, "bench")
 
 
+def _check_texts(recipe: Recipe, rows: Sequence[Cell]) -> None:
+    """Raise DataError for a text of any stage that is missing, before the first stage runs."""
+    config = read_source(recipe.source)[0] if recipe.pretrain is None else recipe.pretrain.get("config")
+    if isinstance(config, Mapping):
+        steps = (each for cell in rows for each in _chain(cell.convert))
+        texts = [
+            recipe.data,
+            recipe.heldout,
+            (recipe.finetune or {}).get("data"),
+            *(each.get("calibration") for each in steps),
+        ]
+        for text in dict.fromkeys(str(each) for each in texts if each is not None):
+            check_text(text, paired=family_of(dict(config)).encoder_decoder)
+
+
 def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The method of a `convert` section, and its settings without those of the stage."""
     own = {*ConvertSettings.__dataclass_fields__, "method", AFTER}
@@ -203,7 +222,7 @@ def _options(settings: Mapping[str, Any]) -> ConvertSettings:
 def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]]:
     """The conversions of a `convert` section in order: `after` is the one that comes first.
 
-    It uses the same calibration, unless it names its own.
+    It uses the same calibration and effort, unless it names its own.
     """
     first = settings.get(AFTER)
     if first is None:
@@ -212,7 +231,7 @@ def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]
         raise SettingError(
             "after must be a previous conversion", where="convert", got=repr(first), allowed="keys as in convert"
         )
-    read = {key: value for key, value in settings.items() if key.startswith("calibration")}
+    read = {key: value for key, value in settings.items() if key.startswith(("calibration", "effort"))}
     if deep >= CHAIN:
         raise SettingError("too many conversions come before this one", where="convert", allowed=f"at most {CHAIN}")
     return [*_chain({**read, **first}, deep + 1), settings]
@@ -286,7 +305,7 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
         out = work.folder / "converted" / _label(each)
         converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
     name, settings = _method(cell.convert)
-    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert}
+    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert and (key, cell.convert[key]) != FIRST}
     row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
     if recipe.finetune is not None:
         return _tuned_cell(work, cell, Path(converted), row, reference)
@@ -346,7 +365,7 @@ def _label(settings: Mapping[str, Any]) -> str:
     """The folder of a conversion; of several, in their order."""
     labels = []
     for each in _chain(settings):
-        given = {key: value for key, value in each.items() if key not in ("method", AFTER)}
+        given = {key: value for key, value in each.items() if key not in ("method", AFTER) and (key, value) != FIRST}
         if "calibration" in given:
             given["calibration"] = Path(str(given["calibration"])).name
         labels.append("_".join([_method(each)[0], *(f"{key}-{value}" for key, value in sorted(given.items()))]))
