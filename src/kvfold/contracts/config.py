@@ -306,12 +306,13 @@ _KINDS: Mapping[str, Rules] = {
 }
 
 
-def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0) -> None:
+def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0, *, partial: bool = False) -> None:
     """Check the rotation: `rope_parameters`, or `rope_scaling` and `rope_theta` of older configs.
 
-    `rotated` is the architecture's default for the part of a head that is rotated; 1 if it always rotates whole heads.
+    `rotated` is the architecture's default for the part of a head that is rotated. Where that is 1, config.json may
+    name another if the architecture is `partial`.
     """
-    part = _WHOLE_HEADS if rotated == 1 else _PART
+    part = _PART if partial or rotated != 1 else _WHOLE_HEADS
     a_mapping = Rule(dict[str, Any], "a mapping").or_null
     fields.check({"rope_parameters": a_mapping, "rope_scaling": a_mapping})
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")

@@ -26,14 +26,15 @@ class Body:
 
     `embedding` names the tensor that a tied output projection equals; it is empty where transformers ties more than
     these two. `layers` and `norm` are those of a decoder alone. Paths of `mlp` and `after` are relative to a layer:
-    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known;
+    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known, and
+    of parts that share a tensor that tensor;
     `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
     """
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     norm: str = "model.norm"
-    mlp: Mapping[str, str] = field(default_factory=dict)
+    mlp: Mapping[str, str | Packed] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
 
     def inside(self, layer: int, path: str = "") -> str:
@@ -92,10 +93,16 @@ class Family:
 
     def tensor(self, site: Site, role: str) -> str:
         """Name of the tensor of a role, of the layer's MLP too; a role that no source has is named after itself."""
+        packed = self.packed(role)
         if role in self.body.mlp:
-            return f"{self.body.inside(site.layer, self.body.mlp[role])}.weight"
-        found = self.tensors.get(role, f"{role}.weight")
-        return f"{self.module(site)}.{found if isinstance(found, str) else found.name}"
+            path = f"{self.body.mlp[role]}.weight" if packed is None else packed.name
+            return self.body.inside(site.layer, path)
+        return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight') if packed is None else packed.name}"
+
+    def alone(self, site: Site, role: str) -> str:
+        """Name of the weight of a role in a layer whose packed maps are split (`kvfold.hf.layers`)."""
+        name = self.tensor(site, role)
+        return name if self.packed(role) is None else f"{name.rpartition('.')[0]}.{role}.weight"
 
     def on_disk(self, name: str) -> str:
         """The name under which a checkpoint stores a parameter of the model."""
@@ -104,7 +111,7 @@ class Family:
 
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
-        found = self.tensors.get(role)
+        found = self.body.mlp.get(role, self.tensors.get(role))
         return found if isinstance(found, Packed) else None
 
     def stored(self, site: Site, attention: Attention) -> dict[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ OWN = "kvfold_"
 
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
-    **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
+    **{"phi": "Phi", "phi3": "Phi3", "gpt_neox": "GPTNeoX", "gptj": "GPTJ", "codegen": "CodeGen", "falcon": "Falcon"},
     **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
@@ -265,23 +265,29 @@ STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _LAYOUT | {"phi", "gpt_neox"},
+    _LAYOUT | {"phi", "phi3", "gpt_neox", "gptj", "codegen", "falcon"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
 )
 LAYERS = Runtime(
-    "layers that differ in their key/value heads, or share keys and values",
+    "layers that differ in their key/value heads",
     OWN,
     "Kvfold",
-    _LAYOUT,
-    lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
+    _LAYOUT | {"phi", "phi3"},
+    lambda shape: len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
     _heads_by_layer,
     _read_layers,
     {
         PER_LAYER: Rule(dict[str, dict[str, Any]], "a mapping of layers to fields").or_null,
         SOURCES: Rule(list[int], "a list of whole numbers").or_null,
     },
+)
+SHARING = replace(
+    LAYERS,
+    name="layers that share keys and values",
+    models=_LAYOUT | {"phi"},
+    holds=lambda shape: bool(shape.owners),
 )
 LATENT = Runtime(
     "latent keys and values",
@@ -303,7 +309,7 @@ LINEAR = Runtime(
     _read_linear,
     {SETTINGS: Rule(dict[str, Any], "a mapping").or_null},
 )
-DECODERS = (LINEAR, LATENT, LAYERS, STOCK)
+DECODERS = (LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Layout:
     windows: Sequence[int | None] | None = None  # by layer; None: no layer has a window
     head_dim: int | None = None  # where config.json is silent; None: hidden_size / num_attention_heads
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
+    partial: bool = False  # config.json may name a part where that is 1
     theta: float = 10000.0  # the base of the rotation, where config.json is silent
     gated: bool = True  # the MLP
     mlp_biases: bool = False
@@ -148,7 +149,7 @@ def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: 
     if width is None:
         fields.check_divides("num_attention_heads", "hidden_size")
         width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
-    check_rope(fields, width, found.rotated)
+    check_rope(fields, width, found.rotated, partial=found.partial)
     linear = fields.config["model_type"] == LINEAR.model_type(stock_type(fields.config))
     check_layers(fields, TYPES, {"full_attention", LINEAR_LAYER} if linear else found.kinds)
     check_layers(fields, "mlp_layer_types", ("dense",))

@@ -22,7 +22,7 @@ from kvfold.families._decoder import END, Layout, decoder
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKED = {"": Packed("query_key_value.weight", "groups"), "_bias": Packed("query_key_value.bias", "groups")}
+PACKED = {end: Packed(f"query_key_value.{name}", blocks=None) for end, name in (("", "weight"), ("_bias", "bias"))}
 ABSENT = Rule(None, "absent: transformers ignores it in this architecture")
 
 MLP = {"up": "mlp.dense_h_to_4h", "act": "mlp.act", "down": "mlp.dense_4h_to_h"}

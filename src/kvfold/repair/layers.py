@@ -84,12 +84,6 @@ def _check_roles(teacher: Checkpoint, roles: Sequence[str]) -> None:
     family = teacher.family
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if packed := [role for role in roles if family.packed(role)]:
-        raise SettingError(
-            f"family {family.name} keeps {choices(packed)} in one tensor with other roles",
-            where="repair",
-            next=f"leave out {choices(packed)}",
-        )
     if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
         raise SettingError(
             f"the MLP of family {family.name} has no {choices(absent)}",
@@ -178,13 +172,13 @@ class _Pass:
             self.above.write(row, above_BTD)
         found = dict(done or {})
         for name, tensor in found.items():
-            student.weight(name).copy_(tensor)
+            student.layer.write(name, tensor)
         for role in REPAIRABLE if done is None else ():
             if role in self.roles:
                 self._repair(role, teacher, student)
                 name = self.target.family.tensor(site, role)
-                weight, dtype = student.weight(name), getattr(torch, self.target.spec(name).dtype)
-                weight.copy_(saved := weight.to(dtype))  # the layers above read it as it is saved
+                saved = student.layer.weight(name).to(getattr(torch, self.target.spec(name).dtype))
+                student.layer.write(name, saved)  # the layers above read it as it is saved
                 if not bool(saved.isfinite().all()):
                     raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
                 found[name] = saved.cpu()
@@ -245,17 +239,16 @@ class _Layer:
         family = checkpoint.family
         self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
-        self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
+        self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
-        self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
+        self.mlp: dict[str, Any] = {
+            part: layer.module(path) if part == "act" else layer.owner(family.alone(site, part))
+            for part, path in family.body.mlp.items()
+        }
         after = {part: layer.module(path) for part, path in family.body.after.items()}
         self.added = {"attention": Residual(self._module, after.get("attention"))}
         if self.mlp:
             self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
-
-    def weight(self, name: str) -> Any:
-        """The weight of the module that holds a tensor."""
-        return self.layer.owner(name).weight
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """The attention on hidden states of the rows from `row` on."""
