@@ -122,10 +122,8 @@ def test_repair_brings_a_student_nearer(tiny_checkpoint: Make, text: Path, tmp_p
 @pytest.mark.parametrize(
     ("method", "settings", "line"),
     [
-        ("gqa", {"kv_heads": "4/2/1/2"}, r"gqa: gpt_neox has no classes for layers that differ.*allowed: llama"),
-        ("gqa", {"kv_heads": "auto", "budget": 0.5}, r"kv_heads auto gives each layer its own heads, and gpt_neox"),
-        ("cla", {"share": 2}, r"cla: gpt_neox has no classes for layers that differ"),
-        ("supra", {}, r"supra: gpt_neox has no classes for linear attention"),
+        ("supra", {}, r"supra: phi has no classes for linear attention"),
+        ("elitekv", {"rope_chunks": 1, "latent_dim": 8}, r"elitekv: phi has no classes for latent keys and values"),
     ],
 )
 def test_students_without_classes_are_refused_before_any_work(

@@ -140,22 +140,26 @@ def _converted(
     source: Checkpoint, method: Method[Any], config: Any, question: Question, answers: Answers
 ) -> _Converted:
     """Convert these sites alone, and repeat each shared head for the heads that read it."""
-    alone, name = _config(method, config, question, source.shape), source.family.tensor
+    alone, family = _config(method, config, question, source.shape), source.family
     group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():
         before, after = source.shape.sites[site], student.sites[site]
+        whole = dict(roles)
         for role, tensor in roles.items():
             if role[0] in "kv" and len(tensor) < before.roles()[role][0]:  # shared by several heads
                 heads = tensor.shape[0] // before.head_dim
                 blocks = tensor.view(heads, before.head_dim, *tensor.shape[1:])
-                tensor = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
-            found[name(site, role)] = tensor.float()
+                whole[role] = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
+        for name, held in family.stored(site, before).items():
+            if held[0] in whole:
+                found[name] = family.joined(before, {role: whole[role] for role in held}).float()
         if after.source is not None:
             owner = Site(after.source, site.kind)
             for role in {"k", "v", "k_norm"} & before.roles().keys():
-                reads[name(site, role).removesuffix(".weight")] = name(owner, role).removesuffix(".weight")
+                mine, theirs = (family.tensor(each, role).removesuffix(".weight") for each in (site, owner))
+                reads[mine] = theirs
     return _Converted(found, reads)
 
 
@@ -166,7 +170,7 @@ class _Teacher:
         from kvfold import hf  # loads transformers, which answers from the cache do not need
 
         self.through = hf.Through
-        model: Any = hf.load(source.path, device=device)
+        model: Any = hf.load_source(source, device=device)
         self.model, self.head, self.body = model, model.get_output_embeddings(), source.family.body
         self.shown = model.get_submodule(self.body.layers)
         self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)

@@ -128,8 +128,7 @@ def _plan(
     if options.calibration is None:
         settings = {**chosen.without_text, **settings}
     config = decode(chosen.Config, settings, method)
-    methods.check(method, config, source.shape)
-    if rehoused(source.config, source.family, source.shape, chosen.student(config, source.shape)):
+    if rehoused(source.config, source.family, source.shape, method, config):
         source = Rehoused(source)
         source.shape = rooted(source.shape, source.lineage)
     _config(source, chosen.student(config, source.shape), method, options.dtype)

@@ -65,6 +65,18 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     return model
 
 
+def load_source(source: Checkpoint, *, device: str = "cpu") -> nn.Module:
+    """Load an opened checkpoint as `load` does; a view of another is loaded in its own architecture."""
+    if source.origin is source:
+        return load(source.path, device=device)
+    model = build(source.config, seed=0, attention=NAME).eval()
+    found = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = set(found.missing_keys) - tied
+    check_tensors(source.path, missing=missing, unexpected=found.unexpected_keys, mismatched=())
+    return model.to(device)
+
+
 def check_tensors(where: object, **problems: Iterable[object]) -> None:
     """Raise CheckpointError for the first of `PROBLEMS` that has names of tensors."""
     for problem in PROBLEMS:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import KVSharingDict
 
@@ -28,6 +29,7 @@ class SharedAttention:
     """
 
     architecture: ModuleType  # the stock class's module: its rotation and its eager attention
+    output: str  # name of the output projection
 
     def __init__(self, config: Any, layer_idx: int, source: int) -> None:
         """Build the stock attention. `source` is the layer whose keys and values are read: an owner's is its own."""
@@ -51,7 +53,9 @@ class SharedAttention:
         owns = self.kv_source_layer == self.layer_idx
         query = projected(self, hidden_states, "q")
         key = projected(self, hidden_states, "k") if owns else query[:, :0]  # a consumer rotates queries alone
-        query, key = self.architecture.apply_rotary_pos_emb(query, key, *position_embeddings)
+        turn = position_embeddings[0].shape[-1]
+        turned = self.architecture.apply_rotary_pos_emb(query[..., :turn], key[..., :turn], *position_embeddings)
+        query, key = (torch.cat([new, old[..., turn:]], dim=-1) for new, old in zip(turned, (query, key), strict=True))
         if owns:
             value = projected(self, hidden_states, "v")
             if past_key_values is not None:
@@ -62,7 +66,7 @@ class SharedAttention:
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         attend = implementation(self, self.config._attn_implementation)
         output, weights = attend(query, key, value, attention_mask, sliding_window=window, **kwargs)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        return getattr(self, self.output)(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 def projected(attention: Any, hidden_BTD: Tensor, role: str) -> Tensor:

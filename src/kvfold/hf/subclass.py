@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from kvfold.contracts.family import Family
 from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
@@ -25,11 +26,14 @@ def derive(module: str, about: str, stock: type, name: str, *before: type, **fie
 
 def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Path below `model.base_model` and module of each attention of a decoder, in order of layers."""
-    stock = stock_type({"model_type": model.config.model_type})
-    family = next(each for each in all_families().values() if stock in each.architectures)
+    family = _family(stock_type({"model_type": model.config.model_type}))
     for layer in range(model.config.num_hidden_layers):
         path = family.module(Site(layer)).removeprefix(f"{model.base_model_prefix}.")
         yield path, model.base_model.get_submodule(path)
+
+
+def _family(stock: str) -> Family:
+    return next(each for each in all_families().values() if stock in each.architectures)
 
 
 def register_decoders(
@@ -46,7 +50,7 @@ def register_decoders(
 
     `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
     of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
-    the stock module as `architecture`. The derived attention is a subclass of the stock one because a model recognises
+    the stock module as `architecture`, and its output projection under the name `output`. The derived attention is a subclass of the stock one because a model recognises
     its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
@@ -62,6 +66,7 @@ def register_decoders(
             runtime.architecture(stock, "Attention"),
             attention,
             architecture=sys.modules[model.__module__],
+            output=_family(stock).tensor(Site(0), "o").split(".")[-2],
         )
         for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
             classes = {"config_class": settings, "own_attention": own}

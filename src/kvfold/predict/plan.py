@@ -265,12 +265,10 @@ class _Conversion:
 def _conversion(config: Mapping[str, Any], shape: Shape, name: str, given: Mapping[str, Any]) -> _Conversion:
     family, method = source_family(config), methods.get(name)
     settings = decode(method.Config, given, name)
-    methods.check(name, settings, shape)
-    made = _Conversion(config, family, shape, method, settings, method.student(settings, shape))
-    if other := rehoused(config, family, shape, made.student):
-        shape = replace(source_family(other).shape(other), root_elements=shape.root_elements)
-        made = _conversion(other, shape, name, given)
-    return made
+    if other := rehoused(config, family, shape, name, settings):
+        config, family = other, source_family(other)
+        shape = replace(family.shape(other), root_elements=shape.root_elements)
+    return _Conversion(config, family, shape, method, settings, method.student(settings, shape))
 
 
 def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

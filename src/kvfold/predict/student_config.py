@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from kvfold import methods
 from kvfold.contracts.family import Family, with_fields
 from kvfold.contracts.method import Student
 from kvfold.contracts.site import Shape
@@ -37,14 +38,27 @@ def student_config(
     return made
 
 
-def rehoused(config: Mapping[str, Any], family: Family, shape: Shape, student: Student) -> Mapping[str, Any] | None:
+def rehoused(
+    config: Mapping[str, Any], family: Family, shape: Shape, method: str, settings: Any
+) -> Mapping[str, Any] | None:
     """The source's config.json in the architecture that its student needs, where that is another; else None.
 
-    Raises UnsupportedModel for a source whose function has no form there.
+    The method checks its settings there. Raises UnsupportedModel for a source whose function has no form there, and as
+    `methods.check` does.
     """
-    if family.rehouse is None or student.shape == shape:
+    other, refused, there = None, None, shape
+    if family.rehouse is not None:
+        try:
+            other = family.rehouse(config).config
+            there = dataclasses.replace(source_family(other).shape(other), root_elements=shape.root_elements)
+        except UnsupportedModel as error:
+            refused = error
+    methods.check(method, settings, there)
+    if methods.get(method).student(settings, there).shape == there:
         return None
-    return family.rehouse(config).config
+    if refused is not None:
+        raise refused
+    return other
 
 
 def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, method: str) -> dict[str, Any]:
