@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -212,13 +213,18 @@ def test_weights_of_another_architecture(problem: str, tiny_checkpoint: Callable
         Layers(Checkpoint.open(source.path))
 
 
-def test_a_model_that_scales_between_its_layers_is_refused(
+def test_a_model_that_scales_behind_its_layers_is_refused(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Granite multiplies embeddings: the layers alone would be another model."""
-    source = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False))
-    source.config.update(model_type="granite", embedding_multiplier=2.0)
-    with pytest.raises(UnsupportedModel, match="granite changes hidden states outside its layers"):
+    """The layers alone would be another model."""
+    source, forward = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False)), LlamaModel.forward
+
+    def doubled(self: Any, **given: Any) -> Any:
+        found = forward(self, **given)
+        return replace(found, last_hidden_state=2 * found.last_hidden_state)  # type: ignore[type-var]
+
+    monkeypatch.setattr(LlamaModel, "forward", doubled)
+    with pytest.raises(UnsupportedModel, match="llama changes hidden states between its layers or behind them"):
         Layers(source)
 
 

@@ -308,7 +308,10 @@ def test_a_norm_over_all_heads_is_differentiated_as_a_whole() -> None:
         turned: Tensor = apply_rotary_pos_emb(heads_BHTE, heads_BHTE, cos_TE[None], sin_TE[None])[0]
         return turned
 
-    turn, close = Turn(made.learnt, norm, own), {"rtol": 1e-4, "atol": 1e-5}  # the norm computes in float32
+    turn, close = (
+        Turn(made.learnt, made.student.rope, norm, own),
+        {"rtol": 1e-4, "atol": 1e-5},
+    )  # the norm computes in float32
     torch.testing.assert_close(turn.whole(own), whole(own), **close)
     torch.testing.assert_close(turn.change(change), autograd.jvp(whole, own, change)[1], **close)
     torch.testing.assert_close(turn.back(pulled), autograd.vjp(whole, own, pulled)[1], **close)

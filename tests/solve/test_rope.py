@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as neighbouring
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvfold.contracts.config import Fields, check_rope
@@ -83,20 +84,25 @@ def test_logits_stay_under_a_complex_factor_for_each_plane_and_change_under_more
     assert float((logits(mixed_EE @ q_E, mixed_EE @ k_E) - logits(q_E, k_E)).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("half_split", [True, False])
 @pytest.mark.parametrize("dims", [8, 6])
-def test_rotation_is_transformers_own_and_has_its_transpose(dims: int) -> None:
+def test_rotation_is_transformers_own_and_has_its_transpose(dims: int, half_split: bool) -> None:
+    """Cohere's for neighbouring coordinates."""
     heads_BHTE, other_BHTE = drawn(2, 3, 5, WIDTH), drawn(2, 3, 5, WIDTH, seed=1)
     angles_TP = torch.arange(5.0).double()[:, None] * 100.0 ** (-torch.arange(0, dims, 2).double() / dims)
-    cos_TE, sin_TE = (each.repeat(1, 2) for each in (angles_TP.cos(), angles_TP.sin()))
-    found_BHTE = rotate(heads_BHTE, cos_TE, sin_TE)
-    turned_BHTE, _ = apply_rotary_pos_emb(
+    angles_TE = angles_TP.repeat(1, 2) if half_split else angles_TP.repeat_interleave(2, 1)
+    cos_TE, sin_TE, stock = angles_TE.cos(), angles_TE.sin(), apply_rotary_pos_emb if half_split else neighbouring
+    found_BHTE = rotate(heads_BHTE, cos_TE, sin_TE, half_split=half_split)
+    turned_BHTE, _ = stock(
         heads_BHTE[..., :dims], heads_BHTE[..., :dims], cos_TE.expand(2, -1, -1), sin_TE.expand(2, -1, -1)
     )
-    assert torch.equal(found_BHTE, torch.cat([turned_BHTE, heads_BHTE[..., dims:]], dim=-1))
-    torch.testing.assert_close(found_BHTE[1, 2, 4], turned(heads_BHTE[1, 2, 4], 4, Rope(dims, 100.0)))
-    back_BHTE = rotate(other_BHTE, cos_TE, -sin_TE)
+    expected_BHTE = torch.cat([turned_BHTE.to(heads_BHTE), heads_BHTE[..., dims:]], dim=-1)
+    torch.testing.assert_close(found_BHTE, expected_BHTE, rtol=0, atol=1e-6)  # Cohere's rotates in float32
+    exact = turned(heads_BHTE[1, 2, 4], 4, Rope(dims, 100.0, half_split))
+    torch.testing.assert_close(found_BHTE[1, 2, 4], exact)
+    back_BHTE = rotate(other_BHTE, cos_TE, -sin_TE, half_split=half_split)
     torch.testing.assert_close((found_BHTE * other_BHTE).sum(), (heads_BHTE * back_BHTE).sum())
-    torch.testing.assert_close(rotate(found_BHTE, cos_TE, -sin_TE), heads_BHTE)
+    torch.testing.assert_close(rotate(found_BHTE, cos_TE, -sin_TE, half_split=half_split), heads_BHTE)
 
 
 SCALED: dict[str, dict[str, Any]] = {

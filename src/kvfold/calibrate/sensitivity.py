@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,19 +164,21 @@ def _converted(
 
 
 class _Teacher:
-    """The teacher on a sample of text: hidden states before the current layer, and after the last."""
+    """The teacher on a sample of text: hidden states before the current layer, and after the last, not normed."""
 
     def __init__(self, source: Checkpoint, rows_BT: Tensor, device: str) -> None:
         from kvfold import hf  # loads transformers, which answers from the cache do not need
 
-        self.through = hf.Through
+        self.through, self.entering = hf.Through, hf.entering
         model: Any = hf.load_source(source, device=device)
-        self.model, self.head, self.body = model, model.get_output_embeddings(), source.family.body
+        self.model, self.body = model, source.family.body
         self.shown = model.get_submodule(self.body.layers)
         self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)
         rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * source.shape.vocab_size))
         embed = model.get_input_embeddings()
-        self.hidden = [embed(ids_BT.to(device)) for ids_BT in torch.split(rows_BT, rows)]
+        self._show(0, 0, nn.Identity())
+        self.hidden = [self._states(embed(ids_BT.to(device))) for ids_BT in torch.split(rows_BT, rows)]
+        self._show(0, len(self.layers), nn.Identity())
         self.final = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
         self.at = 0
 
@@ -184,17 +186,19 @@ class _Teacher:
         self, layer: int, converted: Mapping[Question, _Converted], progress: Progress
     ) -> dict[Question, float]:
         """KL to the teacher of converted sites from a layer on, in nats per token. Layers come in ascending order."""
+        last = len(self.layers)
         if self.at < layer:
             self._show(self.at, layer, nn.Identity())
             self.hidden = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
             self.at = layer
-        self._show(layer, len(self.layers), self.norm)
         sums = dict.fromkeys(converted, 0.0)
         for hidden_BTD, final_BTD in zip(self.hidden, self.final, strict=True):
-            log_p_BTV = self.head(final_BTD).log_softmax(-1)
+            self._show(last, last, self.norm)
+            log_p_BTV = self._log_p(final_BTD)
             p_BTV = log_p_BTV.exp()
+            self._show(layer, last, self.norm)
             for each, made in converted.items():
-                log_q_BTV = self.head(self._run(hidden_BTD, made)).log_softmax(-1)
+                log_q_BTV = self._log_p(hidden_BTD, made)
                 sums[each] += float((p_BTV * (log_p_BTV - log_q_BTV)).sum(-1).double().sum())
                 progress.advance(hidden_BTD.shape[0] * hidden_BTD.shape[1], f"layer {layer}")
         tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in self.hidden)
@@ -204,16 +208,25 @@ class _Teacher:
         """Run the layers from `first` to before `end`, and pass hidden states through the others."""
         for number, layer in enumerate(self.layers):
             self.shown[number] = layer if first <= number < end else self.through()
+        self.entered = self.shown[min(first, len(self.layers) - 1)]
         self.model.set_submodule(self.body.norm, norm)
 
-    def _run(self, hidden_BTD: Tensor, made: _Converted = _Converted({}, {})) -> Tensor:
-        """The output of the shown layers, with converted tensors in place of the teacher's."""
-        prefix = f"{self.model.base_model_prefix}."
-        tensors = {name.removeprefix(prefix): tensor.to(hidden_BTD) for name, tensor in made.tensors.items()}
+    def _states(self, embedded_BTD: Tensor) -> Tensor:
+        """The output of what is shown, without the head."""
+        return cast(Tensor, self.model.base_model(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state)
+
+    def _run(self, hidden_BTD: Tensor) -> Tensor:
+        """The output of the shown layers, which hidden states enter."""
+        with self.entering(self.entered, hidden_BTD):
+            return self._states(hidden_BTD)
+
+    def _log_p(self, hidden_BTD: Tensor, made: _Converted = _Converted({}, {})) -> Tensor:
+        """The same as next-token distributions, with converted tensors in place of the teacher's."""
+        tensors = {name: tensor.to(hidden_BTD) for name, tensor in made.tensors.items()}
         given = {"inputs_embeds": hidden_BTD, "use_cache": False}
-        with self._sharing(made.reads):
-            out_BTD: Tensor = functional_call(self.model.base_model, tensors, (), given).last_hidden_state
-        return out_BTD
+        with self._sharing(made.reads), self.entering(self.entered, hidden_BTD):
+            logits_BTV: Tensor = functional_call(self.model, tensors, (), given).logits
+        return logits_BTV.log_softmax(-1)
 
     @contextmanager
     def _sharing(self, reads: Mapping[str, str]) -> Iterator[None]:

@@ -36,6 +36,7 @@ class Body:
     norm: str = "model.norm"
     mlp: Mapping[str, str | Packed] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
+    residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
 
     def inside(self, layer: int, path: str = "") -> str:
         """Path of a layer, or of a module in it."""
@@ -74,6 +75,7 @@ class Family:
     tiny: Callable[[], dict[str, Any]]  # a config.json of a few thousand parameters, for tests
     body: Body = Body()
     aliases: tuple[str, ...] = ()  # older names of the architectures
+    examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need

@@ -1,6 +1,6 @@
-"""Families: where a model architecture keeps its weights. One file each, discovered in this folder.
+"""Families: where a model architecture keeps its weights. Discovered in the modules of this folder.
 
-A family is a module of this package with one frozen `FAMILY`. CONTRIBUTING.md walks through adding one.
+A module has one frozen `FAMILY`, or `FAMILIES`, a tuple of them. CONTRIBUTING.md walks through adding one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import cast
+from typing import Any
 
 from kvfold.contracts.config import Fields, check_common
 from kvfold.contracts.family import Family, Json
@@ -20,8 +20,9 @@ from kvfold.errors import UnsupportedModel, did_you_mean
 def all_families() -> dict[str, Family]:
     """Every family by name."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    found = [cast(Family, importlib.import_module(f"{__name__}.{name}").FAMILY) for name in names]
-    return {family.name: family for family in found}
+    modules: list[dict[str, Any]] = [vars(importlib.import_module(f"{__name__}.{name}")) for name in names]
+    found = [family for module in modules for family in module.get("FAMILIES") or (module["FAMILY"],)]
+    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
 
 
 _QUANTISED = ("quantization_config", "compression_config", "quant_config", "quantization")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -96,11 +96,16 @@ class Layout:
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
     partial: bool = False  # config.json may name a part where that is 1
     theta: float = 10000.0  # the base of the rotation, where config.json is silent
+    half_split: bool = True  # halves of a head rotate together; False: neighbouring coordinates
+    rotations: Sequence[Json | None] | None = None  # by layer: fields in place of config.json's; None: not rotated
+    scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # of the logits
     gated: bool = True  # the MLP
     mlp_biases: bool = False
     vectors: int = 2  # of the model's width in a layer's norms, weights and biases
     last: int = 1  # the same in the last norm
     head_bias: bool = False  # of the output projection
+    positions: int = 0  # learned, in a table
     kinds: Collection[str] = ("full_attention",)  # names that `layer_types` may have
 
 
@@ -149,7 +154,9 @@ def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: 
     if width is None:
         fields.check_divides("num_attention_heads", "hidden_size")
         width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
-    check_rope(fields, width, found.rotated, partial=found.partial)
+    for rotation in _distinct(found.rotations or [{}]):
+        own = Fields({**fields.config, **rotation}, fields.where)
+        check_rope(own, width, found.rotated, partial=found.partial)
     linear = fields.config["model_type"] == LINEAR.model_type(stock_type(fields.config))
     check_layers(fields, TYPES, {"full_attention", LINEAR_LAYER} if linear else found.kinds)
     check_layers(fields, "mlp_layer_types", ("dense",))
@@ -171,8 +178,10 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     )
     width = config.get("head_dim") or found.head_dim or hidden // heads
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
-    rope, windows = rope_of(config, width, found.rotated, found.theta), found.windows or [None] * layers
-    sites = read(config, {Site(layer): Attention(*alone, rope, windows[layer]) for layer in range(layers)}, DECODERS)
+    ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
+    by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
+    own = {Site(layer): Attention(*alone, *each, found.scale, found.softcap) for layer, each in by_layer}
+    sites = read(config, own, DECODERS)
     maps = 2 + found.gated
     layer = maps * hidden * inner + found.vectors * hidden
     layer += (maps - 1) * inner + hidden if found.mlp_biases else 0
@@ -191,6 +200,16 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
         dtype=dtype_of(config),
         max_positions=int(config.get("max_position_embeddings") or 2048),
     )
+
+
+def _distinct(rotations: Sequence[Json | None]) -> list[Json]:
+    """Each of these once, without layers that are not rotated."""
+    return [each for n, each in enumerate(rotations) if each is not None and each not in rotations[:n]]
+
+
+def _rope(config: Json, own: Json, width: int, layout: Layout) -> Rope:
+    """The rotation of a layer whose own fields stand in place of the whole's."""
+    return replace(rope_of({**config, **own}, width, layout.rotated, layout.theta), half_split=layout.half_split)
 
 
 def dtype_of(config: Json) -> str:

@@ -9,8 +9,8 @@ row, until the layers that read them run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -32,8 +32,8 @@ class Layers:
 
     `attention` is as in `hf.load`. `lengths` are the lengths of the rows that will be read. They are needed, and
     `Layers` must be used as a context manager, if layers share keys and values. Raises CheckpointError if the tensors
-    are not exactly those of the architecture, SettingError for an unknown `dtype`, and UnsupportedModel if anything but
-    the embedding, the layers and the last norm changes the hidden states.
+    are not exactly those of the architecture, SettingError for an unknown `dtype`, and UnsupportedModel if anything
+    between the layers, or behind them but the last norm, changes the hidden states.
     """
 
     def __init__(
@@ -55,14 +55,22 @@ class Layers:
             what = f"{source.config['model_type']} is not a decoder: it cannot be read layer by layer"
             raise UnsupportedModel(what, where=source.path)
         self._verify()
-        self._plain = type(whole.get_submodule(self._body.embedding)) is nn.Embedding
+        self._embedding = cast(Any, whole.get_submodule(self._body.embedding))
         for path in (self._body.embedding, self._body.norm):
             whole.set_submodule(path, nn.Identity())
         self._layers = cast(nn.ModuleList, whole.get_submodule(self._body.layers))
         self._unread = list(self._layers)  # on the meta device
         for number in range(len(self)):
             self._layers[number] = Through()
-        self._fill_buffers(self._base)
+        # without its rows, which are read when they are needed
+        self._embedding.weight, self._embedding.padding_idx = nn.Parameter(self._embedding.weight[:0]), None
+        for module in (self._base, self._embedding):
+            self._fill_buffers(module)
+        before = {
+            name: source.read(self.prefix + name).to(self.device, self.dtype)
+            for name, _ in self._base.named_parameters()
+        }
+        self._base.load_state_dict(before, strict=False, assign=True)  # such as learned positions
         self._probe()
         self._open = ExitStack()
         self._shared = _Shared(source.shape, lengths, dtype, self._open) if source.shape.owners else None
@@ -79,7 +87,9 @@ class Layers:
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The input of layer 0, `hidden_BTD`. Only the rows of these ids are read from the embedding."""
         weight_VD = self.source.read(f"{self._body.embedding}.weight")
-        return weight_VD[ids_BT.to(weight_VD.device)].to(self.device, self.dtype)
+        rows_ND = weight_VD[ids_BT.flatten().to(weight_VD.device)].to(self.device, self.dtype)
+        self._embedding.weight = nn.Parameter(rows_ND, requires_grad=False)
+        return _forward(self._base, self._embedding(torch.arange(len(rows_ND), device=self.device).view(ids_BT.shape)))
 
     def open(self, number: int) -> Layer:
         """Read layer `number` into memory, where it stays as long as the Layer exists.
@@ -137,12 +147,14 @@ class Layers:
                 )
 
     def _probe(self) -> None:
-        """Refuse a model that scales or mixes hidden states outside its layers: its output would differ."""
+        """Refuse a model that scales or mixes hidden states between or behind its layers: its output would differ."""
         hidden_BTD = torch.arange(2.0 * self.source.shape.hidden_size, device=self.device).to(self.dtype)
         hidden_BTD = hidden_BTD.view(1, 2, -1)
-        if not self._plain or not torch.equal(_forward(self._base, hidden_BTD), hidden_BTD):
+        with entering(self._layers[0], hidden_BTD):
+            left_BTD = _forward(self._base, hidden_BTD)
+        if not torch.equal(left_BTD, hidden_BTD):
             raise UnsupportedModel(
-                f"{self.source.config['model_type']} changes hidden states outside its layers: "
+                f"{self.source.config['model_type']} changes hidden states between its layers or behind them: "
                 "it cannot be read layer by layer",
                 where=self.source.path,
             )
@@ -167,10 +179,11 @@ class Layer:
         through = self._layers[self.number]
         self._layers[self.number] = self._module
         try:
-            if self._shared is None:
-                return _forward(self._base, hidden_BTD)
-            states = self._shared.read(self.number, row, hidden_BTD)
-            above_BTD = _forward(self._base, hidden_BTD, **{STATES: states})
+            with entering(self._module, hidden_BTD):
+                if self._shared is None:
+                    return _forward(self._base, hidden_BTD)
+                states = self._shared.read(self.number, row, hidden_BTD)
+                above_BTD = _forward(self._base, hidden_BTD, **{STATES: states})
             self._shared.write(self.number, row, states)
             return above_BTD
         finally:
@@ -266,6 +279,20 @@ class _Shared:
         if layer in self.spools:
             both_BGSE = torch.cat(states[layer], dim=1)
             self.spools[layer].write(row, both_BGSE.transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def entering(layer: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
+    """A context in which a layer receives these hidden states, whatever the model does before its layers."""
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        return (hidden_BTD, *args[1:]), kwargs
+
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Through(nn.Module):

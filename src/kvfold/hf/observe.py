@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Attended:
     key_BGSE: Tensor
     mask: Tensor | None
     scale: float
-    cos_TE: Tensor | None  # of the rotation, (H, T, E) if heads rotate differently; None without one
+    cos_TE: Tensor | None  # of the rotation, by coordinate; (H, T, E) if heads rotate differently; None without one
     sin_TE: Tensor | None
     heads_BTN: Tensor  # the input of `o`: all heads, concatenated
     output_BTD: Tensor
@@ -74,12 +75,20 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
         _SEEN.reset(token)
         for handle in handles:
             handle.remove()
-    cos, sin = (None if each is None else each[0] for each in seen["rotation"] or (None, None))
+    cos, sin = (None, None) if seen["rotation"] is None else _by_coordinate(attention, seen["rotation"])
     turns: Any = getattr(attention, "rotation", None)
     if turns is not None:  # kvfold's latent attention, whose heads rotate differently
         cos, sin = turns(cos, sin)
     query, key, mask, scale = (seen[name] for name in ("query", "key", "mask", "scale"))
     return Attended(seen["input"], query, key, mask, scale, cos, sin, seen["heads"], seen["output"])
+
+
+def _by_coordinate(attention: nn.Module, rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, E) in the order of a head's coordinates: some models reorder them as they rotate."""
+    stock: Any = getattr(attention, "architecture", sys.modules[type(attention).__module__])
+    one = torch.ones_like(rotation[0][:1, None])
+    cos, sin = (stock.apply_rotary_pos_emb(one, one, each[:1], torch.zeros_like(each[:1]))[0] for each in rotation)
+    return cos[0, 0], sin[0, 0]
 
 
 @contextmanager

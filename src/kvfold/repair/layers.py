@@ -246,9 +246,10 @@ class _Layer:
             for part, path in family.body.mlp.items()
         }
         after = {part: layer.module(path) for part, path in family.body.after.items()}
-        self.added = {"attention": Residual(self._module, after.get("attention"))}
+        factor = float(checkpoint.config.get(family.body.residual, 1.0))
+        self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
-            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"))
+            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"), factor)
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """The attention on hidden states of the rows from `row` on."""
@@ -271,7 +272,7 @@ class _Layer:
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
         above_BTD, [(_, result)] = self._run(hidden_BTD, row, self.added["attention"].last)
-        added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
+        added_BTD: Tensor = self.added["attention"].factor * (result[0] if isinstance(result, tuple) else result)
         return hidden_BTD.to(added_BTD) + added_BTD, above_BTD
 
     def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

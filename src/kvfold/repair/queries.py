@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvfold import hf
-from kvfold.contracts.site import Attention
+from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
 from kvfold.solve.rope import pairs, rotate
@@ -70,7 +70,7 @@ class LogitFit(ExitStack):
         self.spreads_HE += spread_BHTE.clamp_min(0).double().sum((0, 2)).cpu()
         self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
         own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
-        turn = Turn(student, self.norm, own_BHTE)
+        turn = Turn(student, self.student.rope, self.norm, own_BHTE)
         products_BHTE = _covariances(
             attention_BHTS, mean_BHTE, key_BGSE, student.scale * turn.whole(own_BHTE), logits_BHTS
         )
@@ -121,7 +121,7 @@ class LogitFit(ExitStack):
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)
         # without a norm, the derivative does not depend on the output of q
-        turn = Turn(self.seen, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
+        turn = Turn(self.seen, self.student.rope, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
         moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
         products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
         return self._pull(products_BHTE, turn, x_BTD)
@@ -192,8 +192,8 @@ def _heads(rows_BTN: Tensor, width: int) -> Tensor:
 class Turn:
     """From the output of q to the queries that meet the keys: the norm, if there is one, and the rotation."""
 
-    def __init__(self, seen: hf.Attended, norm: Any, own_BHTE: Tensor | None) -> None:
-        self.rotation = None if seen.cos_TE is None or seen.sin_TE is None else (seen.cos_TE, seen.sin_TE)
+    def __init__(self, seen: hf.Attended, rope: Rope | None, norm: Any, own_BHTE: Tensor | None) -> None:
+        self.rope, self.cos_TE, self.sin_TE = rope, seen.cos_TE, seen.sin_TE
         self.norm = norm
         if norm is not None:
             assert own_BHTE is not None
@@ -217,11 +217,13 @@ class Turn:
 
     def back(self, pulled_BHTE: Tensor) -> Tensor:
         """The transpose of `change`."""
-        turned = pulled_BHTE if self.rotation is None else rotate(pulled_BHTE, self.rotation[0], -self.rotation[1])
+        turned = self._rotate(pulled_BHTE, back=True)
         return turned if self.norm is None else self._normed(turned * self.weight_E)
 
-    def _rotate(self, heads_BHTE: Tensor) -> Tensor:
-        return heads_BHTE if self.rotation is None else rotate(heads_BHTE, *self.rotation)
+    def _rotate(self, heads_BHTE: Tensor, *, back: bool = False) -> Tensor:
+        if self.rope is None or self.cos_TE is None or self.sin_TE is None:
+            return heads_BHTE
+        return rotate(heads_BHTE, self.cos_TE, -self.sin_TE if back else self.sin_TE, half_split=self.rope.half_split)
 
     def _normed(self, change_BHTE: Tensor) -> Tensor:
         """The derivative of `u / rms(u)`, which is its own transpose."""

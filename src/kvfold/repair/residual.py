@@ -18,10 +18,11 @@ UNUSED = 1e-6  # of a norm's largest weight: an output coordinate below it is no
 
 @dataclass(frozen=True)
 class Residual:
-    """A module whose output joins the residual stream, behind a norm where there is one."""
+    """A module whose output joins the residual stream, behind a norm where there is one, times a factor."""
 
     module: nn.Module
     norm: Any = None
+    factor: float = 1.0
 
     @property
     def last(self) -> nn.Module:
@@ -30,15 +31,15 @@ class Residual:
 
     def added(self, output_BTD: Tensor) -> Tensor:
         """What the stream takes of an output."""
-        return output_BTD if self.norm is None else self.norm(output_BTD)
+        return self.factor * (output_BTD if self.norm is None else self.norm(output_BTD))
 
     def missing(self, output_BTD: Tensor, wanted_BTD: Tensor) -> tuple[Tensor, Tensor | float]:
         """What an output lacks where `wanted_BTD` is to be added to the stream, and the weight of each token."""
-        wanted_BTD = wanted_BTD.to(output_BTD)
+        lacks_BTD = (wanted_BTD.to(output_BTD) - self.added(output_BTD)) / self.factor
         if self.norm is None:
-            return wanted_BTD - output_BTD, 1.0
+            return lacks_BTD, 1.0
         weight_D = self.norm.weight
         heard_D = weight_D.abs() > UNUSED * weight_D.abs().max()
         length_BT1 = (output_BTD.square().mean(-1, keepdim=True) + self.norm.variance_epsilon).sqrt()
-        missing_BTD = length_BT1 * (wanted_BTD - self.added(output_BTD)) / torch.where(heard_D, weight_D, 1.0)
+        missing_BTD = length_BT1 * lacks_BTD / torch.where(heard_D, weight_D, 1.0)
         return torch.where(heard_D, missing_BTD, 0.0), 1 / length_BT1

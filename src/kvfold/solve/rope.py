@@ -43,14 +43,18 @@ def put_planes(rows_HED: Tensor, planes_HPD: Tensor, rope: Rope) -> None:
     rows_HED[:, real], rows_HED[:, imaginary] = planes_HPD.real, planes_HPD.imag
 
 
-def rotate(heads_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate half-split heads by the angles of their tokens; with `-sin_TE`, the transpose of that.
+def rotate(heads_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, half_split: bool = True) -> Tensor:
+    """Rotate heads by the angles of their tokens, coordinate by coordinate; with `-sin_TE`, the transpose of that.
 
     Coordinates behind the last rotated one stay as they are.
     """
     turned, rest = heads_BHTE[..., : cos_TE.shape[-1]], heads_BHTE[..., cos_TE.shape[-1] :]
-    real, imaginary = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos_TE + torch.cat([-imaginary, real], dim=-1) * sin_TE, rest], dim=-1)
+    if half_split:
+        real, imaginary = turned.chunk(2, dim=-1)
+        across = torch.cat([-imaginary, real], dim=-1)
+    else:
+        across = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([turned * cos_TE + across * sin_TE, rest], dim=-1)
 
 
 def frequencies(rope: Rope) -> tuple[Tensor, float]:
