@@ -28,11 +28,17 @@ from kvfold.train.uptrain import UptrainSettings, uptrain
 Make = Callable[..., Path]
 IDS_BT = torch.arange(34).view(2, 17) + 40
 OLD = {"rope_parameters": None, "rotary_pct": 0.25, "rotary_emb_base": 500, "hidden_act": "gelu_new"}
-KINDS: dict[str, dict[str, Any]] = {
-    "pythia": {},
-    "old names": {**OLD, "intermediate_size": 40},
-    "tied": {"tie_word_embeddings": True},
-    "no biases": {"attention_bias": False},
+TIED = {"tie_word_embeddings": True}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pythia": ("gpt_neox", {}),
+    "old names": ("gpt_neox", {**OLD, "intermediate_size": 40}),
+    "tied": ("gpt_neox", TIED),
+    "no biases": ("gpt_neox", {"attention_bias": False}),
+    "gptj": ("gptj", {}),
+    "gptj, tied": ("gptj", {**TIED, "rotary_dim": 6, "n_inner": None}),
+    "codegen": ("codegen", {"n_head": 8, "rotary_dim": 2}),
+    "falcon": ("falcon", {"num_kv_heads": 2}),
+    "falcon, one norm": ("falcon", {"num_ln_in_parallel_attn": 1, "bias": True, **TIED}),
 }
 
 
@@ -44,22 +50,32 @@ def logits(model: Any, **more: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str) -> None:
-    source = Checkpoint.open(tiny_checkpoint("gpt_neox", **KINDS[kind]))
-    view, teacher = Rehoused(source), AutoModelForCausalLM.from_pretrained(source.path)
-    assert view.shape.model_type == "phi"
+    family, changes = KINDS[kind]
+    source = Checkpoint.open(tiny_checkpoint(family, **changes))
+    view = Rehoused(source)
+    teacher = AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager")
+    assert view.family.name not in (family, "rehoused")
     assert view.hash() == source.hash()
-    rotary = teacher.gpt_neox.rotary_emb
-    for attention in (source.shape.sites[Site(1)], view.shape.sites[Site(1)]):
-        assert attention.rope is not None
-        torch.testing.assert_close(frequencies(attention.rope)[0].float(), rotary.inv_freq, rtol=1e-6, atol=0)
-    phi = hf.build(view.config, seed=0).eval()
-    missing = phi.load_state_dict({name: view.read(name) for name in view.names()}, strict=False)
-    assert missing == ((["lm_head.weight"] if kind == "tied" else []), [])
-    torch.testing.assert_close(logits(phi), logits(teacher), rtol=1e-5, atol=1e-5)
+    ours = hf.build(view.config, seed=0).eval()
+    missing = ours.load_state_dict({name: view.read(name) for name in view.names()}, strict=False)
+    assert missing == ((["lm_head.weight"] if changes.get("tie_word_embeddings") else []), [])
+    assert sum(parameter.numel() for parameter in ours.parameters()) == view.shape.parameters
+    assert logits(teacher).std() > 0.1  # or the comparison would say little
+    torch.testing.assert_close(logits(ours), logits(teacher), rtol=1e-5, atol=1e-5)
     mask_BT = torch.ones_like(IDS_BT)
     mask_BT[0, :6] = 0  # left padding
-    padded = [logits(model, attention_mask=mask_BT)[0, 6:] for model in (phi, teacher)]
+    where_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    padded = [logits(each, attention_mask=mask_BT, position_ids=where_BT)[0, 6:] for each in (ours, teacher)]
     torch.testing.assert_close(*padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pythia", "old names"])
+def test_both_rotate_alike(tiny_checkpoint: Make, kind: str) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gpt_neox", **KINDS[kind][1]))
+    rotary = AutoModelForCausalLM.from_pretrained(source.path).gpt_neox.rotary_emb
+    for attention in (source.shape.sites[Site(1)], Rehoused(source).shape.sites[Site(1)]):
+        assert attention.rope is not None
+        torch.testing.assert_close(frequencies(attention.rope)[0].float(), rotary.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_queries_and_keys_of_a_packed_map_are_those_of_the_view(tiny_checkpoint: Make) -> None:

@@ -61,6 +61,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, tied": ("phi", {"tie_word_embeddings": True}),
     "gpt_neox, tied": ("gpt_neox", {"tie_word_embeddings": True}),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    "phi3, windows": ("phi3", {"sliding_window": 16}),
+    "phi3, a part rotated": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "gptj, wide": ("gptj", {"n_inner": None, "rotary_dim": 8, "tie_word_embeddings": True}),
+    "codegen, eight heads": ("codegen", {"n_head": 8, "rotary_dim": 2}),
+    "falcon, tied": ("falcon", {"bias": True, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": True}),
+    "falcon, wide": ("falcon", {"ffn_hidden_size": None}),
     "olmo2, biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
@@ -445,6 +454,45 @@ def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:
     del config["head_dim"]
     (form,) = {attention.roles()["k_norm"] for attention in FAMILIES["qwen3"].shape(config).sites.values()}
     assert form == hf.build(config, seed=0).get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (128,)
+
+
+@torch.inference_mode()
+def test_a_falcon_of_transformers_caches_each_head_as_often_as_it_is_read() -> None:
+    """More than its config.json says: engines and its students, which are Phi, cache each head once."""
+    config = FAMILIES["falcon"].tiny() | {"num_kv_heads": 2}
+    shape, model = FAMILIES["falcon"].shape(config), hf.build(config, seed=0).eval()
+    assert {attention.num_key_value_heads for attention in shape.sites.values()} == {2}
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    cache = model(torch.arange(48).view(2, 24), use_cache=True).past_key_values
+    assert hf.live_cache_bytes(cache) == 2 * grouped_cache(shape).bytes(24, batch=2, itemsize=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("gptj", {"num_key_value_heads": 2}, "num_key_value_heads must be absent: transformers ignores it in this"),
+        ("gptj", {"n_embd": 30}, "n_head 4 does not divide n_embd 30"),
+        ("gptj", {"rotary_dim": 16}, "rotary_dim is more than a head has (got 16); allowed: up to 8"),
+        ("gptj", {"rotary_dim": None}, "rotary_dim must be a whole number (got None)"),
+        ("gptj", {"hidden_size": 64}, "hidden_size is another name of n_embd and has another value (got 64)"),
+        ("gptj", {"rope_theta": 5e5}, "rope_theta must be absent: transformers ignores it in this architecture"),
+        ("codegen", {"n_head": 2}, "n_head does not divide into 4 blocks (got 2)"),
+        ("falcon", {"new_decoder_architecture": False}, "new_decoder_architecture must be true: the older layouts"),
+        ("falcon", {"alibi": True}, "alibi must be false"),
+        ("falcon", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_attention_heads 4"),
+        ("phi3", {"attention_bias": True}, "attention_bias must be false: this architecture has no biases"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.rope_type is not one of this architecture (got yarn); allowed: default, longrope",
+        ),
+    ],
+)
+def test_packed_decoders_that_cannot_be_taken(family: str, changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES[family].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config)
+    assert str(caught.value).startswith(f"config.json: {line}")
 
 
 def test_rotation_is_read_from_old_and_new_configs() -> None:

@@ -154,14 +154,20 @@ def test_a_phi_reads_what_its_owners_project(layered_checkpoint: Callable[..., P
         for role in "kv":
             rows = [given[f"model.layers.{source}.self_attn.{role}_proj.{end}"] for end in ("weight", "bias")]
             rows = [each if source == 0 else each.repeat(2, *[1] * (each.dim() - 1)) for each in rows]
-            weights |= {f"model.layers.{layer}.self_attn.{role}_proj.{e}": r for e, r in zip(("weight", "bias"), rows)}
+            name = f"model.layers.{layer}.self_attn.{role}_proj"
+            weights |= {f"{name}.weight": rows[0], f"{name}.bias": rows[1]}
             if source != layer:
                 seen: dict[str, Tensor] = {}
                 owner, mine = stock.model.layers[source].self_attn, getattr(own, f"{role}_proj")
                 getattr(owner, f"{role}_proj").register_forward_hook(lambda *_, seen=seen: seen.update(out=_[2]))
                 mine.register_forward_hook(lambda *_, seen=seen: seen["out"])
     stock.load_state_dict(weights)
-    torch.testing.assert_close(ours(torch.arange(40).view(2, 20) + 5).logits, stock(torch.arange(40).view(2, 20) + 5).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours(torch.arange(40).view(2, 20) + 5).logits,
+        stock(torch.arange(40).view(2, 20) + 5).logits,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 # --- what is computed ----------------------------------------------------------------------------------------------

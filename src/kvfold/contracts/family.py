@@ -77,6 +77,8 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
+    ties: bool = False  # whether the output projection is the embedding where config.json is silent
+    interface: bool = True  # whether its stock classes call the attention functions of transformers, and so kvfold's
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
@@ -86,8 +88,8 @@ class Family:
         return tuple(self.architectures)
 
     def tied(self, config: Json) -> bool:
-        """Whether the output projection is the decoder's embedding; the default is that of transformers."""
-        return bool(config.get("tie_word_embeddings", self.encoder_decoder))
+        """Whether the output projection is the decoder's embedding."""
+        return bool(config.get("tie_word_embeddings", self.ties or self.encoder_decoder))
 
     def module(self, site: Site) -> str:
         """Path of the attention module of a site."""

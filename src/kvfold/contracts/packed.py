@@ -28,7 +28,7 @@ class Packed:
     def part(self, stored: Tensor, role: str, attention: Attention) -> Tensor:
         """The rows of a role, or of its bias: of `q`, `(H E, ...)`, and of `k` and `v`, `(G E, ...)`."""
         rows = stored.T if self.in_out and stored.dim() == 2 else stored
-        blocks, shares = rows.unflatten(0, (self._blocks(attention), -1)), self._shares(attention)
+        blocks, shares = self._cut(rows, attention), self._shares(attention)
         unit, place = blocks.shape[1] // sum(shares), self.roles.index(role.removesuffix("_bias"))
         first = sum(shares[:place])
         return blocks[:, unit * first : unit * (first + shares[place])].flatten(0, 1)
@@ -38,7 +38,7 @@ class Packed:
         import torch  # plans read families without it
 
         parts = {role.removesuffix("_bias"): rows for role, rows in roles.items()}
-        blocks = [parts[role].unflatten(0, (self._blocks(attention), -1)) for role in self.roles]
+        blocks = [self._cut(parts[role], attention) for role in self.roles]
         return torch.cat(blocks, dim=1).flatten(0, 1)
 
     def whole(self, roles: Mapping[str, Tensor], attention: Attention) -> Tensor:
@@ -51,8 +51,9 @@ class Packed:
         rows = (sum(shape[0] for shape in shapes.values()), *next(iter(shapes.values()))[1:])
         return rows[::-1] if self.in_out else rows
 
-    def _blocks(self, attention: Attention) -> int:
-        return self.blocks or attention.num_key_value_heads
+    def _cut(self, rows: Tensor, attention: Attention) -> Tensor:
+        blocks = self.blocks or attention.num_key_value_heads
+        return rows.reshape(blocks, len(rows) // blocks, *rows.shape[1:])
 
     def _shares(self, attention: Attention) -> list[int]:
         """The rows of each role in a block, relative to the others'."""

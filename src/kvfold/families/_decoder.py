@@ -117,12 +117,15 @@ def decoder(
     layout: Callable[[Json], Layout],
     tiny: Mapping[str, Any] = {},
     check: Callable[[Fields], None] = lambda fields: None,
+    ties: bool = False,
+    usual: Callable[[Json], Json] | None = None,
     **facts: Any,
 ) -> Family:
     """A family of decoders: `stock` model types, rules for the fields that they add, and their layout.
 
-    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. `facts` are other fields
-    of `Family`.
+    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. Where the architecture has
+    names of its own for the fields of every decoder, `usual` adds them under their usual names, and `tiny` is whole.
+    `facts` are other fields of `Family`.
     """
     given: dict[str, Any] = {
         "architectures": architectures(DECODERS, END, *stock),
@@ -136,15 +139,25 @@ def decoder(
     return Family(
         name=name,
         about=about,
-        check=partial(_check, rules=rules, layout=layout, own=check),
-        shape=partial(_shape, family=name, layout=layout),
-        tiny=lambda: {**first, **_TINY, **tiny},
+        check=partial(_check, rules=rules, layout=layout, own=check, usual=usual),
+        shape=partial(_shape, family=name, layout=layout, ties=ties, usual=usual),
+        ties=ties,
+        tiny=lambda: {**first, **({} if usual else _TINY), **tiny},
         **given,
     )
 
 
-def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: Callable[[Fields], None]) -> None:
+def _check(
+    fields: Fields,
+    rules: Rules,
+    layout: Callable[[Json], Layout],
+    own: Callable[[Fields], None],
+    usual: Callable[[Json], Json] | None,
+) -> None:
     """Check a config.json: each field by its rule, then the layers that it names, and the rotation of its heads."""
+    if usual is not None:
+        fields.check(rules)  # under its own names, which errors then use
+        fields = replace(fields, config=usual(fields.config))
     fields.check({**_RULES, **rules})
     check_parts(fields)
     check_tokens(fields, fields.config["vocab_size"])
@@ -155,8 +168,8 @@ def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: 
         fields.check_divides("num_attention_heads", "hidden_size")
         width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
     for rotation in _distinct(found.rotations or [{}]):
-        own = Fields({**fields.config, **rotation}, fields.where)
-        check_rope(own, width, found.rotated, partial=found.partial)
+        turned = Fields({**fields.config, **rotation}, fields.where)
+        check_rope(turned, width, found.rotated, partial=found.partial)
     linear = fields.config["model_type"] == LINEAR.model_type(stock_type(fields.config))
     check_layers(fields, TYPES, {"full_attention", LINEAR_LAYER} if linear else found.kinds)
     check_layers(fields, "mlp_layer_types", ("dense",))
@@ -169,8 +182,11 @@ def check_layers(fields: Fields, name: str, kinds: Collection[str]) -> None:
         raise fields.refusal(f"{name} must name {layers} layers", got=repr(found), allowed=", ".join(sorted(kinds)))
 
 
-def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape:
+def _shape(
+    config: Json, family: str, layout: Callable[[Json], Layout], ties: bool, usual: Callable[[Json], Json] | None
+) -> Shape:
     """The shape of a checked config.json."""
+    config = config if usual is None else usual(config)
     found = layout(config)
     hidden, heads, layers, inner, vocab = (
         config[name]
@@ -185,7 +201,7 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
     maps = 2 + found.gated
     layer = maps * hidden * inner + found.vectors * hidden
     layer += (maps - 1) * inner + hidden if found.mlp_biases else 0
-    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", False) else 2) + found.last * hidden
+    ends = vocab * hidden * (1 if config.get("tie_word_embeddings", ties) else 2) + found.last * hidden
     return Shape(
         family=family,
         model_type=stock_type(config),
@@ -194,6 +210,7 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout]) -> Shape
         vocab_size=vocab,
         num_layers=layers,
         parameters=ends
+        + found.positions * hidden
         + vocab * found.head_bias
         + layers * layer
         + sum(attention.parameters for attention in sites.values()),

@@ -76,8 +76,10 @@ def _zeros(norm_D: Tensor) -> Tensor:
 
 def halves(rows: Tensor, heads: int, rotated: int) -> Tensor:
     """Rows of heads that rotate neighbours, `0 1 2 3 ...`, as of heads that rotate halves: `0 2 ... 1 3 ...`."""
-    blocks = rows.unflatten(0, (heads, -1)).clone()
-    blocks[:, :rotated] = blocks[:, :rotated].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    import torch  # plans read families without it
+
+    blocks = rows.reshape(heads, -1, *rows.shape[1:]).clone()
+    blocks[:, :rotated] = torch.cat([blocks[:, 0:rotated:2], blocks[:, 1:rotated:2]], dim=1)
     return blocks.flatten(0, 1)
 
 

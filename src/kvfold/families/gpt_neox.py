@@ -24,6 +24,7 @@ ABSENT = Rule(None, "absent: transformers ignores it in this architecture")
 
 MLP = {"up": "mlp.dense_h_to_4h", "act": "mlp.act", "down": "mlp.dense_4h_to_h"}
 
+
 def _layout(config: Json) -> Layout:
     return Layout(
         biases="qkvo" if config.get("attention_bias", True) else "",

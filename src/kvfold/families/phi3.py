@@ -5,6 +5,8 @@ A part of each head may be rotated, and `longrope` stretches the rotation of lon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvfold.contracts.config import POSITIONS, SHARE, Fields, only
 from kvfold.contracts.family import Body, Json
 from kvfold.contracts.packed import Packed
@@ -17,7 +19,7 @@ def _check(fields: Fields) -> None:
     """Refuse rotations that transformers' class refuses, and `yarn`, which it reads as `longrope`."""
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     said = fields.get(name, {})
-    kind = said.get("rope_type", said.get("type", "default"))
+    kind = said.get("rope_type", said.get("type", "default")) if isinstance(said, Mapping) else "default"
     if kind not in ("default", "longrope", "su"):  # the last has a remedy of its own
         raise fields.refusal(f"{name}.rope_type is not one of this architecture", got=kind, allowed="default, longrope")
 

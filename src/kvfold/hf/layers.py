@@ -229,28 +229,29 @@ class Split(nn.Module):
 
     def __init__(self, packed: Packed, stock: Any, attention: Attention) -> None:
         super().__init__()
-        self.packed, self.attention = packed, attention
+        self.packed, self.attention, self.linear = packed, attention, {}
         for role in packed.roles:
             weight = packed.part(stock.weight, role, attention).contiguous()
-            linear = nn.Linear(*weight.shape[::-1], bias=stock.bias is not None, device="meta")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=stock.bias is not None, device="meta")
             linear.weight = nn.Parameter(weight)
             if stock.bias is not None:
                 linear.bias = nn.Parameter(packed.part(stock.bias, role, attention))
+            self.linear[role] = linear
             self.add_module(role, linear)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The output of the packed map, (B, T, N)."""
-        rows = {role: linear(x_BTD).movedim(-1, 0) for role, linear in self.named_children()}
+        rows = {role: linear(x_BTD).movedim(-1, 0) for role, linear in self.linear.items()}
         return self.packed.joined(rows, self.attention).movedim(0, -1)
 
     def stored(self) -> Tensor:
         """The weight of the packed map."""
-        weights = {role: linear.weight for role, linear in self.named_children()}
+        weights: dict[str, Tensor] = {role: linear.weight for role, linear in self.linear.items()}
         return self.packed.whole(weights, self.attention)
 
     def store(self, weight: Tensor) -> None:
         """Take over the weight of a packed map."""
-        for role, linear in self.named_children():
+        for role, linear in self.linear.items():
             linear.weight.copy_(self.packed.part(weight, role, self.attention))
 
 

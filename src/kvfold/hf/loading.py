@@ -43,12 +43,13 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
 
     An encoder-decoder also takes `decoder_input_ids`. `attention` is `kvfold` or one of transformers' own (`sdpa`,
-    `eager`). Raises CheckpointError if the checkpoint cannot be read or its tensors are not exactly those of its
-    architecture (transformers would initialise missing ones at random), and UnsupportedModel if it has no family.
+    `eager`); architectures that compute their attention themselves have `eager` alone. Raises CheckpointError if the
+    checkpoint cannot be read or its tensors are not exactly those of its architecture (transformers would initialise
+    missing ones at random), and UnsupportedModel if it has no family.
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
-    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention if source.family.interface else "eager"}
     config = without_negative_ids(source.config)
     try:
         with quiet():

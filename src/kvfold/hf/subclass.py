@@ -50,8 +50,8 @@ def register_decoders(
 
     `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
     of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
-    the stock module as `architecture`, and its output projection under the name `output`. The derived attention is a subclass of the stock one because a model recognises
-    its attentions by that class when it returns attention weights.
+    the stock module as `architecture`, and its output projection under the name `output`. The derived attention is a
+    subclass of the stock one because a model recognises its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
         model = getattr(transformers, f"{STEMS[stock]}Model")

@@ -242,7 +242,7 @@ class _Layer:
         self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
         self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
         self.mlp: dict[str, Any] = {
-            part: layer.module(path) if part == "act" else layer.owner(family.alone(site, part))
+            part: layer.owner(family.alone(site, part)) if part in REPAIRABLE else layer.module(str(path))
             for part, path in family.body.mlp.items()
         }
         after = {part: layer.module(path) for part, path in family.body.after.items()}
