@@ -51,6 +51,14 @@ def check_regular(path: Path, *, limit: int | None = None, error: type[KvfoldErr
     os.close(open_regular(path, limit=limit, error=error))
 
 
+def lies_inside(folder: Path, file: str | Path) -> bool:
+    """True if a file, with its links resolved, is in the checkpoint's folder or in the hub cache that contains it."""
+    folder, path = folder.resolve(), (folder / file).resolve()
+    if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file -> ../../blobs/<hash>
+        return path.is_relative_to(folder) or path.is_relative_to(folder.parent.parent / "blobs")
+    return path.is_relative_to(folder)
+
+
 def read_bytes(path: Path, *, limit: int = SMALL, error: type[KvfoldError] = CheckpointError) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises `error`."""
     with os.fdopen(open_regular(path, limit=limit, error=error), "rb") as file:

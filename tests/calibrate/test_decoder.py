@@ -337,8 +337,8 @@ def test_requests_that_cannot_be_answered(teacher: Checkpoint, tiny_checkpoint: 
     broken = tiny_checkpoint("llama", name="broken", tokenizer=False)
     weights = Checkpoint.open(broken)
     name = "model.layers.0.input_layernorm.weight"
-    tensors = {key: tensor.clone() for key, tensor in load_file(weights.files()[0]).items()}
+    tensors = {key: tensor.clone() for key, tensor in load_file(weights.files[0]).items()}
     tensors[name][0] = float("nan")
-    save_file(tensors, weights.files()[0], metadata={"format": "pt"})
+    save_file(tensors, weights.files[0], metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="activations are not finite"):
         calibrate(Checkpoint.open(broken), [InputGram(Site(0))], token_file(30), EXACT)

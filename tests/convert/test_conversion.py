@@ -91,8 +91,15 @@ def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: st
         assert (student / name).read_bytes() == (teacher / name).read_bytes()
 
 
+PLAIN = [  # their students have the same tensors, one for each role, and no norms over all heads
+    name
+    for name, family in all_families().items()
+    if family.rehouse is None and family.packed("q") is None and name != "olmo2"
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(all_families().keys() - {"gpt_neox", "olmo2"}))  # Phi's names; wide norms
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("heads", [1, 2])
 def test_mean_pooling_against_its_definition(tiny_checkpoint: Make, tmp_path: Path, family: str, heads: int) -> None:
     teacher = tiny_checkpoint(family, shard_size=30_000)
@@ -161,7 +168,7 @@ def test_chain_of_conversions(tiny_checkpoint: Make, tmp_path: Path) -> None:
     assert lineage["root"]["hash"] == Checkpoint.open(teacher).hash() == Checkpoint.open(two).root_hash()
     assert lineage["root"]["config"]["num_key_value_heads"] == 8
     assert lineage["hash"] == Checkpoint.open(two).hash()
-    assert lineage["tokenizer"] == Checkpoint.open(teacher).tokenizer_hash()
+    assert lineage["tokenizer"] == Checkpoint.open(teacher).tokenizer_hash
 
 
 def test_grouped_source_names_what_it_can_become(tiny_checkpoint: Make, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfold.disk.checkpoint import Checkpoint, carry_over, locate, save_model
+from kvfold.disk.checkpoint import Checkpoint, save_model
 from kvfold.disk.lineage import descend
 from kvfold.disk.output import MANIFEST, open_output, read_json, write_json
+from kvfold.disk.sidecar import carry_over
+from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import all_families
 
@@ -252,17 +254,17 @@ def test_a_tied_output_projection_counts_once(tiny_checkpoint: Make, form: str) 
 
 def test_tokenizer_hash(tiny_checkpoint: Make) -> None:
     folder = tiny_checkpoint()
-    base = Checkpoint.open(folder).tokenizer_hash()
+    base = Checkpoint.open(folder).tokenizer_hash
     content = read_json(folder / "tokenizer.json")
     write_json(folder / "tokenizer.json", {**content, "padding": {"strategy": "BatchLongest"}})
-    assert Checkpoint.open(folder).tokenizer_hash() == base
+    assert Checkpoint.open(folder).tokenizer_hash == base
     content["model"]["vocab"]["<pad>"] = 7
     write_json(folder / "tokenizer.json", content)
-    assert Checkpoint.open(folder).tokenizer_hash() not in (base, None)
+    assert Checkpoint.open(folder).tokenizer_hash not in (base, None)
     (folder / "tokenizer.json").unlink()
-    assert Checkpoint.open(folder).tokenizer_hash() is None
+    assert Checkpoint.open(folder).tokenizer_hash is None
     (folder / "vocab.json").write_text("{}")
-    assert Checkpoint.open(folder).tokenizer_hash() is not None
+    assert Checkpoint.open(folder).tokenizer_hash is not None
 
 
 # --- lineage --------------------------------------------------------------------------------------------------------
@@ -351,7 +353,7 @@ def test_what_is_carried_over(tiny_checkpoint: Make, tmp_path: Path) -> None:
     (folder / "original").mkdir()
     out = tmp_path / "out"
     out.mkdir()
-    carry_over(Checkpoint.open(folder), out)
+    carry_over(folder, out)
     assert sorted(path.name for path in out.iterdir()) == [
         "LICENSE",
         "added_tokens.json",

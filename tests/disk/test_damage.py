@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from kvfold.disk import record
-from kvfold.disk.lineage import _place_of, remembered
 from kvfold.disk.output import CLAIM, fingerprint, open_output, write_json
+from kvfold.disk.source import _place_of, remembered
 from kvfold.errors import DataError, OutputError, SettingError
 from kvfold.evaluate.checks import read_control
 from kvfold.evaluate.settings import EvaluateSettings

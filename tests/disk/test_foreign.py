@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfold.disk.checkpoint import Checkpoint, read_config
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.source import read_config
 from kvfold.errors import CheckpointError, UnsupportedModel
 
 Make = Callable[..., Path]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import descend, remember, remembered, root_teacher, steps_since_root, vocabulary_difference
+from kvfold.disk.lineage import descend, root_teacher, steps_since_root, vocabulary_difference
 from kvfold.disk.output import MANIFEST, write_json
+from kvfold.disk.source import remember, remembered
 from kvfold.errors import CheckpointError
 
 Make = Callable[..., Path]
@@ -82,7 +83,7 @@ def test_a_teacher_is_found_by_its_content_beside_the_student_or_where_it_was(
     assert found.hash() == hashed
     assert root_teacher(far) is None, "too many folders above"
     assert remembered(hashed) is None
-    remember(Checkpoint.open(teacher))
+    remember(hashed, teacher)
     assert remembered(hashed) == teacher
     found = root_teacher(far)
     assert found is not None
@@ -101,7 +102,7 @@ def test_a_cache_that_cannot_be_written_is_no_mistake(
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "file"))
     teacher = Checkpoint.open(tiny_checkpoint())
-    remember(teacher)
+    remember(teacher.hash(), teacher.path)
     assert remembered(teacher.hash()) is None
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from kvfold.disk import lock
-from kvfold.disk.checkpoint import locate
 from kvfold.disk.output import (
     CLAIM,
     MANIFEST,
@@ -31,6 +30,7 @@ from kvfold.disk.output import (
     tidy,
     write_json,
 )
+from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, DataError, OutputError
 from kvfold.report.folder import collect
 

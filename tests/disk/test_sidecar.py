@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from kvfold.convert.conversion import convert
-from kvfold.disk.checkpoint import Checkpoint, carry_over
+from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import vocabulary_difference
 from kvfold.disk.output import MANIFEST, read_json, write_json
+from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.export import ExportSettings, export
 from kvfold.hf import load_tokenizer
@@ -68,7 +69,7 @@ def test_data_goes_along_and_code_and_weights_do_not(tiny_checkpoint: Make, tmp_
     for name in (*DATA, *OTHERS):
         (folder / name).write_text(name)
     out.mkdir()
-    carry_over(Checkpoint.open(folder), out)
+    carry_over(folder, out)
     assert {path.name for path in out.iterdir()} == set(DATA) | before - {"config.json", "model.safetensors"}
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
@@ -187,11 +188,11 @@ SPECIAL = {
 def test_other_special_tokens_are_another_tokenizer(tiny_checkpoint: Make, case: str) -> None:
     name, changes, told = SPECIAL[case]
     first, second = tiny_checkpoint(name="first"), tiny_checkpoint(name="second")
-    assert Checkpoint.open(first).tokenizer_hash() == Checkpoint.open(second).tokenizer_hash()
+    assert Checkpoint.open(first).tokenizer_hash == Checkpoint.open(second).tokenizer_hash
     edit(second / name, **changes)
     assert read_json(first / "tokenizer.json") == read_json(second / "tokenizer.json")
     student, teacher = Checkpoint.open(first), Checkpoint.open(second)
-    assert student.tokenizer_hash() != teacher.tokenizer_hash()
+    assert student.tokenizer_hash != teacher.tokenizer_hash
     difference = vocabulary_difference(student, teacher)
     assert difference is not None
     assert told in difference

@@ -15,7 +15,7 @@ import pytest
 
 from kvfold.cli.commands import run_command
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.published import PUBLISHED, place
+from kvfold.disk.source import PUBLISHED, place
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.hf.fetch import fetch
 

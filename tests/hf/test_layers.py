@@ -208,7 +208,7 @@ def test_paths_and_names_that_are_not_there(tiny_checkpoint: Callable[..., Path]
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])
 def test_weights_of_another_architecture(problem: str, tiny_checkpoint: Callable[..., Path]) -> None:
     source = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False))
-    [file] = source.files()
+    [file] = source.files
     tensors = load_file(file)
     name = "model.layers.3.mlp.up_proj.weight"
     if problem == "unexpected":

@@ -356,7 +356,7 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
             events.append("stop")
 
     teacher, student = pair()
-    before = {path: path.read_bytes() for path in (*teacher.files(), *student.files())}
+    before = {path: path.read_bytes() for path in (*teacher.files, *student.files)}
     working = repair(teacher, student, REPAIRABLE, tokens(), SETTINGS, progress=Listener())
     next(working)
     working.close()  # type: ignore[attr-defined]

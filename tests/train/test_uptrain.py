@@ -146,7 +146,7 @@ def test_the_trained_checkpoint(student: Path, text: Path, tmp_path: Path) -> No
     made, source = Checkpoint.open(out), Checkpoint.open(student)
     assert made.config == source.config
     assert {name: made.spec(name) for name in made.names()} == {name: source.spec(name) for name in source.names()}
-    assert made.tokenizer_hash() == source.tokenizer_hash()
+    assert made.tokenizer_hash == source.tokenizer_hash
     assert made.root_hash() == Checkpoint.open(tmp_path / "teacher").hash()
     assert made.lineage is not None
     assert made.lineage["hash"] == made.hash()
@@ -558,7 +558,7 @@ def test_pretrain_makes_a_checkpoint_that_stock_transformers_loads(text: Path, t
     assert made.lineage is not None
     assert made.root_hash() == made.hash()
     assert made.lineage["steps"][0]["tokens"] == 60 * 64
-    assert made.lineage["tokenizer"] == made.tokenizer_hash()
+    assert made.lineage["tokenizer"] == made.tokenizer_hash
     assert made.lineage["root"]["parameters"] == made.shape.parameters
     again = pretrain(_config(tie_word_embeddings=True), tmp_path / "again", settings)
     assert _weights(again) == _weights(out)

@@ -22,7 +22,6 @@ from kvfold.contracts.family import MLP
 from kvfold.contracts.requests import Answers, AttentionGram, CrossGram, InputGram, Question, Request, SampledPairs
 from kvfold.contracts.site import DTYPE_BYTES, Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, replacing
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import SettingError
@@ -56,7 +55,7 @@ def calibrate(
     not suit the model; CheckpointError if an answer is not finite.
     """
     asked = sorted(set(requests), key=repr)
-    length, device = min(settings.length, known_length(source)), best_device()
+    length, device = min(settings.length, source.known_length), best_device()
     paired = not isinstance(tokens, TokenFile)
     tokens.check(batch_size=1, length=length if paired else 1, vocab_size=source.shape.vocab_size)
     identity = [FORMAT, source.hash(progress), calibration_hash(tokens, settings), device, [repr(r) for r in asked]]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kvfold.contracts.requests import Answers, Question, RecallDrop
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import known_length
 from kvfold.errors import DataError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
@@ -41,7 +40,7 @@ def measure_recall(
     model: Any = hf.load(source.path, device=device)
     found: dict[Question, Mapping[str, Tensor]] = {}
     for count in sorted({each.tokens for each in questions}):
-        rows_BT = copies(tokens, known_length(source), count).to(device)
+        rows_BT = copies(tokens, source.known_length, count).to(device)
         here = [each for each in questions if each.tokens == count]
         with task(progress, "measuring recall", rows_BT.numel() * (1 + len(here)), "tokens"):
             whole = _loss(model, rows_BT, progress)

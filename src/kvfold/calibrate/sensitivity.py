@@ -29,7 +29,6 @@ from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import known_length
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
@@ -74,7 +73,7 @@ def measure(
         if _key(each) not in known:
             asked.setdefault(_sites(each)[0].layer, []).append(each)
     if asked:
-        rows_BT = _rows(tokens, min(LENGTH, known_length(source)), settings.sensitivity_tokens)
+        rows_BT = _rows(tokens, min(LENGTH, source.known_length), settings.sensitivity_tokens)
         total = rows_BT.numel() * sum(map(len, asked.values()))
         with task(progress, "measuring sensitivity", total, "tokens"), torch.inference_mode():
             teacher = _Teacher(source, rows_BT, device)

@@ -139,6 +139,19 @@ class Family:
         return shapes[roles[0]] if packed is None else packed.form(shapes)
 
 
+AUTO_MAP = "auto_map"
+"""The key of config.json, tokenizer_config.json and others that names code in the same folder."""
+
+
+def without_code(config: Json) -> dict[str, Any]:
+    """A config.json without `auto_map`, also in nested configs."""
+    return {
+        key: without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != AUTO_MAP
+    }
+
+
 def with_fields(config: Json, fields: Json) -> dict[str, Any]:
     """A config.json with these fields; `decoder.num_key_value_heads` is a field of the part `decoder`."""
     made = dict(config)

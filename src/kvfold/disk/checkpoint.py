@@ -1,8 +1,7 @@
 """Checkpoints: opened lazily by tensor name, hashed by content, and saved.
 
-A checkpoint is a local directory, a Hugging Face hub id (`org/name`, `org/name@revision`), `kvfold:demo`, which ships
-with the package, or a fetched model (`kvfold.disk.published`). Its content hash covers `config.json` and every tensor,
-independent of shards and file format. `kvfold.json` holds its lineage: the root teacher, and each step from there.
+A checkpoint is a directory that a source names (`kvfold.disk.source`). Its content hash covers `config.json` and every
+tensor, independent of shards and file format. `kvfold.json` holds its lineage: the root teacher, and each step since.
 """
 
 from __future__ import annotations
@@ -11,121 +10,43 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import check_generation
-from kvfold.contracts.family import Family
+from kvfold.contracts.family import Family, without_code
 from kvfold.contracts.site import WHOLE, Shape, Site, SiteTensors
 from kvfold.disk import sidecar
 from kvfold.disk.foreign import check_folder, check_names
 from kvfold.disk.headers import FLOATS, TensorSpec
-from kvfold.disk.manifest import FORMAT, read_lineage
-from kvfold.disk.output import CLAIM, MANIFEST, disk_errors, fingerprint, tidy, write_json
-from kvfold.disk.published import named, place
-from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tensors, tensors_hash
+from kvfold.disk.manifest import FORMAT, read_lineage, rooted
+from kvfold.disk.output import MANIFEST, disk_errors, fingerprint, write_json
+from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tensors
+from kvfold.disk.source import locate, read_config, remembered
 from kvfold.errors import CheckpointError
 from kvfold.families import source_family
-from kvfold.inputs import load_json
 from kvfold.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FORMAT",
-    "Checkpoint",
-    "TensorSpec",
-    "Writer",
-    "carry_over",
-    "content_hash",
-    "locate",
-    "natural",
-    "read_config",
-    "save_model",
-]
+__all__ = ["FORMAT", "Checkpoint", "TensorSpec", "Writer", "content_hash", "natural", "save_model"]
 
-DEMO = Path(__file__).parents[1] / "assets" / "demo"
 TIED = "lm_head.weight"  # left out of names and hash if the config ties it and it equals the embedding
 ROWS = 4096  # rows of an embedding that are compared at a time
 
 _BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # fields that do not affect the output
-_SMALL = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.txt", "LICEN[CS]E*", "NOTICE*")
-_UNWANTED = ("consolidated*", "original/*", "onnx/*")  # other engines' copies of the same weights
-
-
-def locate(source: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a checkpoint. A hub id is downloaded: config and lineage alone if `weights` is false.
-
-    Raises CheckpointError if neither the disk nor the hub has the checkpoint.
-    """
-    published = named(source)
-    path = DEMO if str(source) == "kvfold:demo" else place(published) if published else Path(source)
-    try:
-        tidy(path)  # restores an output whose replacement was killed
-        with suppress(FileNotFoundError):  # may still be a hub id
-            os.stat(path)
-    except (OSError, ValueError) as error:  # the name is too long, a loop of links, no permission, a NUL
-        raise CheckpointError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from error
-    if path.is_dir():
-        if path.name.endswith(".partial") and (path / CLAIM).exists():
-            raise CheckpointError("is unfinished work", where=path, next="repeat the command that made it to finish it")
-        return path
-    if published:
-        raise CheckpointError("is not in the cache", where=source, next=f"kvfold fetch {published} downloads it")
-    if path.exists():
-        raise CheckpointError("is a file, not a checkpoint's directory", where=path)
-    if path.with_name(path.name + ".partial").is_dir():
-        raise CheckpointError("is not finished", where=path, next="repeat the command that makes it")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(source)):
-        raise CheckpointError("no such directory", where=path)
-    return _download(str(source), weights=weights)
-
-
-def _download(source: str, *, weights: bool) -> Path:
-    """The hub's cache directory of a model: with its safetensors, or with its `.bin` files if it has none."""
-    import huggingface_hub  # not needed for local checkpoints
-
-    name, _, revision = source.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(_UNWANTED)}
-
-    def fetch(*patterns: str) -> Path:
-        try:
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
-        except Exception as error:  # the client raises the errors of four libraries
-            answer = " ".join(str(error).split()) or type(error).__name__
-            what = f"no such directory, and not found on the hub: {answer[:200]}"
-            raise CheckpointError(what, where=source) from error
-
-    if not weights:
-        return fetch("config.json", MANIFEST)
-    folder = fetch(*_SMALL, "*.safetensors")
-    if not any(folder.glob("*.safetensors")):
-        folder = fetch(*_SMALL, "*.bin")
-    return folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a directory. Raises CheckpointError if it is missing or not a JSON object."""
-    path = folder / "config.json"
-    if not os.path.lexists(path):
-        check_folder(folder)
-        raise CheckpointError("no config.json", where=folder, next="is this a transformers checkpoint?")
-    config = load_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError("is not a JSON object", where=path, next="download it again")
-    return config
 
 
 class Checkpoint:
-    """A checkpoint whose config, family, shape and headers have been read and checked; tensors are read on demand."""
+    """A checkpoint: config, family, shape, lineage and headers are read and checked; tensors are read on demand."""
 
-    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
-        self.path, self.name, self.config = path, name, config
-        self.family: Family = source_family(config, where=path / "config.json")
-        self.shape: Shape = self.family.shape(config)
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.config = path, name, read_config(path)
+        self.family: Family = source_family(self.config, where=path / "config.json")
+        self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
         self._stored = stored_tensors(path)
@@ -136,19 +57,19 @@ class Checkpoint:
         if self._tied_twice():
             del self._stored[TIED]
         self.lineage: dict[str, Any] | None = read_lineage(path)
+        self.shape = rooted(self.shape, self.lineage)
         check_generation(path, self.shape.vocab_size)
         self._verify()
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a local directory or a hub id.
+        """Open a source: a local directory, a hub id, `kvfold:demo` or `kvfold:smollm2`.
 
         Raises CheckpointError if files are missing, damaged or contradict config.json, and UnsupportedModel if the
         architecture is unknown or the weights are quantised.
         """
         path = locate(source)
-        name = path.resolve().name if Path(source).is_dir() else str(source)
-        return cls(path, name, read_config(path))
+        return cls(path, path.resolve().name if Path(source).is_dir() else str(source))
 
     def names(self) -> list[str]:
         """Names of the tensors; layer 2 comes before layer 10."""
@@ -182,9 +103,16 @@ class Checkpoint:
                 found[role] = tensor if packed is None else packed.part(tensor, role, attention)
         return SiteTensors(attention, found)
 
+    @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({stored.file for stored in self._stored.values()})
+
+    @property
+    def stamp(self) -> str:
+        """Identifies the checkpoint by its config and the place, size and date of its files: no tensor is read."""
+        files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return fingerprint([self.config, files])
 
     def hash(self, progress: Progress = SILENT) -> str:
         """Content hash of config and tensors, independent of shards and file format. Each tensor is read at most once.
@@ -229,9 +157,31 @@ class Checkpoint:
         """Content hash of the root teacher; a checkpoint without lineage is its own."""
         return str(self.lineage["root"]["hash"]) if self.lineage else self.hash()
 
+    @cached_property
+    def tokenizer(self) -> dict[str, Any]:
+        """Everything that affects the ids of a text, special tokens included; empty without a tokenizer."""
+        return sidecar.tokenizer_identity(self.path)
+
+    @property
     def tokenizer_hash(self) -> str | None:
-        """Hash of everything that affects the ids of a text, special tokens included; None without a tokenizer."""
-        return sidecar.tokenizer_hash(self.path)
+        """Hash of `tokenizer`; None without one."""
+        return fingerprint(self.tokenizer) if self.tokenizer else None
+
+    @property
+    def known_length(self) -> int:
+        """The longest text in tokens that it reads well: the length it was trained on, else its maximum positions.
+
+        The config may allow more positions than kvfold's pretraining used; beyond those the loss rises.
+        """
+        steps = self.lineage["steps"] if self.lineage else []
+        seen = [step["settings"]["sequence_length"] for step in steps if step["settings"].get("sequence_length")]
+        first = bool(steps) and steps[0]["stage"] == "pretrain"  # else the teacher was trained elsewhere
+        return min(self.shape.max_positions, max(seen)) if first and seen else self.shape.max_positions
+
+    @property
+    def root_path(self) -> Path | None:
+        """The path at which the root teacher was last read; None without lineage, or if the cache does not have it."""
+        return remembered(self.lineage["root"]["hash"]) if self.lineage else None
 
     def _entry(self, name: str) -> Stored:
         if name not in self._stored:
@@ -357,15 +307,11 @@ def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], dig
     if tied and any("embed" in name and digests[name] == digests[TIED] for name in specs):
         specs = {name: spec for name, spec in specs.items() if name != TIED}
     known = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
-    return fingerprint({"config": known, "tensors": tensors_hash(specs, digests)})
+    tensors = [[name, specs[name].dtype, specs[name].shape, digests[name]] for name in sorted(specs)]
+    return fingerprint({"config": known, "tensors": fingerprint(tensors)})
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
-
-
-def carry_over(source: Checkpoint, folder: Path) -> None:
-    """Copy the files beside the weights that belong to a student too: tokenizer, chat template, licence, and so on."""
-    sidecar.carry_over(source.path, folder)
 
 
 def save_model(
@@ -385,7 +331,7 @@ def save_model(
     Raises CheckpointError if `state` lacks a tensor of `like` or a weight is NaN or infinite, SettingError for a weight
     that its dtype cannot hold, and OutputError if the disk refuses.
     """
-    config = sidecar.without_code(config)
+    config = without_code(config)
     names = like.names() if like else sorted(state, key=natural)
     if config.get("tie_word_embeddings") and not like:
         names = [name for name in names if name != TIED]
@@ -400,7 +346,7 @@ def save_model(
             specs[name] = replace(spec, dtype=dtype or str(config.get("dtype") or "float32"))
     with disk_errors(folder):
         if like:
-            carry_over(like, folder)
+            sidecar.carry_over(like.path, folder)
         write_json(folder / "config.json", config)
         with Writer(folder, specs, shard_bytes=shard_bytes) as writer:
             for name in names:

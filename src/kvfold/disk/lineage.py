@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvfold.disk.checkpoint import FORMAT, Checkpoint
-from kvfold.disk.output import cache_folder, prepare_cache, read_object, write_json
 from kvfold.disk.record_commit import versions
-from kvfold.disk.sidecar import tokenizer_identity
 from kvfold.errors import CheckpointError
 from kvfold.progress import SILENT, Progress
 
@@ -53,19 +50,8 @@ def descend(
         "hash": None,
         "root": root,
         "steps": [*before["steps"], step],
-        "tokenizer": source.tokenizer_hash(),
+        "tokenizer": source.tokenizer_hash,
     }
-
-
-def known_length(checkpoint: Checkpoint) -> int:
-    """The longest text in tokens that a model reads well: the length it was trained on, else its maximum positions.
-
-    The config may allow more positions than kvfold's pretraining used; beyond those the loss rises.
-    """
-    steps = (checkpoint.lineage or {}).get("steps", ())
-    seen = [step["settings"]["sequence_length"] for step in steps if step["settings"].get("sequence_length")]
-    first = bool(steps) and steps[0]["stage"] == "pretrain"  # else the teacher was trained elsewhere
-    return min(checkpoint.shape.max_positions, max(seen)) if first and seen else checkpoint.shape.max_positions
 
 
 def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -93,8 +79,8 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
     root = student.lineage["root"]
     name = str(root["name"])
     beside = [str(folder / Path(name).name) for folder in student.path.resolve().parents[:3]]
-    known = remembered(root["hash"])
-    for place in dict.fromkeys([*([str(known)] if known else []), name, *beside]):
+    known = [str(student.root_path)] if student.root_path else []
+    for place in dict.fromkeys([*known, name, *beside]):
         if not (Path(place) / "config.json").is_file() and not (place == name and re.search("[/:]", name)):
             continue
         try:
@@ -106,32 +92,6 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
     return None
 
 
-def remember(source: Checkpoint) -> None:
-    """Store the path of a checkpoint in the cache, by its hash: a lineage holds no path to its root teacher.
-
-    A cache that cannot be written is not an error: the user can pass --teacher.
-    """
-    with contextlib.suppress(OSError):
-        path = _place_of(source.hash())
-        prepare_cache(path.parent)
-        write_json(path, {"path": str(source.path.resolve())})
-
-
-def remembered(hashed: str) -> Path | None:
-    """The path at which a checkpoint of this hash was last read; it may have been deleted or changed since."""
-    path = read_object(_place_of(hashed)).get("path")
-    return Path(path) if isinstance(path, str) else None
-
-
-def known_root(source: Checkpoint) -> Path | None:
-    """The path at which the root teacher of a student was last read, if the cache has it."""
-    return remembered(source.lineage["root"]["hash"]) if source.lineage else None
-
-
-def _place_of(hashed: str) -> Path:
-    return cache_folder() / "checkpoints" / f"{hashed[:32]}.json"
-
-
 def vocabulary_difference(student: Checkpoint, teacher: Checkpoint) -> str | None:
     """How a teacher's vocabulary or special tokens differ from its student's, or None if no difference is known.
 
@@ -141,7 +101,7 @@ def vocabulary_difference(student: Checkpoint, teacher: Checkpoint) -> str | Non
     ours, theirs = student.shape.vocab_size, teacher.shape.vocab_size
     if ours != theirs:
         return f"{theirs:,} tokens against {ours:,}"
-    own, other = tokenizer_identity(student.path), tokenizer_identity(teacher.path)
+    own, other = student.tokenizer, teacher.tokenizer
     if not own or not other or own == other:
         return None
     if own["words"] != other["words"]:

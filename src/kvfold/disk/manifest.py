@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
+from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.site import Shape
 from kvfold.disk.output import MANIFEST
 from kvfold.errors import CheckpointError, UnsupportedModel
 from kvfold.families import family_of
@@ -144,6 +148,18 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     except UnsupportedModel as failure:
         raise _damaged(path, f"root.config: {failure.what}", got=failure.got, allowed=failure.allowed) from failure
     return dict(lineage)
+
+
+def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
+    """The shape of a checkpoint, with the cached elements per token of the root teacher of its lineage."""
+    root = root_shape(lineage)
+    return shape if root is None else replace(shape, root_elements=grouped_cache(root).elements(1, 1))
+
+
+def root_shape(lineage: Mapping[str, Any] | None) -> Shape | None:
+    """The shape of the root teacher of a lineage; None without one, or if it does not hold its config."""
+    config = lineage["root"].get("config") if lineage else None
+    return family_of(config).shape(config) if config else None
 
 
 def _damaged(path: Path, what: str, **more: Any) -> CheckpointError:

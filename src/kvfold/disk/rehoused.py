@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.family import Expressed
@@ -27,7 +28,7 @@ class Rehoused(Checkpoint):
         self._origin, self.path, self.name, self.lineage = origin, origin.path, origin.name, origin.lineage
         self.config: dict[str, Any] = dict(made.config)
         self.family = source_family(self.config, where=origin.path)
-        self.shape = self.family.shape(self.config)
+        self.shape = replace(self.family.shape(self.config), root_elements=origin.shape.root_elements)
         self.digests, self._flaws = {}, {}
         self._stored = {name: self._view(each) for name, each in made.tensors.items()}
 

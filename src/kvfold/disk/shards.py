@@ -19,15 +19,16 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from kvfold.disk.finite import check_finite
 from kvfold.disk.headers import CODES, ITEMSIZE, TensorSpec, check_name, read_header
-from kvfold.disk.output import fingerprint, read_object, write_json
-from kvfold.errors import CheckpointError
-from kvfold.inputs import load_json, open_regular
+from kvfold.disk.output import free_bytes, read_object, write_json
+from kvfold.errors import CheckpointError, OutputError
+from kvfold.inputs import lies_inside, load_json, open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 22  # bytes that are cast, hashed and written at a time
 HEADER_LIMIT = 100_000_000  # bytes: the limit of safetensors' own reader
+SLACK = 1 << 20  # bytes for config.json, kvfold.json and the index
 JOURNAL = ".shards.json"  # in an unfinished folder: the shards that are complete
 
 
@@ -91,14 +92,6 @@ def _sharded(index: Path, suffix: str, reader: Callable[[Path], dict[str, Stored
                 raise CheckpointError(f"tensor {name} of {index.name} is not in it", where=path, next=remedy)
             found[name] = there[name]
     return found
-
-
-def lies_inside(folder: Path, file: str | Path) -> bool:
-    """True if a file, with its links resolved, is in the checkpoint's folder or in the hub cache that contains it."""
-    folder, path = folder.resolve(), (folder / file).resolve()
-    if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/file -> ../../blobs/<hash>
-        return path.is_relative_to(folder) or path.is_relative_to(folder.parent.parent / "blobs")
-    return path.is_relative_to(folder)
 
 
 def _inside(index: Path, file: str) -> Path:
@@ -227,11 +220,6 @@ def digest(tensor: Tensor, name: str | None = None, where: object = None) -> str
     return state.hexdigest()
 
 
-def tensors_hash(specs: Mapping[str, TensorSpec], digests: Mapping[str, str]) -> str:
-    """One hash of all tensors by name, dtype, shape and bytes, independent of their distribution over files."""
-    return fingerprint([[name, specs[name].dtype, specs[name].shape, digests[name]] for name in sorted(specs)])
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +334,19 @@ class Writer:
                 self._whole.append(shard.file)
                 shard.left.clear()
 
+    def check_space(self, where: Path) -> None:
+        """Raise OutputError if the disk cannot hold what is left to write; `where` is the output's path."""
+        needed = SLACK + sum(spec.nbytes for name, spec in self.specs.items() if name not in self.digests)
+        free = free_bytes(self.folder)
+        if free < needed:
+            raise OutputError(
+                "not enough space on the disk",
+                where=where,
+                got=f"{free / 1e9:.2f} GB free",
+                allowed=f"{needed / 1e9:.2f} GB or more",
+                next="free some space, or choose another path",
+            )
+
     def write(self, name: str, tensor: Tensor) -> str:
         """Cast a tensor to its declared dtype, write it, and return the SHA-256 of its bytes.
 
@@ -401,11 +402,10 @@ class Writer:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
 
-    def close(self) -> str:
-        """Write the index and return the hash of the tensors. Raises ValueError if a tensor was never written."""
+    def close(self) -> None:
+        """Write the index. Raises ValueError if a tensor was never written."""
         self.index()
         (self.folder / JOURNAL).unlink(missing_ok=True)
-        return tensors_hash(self.specs, self.digests)
 
     def __enter__(self) -> Self:
         return self

@@ -15,13 +15,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from kvfold.contracts.family import without_code
 from kvfold.disk.output import fingerprint, read_object, write_json
-from kvfold.disk.shards import lies_inside
 from kvfold.errors import CheckpointError
-from kvfold.inputs import LARGE, check_regular, read_bytes
-
-AUTO_MAP = "auto_map"
-"""The key of config.json, tokenizer_config.json and others that names code in the same folder."""
+from kvfold.inputs import LARGE, check_regular, lies_inside, read_bytes
 
 _CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -73,19 +70,11 @@ def carry_over(source: Path, folder: Path) -> None:
     for name in carried(source):
         (folder / name).parent.mkdir(exist_ok=True)
         settings = read_object(source / name) if name.suffix == ".json" and "config" in name.stem else {}
-        if without_code(settings) != settings:
-            write_json(folder / name, without_code(settings))
-        else:
+        kept = without_code(settings)
+        if kept == settings:
             shutil.copyfile(source / name, folder / name)
-
-
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without `auto_map`, also in nested configs."""
-    return {
-        key: without_code(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key != AUTO_MAP
-    }
+        else:
+            write_json(folder / name, kept)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------------------------
@@ -110,12 +99,6 @@ def tokenizer_identity(folder: Path) -> dict[str, Any]:
     found["added_tokens"] = _added(settings, fast)
     known = {name: value for name, value in found.items() if value not in (None, "", [])}
     return {"words": fingerprint(definition), **known}
-
-
-def tokenizer_hash(folder: Path) -> str | None:
-    """Hash of everything that affects the ids of a text, or None if there is no tokenizer."""
-    identity = tokenizer_identity(folder)
-    return fingerprint(identity) if identity else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

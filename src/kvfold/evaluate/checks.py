@@ -9,7 +9,7 @@ from typing import Any
 
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.lineage import known_length, vocabulary_difference
+from kvfold.disk.lineage import vocabulary_difference
 from kvfold.disk.output import read_json
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, SettingError, choices
@@ -34,7 +34,7 @@ def for_models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpo
             got=difference,
             next="compare with the teacher that the student was made from",
         )
-    length = settings.sequence_length or min(LONGEST, *map(known_length, models))
+    length = settings.sequence_length or min(LONGEST, *(model.known_length for model in models))
     stride = settings.stride or length
     most = min(each.shape.max_positions for each in models)
     for setting, values, besides in (

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvfold.disk.checkpoint import Checkpoint, carry_over
-from kvfold.disk.lineage import descend, known_root
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.lineage import descend
 from kvfold.disk.output import MANIFEST, check_apart, disk_errors, open_output, write_json
+from kvfold.disk.sidecar import carry_over
 from kvfold.errors import Interrupted, SettingError, choices, did_you_mean
 from kvfold.export import agreement, limits
 from kvfold.export.ctranslate2 import CTranslate2
@@ -67,7 +68,7 @@ def export(
     started, engine, dst = time.monotonic(), ENGINES[to], Path(dst)
     engine.available()
     source = Checkpoint.open(src)
-    check_apart(dst, {"source": source.path, "root teacher": known_root(source)})
+    check_apart(dst, {"source": source.path, "root teacher": source.root_path})
     engine.check(source)
     weights = _stored_dtype(source, engine, settings.dtype)
     asked = {"stage": "export", "to": to, **dataclasses.asdict(settings)}
@@ -78,7 +79,7 @@ def export(
             return dst
         try:
             source.require_finite()
-            carry_over(source, output.work)  # first: nothing of the source may replace what is checked
+            carry_over(source.path, output.work)  # first: nothing of the source may replace what is checked
             found = _make(source, engine, output.work, weights, settings, progress)
         except Exception:  # what is there cannot be continued
             shutil.rmtree(output.work)

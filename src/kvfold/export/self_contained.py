@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from kvfold.contracts.family import AUTO_MAP, without_code
 from kvfold.contracts.runtimes import stock_type
 from kvfold.disk.checkpoint import Checkpoint, content_hash
 from kvfold.disk.output import read_json, write_json
-from kvfold.disk.sidecar import AUTO_MAP, without_code
 from kvfold.errors import UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
 from kvfold.export.engine import Engine
@@ -57,7 +57,7 @@ class SelfContained(Engine):
                 f"{source.path}: is a {source.config['model_type']}, which transformers loads without kvfold",
                 next="it needs no code: copy it",
             )
-        other = next((path for path in source.files() if path.suffix != ".safetensors"), None)
+        other = next((path for path in source.files if path.suffix != ".safetensors"), None)
         if other is not None:
             raise UnsupportedModel(
                 "the weights are not safetensors",
@@ -67,7 +67,7 @@ class SelfContained(Engine):
 
     @override
     def write(self, source: Checkpoint, model: Any, folder: Path, weights: str) -> dict[str, Any]:
-        for path in source.files():
+        for path in source.files:
             copied = folder / path.relative_to(source.path)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)

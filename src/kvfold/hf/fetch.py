@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from kvfold.disk.output import disk_errors, prepare_cache
-from kvfold.disk.published import PREFIX, PUBLISHED, Published, place
+from kvfold.disk.source import PREFIX, PUBLISHED, Published, place
 from kvfold.errors import CheckpointError, SettingError, choices, did_you_mean
 from kvfold.inputs import open_regular
 from kvfold.progress import SILENT, Progress

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.utils import logging
 
 from kvfold.contracts.runtimes import ADDED, stock_type
-from kvfold.disk.checkpoint import Checkpoint, locate
+from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import read_object
+from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
 from kvfold.families import all_families
 from kvfold.hf.attention import NAME

@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvfold import methods
 from kvfold.contracts.cache import default_context, grouped_cache
-from kvfold.contracts.family import Family
-from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.site import DTYPE_BYTES, Shape
-from kvfold.disk.checkpoint import locate, read_config
-from kvfold.disk.manifest import read_lineage
+from kvfold.disk.manifest import read_lineage, root_shape, rooted
+from kvfold.disk.source import locate, read_config
 from kvfold.errors import SettingError
 from kvfold.families import family_of, source_family
 from kvfold.formats import count, size
@@ -26,8 +23,8 @@ from kvfold.inputs import LARGEST
 from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, hardware
 from kvfold.predict.serving import Served, Serving
-from kvfold.predict.student_config import rehoused, student_config
-from kvfold.settings import check_range, decode, setting
+from kvfold.predict.student_config import draft, student_config
+from kvfold.settings import check_range, setting
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 weights and the two moments of AdamW
 STATES = 2  # training states on disk: the last complete one stays while the next is written
@@ -197,10 +194,11 @@ def plan(
     is downloaded). Raises SettingError, CheckpointError or UnsupportedModel.
     """
     config, lineage = read_source(src)
-    source = shape = rooted(source_family(config, where=src).shape(config), lineage)
+    family = source_family(config, where=src)
+    source = shape = rooted(family.shape(config), lineage)
     read: Mapping[str, Any] = config
     for name, given in (*after, (method, settings or {})):
-        made = _conversion(read, shape, name, given)
+        made = draft(read, source_family(read), shape, name, given)
         read = student_config(made.config, made.family, made.shape, made.student, method=name)
         root_elements = source.root_elements or grouped_cache(source).elements(1, 1)
         shape = replace(made.student.shape, root_elements=root_elements)
@@ -220,7 +218,7 @@ def plan(
     before = serving.of(source, grouped_cache(source), config["model_type"])
     folded = serving.of(student, made.method.cache_spec(made.settings, made.shape), read["model_type"])
     uptraining = _uptraining(options, serving.device, source, student)
-    root = _root(lineage)
+    root = root_shape(lineage)
     requests = set(made.method.needs(made.settings, made.shape))
     return Plan(
         source=str(src),
@@ -250,27 +248,6 @@ def plan(
     )
 
 
-@dataclass(frozen=True)
-class _Conversion:
-    """A source, in the architecture that its student needs, and the student."""
-
-    config: Mapping[str, Any]
-    family: Family
-    shape: Shape
-    method: Method[Any]
-    settings: Any
-    student: Student
-
-
-def _conversion(config: Mapping[str, Any], shape: Shape, name: str, given: Mapping[str, Any]) -> _Conversion:
-    family, method = source_family(config), methods.get(name)
-    settings = decode(method.Config, given, name)
-    if other := rehoused(config, family, shape, name, settings):
-        config, family = other, source_family(other)
-        shape = replace(family.shape(other), root_elements=shape.root_elements)
-    return _Conversion(config, family, shape, method, settings, method.student(settings, shape))
-
-
 def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The config.json and the lineage (kvfold.json) of a source, without its weights. Raises CheckpointError."""
     path = Path(src)
@@ -278,17 +255,6 @@ def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     config = read_config(folder)
     family_of(config, folder / "config.json")  # checked here, where the path is known
     return config, read_lineage(folder)
-
-
-def rooted(shape: Shape, lineage: Mapping[str, Any] | None) -> Shape:
-    """The shape of a source, with the cached elements per token of the root teacher of its lineage."""
-    root = _root(lineage)
-    return shape if root is None else replace(shape, root_elements=grouped_cache(root).elements(1, 1))
-
-
-def _root(lineage: Mapping[str, Any] | None) -> Shape | None:
-    config = ((lineage or {}).get("root") or {}).get("config")
-    return family_of(config).shape(config) if config else None
 
 
 def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student: Shape) -> Uptraining | None:

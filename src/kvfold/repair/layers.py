@@ -17,25 +17,25 @@ o and down are ridge regressions; `queries` has the least squares of q, and `mlp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvfold import hf
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
-from kvfold.disk.checkpoint import Checkpoint, Writer, read_config
-from kvfold.disk.lineage import known_length
+from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
-from kvfold.errors import CheckpointError, SettingError, choices
+from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
-from kvfold.repair import RepairSettings
+from kvfold.repair import RepairSettings, check_roles
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
 from kvfold.repair.residual import Residual
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 BATCH = 4096  # tokens that pass through a layer together
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 DAMPING = 3e-2  # pulls o and down towards what they were
+MLP_ROLES = frozenset(MLP).intersection(REPAIRABLE)
 Q_STEPS, Q_DAMPING = 6, 1e-1  # conjugate gradients for q: each step rereads its tokens
 INNER_STEPS, INNER_DAMPING = 3, 1e-2  # for gate and up: each step rereads all tokens
 
@@ -71,25 +72,13 @@ def repair(
     and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises SettingError for roles that cannot
     be repaired, OutputError if the disk has no room, CheckpointError if a repaired tensor is not finite.
     """
-    _check_roles(teacher, roles)
+    check_roles(teacher.family, roles)
     layers = teacher.shape.num_layers
     with ExitStack() as stack, task(progress, "repairing", layers, "layers"):
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
         for number in range(layers):
             yield work.layer(number, done[number] if number < len(done) else None)
             progress.advance(1)
-
-
-def _check_roles(teacher: Checkpoint, roles: Sequence[str]) -> None:
-    family = teacher.family
-    if unknown := [role for role in roles if role not in REPAIRABLE]:
-        raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
-        raise SettingError(
-            f"the MLP of family {family.name} has no {choices(absent)}",
-            where="repair",
-            next=f"leave out {choices(absent)}",
-        )
 
 
 def repair_in_place(
@@ -116,7 +105,7 @@ def repair_in_place(
             done.append(load_file(path))
         except SafetensorError as error:
             raise damaged(path) from error
-    student = Checkpoint(output.work, output.path.name, read_config(output.work))
+    student = Checkpoint(output.work, output.path.name)
     layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
         if number >= len(done):
@@ -142,7 +131,7 @@ class _Pass:
         stack: ExitStack,
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
-        length = min(settings.length, known_length(teacher), len(tokens))
+        length = min(settings.length, teacher.known_length, len(tokens))
         width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
         self.models = [
             stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
@@ -173,35 +162,30 @@ class _Pass:
         found = dict(done or {})
         for name, tensor in found.items():
             student.layer.write(name, tensor)
-        for role in REPAIRABLE if done is None else ():
-            if role in self.roles:
-                self._repair(role, teacher, student)
-                name = self.target.family.tensor(site, role)
-                saved = student.layer.weight(name).to(getattr(torch, self.target.spec(name).dtype))
-                student.layer.write(name, saved)  # the layers above read it as it is saved
-                if not bool(saved.isfinite().all()):
-                    raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
-                found[name] = saved.cpu()
-        for row, count in self._batches():
-            self.student.write(row, student.layer.run(self.student.read(row, count), row))
+        wanted = [role for role in REPAIRABLE if role in self.roles] if done is None else []
+        if "q" in wanted:
+            self._repair_q(teacher, student)
+            found |= self._saved("q", student)
+        if "o" in wanted:
+            _regress(student.o, self._heads(student))
+            found |= self._saved("o", student)
+        if MLP_ROLES.intersection(self.roles):
+            with _Halfway(self.lengths, student) as half:
+                found |= self._pass_mlp(half, wanted)
+        else:
+            for row, count in self._batches():
+                self.student.write(row, student.layer.run(self.student.read(row, count), row))
         self.teacher, self.above = self.above, self.teacher
         return found
 
-    def _repair(self, role: str, teacher: _Layer, student: _Layer) -> None:
-        if role == "q":
-            self._repair_q(teacher, student)
-        elif role == "o":
-            _regress(student.o, self._heads(student))
-        elif role == "down":
-            rows = self._mlp(student)
-            _regress(
-                student.mlp["down"], ((inner_BTF * share, lacks_BTD) for _, _, inner_BTF, lacks_BTD, share in rows)
-            )
-        else:
-            with InnerFit(student.mlp[role], student.mlp["down"], self.lengths) as fit:
-                for row, x_BTD, _, lacks_BTD, share in self._mlp(student):
-                    fit.add(row, x_BTD, student.slope(x_BTD, role) * share, lacks_BTD)
-                fit.solve(steps=INNER_STEPS, damping=INNER_DAMPING, batch=max(1, BATCH // self.lengths[0]))
+    def _saved(self, role: str, student: _Layer) -> dict[str, Tensor]:
+        """A repaired tensor by name, as it is saved; the layers above read it so. Raises CheckpointError for NaN."""
+        name = self.target.family.tensor(student.site, role)
+        saved = student.layer.weight(name).to(getattr(torch, self.target.spec(name).dtype))
+        student.layer.write(name, saved)
+        if not bool(saved.isfinite().all()):
+            raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
+        return {name: saved.cpu()}
 
     def _heads(self, student: _Layer) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the input of o, and of what its output lacks; both weighted."""
@@ -212,13 +196,48 @@ class _Pass:
             lacks_BTD, share = student.added["attention"].missing(student.o(heads_BTN), wanted_BTD)
             yield heads_BTN * share, lacks_BTD * share
 
-    def _mlp(self, student: _Layer) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | float]]:
-        """Batches: first row, input of the MLP, input of down, what the output of down lacks (weighted), weights."""
+    def _pass_mlp(self, half: _Halfway, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Repair the MLP, and pass the student's rows through the layer. Its attention runs once, for all of it."""
+        student, found = half.student, dict[str, Tensor]()
         for row, count in self._batches():
-            middle_BTD, x_BTD, inner_BTF, out_BTD = student.through(self.student.read(row, count), row)
-            wanted_BTD = self.above.read(row, count).to(middle_BTD) - middle_BTD
-            lacks_BTD, share = student.added["mlp"].missing(out_BTD, wanted_BTD)
-            yield row, x_BTD, inner_BTF, lacks_BTD * share, share
+            half.write(row, self.student.read(row, count))
+        for role in ("gate", "up"):
+            if role in wanted:
+                self._repair_inner(role, half)
+                found |= self._saved(role, student)
+        if "down" in wanted:
+            _regress(student.mlp["down"], self._inner(half))
+            found |= self._saved("down", student)
+        for row, count in self._batches():
+            inner_BTF = half.inner.read(row, count) if "down" in wanted else student.inner(half.x.read(row, count))
+            added_BTD = student.added["mlp"].added(student.mlp["down"](inner_BTF))
+            self.student.write(row, half.middle.read(row, count).to(added_BTD) + added_BTD)
+        return found
+
+    def _inner(self, half: _Halfway) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the input of down, which are kept, and of what its output lacks; both weighted."""
+        for row, count in self._batches():
+            inner_BTF = half.student.inner(half.x.read(row, count))
+            half.inner.write(row, inner_BTF)
+            lacks_BTD, share = self._lacks(half, row, inner_BTF)
+            yield inner_BTF * share, lacks_BTD * share
+
+    def _lacks(self, half: _Halfway, row: int, inner_BTF: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the output of down lacks, and the weight of each token."""
+        count, down = len(inner_BTF), half.student.mlp["down"]
+        wanted_BTD = self.above.read(row, count) - half.middle.read(row, count)
+        return half.student.added["mlp"].missing(down(inner_BTF), wanted_BTD.to(inner_BTF))
+
+    def _repair_inner(self, role: str, half: _Halfway) -> None:
+        student, length = half.student, self.lengths[0]
+        lengths = self.lengths[: max(1, (self.settings.inner_tokens or sum(self.lengths)) // length)]
+        batch = max(1, BATCH // length)
+        with InnerFit(student.mlp[role], student.mlp["down"], lengths) as fit:
+            for row in range(0, len(lengths), batch):
+                x_BTD = half.x.read(row, min(batch, len(lengths) - row))
+                lacks_BTD, share = self._lacks(half, row, student.inner(x_BTD))
+                fit.add(row, x_BTD, student.slope(x_BTD, role) * share, lacks_BTD * share)
+            fit.solve(steps=INNER_STEPS, tolerance=self.settings.tolerance, damping=INNER_DAMPING, batch=batch)
 
     def _repair_q(self, teacher: _Layer, student: _Layer) -> None:
         length = self.lengths[0]
@@ -229,7 +248,7 @@ class _Pass:
                 count = min(batch, rows - row)
                 theirs = teacher.attend(self.teacher.read(row, count), row)
                 fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
-            fit.solve(steps=Q_STEPS, damping=Q_DAMPING, batch=batch)
+            fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batch=batch)
 
 
 class _Layer:
@@ -255,32 +274,41 @@ class _Layer:
         """The attention on hidden states of the rows from `row` on."""
         return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
 
-    def _run(self, hidden_BTD: Tensor, row: int, *modules: nn.Module) -> tuple[Tensor, list[tuple[Any, Any]]]:
-        """The output of the layer, and the arguments and the output of modules in it."""
-        seen: dict[nn.Module, tuple[Any, Any]] = {}
-        handles = [
-            module.register_forward_hook(lambda module, args, result: seen.update({module: (args, result)}))
-            for module in modules
-        ]
-        try:
-            above_BTD = self.layer.run(hidden_BTD, row)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return above_BTD, [seen[module] for module in modules]
-
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""
-        above_BTD, [(_, result)] = self._run(hidden_BTD, row, self.added["attention"].last)
-        added_BTD: Tensor = self.added["attention"].factor * (result[0] if isinstance(result, tuple) else result)
-        return hidden_BTD.to(added_BTD) + added_BTD, above_BTD
+        seen: dict[str, Tensor] = {}
+        with _hooked(self._joined(seen)):
+            above_BTD = self.layer.run(hidden_BTD, row)
+        return hidden_BTD.to(above_BTD) + seen["added"], above_BTD
 
-    def through(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The residual stream after attention, the input of the MLP, and input and output of `down`."""
-        above_BTD, [((x_BTD,), _), ((inner_BTF,), out_BTD)] = self._run(
-            hidden_BTD, row, self.mlp["up"], self.mlp["down"]
-        )
-        return above_BTD - self.added["mlp"].added(out_BTD), x_BTD, inner_BTF, out_BTD
+    def before_mlp(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and the input of the MLP, which does not run."""
+        seen: dict[str, Tensor] = {}
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen["x"] = args[0]
+            raise _Done
+
+        first = self.mlp.get("gate", self.mlp["up"])
+        with _hooked(self._joined(seen), first.register_forward_pre_hook(stop)), suppress(_Done):
+            self.layer.run(hidden_BTD, row)
+        return hidden_BTD.to(seen["x"]) + seen["added"], seen["x"]
+
+    def _joined(self, seen: dict[str, Tensor]) -> RemovableHandle:
+        """A hook that puts what attention adds to the residual stream into `seen`."""
+
+        def see(module: nn.Module, args: Any, result: Any) -> None:
+            added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
+            seen["added"] = self.added["attention"].factor * added_BTD
+
+        return self.added["attention"].last.register_forward_hook(see)
+
+    def inner(self, x_BTD: Tensor) -> Tensor:
+        """The input of `down`."""
+        x_BTD, mlp = x_BTD.to(self.mlp["up"].weight), self.mlp
+        up_BTF: Tensor = mlp["up"](x_BTD)
+        inner_BTF: Tensor = mlp["act"](mlp["gate"](x_BTD)) * up_BTF if "gate" in mlp else mlp["act"](up_BTF)
+        return inner_BTF
 
     def slope(self, x_BTD: Tensor, role: str) -> Tensor:
         """The factor of each output of up or gate on its way to `down`."""
@@ -288,6 +316,37 @@ class _Layer:
         if "gate" not in self.mlp:
             return slope(self.mlp["act"], up_BTF, torch.ones_like(up_BTF), "gate")
         return slope(self.mlp["act"], self.mlp["gate"](x_BTD), up_BTF, role)
+
+
+class _Halfway(ExitStack):
+    """The student's rows between attention and MLP, on disk: the residual stream, the inputs of MLP and down."""
+
+    def __init__(self, lengths: Sequence[int], student: _Layer) -> None:
+        super().__init__()
+        wide, hidden = student.mlp["up"].weight.shape
+        check_room(spool_bytes(sum(lengths), 2 * hidden + wide))
+        self.student = student
+        self.middle, self.x, self.inner = (self.enter_context(Spool(lengths, each)) for each in (hidden, hidden, wide))
+
+    def write(self, row: int, hidden_BTD: Tensor) -> None:
+        """Write the rows from `row` on, whose hidden states before the layer are given."""
+        middle_BTD, x_BTD = self.student.before_mlp(hidden_BTD, row)
+        self.middle.write(row, middle_BTD)
+        self.x.write(row, x_BTD)
+
+
+class _Done(Exception):
+    """What is looked for has been seen: the rest of the layer need not be computed."""
+
+
+@contextmanager
+def _hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Remove these hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _regress(linear: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -52,8 +52,8 @@ class InnerFit(ExitStack):
         self.slopes_FF += (slope_NF.T @ slope_NF).cpu()
         self.tokens += len(x_ND)
 
-    def solve(self, *, steps: int, damping: float, batch: int) -> None:
-        """Add the change of `steps` conjugate gradients to the inner map, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
+        """Add the change of at most `steps` conjugate gradients to the inner map, reading `batch` rows at a time."""
         gram_DD = self.gram_DD / self.tokens
         left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
         # float32 is enough for a preconditioner, and these are the widest products of a repair
@@ -69,6 +69,7 @@ class InnerFit(ExitStack):
             self._sweep(batch, None),
             precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
             steps=steps,
+            tolerance=tolerance,
         )
         self.inner.weight += change_FD.to(self.inner.weight)
 

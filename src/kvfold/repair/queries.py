@@ -76,8 +76,8 @@ class LogitFit(ExitStack):
         )
         self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
 
-    def solve(self, *, steps: int, damping: float, batch: int) -> None:
-        """Add the change of `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
+        """Add the change of at most `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
         gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
@@ -95,6 +95,7 @@ class LogitFit(ExitStack):
             self.missing_HED / self.tokens,
             precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
             steps=steps,
+            tolerance=tolerance,
         )
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 

@@ -64,20 +64,26 @@ def conjugate_gradients(
     *,
     precondition: Callable[[Tensor], Tensor],
     steps: int,
+    tolerance: float = 0.0,
 ) -> Tensor:
-    """Solve `apply(x) = target` for a symmetric positive map of matrices `(..., N, M)`, in `steps` steps.
+    """Solve `apply(x) = target` for a symmetric positive map of matrices `(..., N, M)`, in at most `steps` steps.
 
-    It begins at `start`, or at 0. Leading dimensions are separate systems that share each call of `apply` (Hestenes and
-    Stiefel 1952, preconditioned). A system that is solved already stays as it is.
+    It stops after a step whose gain in `<target, x> - <x, apply(x)> / 2` is at most `tolerance` of all gains. It begins
+    at `start`, or at 0. Leading dimensions are separate systems that share each call of `apply` (Hestenes and Stiefel
+    1952, preconditioned). A system that is solved already stays as it is.
     """
     x = torch.zeros_like(target) if start is None else start
     residual = target if start is None else target - apply(start)  # `apply` may be a pass over a text
     direction = preconditioned = precondition(residual)
-    size = _dot(residual, preconditioned)
+    size, gained = _dot(residual, preconditioned), 0.0
     for _ in range(steps):
         image = apply(direction)
         step = _ratio(size, _dot(direction, image))
         x, residual = x + step * direction, residual - step * image
+        gain = float((step * size).sum()) / 2
+        gained += gain
+        if gain <= tolerance * gained:
+            break
         preconditioned = precondition(residual)
         size, before = _dot(residual, preconditioned), size
         direction = preconditioned + _ratio(size, before) * direction

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.contracts.site import Shape
-from kvfold.disk.checkpoint import FORMAT, read_config, save_model
+from kvfold.disk.checkpoint import FORMAT, save_model
 from kvfold.disk.output import (
     MANIFEST,
     Output,
@@ -30,7 +30,8 @@ from kvfold.disk.output import (
     write_json,
 )
 from kvfold.disk.record_commit import versions
-from kvfold.disk.sidecar import tokenizer_hash
+from kvfold.disk.sidecar import tokenizer_identity
+from kvfold.disk.source import read_config
 from kvfold.errors import SettingError
 from kvfold.families import family_of
 from kvfold.progress import SILENT, Progress
@@ -176,7 +177,7 @@ def _save(
         "hash": hashed,
         "root": {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters},
         "steps": [step],
-        "tokenizer": tokenizer_hash(output.work),
+        "tokenizer": fingerprint(tokenizer_identity(output.work)),
     }
     write_json(output.work / MANIFEST, lineage)
 

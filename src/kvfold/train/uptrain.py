@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.contracts.stages import Stage
-from kvfold.disk.checkpoint import Checkpoint, carry_over, save_model
-from kvfold.disk.lineage import descend, known_root, root_teacher, vocabulary_difference
+from kvfold.disk.checkpoint import Checkpoint, save_model
+from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
+from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
@@ -139,7 +140,7 @@ def uptrain(
     else, TrainingError if the run diverges, and Interrupted on a signal: the same call then continues.
     """
     source, out = Checkpoint.open(student), Path(out)
-    reads = {"student": source.path, "teacher": teacher, "root teacher": known_root(source), "data": settings.data}
+    reads = {"student": source.path, "teacher": teacher, "root teacher": source.root_path, "data": settings.data}
     check_apart(out, reads)
     settings.check_length(source.shape, "uptrain")
     amount = training_tokens(settings, source)
@@ -232,7 +233,7 @@ def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str
     if set(source.names()) <= set(state):
         save_model(work, config=source.config, state=state, lineage=lineage, like=source)
         return
-    carry_over(source, work)  # the end of a stage changed the architecture, and with it the tensors
+    carry_over(source.path, work)  # the end of a stage changed the architecture, and with it the tensors
     config = model.config.to_dict()  # type: ignore[operator,union-attr]
     save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
 
