@@ -27,7 +27,8 @@ from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import CheckpointError, KvfoldError
-from kvfold.export import ExportSettings, agreement, export, limits
+from kvfold.export import agreement, limits
+from kvfold.export.exporting import ExportSettings, export
 from kvfold.export.gguf import LlamaCpp, byte_level_split
 from kvfold.hf import load
 from kvfold.progress import Silent

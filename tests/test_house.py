@@ -112,6 +112,18 @@ def test_import_kvfold_is_light() -> None:
     assert said.stdout.strip() == "[]"
 
 
+def test_help_of_every_command_is_light() -> None:
+    code = (
+        "import sys; from kvfold.cli.commands import COMMANDS, run_command\n"
+        "for name in COMMANDS:\n"
+        "    run_command([name, '--help'])\n"
+        "    print('loaded', name, sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
+    assert loaded == [f"loaded {name} []" for name in COMMANDS]
+
+
 def test_public_names_are_functions_even_after_their_modules_were_imported() -> None:
     import kvfold
     import kvfold.evaluate.evaluation  # binds the submodule, which must not hide the function

@@ -191,7 +191,7 @@ def test_an_export_whose_disk_is_full_leaves_nothing(
     engine: str, package: str, limit: int, tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
     pytest.importorskip(package)
-    from kvfold.export import ExportSettings, export
+    from kvfold.export.exporting import ExportSettings, export
 
     teacher = tiny_checkpoint()
     with pytest.raises(OutputError) as caught, largest_file(limit):

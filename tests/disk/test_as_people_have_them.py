@@ -15,7 +15,7 @@ from kvfold import hf
 from kvfold.convert.conversion import convert
 from kvfold.errors import DataError
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
-from kvfold.export import export
+from kvfold.export.exporting import export
 from kvfold.hf.loading import without_negative_ids
 from kvfold.text.tokens import token_file
 from kvfold.train.uptrain import UptrainSettings, uptrain

@@ -18,7 +18,7 @@ from kvfold.disk.checkpoint import Checkpoint, save_model
 from kvfold.disk.finite import check_finite
 from kvfold.disk.output import write_json
 from kvfold.errors import CheckpointError, SettingError
-from kvfold.export import ENGINES, ExportSettings, export
+from kvfold.export.exporting import ENGINES, ExportSettings, export
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
 Make = Callable[..., Path]

@@ -16,7 +16,7 @@ from kvfold.disk.lineage import vocabulary_difference
 from kvfold.disk.output import MANIFEST, read_json, write_json
 from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
-from kvfold.export import ExportSettings, export
+from kvfold.export.exporting import ExportSettings, export
 from kvfold.hf import load_tokenizer
 from kvfold.text.tokens import token_file, tokenizer_hash
 from kvfold.train.uptrain import UptrainSettings, uptrain

@@ -23,6 +23,7 @@ from kvfold.disk.lineage import root_teacher
 from kvfold.errors import CheckpointError, DataError, GateMissed, OutputError, SettingError
 from kvfold.evaluate.checks import check_same
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate, teacher_of
+from kvfold.evaluate.lm_eval import Harness
 from kvfold.progress import Silent
 from kvfold.text.tokens import token_file
 
@@ -187,9 +188,24 @@ def test_without_a_teacher_nothing_is_compared(
     found = evaluate(tiny_checkpoint(), asked, records=tmp_path / "records")
     assert set(found.metrics) == {
         "tokens", "windows", "text_bytes", "loss", "loss_stderr", "perplexity", "bits_per_byte",
-        "loss_fp8_cache", "cache",
+        "loss_fp8_cache", "quantised_cache", "cache",
     }  # fmt: skip
     assert found.hashes["teacher"] is None
+
+
+def test_a_model_alone_is_measured_with_quantised_caches(
+    tiny_checkpoint: Make, settings: EvaluateSettings, tmp_path: Path
+) -> None:
+    found = evaluate(tiny_checkpoint(), settings, records=tmp_path / "records").metrics
+    quantised = found["quantised_cache"]
+    assert {name: each["bits"] for name, each in quantised.items()} == {"fp8": 8.0, "q4_0": 4.5}
+    assert found["loss_fp8_cache"] == quantised["fp8"]["loss"]
+    for each in quantised.values():
+        assert each["loss"] != found["loss"]
+        assert each["copy_gain"].keys() == found["copy_gain"].keys()
+    fewer_bits, more_bits = (abs(quantised[name]["loss"] - found["loss"]) for name in ("q4_0", "fp8"))
+    assert more_bits < 0.1
+    assert fewer_bits < 0.5
 
 
 def test_passkeys_are_measured_when_asked_for(
@@ -506,6 +522,11 @@ def test_lm_eval_in_the_record_and_in_the_gate(
     }  # fmt: skip
     assert 1 < mine < 20
     assert mine != theirs
+    evaluate(pair[1], replace(asked, gate=None, fp8=False), records=tmp_path / "records")
+    runs = iter([{"made": {"bits_per_byte": mine}}])  # the student's alone: the teacher's are known
+    monkeypatch.setattr(Harness, "run", lambda *args, **how: next(runs))
+    known = evaluate(pair[0], replace(asked, gate=None), teacher=pair[1], records=tmp_path / "records", name="again")
+    assert known.metrics["teacher"]["lm_eval"]["made"]["bits_per_byte"] == theirs
     monkeypatch.setattr(hf, "load", None)
     for row, words in (
         ("lm_eval@made.acc>=0.5", "made has no metric 'acc'.*allowed: bits_per_byte"),

@@ -99,7 +99,25 @@ def test_refuses(text: str, words: tuple[str, ...]) -> None:
 
 
 def test_no_gate_is_no_rows() -> None:
-    assert gate.parse(None) == ()
+    assert gate.parse(None) == gate.parse("none") == gate.parse("default") == ()
+
+
+def test_the_default_gate_asks_for_recall_only_where_the_teacher_has_some() -> None:
+    teacher = {"loss": 3.0, "copy_gain": {"16": 4.0, "64": 0.49}, "last_word": 0.3}
+    metrics = {"loss": 3.05, "copy_gain": {"16": 3.2, "64": -1.0}, "last_word": 0.2, "teacher": teacher}
+    rows = {row["expr"]: row["passed"] for row in gate.judge_default(metrics)}
+    assert rows == {
+        "loss<=teacher+0.1": True, "copy_gain@16>=0.8*teacher": True, "last_word>=0.8*teacher": False
+    }  # fmt: skip
+    assert [row["expr"] for row in gate.judge_default(metrics, {"loss": 3.0, "last_word": 0.05})] == [
+        "loss<=teacher+0.1"
+    ]
+    assert gate.judge_default({"loss": 3.05}) == []  # no teacher
+    assert [row["expr"] for row in gate.judge_default({"loss": 3.2, "teacher": teacher})] == ["loss<=teacher+0.1"]
+
+
+def test_records_keep_the_default_gate_as_those_before_it() -> None:
+    assert [gate.recorded(each) for each in ("default", None, "none", "loss<=2")] == [None, "none", "none", "loss<=2"]
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("kl<=1", True), ("loss<=1", False), ("loss<=teacher", True)])

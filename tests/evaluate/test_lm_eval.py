@@ -19,7 +19,7 @@ from torch import nn
 
 from kvfold import hf
 from kvfold.errors import DataError, SettingError
-from kvfold.evaluate.lm_eval import _scores, find_tasks
+from kvfold.evaluate.lm_eval import _scores, find_tasks, log_likelihoods
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
@@ -89,6 +89,31 @@ def test_lm_eval_scores_a_continuation(tiny_checkpoint: Callable[..., Path], tmp
         lost.append(-sum(float(log_p_TV[place - 1, ids_T[place]]) for place in range(-answer, 0)))
     assert found["made"]["perplexity"] == pytest.approx(math.exp(sum(lost) / len(lost)), rel=1e-4)
     assert found["made"]["acc"] == 0.0
+
+
+def test_log_likelihoods_are_those_of_lm_evals_own_wrapper(tiny_checkpoint: Callable[..., Path]) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    folder = tiny_checkpoint()
+    model = hf.load(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(least: int, most: int) -> list[int]:
+        count = int(torch.randint(least, most, (1,), generator=generator))
+        return torch.randint(3, model.config.vocab_size, (count,), generator=generator).tolist()
+
+    pairs = [(ids(1, 40), ids(1, 9)) for _ in range(20)]
+    pairs.append((ids(80, 81), ids(4, 5)))  # longer than the window below
+    greedy = int(model(torch.tensor([pairs[0][0]])).logits[0, -1].argmax())
+    pairs.append((pairs[0][0], [greedy]))
+    wrapper = huggingface.HFLM(
+        pretrained=model, tokenizer=hf.load_tokenizer(folder), batch_size=4, max_length=48, logits_cache=False
+    )
+    expected = wrapper._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
+    rows = [((context + answer)[-49:], len(answer)) for context, answer in pairs]
+    found = log_likelihoods(model, rows, batch_size=4)
+    assert [right for _, right in found] == [right for _, right in expected]
+    assert found[-1][1]
+    assert [each for each, _ in found] == pytest.approx([each for each, _ in expected], rel=1e-5)
 
 
 def test_lm_eval_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from kvfold.attention.grouped import reference
 from kvfold.convert.conversion import convert
 from kvfold.errors import CheckpointError, DataError, SettingError, UnsupportedModel
 from kvfold.families import all_families
+from kvfold.hf.attention import through_q4
 from tolerance import assert_same
 
 TINY = all_families()["llama"].tiny()
@@ -155,7 +156,7 @@ def test_fp8_attention_is_that_of_transformers_fp8_cache() -> None:
         cache = hf.new_cache(model, "fp8", 33)
         model(ids_BT[:, :-1], past_key_values=cache)
         kept_V = model(ids_BT[:, -1:], past_key_values=cache).logits[0, -1]
-        with hf.with_attention(model, hf.ATTENTION_FP8):
+        with hf.with_attention(model, hf.QUANTISED["fp8"][0]):
             found_V = model(ids_BT).logits[0, -1]
         assert (kept_V - exact_V).abs().max() > 1e-4  # it does round
         same += torch.allclose(found_V, kept_V, rtol=1e-5, atol=1e-6)
@@ -220,6 +221,18 @@ def test_live_bytes_of_a_static_cache_are_its_reserve() -> None:
     model = _model(GROUPED)
     cache = _fill(model, StaticCache(config=model.config, max_cache_len=32), 10)
     assert hf.live_cache_bytes(cache) == 4 * 2 * (2 * 32 * 2 * 8) * 4
+
+
+def test_a_q4_cache_rounds_as_llama_cpp_does() -> None:
+    quants = pytest.importorskip("gguf.quants")
+    heads_BGSE = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0))
+    heads_BGSE[0, 0, 0, :32] = 0.0
+    written = quants.Q4_0.quantize(heads_BGSE.numpy())
+    expected = torch.from_numpy(quants.Q4_0.dequantize(written))
+    torch.testing.assert_close(through_q4(heads_BGSE), expected, rtol=1e-6, atol=1e-6)
+    narrow = heads_BGSE[..., :16]  # blocks of 16: no more apart than half a step of their own
+    largest = narrow.abs().amax(-1, keepdim=True)
+    assert bool(((through_q4(narrow) - narrow).abs() <= largest / 8 * 1.01).all())
 
 
 def test_live_bytes_of_an_fp8_cache_hold_its_scales() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples import CORE
 from kvfold import hf
 from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
@@ -28,7 +29,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import fingerprint
 from kvfold.errors import KvfoldError, SettingError, UnsupportedModel
-from kvfold.export import export
+from kvfold.export.exporting import export
 from kvfold.families import all_families
 from kvfold.methods import cla
 from kvfold.predict.plan import plan
@@ -42,7 +43,7 @@ from pages.marks import END, START, with_tables
 ROOT = Path(__file__).parents[2]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
-TAKERS = [name for name, family in all_families().items() if family.tiny()["model_type"] in LAYERS.models]
+TAKERS = [name for name in CORE if name in LAYERS.models]
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.evaluate.bench import BenchSettings, bench
-from kvfold.export import ENGINES
+from kvfold.export.exporting import ENGINES
 from kvfold.families import all_families, family_of
 from kvfold.methods import crosslatent
 from kvfold.predict.plan import PlanSettings, plan

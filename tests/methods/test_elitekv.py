@@ -21,7 +21,7 @@ from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, Sit
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
-from kvfold.export import export
+from kvfold.export.exporting import export
 from kvfold.families import all_families
 from kvfold.methods import elitekv
 from kvfold.predict.plan import PlanSettings, plan

@@ -18,7 +18,7 @@ from kvfold.contracts.site import Rope
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import UnsupportedModel
-from kvfold.export import ENGINES, ExportSettings, export
+from kvfold.export.exporting import ENGINES, ExportSettings, export
 from kvfold.families import all_families
 from kvfold.predict.engines import EXPORTED, refusal
 from kvfold.predict.plan import plan

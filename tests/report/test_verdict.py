@@ -67,6 +67,9 @@ def outcome(**changes: Any) -> str:
         ({"loss": 2.2}, "train"),
         ({"recall_kept": 0.5}, "train"),
         ({"recall_kept": -0.2}, "train"),
+        ({"words_kept": 0.79}, "train"),  # the loss and the copies are kept, and the words are not
+        ({"words_kept": 0.8}, "ship"),
+        ({"limited": False, "loss": 3.0, "recall_kept": 0.0, "words_kept": 0.0}, "ship"),  # gate: none
         ({"closing": 0.04}, "train"),
         ({"gate": True, "closing": 0.04}, "train"),
         ({"loss": 2.01, "closing": 0.04}, "ship"),  # too little is left to train for
@@ -123,7 +126,7 @@ def test_a_loose_gate_that_holds_names_the_limits_that_are_exceeded() -> None:
     loose = verdict(dataclasses.replace(GOOD, gate=True, loss=3.0, closing=0.0, recall_kept=0.25))
     assert "loss is 1.000 nats above" in loose.reason
     assert "25% of the teacher's copy gain" in loose.reason
-    assert "default limits" not in verdict(dataclasses.replace(GOOD, gate=True)).reason
+    assert "default gate" not in verdict(dataclasses.replace(GOOD, gate=True)).reason
 
 
 def test_the_printed_rule_and_the_docs_have_the_thresholds() -> None:
@@ -264,6 +267,25 @@ def test_a_teacher_that_does_not_copy_has_no_recall_to_lose(tmp_path: Path) -> N
     assert any(fact.value == "nothing to lose" for fact in card.lost)
 
 
+def test_a_student_without_a_gate_is_held_to_the_default_one(tmp_path: Path) -> None:
+    teacher = {**TEACHER, "last_word": 0.4}
+    kept = {"copy_gain": {"16": 3.9, "64": 1.9, "128": 0.1}, "teacher": teacher}
+    holds = one_card(tmp_path / "holds", planned(2), evaluated("one", 2.05, **kept, last_word=0.35))
+    assert (holds.outcome, holds.gated) == ("ship", "Default gate")
+    assert [words.partition(":")[0] for words, _ in holds.gate] == [
+        "loss<=teacher+0.1", "copy_gain@16>=0.8*teacher", "copy_gain@64>=0.8*teacher", "last_word>=0.8*teacher",
+    ]  # fmt: skip
+    assert {fact.what: fact.value for fact in holds.lost}["last words"] == "35.0%"
+    lost = one_card(tmp_path / "lost", planned(2), evaluated("one", 2.05, **kept, last_word=0.01))
+    assert lost.outcome == "train"
+    assert [words for words, passed in lost.gate if not passed] == [
+        "last_word>=0.8*teacher: 0.0100 against 0.3200, missed"
+    ]
+    free = evaluated("one", 2.05, **kept, last_word=0.01)
+    free = dataclasses.replace(free, settings={**free.settings, "gate": "none"})
+    assert one_card(tmp_path / "free", planned(2), free).outcome == "ship"
+
+
 def test_one_seed_that_misses_the_gate_misses_it(tmp_path: Path) -> None:
     seeds = [
         evaluated(f"seed-{seed}", 2.05, row={"kv_heads": 2, "seed": seed}, gate=gate(passed))
@@ -375,7 +397,7 @@ def test_the_page_opens_with_a_verdict_for_each_student(tmp_path: Path) -> None:
     ],
 )
 def test_the_summary_counts_verdicts(outcomes: list[Any], expected: str) -> None:
-    made = [Card("x", "", key, OUTCOMES[key], "", (), (), (), ()) for key in outcomes]
+    made = [Card("x", "", key, OUTCOMES[key], "", (), (), (), "", ()) for key in outcomes]
     assert summary_of([("text", made)]) == expected
 
 

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.convert.conversion import ConvertSettings
+from kvfold.disk.record import Record
 from kvfold.errors import SettingError
 from kvfold.evaluate.bench import BenchSettings
 from kvfold.evaluate.evaluation import EvaluateSettings
 from kvfold.families import all_families
-from kvfold.run.recipe import cells, read_recipe
+from kvfold.progress import SILENT
+from kvfold.run.recipe import Recipe, cells, read_recipe
 from kvfold.run.runner import _spent, run
 from kvfold.settings import decode
 from kvfold.train.pretrain import PretrainSettings
@@ -329,6 +331,35 @@ def test_a_name_with_a_nul_is_refused() -> None:
 def test_settings_refuse_what_cannot_be(cls: type, given: dict[str, object], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         cls(**given)
+
+
+def test_a_run_says_which_rows_of_the_default_gate_a_student_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = importlib.import_module("kvfold.run.runner")
+    teacher = {"loss": 3.0, "copy_gain": {"64": 4.0}, "last_word": 0.4}
+    metrics = {"loss": 3.05, "copy_gain": {"64": 3.9}, "last_word": 0.01, "teacher": teacher}
+    asked, lines = [], []
+
+    def measured(model: object, settings: EvaluateSettings, **how: object) -> Record:
+        asked.append(settings.gate)
+        return Record("evaluate", "r/x", {}, metrics)
+
+    monkeypatch.setattr(runner, "evaluate", measured)
+    monkeypatch.setattr(SILENT, "say", lines.append)
+
+    def evaluated(judged: bool, **evaluate: str) -> None:
+        recipe = Recipe("r", "s", "d", "h", evaluate=evaluate)
+        work = runner._Run(recipe, tmp_path, overwrite=False, progress=SILENT)
+        runner._evaluate(work, "model", "x", {}, teacher=None, judged=judged)
+        assert not work.missed  # so that the run ends with exit status 0
+
+    evaluated(judged=False, gate="loss<=2")
+    evaluated(judged=True, gate="none")
+    evaluated(judged=True, gate="loss<=4")
+    assert (asked, lines) == (["default", None, "loss<=4"], [])
+    evaluated(judged=True)
+    assert lines == ["r/x misses the default gate: last_word>=0.8*teacher (0.01 against 0.32)"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Query heads of a group read the same keys. When one token is decoded, they becom
 `q (B, H, 1, E) -> (B, G, H/G, E)`, so keys and values are read once for the whole group and never repeated.
 
 Gemma's models cap their logits z softly, before the mask: `c tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2).
+gpt-oss's have a sink: each query head has one more logit, of its own, whose value is 0 (arXiv 2508.10925, section 2.2).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kvfold.attention.blocked import blocked_attention, worthwhile
 
@@ -29,22 +30,24 @@ def grouped_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of grouped heads, `o_BHTE`. On a CPU the keys and values of a group are never repeated in memory.
 
     `mask` broadcasts to (B, H, T, S): bool (True: visible) or float (added to the logits). `causal` aligns the last
     query with the last key, also when S > T. The default `scale` is 1 / sqrt(E). The output of a query that sees no key
-    is 0. With a `softcap` all logits are in memory at once: no fused kernel has one.
+    is 0. With a `softcap` or with sinks all logits are in memory at once: no fused kernel has them.
     """
     heads, tokens, width = q_BHTE.shape[1:]
     groups, keys = k_BGSE.shape[1:3]
     scale = 1 / math.sqrt(width) if scale is None else scale
-    if tokens == 1 and not dropout and softcap is None:
+    plain = softcap is None and sinks_H is None
+    if tokens == 1 and not dropout and plain:
         return _decode(q_BHTE, k_BGSE, v_BGSE, mask, scale)
-    if causal and (mask is not None or keys != tokens or softcap is not None):
+    if causal and (mask is not None or keys != tokens or not plain):
         mask, causal = with_causal(mask, tokens, keys, q_BHTE.device), False
-    if softcap is not None:
-        return _capped(q_BHTE, k_BGSE, v_BGSE, mask, scale, softcap, dropout)
+    if not plain:
+        return _written_out(q_BHTE, k_BGSE, v_BGSE, mask, scale, softcap, sinks_H, dropout)
     if causal and not dropout and worthwhile(q_BHTE, k_BGSE):
         return blocked_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale)
     if heads != groups and mask is not None and q_BHTE.is_cuda:
@@ -70,8 +73,18 @@ def with_causal(mask: Tensor | None, tokens: int, keys: int, device: torch.devic
     return mask & causal_TS if mask.dtype == torch.bool else mask.masked_fill(~causal_TS, -math.inf)
 
 
-def masked_softmax(logits_BHTS: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The softmax over the keys that a mask shows, computed in `dtype`. A row without any is 0."""
+def masked_softmax(
+    logits_BHTS: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None, sinks_H: Tensor | None = None
+) -> Tensor:
+    """The softmax over the keys that a mask shows, computed in `dtype`, without what sinks take of it.
+
+    A row without any visible key is 0.
+    """
+    if sinks_H is not None:
+        sinks_BHT1 = sinks_H.to(logits_BHTS).view(-1, 1, 1).expand(*logits_BHTS.shape[:-1], 1)
+        logits_BHTS = torch.cat([logits_BHTS, sinks_BHT1], dim=-1)
+        mask = None if mask is None else pad(mask, (0, 1), value=mask.dtype == torch.bool)
+        return masked_softmax(logits_BHTS, mask, dtype)[..., :-1]
     if mask is None or mask.dtype != torch.bool:
         return (logits_BHTS if mask is None else logits_BHTS + mask).softmax(-1, dtype=dtype)
     # the lowest number and not -inf: a row without any visible key keeps finite gradients
@@ -108,16 +121,24 @@ def _matmul_is_faster(q_BGRE: Tensor, k_BGSE: Tensor) -> bool:
     return rows == 1 and k_BGSE.numel() >= 1 << 19
 
 
-def _capped(
-    q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout: float
+def _written_out(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    dropout: float,
 ) -> Tensor:
-    """Attention with capped logits, its softmax in float32 at least. Heads of a group are rows of one matrix."""
+    """Attention with all logits in memory, its softmax in float32 at least. Heads of a group are rows of one matrix."""
     batch, heads, tokens, width = q_BHTE.shape
     q_BGXE = q_BHTE.reshape(batch, k_BGSE.shape[1], -1, width)  # X: the heads of a group, and their tokens
     logits_BHTS = (q_BGXE @ k_BGSE.mT).view(batch, heads, tokens, -1) * scale
-    logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
+    if softcap is not None:
+        logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
     wide = torch.promote_types(logits_BHTS.dtype, torch.float32)
-    p_BHTS = masked_softmax(logits_BHTS, mask, wide).to(v_BGSE.dtype)
+    p_BHTS = masked_softmax(logits_BHTS, mask, wide, sinks_H).to(v_BGSE.dtype)
     if dropout:
         p_BHTS = torch.dropout(p_BHTS, dropout, train=True)
     return (p_BHTS.reshape(*q_BGXE.shape[:3], -1) @ v_BGSE).reshape(batch, heads, tokens, v_BGSE.shape[-1])
@@ -132,6 +153,7 @@ def reference(
     causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The textbook: one head after the other, all logits at once. Same arguments and result as `grouped_attention`."""
     heads, tokens, keys = q_BHTE.shape[1], q_BHTE.shape[2], k_BGSE.shape[2]
@@ -152,5 +174,7 @@ def reference(
                 logits_BTS = logits_BTS.masked_fill(~mask_BTS, -math.inf)
             else:
                 logits_BTS = logits_BTS + mask_BTS
-        outputs.append(torch.einsum("bts,bse->bte", logits_BTS.softmax(-1), v_BGSE[:, head // group]))
+        weights_BTS = logits_BTS.exp()
+        total_BT1 = weights_BTS.sum(-1, keepdim=True) + (0 if sinks_H is None else sinks_H[head].exp())
+        outputs.append(torch.einsum("bts,bse->bte", weights_BTS / total_BT1, v_BGSE[:, head // group]))
     return torch.stack(outputs, dim=1)

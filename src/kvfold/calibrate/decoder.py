@@ -137,7 +137,8 @@ def read(
             got=f"{total:,} tokens of text",
             next="give more text, or more calibration tokens",
         )
-    attention = "eager" if any(isinstance(request, AttentionGram) for request in requests) else "sdpa"
+    weights = any(isinstance(request, AttentionGram) for request in requests)
+    attention = "eager" if weights or not source.shape.fused else "sdpa"
     device, needed = best_device(), 1 + max(map(_layer, requests), default=-1)
     with (
         hf.Layers(source, dtype=settings.dtype, device=device, attention=attention, lengths=lengths) as layers,

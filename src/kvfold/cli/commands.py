@@ -165,7 +165,7 @@ def plan(src: str, options: Any, chosen: Mapping[str, Any], method: str, as_json
 
 @command(
     *(SOURCE, Flag("dst", "DST", "Directory of the student."), METHOD, OVERWRITE, AS_JSON),
-    settings="convert.conversion:ConvertSettings",
+    settings="convert.settings:ConvertSettings",
     methods=True,
 )
 def convert(
@@ -180,7 +180,7 @@ def convert(
     Flag("student", "STUDENT", "Converted checkpoint."),
     Flag("out", "OUT", "Directory of the trained student."),
     *(TEACHER, OVERWRITE, AS_JSON),
-    settings="train.uptrain:UptrainSettings",
+    settings="train.settings:UptrainSettings",
 )
 def uptrain(student: str, out: str, options: Any, teacher: str | None, overwrite: bool, as_json: bool) -> None:
     """Train a student; repeat the command to continue after a stop."""
@@ -191,7 +191,7 @@ def uptrain(student: str, out: str, options: Any, teacher: str | None, overwrite
 @command(
     Flag("model", "MODEL", "Checkpoint to evaluate."),
     *(TEACHER, RECORDS, NAME, OVERWRITE, AS_JSON),
-    settings="evaluate.evaluation:EvaluateSettings",
+    settings="evaluate.settings:EvaluateSettings",
 )
 def evaluate(model: str, options: Any, as_json: bool, **given: Any) -> None:
     """Measure loss, recall, lm-eval tasks and samples; check a gate."""
@@ -215,7 +215,7 @@ def _metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 @command(
     Flag("models", "SRC OUT...", "Teacher, then its students."),
     *(RECORDS, NAME, OVERWRITE, AS_JSON),
-    settings="evaluate.bench:BenchSettings",
+    settings="evaluate.settings:BenchSettings",
 )
 def bench(models: Sequence[str], options: Any, as_json: bool, **given: Any) -> None:
     """Measure cache bytes and the time of prefill and decoding."""
@@ -320,7 +320,7 @@ def _summary(page: Path, as_json: bool) -> None:
     Flag("config", "CONFIG", "A config.json of a supported architecture, or a recipe."),
     Flag("out", "OUT", "Directory of the model."),
     *(OVERWRITE, AS_JSON),
-    settings="train.pretrain:PretrainSettings",
+    settings="train.settings:PretrainSettings",
 )
 def pretrain(config: str, out: str, options: Any, overwrite: bool, as_json: bool) -> None:
     """Train a model and its tokenizer from scratch."""
@@ -340,7 +340,7 @@ def pretrain(config: str, out: str, options: Any, overwrite: bool, as_json: bool
         required=True,
     ),
     *(OVERWRITE, AS_JSON),
-    settings="export:ExportSettings",
+    settings="export.settings:ExportSettings",
 )
 def export(src: str, dst: str, to: str, options: Any, overwrite: bool, as_json: bool) -> None:
     """Write a checkpoint for another engine and check it there."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.contracts.config import Fields
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.site import Attention, Roles, Shape, Site
+from kvfold.contracts.stacked import Stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,7 @@ class Body:
     `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known, and
     of parts that share a tensor that tensor;
     `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
+    `stacked` has the parameters of a layer that checkpoints store in other tensors.
     """
 
     embedding: str = "model.embed_tokens"
@@ -36,6 +38,7 @@ class Body:
     norm: str = "model.norm"
     mlp: Mapping[str, str | Packed] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
     residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
 
     def inside(self, layer: int, path: str = "") -> str:
@@ -80,6 +83,7 @@ class Family:
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
     interface: bool = True  # whether its stock classes call the attention functions of transformers, and so kvfold's
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
     @property
@@ -112,6 +116,12 @@ class Family:
         """The name under which a checkpoint stores a parameter of the model."""
         found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
         return name if found is None else self.renamed[found] + name.removeprefix(found)
+
+    def stacked(self, name: str) -> Stacked | None:
+        """The tensors that hold a parameter of the model, where a checkpoint stores it in others."""
+        layer, _, path = name.removeprefix(f"{self.body.layers}.").partition(".")
+        found = self.body.stacked.get(path) if name.startswith(self.body.layers) else None
+        return found and found.below(f"{self.body.layers}.{layer}.")
 
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""

@@ -24,12 +24,35 @@ Sites = dict[Site, Attention]
 
 OWN = "kvfold_"
 
+_PAIRED = {
+    **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
+    **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},
+    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall"},
+}
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "phi3": "Phi3", "gpt_neox": "GPTNeoX", "gptj": "GPTJ", "codegen": "CodeGen", "falcon": "Falcon"},
-    **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
+    **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
+    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe"},
+    **{"olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "exaone4": "Exaone4", "stablelm": "StableLm"},
+    **{"gemma": "Gemma", "granite": "Granite", "starcoder2": "Starcoder2", "smollm3": "SmolLM3", "olmo": "Olmo"},
+    **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
+    **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
+    **{"cohere": "Cohere", "cohere2": "Cohere2"},
+    **_PAIRED,
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
+
+_ODD = {
+    ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
+    ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
+    ("marian", "ForConditionalGeneration"): "MarianMTModel",
+}
+
+
+def stock_class(stock: str, end: str) -> str:
+    """The name of transformers' class for a stock architecture, such as its `Config`, `Model` or `ForCausalLM`."""
+    return _ODD.get((stock, end), f"{STEMS[stock]}{end}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class Runtime:
 
     def architecture(self, stock: str, end: str) -> str:
         """The class of a stock architecture."""
-        return f"{self.stem}{STEMS[stock]}{end}"
+        return f"{self.stem}{stock_class(stock, end)}"
 
 
 def stock_type(config: Json) -> str:
@@ -259,13 +282,26 @@ def _contradiction(linear: Linear, head_dim: int) -> str | None:
     return None
 
 
-_LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2"})
+_PLAIN = frozenset({"llama", "mistral", "qwen2", "gemma", "granite", "ministral", "arcee"})
+"""Rotated in halves, without norms of q and k, dropout behind o, or positions in the queries."""
+
+_NEIGHBOURS = frozenset({"ernie4_5", "helium", "glm", "glm4", "cohere"})
+"""Neighbouring coordinates rotate together."""
+
+_APART = _PLAIN | _NEIGHBOURS | {"qwen3", "olmo2", "starcoder2", "seed_oss", "smollm3", "olmo", "ministral3", "cohere2"}
+"""Maps of q, k, v and o apart, in classes of their own."""
+
+_FUSED = frozenset({"phi3", "gpt_neox", "gptj", "codegen", "falcon"})
+"""q, k and v in one tensor, or no field for key/value heads."""
+
+_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"})
+_NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _LAYOUT | {"phi", "phi3", "gpt_neox", "gptj", "codegen", "falcon"},
+    _APART | _EXPERTS | _NORMED | _FUSED | {"phi", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -274,7 +310,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads",
     OWN,
     "Kvfold",
-    _LAYOUT | {"phi", "phi3"},
+    _APART | _EXPERTS | _NORMED | {"phi", "phi3"},
     lambda shape: len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
     _heads_by_layer,
     _read_layers,
@@ -286,14 +322,14 @@ LAYERS = Runtime(
 SHARING = replace(
     LAYERS,
     name="layers that share keys and values",
-    models=_LAYOUT | {"phi"},
+    models=LAYERS.models - {"phi3"},
     holds=lambda shape: bool(shape.owners),
 )
 LATENT = Runtime(
     "latent keys and values",
     f"{OWN}latent_",
     "KvfoldLatent",
-    frozenset({"llama", "mistral", "qwen2"}),  # no norm stands between a key and its latent
+    _PLAIN | {"mixtral", "qwen2_moe"},
     lambda shape: any(each.kept is not None and each.linear is None for each in shape.sites.values()),
     _latent_fields,
     _read_latent,
@@ -303,7 +339,7 @@ LINEAR = Runtime(
     "linear attention",
     f"{OWN}linear_",
     "KvfoldLinear",
-    _LAYOUT,
+    _PLAIN - {"ministral"} | _NEIGHBOURS | {"qwen3", "olmo2", "mixtral", "qwen3_moe", "olmoe"},
     lambda shape: any(each.linear is not None for each in shape.sites.values()),
     _linear_fields,
     _read_linear,
@@ -356,15 +392,13 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
     return found
 
 
-_PAIRED = frozenset({"t5", "mt5", "bart", "mbart", "t5gemma"})
-
 _ignored = partial(_without, (*HEADS_BY_KIND.values(), ENCODER_LATENT), "ignores it in")
-PAIRS_STOCK = Runtime("heads of their own", "", "", _PAIRED, lambda shape: True, lambda shape: {}, _ignored)
+PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(_PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
-    _PAIRED,
+    frozenset(_PAIRED),
     lambda shape: (
         shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
     ),

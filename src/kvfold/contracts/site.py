@@ -77,6 +77,8 @@ class Attention:
     window: int | None = None  # tokens that a query sees, itself included
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # c in logits `c tanh(z / c)`; None: no cap
+    norm_offset: float = 0.0  # added to the weights of norms, here and behind attention and MLP: 1 in Gemma's
+    sinks: bool = False  # each query head has one more logit, whose value is 0: a role (H,)
     source: int | None = None  # layer whose keys and values it reads, with that layer's head count; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
     without: frozenset[str] = frozenset()  # roles that another runtime does not have
@@ -108,6 +110,8 @@ class Attention:
         if self.norms != "none":
             each = self.norms == "pre_rope"
             shapes |= {f"{role}_norm": (self.head_dim,) if each else (rows[role],) for role in "qk"}
+        if self.sinks:
+            shapes["sinks"] = (self.num_attention_heads,)
         if self.source is not None:
             shapes = {role: shape for role, shape in shapes.items() if role[0] not in "kv"}
         return {role: shape for role, shape in shapes.items() if role not in self.without} | dict(self.extra)
@@ -167,6 +171,11 @@ class Shape:
     def cached_sites(self) -> list[Site]:
         """The sites that have a cache: all but those of an encoder."""
         return [site for site in self.sites if site.kind != "encoder"]
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused attention computes every site: it has no soft caps, and ignores sinks."""
+        return all(attention.softcap is None and not attention.sinks for attention in self.sites.values())
 
     @property
     def owners(self) -> dict[int, int]:

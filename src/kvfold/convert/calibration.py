@@ -50,8 +50,9 @@ class Calibration:
             )
         # these load transformers: only for conversions that need calibration
         from kvfold.calibrate.decoder import calibration_hash, check_enough
-        from kvfold.text.pairs import read_tokens
+        from kvfold.text.pairs import check_text, read_tokens
 
+        check_text(options.calibration, paired=source.family.encoder_decoder)
         source.require_finite(progress)  # before the teacher reads or writes a text
         tokens = read_tokens(
             options.calibration,

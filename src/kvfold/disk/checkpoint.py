@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from kvfold.disk.shards import Stored, Writer, digest, has_weights, stored_tenso
 from kvfold.disk.source import locate, read_config, remembered
 from kvfold.errors import CheckpointError
 from kvfold.families import source_family
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,8 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
-        self._stored = stored_tensors(path)
+        dropped, found = self.family.dropped(self.config), stored_tensors(path)
+        self._stored = {name: each for name, each in found.items() if not name.startswith(dropped)}
         check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
         self._flaws: dict[str, CheckpointError] = {}  # hashed tensors that hold NaN or infinity
@@ -84,6 +85,26 @@ class Checkpoint:
         """The name of a tensor in the files: its own, or that of the model's parameter."""
         alike = (each for each in self._stored if self.family.on_disk(each) == self.family.on_disk(name))
         return name if name in self._stored else next(alike, name)
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter of the model, joined where the files hold it in parts. Raises CheckpointError as `read` does."""
+        stacked = self.family.stacked(name)
+        if stacked is None or name in self._stored:
+            return self.read(self.stored_name(name))
+        return stacked.whole(self.read, shape[0])
+
+    def as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that hold these parameters of the model, under the names of the files."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            stacked = None if name in self._stored else self.family.stacked(name)
+            found |= {self.stored_name(name): tensor} if stacked is None else stacked.apart(tensor)
+        return found
+
+    def forms(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that hold a parameter of the model of this shape."""
+        stacked = None if name in self._stored else self.family.stacked(name)
+        return {self.stored_name(name): shape} if stacked is None else stacked.forms(shape)
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor. Raises CheckpointError if there is no tensor of that name."""
@@ -121,14 +142,11 @@ class Checkpoint:
         """
         missing = [name for name in self.names() if name not in self.digests]
         progress = progress if missing else SILENT
-        progress.start("hashing", sum(self.spec(name).nbytes for name in missing), "bytes")
-        try:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
-                    self.digests[name] = found
-                    progress.advance(self.spec(name).nbytes)
-        finally:
-            progress.stop()
+        size = sum(self.spec(name).nbytes for name in missing)
+        with task(progress, "hashing", size, "bytes"), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for name, found in zip(missing, pool.map(self._digest, missing), strict=True):
+                self.digests[name] = found
+                progress.advance(self.spec(name).nbytes)
         specs = {name: self.spec(name) for name in self.names()}
         hashed = content_hash(self.config, specs, self.digests)
         if self.lineage and self.lineage.get("hash") != hashed:
@@ -223,7 +241,7 @@ class Checkpoint:
 
     def _tied_twice(self) -> bool:
         """True if the output projection is tied to an embedding, and both are stored and equal."""
-        if not self.config.get("tie_word_embeddings") or TIED not in self._stored:
+        if TIED not in self._stored or not self.family.tied(self.config):
             return False
         spec = self._stored[TIED].spec
         same = [name for name, other in self._stored.items() if "embed" in name and other.spec == spec]

@@ -18,10 +18,10 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,46 +32,16 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.record import Record
 from kvfold.errors import KvfoldError, SettingError
+from kvfold.evaluate.settings import BenchSettings
 from kvfold.evaluate.timing import Contender, Rows, time_decode, time_prefill
 from kvfold.formats import size
 from kvfold.machine import best_device, device_memory
 from kvfold.predict.roofline import hardware
-from kvfold.progress import SILENT, Progress
-from kvfold.settings import MOST, SEEDS, check_range, differing
+from kvfold.progress import SILENT, Progress, task
+from kvfold.settings import differing
 
 PIECE = 64  # tokens of each prompt that are read together at the largest batch
-THREADS = 4096  # at most: each is started, and none of them is refused by PyTorch
 COPIES = 3  # caches' worth of memory that a model needs while it is measured: its own, and what kernels make of it
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What to time, how often, and in which number format."""
-
-    context: tuple[int, ...] = field(default=(1024, 4096), metadata={"help": "Tokens of the prompts."})
-    batch: tuple[int, ...] = field(default=(1, 8), metadata={"help": "Sequences decoded together."})
-    new_tokens: int = field(default=16, metadata={"help": "Tokens decoded after each prompt."})
-    repeats: int = field(default=5, metadata={"help": "Rounds; each round times every model once."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Format of computation and cache."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch. Default: PyTorch's own number."})
-    fp8: bool = field(default=True, metadata={"help": "Also time the teacher with an fp8 cache."})
-    memory: int | None = field(
-        default=None,
-        metadata={"help": "Bytes (2G) of memory for which to time each model's largest batch. Default: not timed."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the prompts."})
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured, with SettingError."""
-        for name in ("context", "batch"):
-            if not getattr(self, name):
-                raise SettingError(f"{name} must be at least 1", where="bench", got=())
-        check_range(self, "bench", 1, float("inf"), "memory")
-        check_range(self, "bench", 1, MOST, "context", "batch", "new_tokens", "repeats")
-        check_range(self, "bench", 1, THREADS, "threads")
-        check_range(self, "bench", 0, SEEDS - 1, "seed")
 
 
 def bench(
@@ -94,7 +64,6 @@ def bench(
     began = time.monotonic()
     opened = [Checkpoint.open(each) for each in models]
     checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
-    hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
     name = name or "-".join(checkpoints)
     places = {"models": [str(each) for each in models]}
     asked = {**asdict(settings), **places}
@@ -102,6 +71,7 @@ def bench(
     path = record.path_of(records, "bench", name, identity)
     record.check_replaceable(path)
     record.check_folder(Path(records))
+    hashes: dict[str, str | None] = {label: each.hash(progress) for label, each in checkpoints.items()}
     made = None if overwrite else record.existing(path, hashes, asked)
     if made is not None:
         progress.say(f"{path}: measured already")
@@ -231,8 +201,7 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
     ratios: Rows = []
     seconds: Rows = []
     largest: Rows = []
-    progress.start("bench", sum(context * batch for context, batch in places), "tokens")
-    try:
+    with task(progress, "bench", sum(context * batch for context, batch in places), "tokens"):
         for context, batch in places:
             found, raw = _place(contenders, drawn(batch, context), settings)
             rows += found
@@ -248,8 +217,6 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
             found, times = time_decode(lots, settings.repeats)
             for row, each_round in zip(found, times, strict=True):
                 largest.append(row | {"memory": settings.memory, "seconds": each_round})
-    finally:
-        progress.stop()
     return {
         "rows": rows,
         "ratios": ratios,

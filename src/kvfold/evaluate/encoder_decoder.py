@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvfold import hf
 from kvfold.evaluate import loss
 from kvfold.evaluate.settings import EvaluateSettings
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 from kvfold.text.pairs import UNSEEN, Corpus, Ids, PairFile, batched
 from kvfold.train import losses
 
@@ -68,8 +68,7 @@ def answers(
     texts: list[str] = []
     device = next(model.parameters()).device
     rows = [(given[:length], target) for given, target in pairs.pairs[: settings.answers]]
-    progress.start(f"answers, {beams} beam{'s' if beams > 1 else ''}", len(rows), "pairs")
-    try:
+    with task(progress, f"answers, {beams} beam{'s' if beams > 1 else ''}", len(rows), "pairs"):
         for first in range(0, len(rows), settings.batch_size):
             batch = batched(rows[first : first + settings.batch_size]).to(device)
             ids_BT = hf.generate(
@@ -81,8 +80,6 @@ def answers(
             )
             texts += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
             progress.advance(len(batch.input_BS))
-    finally:
-        progress.stop()
     return texts
 
 

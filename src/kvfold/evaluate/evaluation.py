@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, DataError, GateMissed
 from kvfold.evaluate import encoder_decoder, gate, loss, recall, samples
 from kvfold.evaluate.checks import LONGEST, check_same, find_tasks, for_models, read_control
+from kvfold.evaluate.lm_eval import Harness
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
-from kvfold.text.pairs import Corpus, corpus
+from kvfold.text.pairs import Corpus, check_text, corpus
 from kvfold.text.tokens import token_file
 
-__all__ = ["EvaluateSettings", "evaluate", "teacher_of"]
+TASKS = ("lm_eval", "lm_eval_tasks_dir", "lm_eval_limit", "dtype")
+"""Settings on which the scores of tasks depend."""
 
 
 def evaluate(
@@ -57,10 +58,11 @@ def evaluate(
     """
     began = time.monotonic()
     model = Checkpoint.open(student)
+    check_text(settings.data, paired=model.family.encoder_decoder)
+    record.check_folder(Path(records))
+    control = read_control(settings)
     other = teacher_of(model, teacher, progress)
     settings = for_models(settings, model, other)
-    control = read_control(settings)
-    record.check_folder(Path(records))
     text = _read(settings, model, progress)
     check_same(settings, control, text.tokens_hash)
     hashes = {
@@ -73,7 +75,7 @@ def evaluate(
     name = name or model.path.resolve().name
     compared = {"student": str(student), "teacher": None if other is None else other.name, "row": dict(row or {})}
     identity = record.identity("evaluate", name, {**differing(settings), **compared})
-    asked = {**asdict(settings), **compared}
+    asked = {**asdict(settings), "gate": gate.recorded(settings.gate), **compared}
     path = record.path_of(records, "evaluate", name, identity)
     record.check_replaceable(path)
     made = None if overwrite else record.existing(path, hashes, asked)
@@ -81,7 +83,8 @@ def evaluate(
         progress.say(f"{path}: measured already")
     else:
         models = {"student": model} | ({"teacher": other} if other else {})
-        metrics = _measure(settings, models, text, progress)
+        known = _known_scores(settings, hashes["teacher"], Path(records))
+        metrics = _measure(settings, models, text, known, progress)
         if steps := steps_since_root(model):
             metrics["made_by"] = steps
         metrics["cache"] = {who: cached_by(each.shape) for who, each in models.items()}
@@ -135,9 +138,13 @@ def _read(settings: EvaluateSettings, model: Checkpoint, progress: Progress) -> 
 
 
 def _measure(
-    settings: EvaluateSettings, checkpoints: Mapping[str, Checkpoint], text: _Text, progress: Progress
+    settings: EvaluateSettings,
+    checkpoints: Mapping[str, Checkpoint],
+    text: _Text,
+    known: Mapping[str, Any] | None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """All metrics. Text and tasks are checked before a model is loaded."""
+    """All metrics. Text and tasks are checked before a model is loaded; `known` are the teacher's scores of tasks."""
     path = checkpoints["student"].path
     if text.corpus:
         models = _load(checkpoints, settings)
@@ -148,57 +155,94 @@ def _measure(
     rows = _rows(tokenizer, text.ids_N, settings, progress)
     prompts_BT = samples.prompts(text.ids_N, settings.samples) if settings.samples else None
     models = _load(checkpoints, settings)
+    tests = _Tests(
+        settings, tokenizer, text.ids_N, rows, harness, checkpoints["student"].shape.max_positions, known, progress
+    )
     text_bytes = len(samples.decode(tokenizer, text.ids_N[1:]).encode())
-    metrics = {"text_bytes": text_bytes, **_loss_and_recall(settings, models, text.ids_N, rows, text_bytes, progress)}
-    for who, model in models.items():
-        if harness is not None:
-            progress.say(f"{who}: lm-eval, {', '.join(harness.tasks)}")
-            most = checkpoints["student"].shape.max_positions
-            own = metrics if who == "student" else metrics["teacher"]
-            own["lm_eval"] = harness.run(
-                model, tokenizer, batch_size=settings.batch_size, max_length=most, progress=progress
-            )
+    metrics = {"text_bytes": text_bytes, **tests.measure(models, text_bytes)}
     if prompts_BT is not None:
         metrics["samples"] = samples.side_by_side(models, tokenizer, prompts_BT, settings.sample_tokens)
     return metrics
 
 
-@torch.inference_mode()
-def _loss_and_recall(
-    settings: EvaluateSettings,
-    models: Mapping[str, Any],
-    ids_N: Tensor,
-    rows: recall.Recall,
-    text_bytes: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The metrics of decoders, and of the student without each part of its attention that can be removed."""
-    recalled = partial(rows.measure, batch_size=settings.batch_size, progress=progress)
-    score = partial(
-        loss.score,
-        ids_N=ids_N,
-        length=settings.sequence_length or LONGEST,
-        stride=settings.stride or LONGEST,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
-    sums = score(models)
-    own = {who: loss.summary(sums, who, text_bytes) for who in models}
-    if settings.fp8:
-        with ExitStack() as stack:
-            for model in models.values():
-                stack.enter_context(hf.with_attention(model, hf.ATTENTION_FP8))
-            rounded = score(models)
-        for who in models:
-            own[who]["loss_fp8_cache"] = loss.summary(rounded, who, 0)["loss"]
-    for who, model in models.items():
-        own[who] |= recalled(model, what=f"{who}: recall")
-    student, without = models["student"], {}
-    for part in hf.removable(student):
-        with hf.without(student, part):
-            lost = loss.summary(score({"student": student}), "student", 0)["loss"]
-            without[part] = {"loss": lost, **recalled(student, what=f"without {part}: recall")}
-    return loss.metrics(own, sums) | ({"without": without} if without else {})
+@dataclass(frozen=True)
+class _Tests:
+    """What decoders are measured by."""
+
+    settings: EvaluateSettings
+    tokenizer: Any
+    ids_N: Tensor
+    rows: recall.Recall
+    harness: Harness | None
+    max_length: int
+    known: Mapping[str, Any] | None  # scores that the teacher has of these tasks
+    progress: Progress
+
+    @torch.inference_mode()
+    def measure(self, models: Mapping[str, Any], text_bytes: int) -> dict[str, Any]:
+        """Loss, recall and tasks of every model; a model alone is measured with quantised caches too.
+
+        A student is also measured without each part of its attention that can be removed.
+        """
+        sums = self._score(models)
+        own = {who: loss.summary(sums, who, text_bytes) | self._rest(model, who) for who, model in models.items()}
+        student = models["student"]
+        if self.settings.fp8 and len(models) == 1:
+            quantised = {name: self._quantised(student, name) for name in hf.QUANTISED}
+            own["student"] |= {"loss_fp8_cache": quantised["fp8"]["loss"], "quantised_cache": quantised}
+        elif self.settings.fp8:
+            with ExitStack() as stack:
+                for model in models.values():
+                    stack.enter_context(hf.with_attention(model, hf.QUANTISED["fp8"][0]))
+                rounded = self._score(models)
+            for who in models:
+                own[who]["loss_fp8_cache"] = loss.summary(rounded, who, 0)["loss"]
+        without = {}
+        for part in hf.removable(student):
+            with hf.without(student, part):
+                without[part] = {**self._loss(student), **self._recall(student, f"without {part}")}
+        return loss.metrics(own, sums) | ({"without": without} if without else {})
+
+    def _quantised(self, model: Any, name: str) -> dict[str, Any]:
+        """The same of a model over a quantised cache, with the bits of a cached number."""
+        attention, bits = hf.QUANTISED[name]
+        with hf.with_attention(model, attention):
+            return {"bits": bits, **self._loss(model), **self._rest(model, f"{name} cache")}
+
+    def _score(self, models: Mapping[str, Any]) -> dict[str, Tensor]:
+        settings = self.settings
+        length, stride = settings.sequence_length or LONGEST, settings.stride or LONGEST
+        batch_size, progress = settings.batch_size, self.progress
+        return loss.score(models, self.ids_N, length=length, stride=stride, batch_size=batch_size, progress=progress)
+
+    def _loss(self, model: Any) -> dict[str, Any]:
+        return {"loss": loss.summary(self._score({"student": model}), "student", 0)["loss"]}
+
+    def _recall(self, model: Any, who: str) -> dict[str, Any]:
+        batch_size = self.settings.batch_size
+        return self.rows.measure(model, batch_size=batch_size, what=f"{who}: recall", progress=self.progress)
+
+    def _rest(self, model: Any, who: str) -> dict[str, Any]:
+        """Recall and tasks."""
+        found = self._recall(model, who)
+        if self.harness is None:
+            return found
+        if who == "teacher" and self.known:
+            return {**found, "lm_eval": self.known}
+        self.progress.say(f"{who}: lm-eval, {', '.join(self.harness.tasks)}")
+        batch_size, most = self.settings.batch_size, self.max_length
+        scores = self.harness.run(model, self.tokenizer, batch_size=batch_size, max_length=most, progress=self.progress)
+        return {**found, "lm_eval": scores}
+
+
+def _known_scores(settings: EvaluateSettings, teacher: str | None, records: Path) -> Mapping[str, Any] | None:
+    """The teacher's scores of the same tasks from a record beside this one: they take as long as the student's."""
+    alike = {each: getattr(settings, each) for each in TASKS}
+    for each in record.read_all(records) if teacher and settings.lm_eval else ():
+        same = fingerprint({key: each.settings.get(key) for key in TASKS}) == fingerprint(alike)
+        if same and each.kind == "evaluate" and each.hashes.get("student") == teacher and each.metrics.get("lm_eval"):
+            return dict(each.metrics["lm_eval"])
+    return None
 
 
 def _rows(tokenizer: Any, ids_N: Tensor, settings: EvaluateSettings, progress: Progress) -> recall.Recall:

@@ -5,6 +5,8 @@
 A row is `METRIC OP BOUND`. The bound is a number, or the same metric of the teacher or of the control, with a factor
 before it and an offset after it. A metric with several values names one after `@`: a distance, a context, a number of
 beams, or `TASK.METRIC` of lm-eval.
+
+The default gate is on loss and recall. It fails no run: reports and runs say which of its rows a student misses.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ METRICS: dict[str, tuple[str | None, str | None]] = {  # metric -> its key, and 
     **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), ("BEAMS", "beams")),
 }
 OF_THE_PAIR = ("kl", "agreement")  # measured between student and teacher: the teacher alone has none
+
+DEFAULT, NONE = "default", "none"  # the gate where none is set, and none at all
+LOSS_LIMIT = 0.1  # nats per token above the teacher's loss
+RECALL_LIMIT = 0.8  # of the teacher's copy gain at a distance, and of its accuracy on last words
+COPIES = 0.5  # nats: with a smaller copy gain, a teacher has no recall to lose
+KNOWS = 0.1  # share of last words: a teacher that gets fewer right has none to lose
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -85,8 +93,34 @@ def lookup(metrics: Mapping[str, Any], metric: str, key: str | None) -> float | 
     return None if value is None else float(value)
 
 
+def default(teacher: Mapping[str, Any]) -> tuple[Threshold, ...]:
+    """The default gate, by the metrics of a teacher: its loss, and its recall where it has any."""
+    gains: Mapping[str, float | None] = teacher.get("copy_gain") or {}
+    rows = [f"loss<=teacher+{LOSS_LIMIT:g}"]
+    rows += [f"copy_gain@{key}>={RECALL_LIMIT:g}*teacher" for key, gain in gains.items() if (gain or 0) >= COPIES]
+    rows += [f"last_word>={RECALL_LIMIT:g}*teacher"] if (teacher.get("last_word") or 0) >= KNOWS else []
+    return parse(", ".join(rows))
+
+
+def judge_default(metrics: Mapping[str, Any], teacher: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of the default gate, judged: against the teacher that was measured beside, unless one is given.
+
+    A row of what was not measured is left out.
+    """
+    teacher = teacher or metrics.get("teacher")
+    rows = [row.judge(metrics, teacher, None) for row in default(teacher)] if teacher else []
+    return [row for row in rows if row["left"] is not None]
+
+
+def recorded(gate: str | None) -> str | None:
+    """A gate as records have it: None for the default, as those of versions that had no default gate."""
+    return {DEFAULT: None, None: NONE}.get(gate, gate)
+
+
 def parse(gate: str | None) -> tuple[Threshold, ...]:
     """Read a gate. Raises SettingError for a row that is not one, an unknown metric, or a key that is missing."""
+    if gate in (DEFAULT, NONE):
+        return ()
     rows = [row.strip() for row in (gate or "").split(",")]
     if gate is not None and not all(rows):
         raise SettingError("a row is empty", where="gate", got=repr(gate), allowed=_SHAPE)

@@ -75,21 +75,49 @@ def _wrapper(progress: Progress, stderr: TextIO) -> Any:
     class Wrapper(HFLM):  # type: ignore[misc]
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
             with shown(len(requests)):
-                return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+                return log_likelihoods(
+                    self.model,
+                    [((*context, *answer)[-self.max_length - 1 :], len(answer)) for _, context, answer in requests],
+                    batch_size=self.batch_size,
+                    progress=progress,
+                )
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             with shown(len(requests)):
                 return super().generate_until(requests, disable_tqdm=True)
-
-        def _model_call(self, inps: Any, **options: Any) -> Any:
-            progress.advance(len(inps))
-            return super()._model_call(inps, **options)
 
         def _model_generate(self, context: Any, **options: Any) -> Any:
             progress.advance(len(context))
             return super()._model_generate(context, **options)
 
     return Wrapper
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], int]], *, batch_size: int, progress: Progress = SILENT
+) -> list[tuple[float, bool]]:
+    """Of each row `(ids, answer)`: the log-likelihood of its last `answer` tokens, and whether greedy gives them.
+
+    Logits are computed for the answers alone, and in float32: lm-eval's own wrapper computes those of every token. The
+    longest rows come first.
+    """
+    device, found = next(model.parameters()).device, {}
+    order = sorted(range(len(rows)), key=lambda at: -len(rows[at][0]))
+    for first in range(0, len(rows), batch_size):
+        batch = [(at, *rows[at]) for at in order[first : first + batch_size]]
+        ids = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
+        ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # behind a row, where causal attention does not look
+        kept = ids_BT.shape[1] - min(len(ids) - 1 - answer for _, ids, answer in batch)
+        logits_BTV = model(ids_BT.to(device), use_cache=False, logits_to_keep=kept).logits
+        for (at, row, answer), logits_TV in zip(batch, logits_BTV, strict=True):
+            end = len(row) - 1 - ids_BT.shape[1] + kept
+            logits_AV = logits_TV[end - answer : end].float()
+            target_A = torch.tensor(row[-answer:], device=device)
+            likelihood = logits_AV.log_softmax(-1).gather(1, target_A[:, None]).sum()
+            found[at] = float(likelihood), bool((logits_AV.argmax(-1) == target_A).all())
+        progress.advance(len(batch))
+    return [found[at] for at in range(len(rows))]
 
 
 def find_tasks(tasks: Sequence[str], folder: str | None, limit: int | None) -> Harness:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 
 LOGITS_BYTES = 1 << 30  # of one model's logits: where a vocabulary is large, a batch runs in smaller parts
 CHUNK_BYTES = 8 << 20  # of logits in fp32 while they are scored: about what a core's cache holds
@@ -85,16 +85,13 @@ Scored = tuple[list[Tensor], Tensor, list[int]]
 def collect(parts: Iterable[Scored], total: int, progress: Progress) -> dict[str, Tensor]:
     """Sums over each row, in float64, of its tokens' `token_scores`, and `tokens_B`, their number."""
     sums: dict[str, list[Tensor]] = {}
-    progress.start("loss", total, "tokens")
-    try:
+    with task(progress, "loss", total, "tokens"):
         for logits, targets_N, counts in parts:
             found = token_scores(*logits, targets_N=targets_N)
             found["tokens"] = torch.ones_like(found["student"])
             for key, value_N in found.items():
                 sums.setdefault(key, []).extend(each.double().sum().cpu() for each in torch.split(value_N, counts))
             progress.advance(len(targets_N))
-    finally:
-        progress.stop()
     return {key: torch.stack(values) for key, values in sums.items()}
 
 

@@ -25,7 +25,7 @@ from kvfold.errors import DataError, SettingError
 from kvfold.evaluate.loss import perplexity
 from kvfold.evaluate.samples import decode
 from kvfold.evaluate.settings import EvaluateSettings
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 
 SPAN = 16  # tokens of a copied span: long enough to be unlike anything else, short enough for a window of 256
 PASSAGE = 128  # tokens of a passage with its last word: LAMBADA's have about 100
@@ -169,8 +169,7 @@ class Recall:
         rows = [*self.copies.values(), *(each.ids_BT for each in self.passkeys.values())]
         rows += [] if self.last_words is None else [self.last_words.ids_BT]
         found: dict[str, Any] = {}
-        progress.start(what, sum(rows_BT.numel() for rows_BT in rows), "tokens")
-        try:
+        with task(progress, what, sum(rows_BT.numel() for rows_BT in rows), "tokens"):
             for distance, rows_BT in self.copies.items():
                 first, second = copy_loss(model, rows_BT, batch_size=batch_size, progress=progress)
                 found["copy_loss_first"] = first  # the same at every distance: nothing is before the first span
@@ -182,8 +181,6 @@ class Recall:
                 found.setdefault("passkey_loss", {})[str(context)] = float(loss_B.sum()) / sum(questions.answers)
             if self.last_words is not None:
                 found |= last_word(*answer(model, self.last_words, batch_size=batch_size, progress=progress))
-        finally:
-            progress.stop()
         return found
 
 

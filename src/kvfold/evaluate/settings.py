@@ -1,4 +1,4 @@
-"""The settings of an evaluation."""
+"""The settings of an evaluation and of a benchmark."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvfold.errors import SettingError, choices
-from kvfold.evaluate.gate import METRICS, Threshold, parse
-from kvfold.settings import MOST, SEEDS, check_range
+from kvfold.evaluate.gate import DEFAULT, METRICS, Threshold, parse
+from kvfold.settings import MOST, SEEDS, check_range, setting
 
 BEAMS = 1024  # at most: each has a cache of its own
+THREADS = 4096  # at most: each is started, and none of them is refused by PyTorch
 TRIALS = 1_000_000  # at most: all of them are drawn before the first is read
 
 
@@ -21,53 +22,39 @@ class EvaluateSettings:
     data: str = field(
         metadata={"help": "Held-out text: a file, a folder, a hub data set, or stdlib:heldout (formats: see uptrain)."}
     )
-    tokens: int = field(default=65_536, metadata={"help": "Tokens to evaluate, from the beginning of the text."})
-    sequence_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a window. Default: that of training, at most 1024."}
+    tokens: int = setting(65_536, "Tokens to evaluate, from the beginning of the text.")
+    sequence_length: int | None = setting(None, "Tokens of a window. Default: that of training, at most 1024.")
+    stride: int | None = setting(None, "Tokens from one window to the next. Default: --sequence-length.")
+    batch_size: int = setting(16, "Windows in one forward pass.")
+    copy_distances: tuple[int, ...] = setting((16, 64, 128), "Tokens between a random span and its copy.")
+    copy_trials: int = setting(64, "Spans for each distance.")
+    last_words: int = setting(200, "Questions for the last word of a passage, at most; 0 for none.")
+    passkey_contexts: tuple[int, ...] = setting(
+        (), "Tokens of the texts that hide a number. Default: none; small models fail."
     )
-    stride: int | None = field(
-        default=None, metadata={"help": "Tokens from one window to the next. Default: --sequence-length."}
+    passkey_trials: int = setting(32, "Hidden numbers for each context.")
+    samples: int = setting(3, "Prompts that student and teacher continue greedily.")
+    sample_tokens: int = setting(48, "Tokens of each continuation.")
+    fp8: bool = setting(
+        True,
+        "Also measure with quantised caches: the loss in fp8; of a teacher, recall and tasks too, in fp8 and q4_0.",
     )
-    batch_size: int = field(default=16, metadata={"help": "Windows in one forward pass."})
-    copy_distances: tuple[int, ...] = field(
-        default=(16, 64, 128), metadata={"help": "Tokens between a random span and its copy."}
+    beams: tuple[int, ...] = setting(
+        (1, 4), "Numbers of beams with which an encoder-decoder answers pairs; 1 is greedy."
     )
-    copy_trials: int = field(default=64, metadata={"help": "Spans for each distance."})
-    last_words: int = field(
-        default=200, metadata={"help": "Questions for the last word of a passage, at most; 0 for none."}
+    answers: int = setting(256, "Pairs that an encoder-decoder answers; 0 for none.")
+    answer_tokens: int = setting(64, "Longest answer, in tokens.")
+    lm_eval: tuple[str, ...] = setting((), "Tasks of lm-eval (needs kvfold[eval]). Default: none.")
+    lm_eval_tasks_dir: str | None = setting(None, "Folder of more lm-eval tasks. Default: none.")
+    lm_eval_limit: int | None = setting(None, "Documents of each lm-eval task. Default: all.")
+    gate: str | None = setting(
+        DEFAULT,
+        "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. `default`: on loss and recall, "
+        "and only reported; `none`: no gate.",
     )
-    passkey_contexts: tuple[int, ...] = field(
-        default=(), metadata={"help": "Tokens of the texts that hide a number. Default: none; small models fail."}
-    )
-    passkey_trials: int = field(default=32, metadata={"help": "Hidden numbers for each context."})
-    samples: int = field(default=3, metadata={"help": "Prompts that student and teacher continue greedily."})
-    sample_tokens: int = field(default=48, metadata={"help": "Tokens of each continuation."})
-    fp8: bool = field(default=True, metadata={"help": "Also measure the loss with an fp8 cache."})
-    beams: tuple[int, ...] = field(
-        default=(1, 4), metadata={"help": "Numbers of beams with which an encoder-decoder answers pairs; 1 is greedy."}
-    )
-    answers: int = field(default=256, metadata={"help": "Pairs that an encoder-decoder answers; 0 for none."})
-    answer_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    lm_eval: tuple[str, ...] = field(
-        default=(), metadata={"help": "Tasks of lm-eval (needs kvfold[eval]). Default: none."}
-    )
-    lm_eval_tasks_dir: str | None = field(
-        default=None, metadata={"help": "Folder of more lm-eval tasks. Default: none."}
-    )
-    lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each lm-eval task. Default: all."})
-    gate: str | None = field(
-        default=None,
-        metadata={
-            "help": "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. Default: none."
-        },
-    )
-    control: str | None = field(
-        default=None, metadata={"help": "Record of the control's evaluation, for gates that name it. Default: none."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the probes."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Format in which the models compute."}
-    )
+    control: str | None = setting(None, "Record of the control's evaluation, for gates that name it. Default: none.")
+    seed: int = setting(0, "Seed of the probes.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Format in which the models compute.")
 
     def __post_init__(self) -> None:
         """Refuse what no model can do, with SettingError, before anything is loaded."""
@@ -108,3 +95,30 @@ class EvaluateSettings:
                 got=row.expr,
                 next="pass the record of its evaluation as control",
             )
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to time, how often, and in which number format."""
+
+    context: tuple[int, ...] = setting((1024, 4096), "Tokens of the prompts.")
+    batch: tuple[int, ...] = setting((1, 8), "Sequences decoded together.")
+    new_tokens: int = setting(16, "Tokens decoded after each prompt.")
+    repeats: int = setting(5, "Rounds; each round times every model once.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Format of computation and cache.")
+    threads: int | None = setting(None, "Threads of PyTorch. Default: PyTorch's own number.")
+    fp8: bool = setting(True, "Also time the teacher with an fp8 cache.")
+    memory: int | None = setting(
+        None, "Bytes (2G) of memory for which to time each model's largest batch. Default: not timed."
+    )
+    seed: int = setting(0, "Seed of the prompts.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured, with SettingError."""
+        for name in ("context", "batch"):
+            if not getattr(self, name):
+                raise SettingError(f"{name} must be at least 1", where="bench", got=())
+        check_range(self, "bench", 1, float("inf"), "memory")
+        check_range(self, "bench", 1, MOST, "context", "batch", "new_tokens", "repeats")
+        check_range(self, "bench", 1, THREADS, "threads")
+        check_range(self, "bench", 0, SEEDS - 1, "seed")

@@ -79,8 +79,8 @@ class Contender:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels that compute this model: sdpa has no soft cap, and T5's eager attention cannot share heads."""
-        if any(site.softcap is not None for site in self.checkpoint.shape.sites.values()):
+        """The kernels that compute this model: T5's eager attention cannot share heads."""
+        if not self.checkpoint.shape.fused:
             return hf.ATTENTION, "eager"
         return KERNELS[:-1] if self.paired else KERNELS
 

@@ -1,4 +1,4 @@
-"""The base class of engines. An engine is one subclass, and one entry in `kvfold.export.ENGINES`."""
+"""The base class of engines. An engine is one subclass, and one entry in `ENGINES` of `kvfold.export.exporting`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -49,6 +50,7 @@ TENSORS: Mapping[str, str | Packed] = {
     **{role: f"{role}_proj.weight" for role in "qkvo"},
     **{f"{role}_bias": f"{role}_proj.bias" for role in "qkvo"},
     **{f"{role}_norm": f"{role}_norm.weight" for role in "qk"},
+    "sinks": "sinks",
     "k_rope_bias": "k_rope.bias",  # of latent attention; its other roles are named after themselves
     "v_up_bias": "v_up.bias",
     "planes": "planes",
@@ -91,6 +93,7 @@ class Layout:
 
     biases: str = ""  # roles with biases
     norms: Literal["none", "pre_rope", "all_heads"] = "none"
+    norm_offset: float = 0.0  # added to the weights of norms
     windows: Sequence[int | None] | None = None  # by layer; None: no layer has a window
     head_dim: int | None = None  # where config.json is silent; None: hidden_size / num_attention_heads
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
@@ -100,8 +103,10 @@ class Layout:
     rotations: Sequence[Json | None] | None = None  # by layer: fields in place of config.json's; None: not rotated
     scale: float | None = None  # of the logits; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # of the logits
+    sinks: bool = False  # one more logit of each query head
     gated: bool = True  # the MLP
     mlp_biases: bool = False
+    mlps: Sequence[int] | None = None  # parameters of each layer's, where some have experts
     vectors: int = 2  # of the model's width in a layer's norms, weights and biases
     last: int = 1  # the same in the last norm
     head_bias: bool = False  # of the output projection
@@ -123,9 +128,9 @@ def decoder(
 ) -> Family:
     """A family of decoders: `stock` model types, rules for the fields that they add, and their layout.
 
-    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. Where the architecture has
-    names of its own for the fields of every decoder, `usual` adds them under their usual names, and `tiny` is whole.
-    `facts` are other fields of `Family`.
+    `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. `ties` is the default
+    of `tie_word_embeddings`. Where the architecture has names of its own for the fields of every decoder, `usual` adds
+    them under their usual names, and `tiny` is whole. `facts` are other fields of `Family`.
     """
     given: dict[str, Any] = {
         "architectures": architectures(DECODERS, END, *stock),
@@ -142,7 +147,7 @@ def decoder(
         check=partial(_check, rules=rules, layout=layout, own=check, usual=usual),
         shape=partial(_shape, family=name, layout=layout, ties=ties, usual=usual),
         ties=ties,
-        tiny=lambda: {**first, **({} if usual else _TINY), **tiny},
+        tiny=lambda: deepcopy({**first, **({} if usual else _TINY), **tiny}),  # transformers changes nested fields
         **given,
     )
 
@@ -182,6 +187,14 @@ def check_layers(fields: Fields, name: str, kinds: Collection[str]) -> None:
         raise fields.refusal(f"{name} must name {layers} layers", got=repr(found), allowed=", ".join(sorted(kinds)))
 
 
+def check_head_dim(fields: Fields) -> None:
+    """Refuse heads that are not together as wide as the model, with UnsupportedModel: the architecture assumes it."""
+    fields.check_divides("num_attention_heads", "hidden_size")
+    width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
+    if fields.config.get("head_dim", width) != width:
+        raise fields.refusal("head_dim is not that of this architecture", got=fields.config["head_dim"], allowed=width)
+
+
 def _shape(
     config: Json, family: str, layout: Callable[[Json], Layout], ties: bool, usual: Callable[[Json], Json] | None
 ) -> Shape:
@@ -196,11 +209,12 @@ def _shape(
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
     ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
     by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
-    own = {Site(layer): Attention(*alone, *each, found.scale, found.softcap) for layer, each in by_layer}
+    same = Attention(*alone, scale=found.scale, softcap=found.softcap, norm_offset=found.norm_offset, sinks=found.sinks)
+    own = {Site(layer): replace(same, rope=rope, window=window) for layer, (rope, window) in by_layer}
     sites = read(config, own, DECODERS)
     maps = 2 + found.gated
-    layer = maps * hidden * inner + found.vectors * hidden
-    layer += (maps - 1) * inner + hidden if found.mlp_biases else 0
+    mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)
+    outside = sum(found.mlps or [mlp] * layers) + layers * found.vectors * hidden
     ends = vocab * hidden * (1 if config.get("tie_word_embeddings", ties) else 2) + found.last * hidden
     return Shape(
         family=family,
@@ -212,7 +226,7 @@ def _shape(
         parameters=ends
         + found.positions * hidden
         + vocab * found.head_bias
-        + layers * layer
+        + outside
         + sum(attention.parameters for attention in sites.values()),
         dtype=dtype_of(config),
         max_positions=int(config.get("max_position_embeddings") or 2048),

@@ -10,8 +10,7 @@ from kvfold.hf import latent as latent
 from kvfold.hf import linear as linear
 from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
-from kvfold.hf.attention import NAME_FP8 as ATTENTION_FP8
-from kvfold.hf.attention import attention_outputs, removable, with_attention, without
+from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
 from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_source, load_tokenizer
@@ -20,7 +19,7 @@ from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
 
 __all__ = [
     "ATTENTION",
-    "ATTENTION_FP8",
+    "QUANTISED",
     "WATCHED",
     "Attended",
     "CacheKind",

@@ -6,7 +6,8 @@ not know, and left-padded rows silently attend to their padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -23,8 +24,8 @@ from kvfold.errors import SettingError
 NAME = "kvfold"
 """Its name in `attn_implementation`."""
 
-NAME_FP8 = "kvfold_fp8"
-"""The same attention over an fp8 cache, as engines offer it: measures the loss of that option."""
+NAME_FP8, NAME_Q4 = "kvfold_fp8", "kvfold_q4_0"
+"""The same attention over a quantised cache, as engines offer it: measures what that option costs."""
 
 
 def forward(
@@ -38,15 +39,14 @@ def forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature -> `(o_BTHE, None)`: no attention weights are computed.
 
-    The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, and `softcap` caps them.
-    Raises SettingError for attention sinks (`s_aux`).
+    The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, `softcap` caps them, and
+    `s_aux` (H,) are the logits of sinks.
     """
-    if kwargs.get("s_aux") is not None:
-        raise SettingError(f"attention `{NAME}` has no s_aux", next="load the model with attention sdpa or eager")
     tokens = query_BHTE.shape[2]
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
     if causal and tokens > 1:
@@ -64,6 +64,7 @@ def forward(
         scale=scaling,
         dropout=dropout,
         softcap=softcap,
+        sinks_H=s_aux,
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
 
@@ -83,12 +84,6 @@ def biased(bias_1HTS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return bias_1HTS.masked_fill(~seen_TS, lowest)
 
 
-def _forward_fp8(
-    module: nn.Module, query_BHTE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return forward(module, query_BHTE, through_fp8(key_BGSE), through_fp8(value_BGSE), *args, **kwargs)
-
-
 def through_fp8(heads_BGSE: Tensor) -> Tensor:
     """Round to float8 (4 bits of exponent, 3 of mantissa) with one scale for the whole tensor."""
     largest = torch.finfo(torch.float8_e4m3fn).max
@@ -96,7 +91,38 @@ def through_fp8(heads_BGSE: Tensor) -> Tensor:
     return ((heads_BGSE.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(heads_BGSE.dtype)
 
 
-for _name, _function in ((NAME, forward), (NAME_FP8, _forward_fp8)):
+def through_q4(heads_BGSE: Tensor) -> Tensor:
+    """Round to 4 bits in blocks of 32 numbers (of fewer, if a head's width asks for it), as llama.cpp's q4_0.
+
+    A block has one float16 scale, by which its number of the largest magnitude becomes -8.
+    """
+    blocks = heads_BGSE.float().reshape(*heads_BGSE.shape[:-1], -1, math.gcd(32, heads_BGSE.shape[-1]))
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(largest == 0, 0, -8 / largest)
+    steps = (blocks * inverse).round().clamp(-8, 7)
+    return (steps * (largest / -8).half().float()).flatten(-2).to(heads_BGSE.dtype)
+
+
+ROUNDINGS: Mapping[str, Callable[[Tensor], Tensor]] = {NAME_FP8: through_fp8, NAME_Q4: through_q4}
+"""By attention: how it rounds what is cached."""
+
+QUANTISED: Mapping[str, tuple[str, float]] = {"fp8": (NAME_FP8, 8.0), "q4_0": (NAME_Q4, 4.5)}
+"""By quantised cache: the attention that rounds alike, and the bits of a cached number with its part of a scale."""
+
+
+def _over(
+    rounded: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    return forward(module, query_BHTE, rounded(key_BGSE), rounded(value_BGSE), *args, **kwargs)
+
+
+for _name, _function in ((NAME, forward), *((name, partial(_over, rounded)) for name, rounded in ROUNDINGS.items())):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.contracts.runtimes import LATENT
-from kvfold.hf.attention import NAME, NAME_FP8, implementation, through_fp8
+from kvfold.hf.attention import NAME, ROUNDINGS, implementation
 from kvfold.hf.subclass import Replacement, attentions, register_decoders
 
 
@@ -86,8 +86,8 @@ class LatentAttention(Replacement):
         name, (heads, tokens) = self.config._attn_implementation, q_BHTE.shape[1:3]
         if mask is None and tokens > 1:  # the unused end of a static cache during prefill
             rotated_BSM, latent_BSR = rotated_BSM[:, :tokens], latent_BSR[:, :tokens]
-        if name == NAME_FP8:
-            rotated_BSM, latent_BSR, name = through_fp8(rotated_BSM), through_fp8(latent_BSR), NAME
+        if rounded := ROUNDINGS.get(name):
+            rotated_BSM, latent_BSR, name = rounded(rotated_BSM), rounded(latent_BSR), NAME
         keys, width = latent_BSR.shape[1:]
         ups = (
             latent_BSR.new_zeros(self.groups, 0, width) if self.k_up is None else self._by_head(self.k_up.weight),

@@ -100,14 +100,16 @@ class Layers:
         module = copy.deepcopy(unread, {id(self._base.config): self._base.config}).to_empty(device=self.device)
         path = f"{self._body.inside(number)}."
         for name, tensor in module.state_dict().items():
-            tensor.copy_(self.source.read(path + name))
+            tensor.copy_(self.source.parameter(path + name, tensor.shape))
         self._fill_buffers(module)
         self._split(number, path, module)
         return Layer(self._base, self._layers, number, path, module.requires_grad_(False).eval(), self._shared)
 
     def _verify(self) -> None:
         """Compare names and shapes of the weights with the architecture's, from headers alone."""
-        wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in self._base.state_dict().items()}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, tensor in self._base.state_dict().items():
+            wanted |= self.source.forms(self.prefix + name, tuple(tensor.shape))
         there = {
             name: tuple(self.source.spec(name).shape)
             for name in self.source.names()

@@ -23,9 +23,8 @@ from transformers.masking_utils import create_causal_mask
 from kvfold.attention.linear import Past, Sinks, Sums, Weights, absorbed, decode, linear_attention, normed, slopes
 from kvfold.contracts.runtimes import LINEAR, LINEAR_LAYER
 from kvfold.errors import SettingError
-from kvfold.hf.attention import NAME_FP8, implementation, through_fp8
+from kvfold.hf.attention import ROUNDINGS, implementation
 from kvfold.hf.linear_cache import LinearLayer
-from kvfold.hf.shared_layers import projected
 from kvfold.hf.subclass import Replacement, attentions, register_decoders
 
 SEEN = "kvfold_seen"
@@ -150,8 +149,8 @@ class LinearAttention(Replacement):
         if self.kind != "none" and not self.rotates_features:
             phi_q = self._features(query, "q")
             phi_k = None if self.window else self._features(key, "k")
-        if self.config._attn_implementation == NAME_FP8:
-            key, value = through_fp8(key), through_fp8(value)
+        if rounded := ROUNDINGS.get(self.config._attn_implementation):
+            key, value = rounded(key), rounded(value)
         return _New(query, key, value, phi_q, key if self.window else cast(Tensor, phi_k), seen)
 
     def _features(self, rows_BHTE: Tensor, role: str) -> Tensor:
@@ -249,6 +248,17 @@ class LinearAttention(Replacement):
             if enters:
                 self._absorb(layer, keys, values, free_BS, left)
         return o_BHTE if self.normalised else normed(o_BHTE)
+
+
+def projected(attention: Any, hidden_BTD: Tensor, role: str) -> Tensor:
+    """The heads (B, H, T, E) of the projection for a role (`q`, `k`, `v`), after its norm if it has one."""
+    rows_BTN: Tensor = getattr(attention, f"{role}_proj")(hidden_BTD)
+    heads_BTHE = rows_BTN.view(*rows_BTN.shape[:-1], -1, attention.head_dim)
+    norm: Any = getattr(attention, f"{role}_norm", None)
+    if norm is not None:
+        over_all = norm.weight.numel() > attention.head_dim
+        heads_BTHE = norm(rows_BTN).view(heads_BTHE.shape) if over_all else norm(heads_BTHE)
+    return heads_BTHE.transpose(1, 2)
 
 
 def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -59,7 +59,10 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
             model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
     except Exception as error:  # transformers wraps no errors
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
-    check_tensors(path, **{problem: found.get(f"{problem}_keys", ()) for problem in PROBLEMS})
+    constants = {
+        f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
+    }  # positions
+    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - constants for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)

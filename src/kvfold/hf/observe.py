@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvfold.attention.grouped import masked_softmax
 from kvfold.hf.attention import biased, forward
 from kvfold.hf.layers import Layer
 
@@ -37,16 +38,26 @@ class Attended:
     sin_TE: Tensor | None
     heads_BTN: Tensor  # the input of `o`: all heads, concatenated
     output_BTD: Tensor
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
 
 
 class _Done(Exception):
     """The attention has been observed: the rest of the layer need not be computed."""
 
 
-def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Tensor, row: int = 0) -> Attended:
+def attend(
+    layer: Layer,
+    attention: nn.Module,
+    output: nn.Module,
+    hidden_BTD: Tensor,
+    row: int = 0,
+    rotated: int | None = None,
+) -> Attended:
     """Run a layer up to the end of its attention, whose output projection is `output`, and return its tensors.
 
-    `row` is as in `Layer.run`.
+    `row` is as in `Layer.run`. `rotated` is the number of a head's coordinates that are rotated; by default as many as
+    the cosines that the model computes.
     """
     seen: dict[str, Any] = {}
 
@@ -75,18 +86,21 @@ def attend(layer: Layer, attention: nn.Module, output: nn.Module, hidden_BTD: Te
         _SEEN.reset(token)
         for handle in handles:
             handle.remove()
-    cos, sin = (None, None) if seen["rotation"] is None else _by_coordinate(attention, seen["rotation"])
+    turned = seen["rotation"] is not None and rotated != 0
+    cos, sin = _by_coordinate(attention, seen["rotation"], rotated) if turned else (None, None)
     turns: Any = getattr(attention, "rotation", None)
     if turns is not None:  # kvfold's latent attention, whose heads rotate differently
         cos, sin = turns(cos, sin)
     query, key, mask, scale = (seen[name] for name in ("query", "key", "mask", "scale"))
-    return Attended(seen["input"], query, key, mask, scale, cos, sin, seen["heads"], seen["output"])
+    more = (seen["heads"], seen["output"], seen["softcap"], seen["sinks"])
+    return Attended(seen["input"], query, key, mask, scale, cos, sin, *more)
 
 
-def _by_coordinate(attention: nn.Module, rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, E) in the order of a head's coordinates: some models reorder them as they rotate."""
+def _by_coordinate(attention: nn.Module, rotation: Sequence[Tensor], rotated: int | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, E) of a head's coordinates: some models reorder them as they rotate, or compute half."""
     stock: Any = getattr(attention, "architecture", sys.modules[type(attention).__module__])
-    one = torch.ones_like(rotation[0][:1, None])
+    cos_BTE = rotation[0]
+    one = cos_BTE.new_ones(1, 1, cos_BTE.shape[1], cos_BTE.shape[-1] if rotated is None else rotated)
     cos, sin = (stock.apply_rotary_pos_emb(one, one, each[:1], torch.zeros_like(each[:1]))[0] for each in rotation)
     return cos[0, 0], sin[0, 0]
 
@@ -105,9 +119,15 @@ def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Itera
 
 
 def _probabilities(
-    query_BHTE: Tensor, key_BGSE: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
-    """The softmax over keys, in float32 or wider."""
+    """The softmax over keys, in float32 or wider; sinks take a part of it."""
     key_BHSE = key_BGSE.repeat_interleave(query_BHTE.shape[1] // key_BGSE.shape[1], dim=1)
     logits_BHTS = scale * (query_BHTE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
     if softcap is not None:
@@ -117,7 +137,7 @@ def _probabilities(
     if causal:
         visible_TS = torch.ones(logits_BHTS.shape[2:], dtype=torch.bool, device=logits_BHTS.device).tril()
         logits_BHTS = logits_BHTS.masked_fill(~visible_TS, -torch.inf)
-    return logits_BHTS.softmax(-1)
+    return masked_softmax(logits_BHTS, None, sinks_H=sinks_H)
 
 
 def _watched(
@@ -134,6 +154,7 @@ def _watched(
         scaling = kwargs.get("scaling")
         scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
         seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
+        seen |= {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     taker = _LOOKS.get({}).get(module)
     if taker is not None:
         mask, bias = attention_mask, kwargs.get("position_bias")
@@ -141,7 +162,7 @@ def _watched(
         if bias is not None:
             mask, causal = biased(bias, mask, causal), False
         scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
-        taker(_probabilities(query_BHTE, key_BGSE, mask, causal, scale, softcap))
+        taker(_probabilities(query_BHTE, key_BGSE, mask, causal, scale, softcap, kwargs.get("s_aux")))
     return forward(module, query_BHTE, key_BGSE, value_BGSE, attention_mask, **kwargs)
 
 

@@ -8,15 +8,13 @@ absent without a cache and under activation checkpointing. It is not a `dict`, b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
 from kvfold.errors import SettingError
-from kvfold.hf.attention import implementation
 
 STATES = "shared_kv_states"
 """The keyword that passes the container through a forward: layer -> `(k_BGSE, v_BGSE)`."""
@@ -25,59 +23,59 @@ STATES = "shared_kv_states"
 class SharedAttention:
     """In front of a stock attention with separate q, k, v and o: the attention of an owner or of a consumer.
 
-    A consumer has no `k_proj`, `v_proj` and `k_norm`. The forward follows the stock class step by step.
+    A consumer has no weights of keys and values. The forward is the stock class's own, with `_Handed` for its cache.
     """
-
-    architecture: ModuleType  # the stock class's module: its rotation and its eager attention
-    output: str  # name of the output projection
 
     def __init__(self, config: Any, layer_idx: int, source: int) -> None:
         """Build the stock attention. `source` is the layer whose keys and values are read: an owner's is its own."""
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.kv_source_layer = source
         if source != layer_idx:
-            for name in ("k_proj", "v_proj", "k_norm"):
-                if hasattr(self, name):
-                    delattr(self, name)
+            for name in ("k_proj", "v_proj"):
+                setattr(self, name, _Unread(self.head_dim))  # type: ignore[attr-defined]
+            if hasattr(self, "k_norm"):
+                self.k_norm = nn.Identity()
 
     def forward(
         self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        *args: Any,
         past_key_values: Any = None,
         shared_kv_states: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
-        owns = self.kv_source_layer == self.layer_idx
-        query = projected(self, hidden_states, "q")
-        key = projected(self, hidden_states, "k") if owns else query[:, :0]  # a consumer rotates queries alone
-        turn = position_embeddings[0].shape[-1]
-        turned = self.architecture.apply_rotary_pos_emb(query[..., :turn], key[..., :turn], *position_embeddings)
-        query, key = (torch.cat([new, old[..., turn:]], dim=-1) for new, old in zip(turned, (query, key), strict=True))
-        if owns:
-            value = projected(self, hidden_states, "v")
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            shared_kv_states[self.layer_idx] = key, value
-        else:
-            key, value = shared_kv_states[self.kv_source_layer]
-        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        attend = implementation(self, self.config._attn_implementation)
-        output, weights = attend(query, key, value, attention_mask, sliding_window=window, **kwargs)
-        return getattr(self, self.output)(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        """The stock attention's signature: `hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
+        handed = _Handed(past_key_values, shared_kv_states, self.kv_source_layer)
+        found: tuple[Tensor, Tensor | None] = super().forward(*args, past_key_values=handed, **kwargs)  # type: ignore[misc]
+        return found
 
 
-def projected(attention: Any, hidden_BTD: Tensor, role: str) -> Tensor:
-    """The heads (B, H, T, E) of the projection for a role (`q`, `k`, `v`), after its norm if it has one."""
-    rows_BTN: Tensor = getattr(attention, f"{role}_proj")(hidden_BTD)
-    heads_BTHE = rows_BTN.view(*rows_BTN.shape[:-1], -1, attention.head_dim)
-    norm: Any = getattr(attention, f"{role}_norm", None)
-    if norm is not None:
-        over_all = norm.weight.numel() > attention.head_dim
-        heads_BTHE = norm(rows_BTN).view(heads_BTHE.shape) if over_all else norm(heads_BTHE)
-    return heads_BTHE.transpose(1, 2)
+class _Unread(nn.Module):
+    """In place of a consumer's k and v: one head of zeros, which nothing reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """`hidden_BTD` -> zeros (B, T, E)."""
+        return hidden_BTD.new_zeros(*hidden_BTD.shape[:-1], self.width)
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """In place of an attention's cache: an owner's keys and values also enter the container, consumers get those."""
+
+    cache: Any
+    states: Any
+    source: int
+
+    def update(self, key_BGTE: Tensor, value_BGTE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that the attention reads."""
+        if layer == self.source:
+            new = key_BGTE, value_BGTE
+            self.states[layer] = new if self.cache is None else self.cache.update(*new, layer)
+        found: tuple[Tensor, Tensor] = self.states[self.source]
+        return found
 
 
 def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from kvfold.contracts.family import Family
-from kvfold.contracts.runtimes import STEMS, Runtime, stock_type
+from kvfold.contracts.runtimes import Runtime, stock_class, stock_type
 from kvfold.contracts.site import Site
 from kvfold.families import all_families
 
@@ -26,14 +26,11 @@ def derive(module: str, about: str, stock: type, name: str, *before: type, **fie
 
 def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Path below `model.base_model` and module of each attention of a decoder, in order of layers."""
-    family = _family(stock_type({"model_type": model.config.model_type}))
+    stock = stock_type({"model_type": model.config.model_type})
+    family = next(each for each in all_families().values() if stock in each.architectures)
     for layer in range(model.config.num_hidden_layers):
         path = family.module(Site(layer)).removeprefix(f"{model.base_model_prefix}.")
         yield path, model.base_model.get_submodule(path)
-
-
-def _family(stock: str) -> Family:
-    return next(each for each in all_families().values() if stock in each.architectures)
 
 
 def register_decoders(
@@ -50,15 +47,17 @@ def register_decoders(
 
     `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
     of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
-    the stock module as `architecture`, and its output projection under the name `output`. The derived attention is a
-    subclass of the stock one because a model recognises its attentions by that class when it returns attention weights.
+    the stock module as `architecture`. The derived attention is a subclass of the stock one because a model recognises
+    its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
-        model = getattr(transformers, f"{STEMS[stock]}Model")
+        model = getattr(transformers, stock_class(stock, "Model"))
         named = {"model_type": runtime.model_type(stock), **fields}
-        base = getattr(transformers, f"{STEMS[stock]}Config")
+        base = getattr(transformers, stock_class(stock, "Config"))
         settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
         AutoConfig.register(runtime.model_type(stock), settings)
+        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
+            register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
         own = derive(
             module,
             about,
@@ -66,11 +65,10 @@ def register_decoders(
             runtime.architecture(stock, "Attention"),
             attention,
             architecture=sys.modules[model.__module__],
-            output=_family(stock).tensor(Site(0), "o").split(".")[-2],
         )
         for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
             classes = {"config_class": settings, "own_attention": own}
-            base = getattr(transformers, f"{STEMS[stock]}{end}")
+            base = getattr(transformers, stock_class(stock, end))
             auto.register(settings, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
 
 

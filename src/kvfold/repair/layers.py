@@ -38,7 +38,7 @@ from kvfold.progress import SILENT, Progress, task
 from kvfold.repair import RepairSettings, check_roles
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
-from kvfold.repair.residual import Residual
+from kvfold.repair.residual import Norm, Residual
 from kvfold.solve.linalg import ridge
 
 if TYPE_CHECKING:
@@ -259,12 +259,13 @@ class _Layer:
         self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
         self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
-        self.q_norm = layer.owner(family.tensor(site, "q_norm")) if self.attention.norms != "none" else None
+        offset, normed = self.attention.norm_offset, self.attention.norms != "none"
+        self.q_norm = Norm(layer.owner(family.tensor(site, "q_norm")), offset) if normed else None
         self.mlp: dict[str, Any] = {
             part: layer.owner(family.alone(site, part)) if part in REPAIRABLE else layer.module(str(path))
             for part, path in family.body.mlp.items()
         }
-        after = {part: layer.module(path) for part, path in family.body.after.items()}
+        after = {part: Norm(layer.module(path), offset) for part, path in family.body.after.items()}
         factor = float(checkpoint.config.get(family.body.residual, 1.0))
         self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
@@ -272,7 +273,8 @@ class _Layer:
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """The attention on hidden states of the rows from `row` on."""
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row)
+        rotated = self.attention.rope.dims if self.attention.rope else 0
+        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row, rotated)
 
     def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and after the layer."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kvfold import hf
+from kvfold.attention.grouped import masked_softmax
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
@@ -58,12 +59,15 @@ class LogitFit(ExitStack):
         logits_BHTS = _meet(teacher.scale * teacher.query_BHTE, teacher.key_BGSE)
         if queries is not None:
             logits_BHTS = logits_BHTS[:, queries]
-        attention_BHTS = _attention(logits_BHTS, student.mask)
+        sinks_H = teacher.sinks_H
+        if sinks_H is not None and queries is not None:
+            sinks_H = sinks_H[queries]
+        attention_BHTS = _attention(logits_BHTS, student.mask, teacher.softcap, sinks_H)
         mean_BHTE = _look(attention_BHTS, key_BGSE)
         self.inputs.write(row, x_BTD)
         self.keys.write(row, _rows(key_BGSE))
         self.means.write(row, _rows(mean_BHTE))
-        self.attention.write(row, attention_BHTS.view(*x_BTD.shape[:2], -1))  # as it lies in memory, not by token
+        self.attention.write(row, attention_BHTS.reshape(*x_BTD.shape[:2], -1))  # as it lies in memory, not by token
         self.gram_DD += (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).cpu()
         self.powers_G += key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
         spread_BHTE = _look(attention_BHTS, key_BGSE.square()) - mean_BHTE.square()
@@ -151,12 +155,17 @@ def _covariances(
     return torch.cat(products, dim=2)
 
 
-def _attention(logits_BHTS: Tensor, visible: Tensor | None) -> Tensor:
-    """The teacher's attention. It is 0 at masked keys, so that an error there costs nothing."""
+def _attention(logits_BHTS: Tensor, visible: Tensor | None, softcap: float | None, sinks_H: Tensor | None) -> Tensor:
+    """The teacher's attention. It is 0 at masked keys, so that an error there costs nothing.
+
+    A sink takes a part of it. As a key without error, it makes an error that all others share cost something.
+    """
+    if softcap is not None:
+        logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
     if visible is None:
         length = logits_BHTS.shape[-1]
         visible = torch.ones(length, length, dtype=torch.bool, device=logits_BHTS.device).tril()[None, None]
-    return logits_BHTS.masked_fill(~visible[:1].to(logits_BHTS.device), -torch.inf).softmax(-1)
+    return masked_softmax(logits_BHTS, visible[:1].to(logits_BHTS.device), sinks_H=sinks_H)
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:

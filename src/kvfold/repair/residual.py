@@ -17,17 +17,41 @@ UNUSED = 1e-6  # of a norm's largest weight: an output coordinate below it is no
 
 
 @dataclass(frozen=True)
+class Norm:
+    """An RMS norm, `weight * u / rms(u)`, whose module may add an offset to the weights that it stores."""
+
+    module: Any
+    offset: float = 0.0
+
+    def __call__(self, u_BTD: Tensor) -> Tensor:
+        """`u_BTD` normed."""
+        found: Tensor = self.module(u_BTD)
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """What it multiplies by."""
+        found: Tensor = self.module.weight + self.offset
+        return found
+
+    @property
+    def epsilon(self) -> float:
+        """What it adds to the mean square."""
+        return float(getattr(self.module, "variance_epsilon", None) or self.module.eps)
+
+
+@dataclass(frozen=True)
 class Residual:
     """A module whose output joins the residual stream, behind a norm where there is one, times a factor."""
 
     module: nn.Module
-    norm: Any = None
+    norm: Norm | None = None
     factor: float = 1.0
 
     @property
     def last(self) -> nn.Module:
         """The module that puts out what is added."""
-        return self.module if self.norm is None else self.norm
+        return self.module if self.norm is None else self.norm.module
 
     def added(self, output_BTD: Tensor) -> Tensor:
         """What the stream takes of an output."""
@@ -40,6 +64,6 @@ class Residual:
             return lacks_BTD, 1.0
         weight_D = self.norm.weight
         heard_D = weight_D.abs() > UNUSED * weight_D.abs().max()
-        length_BT1 = (output_BTD.square().mean(-1, keepdim=True) + self.norm.variance_epsilon).sqrt()
+        length_BT1 = (output_BTD.square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
         missing_BTD = length_BT1 * lacks_BTD / torch.where(heard_D, weight_D, 1.0)
         return torch.where(heard_D, missing_BTD, 0.0), 1 / length_BT1

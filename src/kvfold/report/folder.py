@@ -58,7 +58,8 @@ def collect(run_dir: str | Path, progress: Progress = SILENT) -> Run:
     folder = Path(run_dir)
     tidy(folder)
     if not folder.is_dir():
-        raise DataError("no such directory", where=folder, next="give the folder of a run")
+        what = "is not a directory" if folder.exists() else "no such directory"
+        raise DataError(what, where=folder, next="give the folder of a run")
     for replaced in folder.rglob(f"*.partial/{REPLACED}"):
         tidy(replaced.parent.with_suffix(""))  # restores an output whose replacement was killed
     checkpoints, logs, odd = [], {}, []

@@ -10,7 +10,7 @@ from typing import Any
 from kvfold.disk.record import Record
 from kvfold.methods import all_methods
 from kvfold.report.benches import bench_rows, benched
-from kvfold.report.rows import Row, Study, training_words
+from kvfold.report.rows import Row, Study, setting_words, training_words
 
 _Items = tuple[tuple[str, str], ...]  # settings by name, and in words
 _MOST = 4  # settings in a short name; if these are too few, the name is the whole label
@@ -48,7 +48,7 @@ def bench_names(bench: Record, found: Sequence[Study]) -> dict[str, str]:
 
 
 def _items(settings: Mapping[str, Any]) -> _Items:
-    return tuple((key, f"{key} {value}".replace("_", " ")) for key, value in settings.items())
+    return tuple((key, setting_words(key, value).replace("_", " ")) for key, value in settings.items())
 
 
 def _names(starts: Sequence[str], items: Sequence[_Items], whole: Sequence[str]) -> list[str]:

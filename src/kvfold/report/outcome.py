@@ -10,13 +10,15 @@ from typing import Any
 
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.record import Record
+from kvfold.evaluate.gate import COPIES, KNOWS, NONE, judge_default
 from kvfold.formats import size
 from kvfold.report.benches import benched, benches
 from kvfold.report.folder import Run
 from kvfold.report.names import short_names
-from kvfold.report.rows import Row, Spread, Study, spread
+from kvfold.report.rows import Row, Spread, Study, number, spread
 from kvfold.report.studies import plan_of
-from kvfold.report.verdict import COPIES, OUTCOMES, Measured, Outcome, verdict
+from kvfold.report.tables import percent
+from kvfold.report.verdict import OUTCOMES, Measured, Outcome, verdict
 
 TASKS = 4  # scores that a card shows
 _SUMMARY: Mapping[Outcome, str] = {
@@ -52,6 +54,7 @@ class Card:
     lost: tuple[Fact, ...]
     gained: tuple[Fact, ...]
     gate: tuple[tuple[str, bool], ...]  # its rows in words, and whether each holds
+    gated: str  # whose gate that is: the recipe's, or the default
     missing: tuple[str, ...]
 
 
@@ -86,7 +89,10 @@ def _card(study: Study, row: Row, name: str, run: Run) -> Card:
     facts = {fact.what for fact in (*lost, *gained) if not fact.note.startswith(PLANNED)}
     facts |= {"tasks"} if any(_scores(each) for each in row.records) else set()
     unmeasured = [what for what in ("recall", "tasks", "decode speed", "largest batch") if what not in facts]
-    gate = tuple((f"{each['expr']}: {_against(each)}", bool(each["passed"])) for each in _gate_rows(row))
+    rows, gated = _gate_rows(row), "Gate"
+    if not rows and _limited(row):
+        rows, gated = default_gate(study, row), "Default gate"
+    gate = tuple((f"{each['expr']}: {_against(each)}", bool(each["passed"])) for each in rows)
     return Card(
         name=name,
         settings=settings_of(row),
@@ -96,6 +102,7 @@ def _card(study: Study, row: Row, name: str, run: Run) -> Card:
         lost=lost,
         gained=gained,
         gate=tuple(dict.fromkeys(gate)),
+        gated=gated,
         missing=tuple(dict.fromkeys((*found.missing, *unmeasured))),
     )
 
@@ -106,8 +113,25 @@ def settings_of(row: Row) -> str:
     return f"{row.name}. Training: {row.schooling}.{seeds}"
 
 
-def _gate_rows(row: Row) -> list[Mapping[str, Any]]:
+def _gate_rows(row: Row) -> list[dict[str, Any]]:
     return [each for record in row.records for each in (record.metrics.get("gate") or {}).get("rows", [])]
+
+
+def _limited(row: Row) -> bool:
+    """Whether the default gate applies."""
+    return any(record.settings.get("gate") != NONE for record in row.records)
+
+
+def default_gate(study: Study, row: Row) -> list[dict[str, Any]]:
+    """The default gate, judged on means over seeds."""
+    own, theirs = (
+        {
+            **{name: value.mean for name in ("loss", "last_word") if (value := each.metric(name))},
+            "copy_gain": {key: value.mean for key, value in each.keyed("copy_gain").items()},
+        }
+        for each in (row, study.teacher or row)
+    )
+    return judge_default(own, theirs) if study.teacher else []
 
 
 def _against(row: Mapping[str, Any]) -> str:
@@ -133,7 +157,9 @@ def measured(study: Study, row: Row, run: Run) -> Measured:
         fp8_bytes=teacher_bytes / itemsize if teacher_bytes and itemsize else None,
         fp8_loss=fp8_loss.mean if fp8_loss else None,
         gate=all(gates) if gates else None,
+        limited=_limited(row),
         recall_kept=None if kept is None else min((share for share, _, _, _ in kept), default=1.0),
+        words_kept=_words_kept(study, row),
         trained=row.trained,
         closing=_closing(study, row, run),
     )
@@ -155,6 +181,12 @@ def _recall_kept(study: Study, row: Row) -> list[tuple[float, str, float, float]
         return None
     pairs = [(key, own[key].mean, theirs[key].mean) for key in shared if theirs[key].mean >= COPIES]
     return [(gain / teacher, key, gain, teacher) for key, gain, teacher in pairs]
+
+
+def _words_kept(study: Study, row: Row) -> float | None:
+    """The share of the teacher's accuracy on last words that is left; None where it has none to lose."""
+    own, theirs = row.metric("last_word"), study.teacher.metric("last_word") if study.teacher else None
+    return own.mean / theirs.mean if own and theirs and theirs.mean >= KNOWS else None
 
 
 def _closing(study: Study, row: Row, run: Run) -> float | None:
@@ -235,6 +267,9 @@ def _recall(study: Study, row: Row) -> Iterator[Fact]:
         yield Fact("recall", f"{share:.0%} of the teacher’s copy gain", note)
     elif kept is not None:
         yield Fact("recall", "nothing to lose", f"the teacher’s copy gain is below {COPIES:g} nats at every distance")
+    words, theirs = row.metric("last_word"), study.teacher.metric("last_word") if study.teacher else None
+    if words:
+        yield Fact("last words", percent(words), f"teacher {percent(theirs)}" if theirs else "")
 
 
 def _scores(record: Record) -> list[tuple[str, str]]:
@@ -262,11 +297,6 @@ def _score(row: Row | None, task: str, name: str) -> Spread | None:
         return next(iter(row.keyed(task).values()), None)  # fewest beams
     found = [(record.metrics.get("lm_eval") or {}).get(task) or {} for record in row.records]
     return spread(number(each.get(name)) for each in found)
-
-
-def number(value: object) -> float | None:
-    """A metric of lm-eval as a finite number; None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # --- what was gained -------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class _Measured(Part):
     copy_gain: Keyed | None = None
     passkey: Keyed | None = None
     passkey_loss: Keyed | None = None
+    last_word: Number | None = None
+    last_word_stderr: Number | None = None
     exact_match: Keyed | None = None
     cer: Keyed | None = None
     bleu: Keyed | None = None
@@ -73,8 +75,15 @@ class _Metrics(Part):
     gate: _Gate | None = None
 
 
+class _Quantised(_Measured):
+    """A model over a quantised cache."""
+
+    bits: Positive
+
+
 class _Evaluation(_Measured, _Metrics):
     teacher: _Measured | None = None
+    quantised_cache: dict[str, _Quantised] | None = None
     without: dict[str, _Measured] | None = None
     made_by: list[Step] | None = None
     samples: list[_Sample] | None = None

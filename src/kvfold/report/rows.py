@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.record import Record
+
+MANY = 12  # layers: a setting of as many is written by its most frequent value
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(statistics.fmean(found), deviation, min(found), max(found), len(found))
 
 
+def number(value: object) -> float | None:
+    """A metric as a finite number; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to make a student (or the teacher, or a control), over its seeds."""
@@ -51,6 +61,7 @@ class Row:
     speedups: Mapping[tuple[int, int], float] = field(default_factory=dict)  # (context, batch) -> decode, of teacher's
     gap_closed: float | None = None
     left_out: str = ""  # the part of its attention that was switched off
+    cached: str = ""  # the quantised cache that it was measured with
 
     @property
     def trained(self) -> bool:
@@ -67,7 +78,7 @@ class Row:
         """The row in words: `gqa, kv heads 2, init mean`."""
         if self.role != "student":
             return "teacher" if self.role == "teacher" else "control: the teacher, trained further"
-        return ", ".join([self.method, *(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())])
+        return ", ".join([self.method, *map(setting_words, self.settings, self.settings.values())])
 
     @property
     def schooling(self) -> str:
@@ -111,6 +122,26 @@ class Row:
         ]
 
     @property
+    def quantised(self) -> list[Row]:
+        """The same model with each quantised cache that it was measured with; of older records, the loss in fp8."""
+        found: dict[str, list[tuple[Record, Mapping[str, Any]]]] = {}
+        for record in self.records:
+            loss = record.metrics.get("loss_fp8_cache")
+            older = {} if loss is None else {"fp8": {"bits": 8.0, "loss": loss}}
+            for name, metrics in (record.metrics.get("quantised_cache") or older).items():
+                found.setdefault(name, []).append((record, metrics))
+        return [
+            replace(
+                self,
+                cached=name,
+                cache_bytes=_quantised_bytes(self.cache_bytes, *measured[0]),
+                records=tuple(replace(record, metrics=metrics) for record, metrics in measured),
+                speedups={},
+            )
+            for name, measured in found.items()
+        ]
+
+    @property
     def loss_before(self) -> Spread | None:
         """Loss after the conversion, before training."""
         before = spread(record.metrics.get("loss") for record in self.converted)
@@ -148,6 +179,31 @@ class Study:
     def students(self) -> list[Row]:
         """The rows of students."""
         return [row for row in self.rows if row.role == "student"]
+
+
+def _quantised_bytes(whole: float | None, record: Record, metrics: Mapping[str, Any]) -> float | None:
+    """Bytes per token of a quantised cache; None where the dtype of the cache is unknown."""
+    dtype = ((record.metrics.get("cache") or {}).get("student") or {}).get("dtype")
+    return whole * metrics["bits"] / (8 * DTYPE_BYTES[dtype]) if whole and dtype else None
+
+
+def setting_words(key: str, value: object) -> str:
+    """A setting in words: `kv heads 2`; of many layers, `kv heads 1 (3 in layers 0, 16-20)`."""
+    name, layers = key.replace("_", " "), str(value).split("/")
+    if len(layers) < MANY:
+        return f"{name} {value}"
+    usual = max(layers, key=layers.count)
+    places = {other: [at for at, each in enumerate(layers) if each == other] for other in layers if other != usual}
+    return f"{name} {usual} ({'; '.join(f'{other} in layers {_runs(found)}' for other, found in places.items())})"
+
+
+def _runs(places: Sequence[int]) -> str:
+    """Numbers as people write them: `0, 16-20`."""
+    words = []
+    for _, group in itertools.groupby(enumerate(places), key=lambda each: each[1] - each[0]):
+        run = [place for _, place in group]
+        words.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(words)
 
 
 def training_words(training: Mapping[str, Any]) -> dict[str, str]:

@@ -11,10 +11,11 @@ from kvfold.report import figures, tables
 from kvfold.report.blocks import Block, Section, tabulated
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
+from kvfold.report.kept import ABOUT, kept, shown
 from kvfold.report.names import short_names
-from kvfold.report.outcome import cache_itemsize, number, settings_of
+from kvfold.report.outcome import cache_itemsize, settings_of
 from kvfold.report.planes import planes_section
-from kvfold.report.rows import Study, compact, spread
+from kvfold.report.rows import Study, compact, number, spread
 from kvfold.report.speed import plans, speed
 from kvfold.report.tables import NONE, asked, headline, recall, renamed
 
@@ -60,9 +61,16 @@ def _of_study(study: Study, run: Run, number: int) -> list[Section]:
         about += "Decode: the speed relative to the teacher's at context × batch, measured in one run. "
     blocks = (*_quality(study, run, suffix), *_recall(study, suffix))
     return [
+        Section(f"kept{suffix}", f"What is kept, per byte{again}", "", _kept(study)),
         Section(f"result{suffix}", f"Result{again}", about.strip(), (_result(study),)),
         Section(f"quality{suffix}", f"Quality{again}", "", blocks),
     ]
+
+
+def _kept(study: Study) -> tuple[Block, ...]:
+    table = kept(study)
+    more = tuple("" if row.role == "teacher" else settings_of(row) for row in shown(study))
+    return (Block("table", "", ABOUT, table=table, more=more),) if table else ()
 
 
 def _result(study: Study) -> Block:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvfold.evaluate.gate import COPIES, KNOWS, LOSS_LIMIT, RECALL_LIMIT
 from kvfold.formats import measurable
 
 Outcome = Literal["ship", "train", "quantise", "measure"]
@@ -20,9 +21,6 @@ OUTCOMES: dict[Outcome, str] = {
     "measure": "Measure first",
 }
 
-LOSS_LIMIT = 0.1  # nats per token above the teacher's loss, where no gate is set
-RECALL_LIMIT = 0.8  # of the teacher's copy gain, where no gate is set
-COPIES = 0.5  # nats: with a smaller copy gain, a teacher has no recall to lose
 CLOSING_LIMIT = 0.5  # of the gap that is left: another doubling of the tokens is worth it if the last closed as much
 GAP_LIMIT = 0.02  # nats: a smaller gap is not worth more training
 
@@ -31,10 +29,11 @@ RULE = (
     "least as many bytes per token as the teacher with an fp8 cache, and the loss of that cache is missing.",
     "Use a quantised cache instead: the student caches at least as many bytes per token as the teacher with an fp8 "
     "cache, and its loss is no lower.",
-    f"Train it longer: a gate is missed; or no gate is set, and the loss is more than {LOSS_LIMIT:g} nats per token "
-    f"above the teacher's or less than {RECALL_LIMIT:.0%} of the teacher's copy gain is left at some distance "
-    f"(distances at which the teacher gains less than {COPIES:g} nats do not count); or more than {GAP_LIMIT:g} nats "
-    f"are left and the last doubling of the training tokens closed at least {CLOSING_LIMIT:.0%} of what is left.",
+    f"Train it longer: the gate is missed. The default gate is a loss of at most {LOSS_LIMIT:g} nats per token above "
+    f"the teacher's, and at least {RECALL_LIMIT:.0%} of the teacher's copy gain at every distance and of its accuracy "
+    f"on last words (where the teacher gains at least {COPIES:g} nats, and gets at least {KNOWS:.0%} right). Or more "
+    f"than {GAP_LIMIT:g} nats are left and the last doubling of the training tokens closed at least "
+    f"{CLOSING_LIMIT:.0%} of what is left.",
     "Ship it: none of the above.",
 )
 
@@ -49,8 +48,10 @@ class Measured:
     teacher_bytes: float | None = None
     fp8_bytes: float | None = None  # of the teacher with an fp8 cache
     fp8_loss: float | None = None  # of the teacher with an fp8 cache
-    gate: bool | None = None  # do all rows hold; None: no gate is set
+    gate: bool | None = None  # do all rows hold; None: no gate of the recipe
+    limited: bool = True  # does the default gate apply
     recall_kept: float | None = None  # of the teacher's copy gain, at the worst distance
+    words_kept: float | None = None  # of the teacher's accuracy on last words
     trained: bool = False
     closing: float | None = None  # nats that a doubling of the training tokens closes
 
@@ -90,7 +91,7 @@ def verdict(measured: Measured) -> Verdict:
     gap = known.loss - known.teacher_loss
     if known.gate is False:
         return Verdict("train", "It misses its gate.")
-    beyond = _beyond(gap, known.recall_kept)
+    beyond = _beyond(gap, known.recall_kept, known.words_kept) if known.limited else []
     if beyond and known.gate is None:
         reason = "; ".join(beyond)
         return Verdict("train", f"{reason[0].upper()}{reason[1:]}.")
@@ -98,23 +99,25 @@ def verdict(measured: Measured) -> Verdict:
         reason = f"A doubling of its training tokens closed {known.closing:.3f} nats, and {gap:.3f} are left."
         return Verdict("train", reason)
     missing = ("whether more training would help",) if known.trained and known.closing is None else ()
-    if known.gate is None and known.recall_kept is None:
+    if known.gate is None and known.recall_kept is None and known.words_kept is None:
         missing += ("recall",)
-    within = "Its gate holds" if known.gate else f"Its loss is within {LOSS_LIMIT:g} nats of the teacher's"
+    within = "Its gate holds" if known.gate else "The default gate holds" if known.limited else "No gate is set"
     reason = f"{within}, at {100 * known.cache_bytes / known.teacher_bytes:.3g}% of the teacher's cache bytes."
     if beyond:
-        reason += f" The gate allows more than the default limits: {'; '.join(beyond)}."
+        reason += f" The gate allows more than the default gate: {'; '.join(beyond)}."
     return Verdict("ship", reason, missing)
 
 
-def _beyond(gap: float, recall_kept: float | None) -> list[str]:
-    """The limits for students without a gate that it exceeds, in words."""
+def _beyond(gap: float, recall_kept: float | None, words_kept: float | None) -> list[str]:
+    """The rows of the default gate that it misses, in words."""
     found = [f"its loss is {gap:.3f} nats above the teacher's (limit {LOSS_LIMIT:g})"] if gap > LOSS_LIMIT else []
     if recall_kept is not None and recall_kept < RECALL_LIMIT:
         found.append(
             f"at the worst distance, {max(recall_kept, 0):.0%} of the teacher's copy gain is left "
             f"(limit {RECALL_LIMIT:.0%})"
         )
+    if words_kept is not None and words_kept < RECALL_LIMIT:
+        found.append(f"{words_kept:.0%} of the teacher's accuracy on last words is left (limit {RECALL_LIMIT:.0%})")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from kvfold.disk.output import fingerprint
 from kvfold.errors import SettingError
 from kvfold.inputs import check_depth, parse_yaml
-from kvfold.settings import SEEDS, check_range, decode, read_yaml
+from kvfold.settings import SEEDS, check_range, decode, read_yaml, setting
 
 ROWS = 10_000  # of a run
 CHAIN = 8  # recipes that extend one another, and conversions one after the other
@@ -26,23 +26,22 @@ class Recipe:
     """A run: what to fold, on which text, with which stages, over which grid and seeds."""
 
     name: str = field(metadata={"help": "Name of the run; its folder, unless --out says otherwise."})
-    source: str = field(metadata={"help": "The teacher: a directory, a hub id, or kvfold:demo."})
+    source: str = field(metadata={"help": "The teacher: a directory, a hub id, kvfold:demo or kvfold:smollm2."})
     data: str = field(metadata={"help": "Text to train on."})
     heldout: str = field(metadata={"help": "Text to evaluate on, never trained on."})
-    about: str = field(default="", metadata={"help": "What the run shows; printed in its report."})
-    pretrain: Mapping[str, Any] | None = field(
-        default=None, metadata={"help": "Make the source first: `config` and the settings of `kvfold pretrain`."}
+    about: str = setting("", "What the run shows; printed in its report.")
+    pretrain: Mapping[str, Any] | None = setting(
+        None, "Make the source first: `config` and the settings of `kvfold pretrain`."
     )
     plan: Mapping[str, Any] | None = None
     convert: Mapping[str, Any] = field(default_factory=lambda: {"method": "gqa"})
     uptrain: Mapping[str, Any] | None = None
-    finetune: Mapping[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Train every student, and the source, on a task before it is evaluated: over the seeds."},
+    finetune: Mapping[str, Any] | None = setting(
+        None, "Train every student, and the source, on a task before it is evaluated: over the seeds."
     )
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     bench: Mapping[str, Any] | None = None
-    control: bool = field(default=False, metadata={"help": "Train the unconverted teacher on the same tokens too."})
+    control: bool = setting(False, "Train the unconverted teacher on the same tokens too.")
     matrix: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
 
@@ -138,7 +137,7 @@ def cells(recipe: Recipe) -> list[Cell]:
                 )
             settings = stages[stage]
             if settings is None:
-                raise SettingError(f"matrix: {key!r} needs an {stage} section")
+                raise SettingError(f"matrix: {key!r} needs a section {stage}")
             settings[name] = value
             if value is None:
                 del settings[name]

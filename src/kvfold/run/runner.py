@@ -21,8 +21,10 @@ from kvfold.disk import record
 from kvfold.disk.output import check_apart, disk_errors, fingerprint, replacing
 from kvfold.disk.record import Record
 from kvfold.errors import GateMissed, OutputError, SettingError
-from kvfold.evaluate.bench import BenchSettings, bench
-from kvfold.evaluate.evaluation import EvaluateSettings, evaluate
+from kvfold.evaluate import gate
+from kvfold.evaluate.bench import bench
+from kvfold.evaluate.evaluation import evaluate
+from kvfold.evaluate.settings import BenchSettings, EvaluateSettings
 from kvfold.families import family_of
 from kvfold.inputs import read_text
 from kvfold.predict.plan import Plan, PlanSettings, plan
@@ -31,8 +33,9 @@ from kvfold.report import report
 from kvfold.report.folder import RECIPE
 from kvfold.run.recipe import CHAIN, LABEL, Cell, Recipe, cells, read_recipe
 from kvfold.settings import decode, read_yaml
-from kvfold.train.pretrain import PretrainSettings, pretrain
-from kvfold.train.uptrain import UptrainSettings, uptrain
+from kvfold.train.pretrain import pretrain
+from kvfold.train.settings import PretrainSettings, UptrainSettings
+from kvfold.train.uptrain import uptrain
 
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
@@ -362,13 +365,16 @@ def _evaluate(
 ) -> Record:
     """Evaluate one model; the gate is for finished students, and a missed one waits for the report."""
     wanted = {**work.recipe.evaluate, "data": work.recipe.heldout}
-    wanted |= {"gate": wanted.get("gate") if judged else None, "control": control and str(control)}
+    wanted |= {"control": control and str(control)} | ({} if judged else {"gate": gate.DEFAULT})
     settings, name = decode(EvaluateSettings, wanted, "evaluate"), f"{work.recipe.name}/{name}"
     try:
-        return evaluate(model, settings, teacher=teacher, records=work.records, name=name, row=row, **work.how)
+        made = evaluate(model, settings, teacher=teacher, records=work.records, name=name, row=row, **work.how)
     except GateMissed as missed:
         work.missed.append(str(missed))
         return max((each for each in record.read_all(work.records) if each.name == name), key=lambda each: each.date)
+    if judged and settings.gate == gate.DEFAULT and (lost := gate.missed_line(gate.judge_default(made.metrics))):
+        work.progress.say(f"{name} misses the default gate: {lost}")
+    return made
 
 
 def demo_recipe() -> Path:

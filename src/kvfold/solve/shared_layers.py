@@ -225,15 +225,19 @@ class _Side:
         new = dict(self.roles)
         Maps(torch.cat(queries), self.query.biased).put(new, "q")
         new["o"] = torch.cat(outputs, dim=1).flatten(1)
+        if "sinks" in new:
+            new["sinks"] = torch.cat([self.roles["sinks"][self.queries(unit)] for unit in units])
         if number:
             if "k_norm" in new:
-                new["q_norm"] = new["q_norm"] * self._norm_ratio()
+                offset = self.reader.attention.norm_offset
+                new["q_norm"] = (new["q_norm"] + offset) * self._norm_ratio() - offset
             new = {role: tensor for role, tensor in new.items() if role[0] not in "kv"}
         return new
 
     def _norm_ratio(self) -> Tensor:
         """The weights of the layer's key norm over the owner's, `(E,)`: one number for each plane."""
-        mine_E, theirs_E, rope = self.roles["k_norm"], self.owner.roles["k_norm"].double(), self.reader.attention.rope
+        offset, rope = self.reader.attention.norm_offset, self.reader.attention.rope
+        mine_E, theirs_E = (roles["k_norm"].double() + offset for roles in (self.roles, self.owner.roles))
         ratio_E = mine_E / theirs_E
         if rope:
             both_E, own_E = mine_E * theirs_E, theirs_E.square()

@@ -61,20 +61,32 @@ def read_texts(source: str | Path, *, chat: Chat | None = None, notes: Counter[s
     set, `owner/name[:config[:split]]`. `chat` writes chats as text; `notes` counts rows with peculiarities. Raises
     DataError.
     """
-    name, path = str(source), Path(source)
+    name = str(source)
     notes = Counter() if notes is None else notes
     if name in ("stdlib", "stdlib:heldout"):
         yield from _stdlib(heldout=name.endswith("heldout"))
-    elif name and os.path.isdir(path):
-        for file in _files(path):
+    elif files := local_files(name):
+        for file in files:
             yield from _read_file(file, chat, notes)
-    elif name and os.path.lexists(path):
-        yield from _read_file(path, chat, notes)
-    elif _may_be_hub(name):
-        yield from _hub(name, chat, notes)
     else:
+        yield from _hub(name, chat, notes)
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a text on this disk, in the order in which they are read; none for a hub data set.
+
+    Raises DataError for a missing file, a file of unknown kind and a folder without text. Nothing is read.
+    """
+    path = Path(source)
+    if source and os.path.isdir(path):
+        return _files(path)
+    if source and os.path.lexists(path):
+        check_kind(path)
+        return [path]
+    if not _may_be_hub(source):
         allowed = "a file, a folder, a hub data set `owner/name`, stdlib or self"
         raise DataError("no such text", where=source, allowed=allowed)
+    return []
 
 
 def _files(folder: Path) -> list[Path]:

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from kvfold.disk.output import fingerprint
 from kvfold.errors import DataError, KvfoldError, SettingError
+from kvfold.inputs import check_regular
 from kvfold.progress import SILENT, Progress
-from kvfold.text.documents import LEFT_OUT, MENDED, mend, noted
+from kvfold.text.documents import LEFT_OUT, MENDED, local_files, mend, noted
 from kvfold.text.files import ROWS, kind_of, opened, rows
 from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
@@ -330,6 +331,14 @@ def corpus(
         source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
     )
     return Spans(tokens, sentinels_of(tokenizer), end)
+
+
+def check_text(source: str | Path, *, paired: bool) -> None:
+    """Raise DataError for a text that is missing or of an unknown kind, before work that takes long."""
+    if paired and are_pairs(source):
+        check_regular(Path(str(source).removeprefix(PREFIX)), error=DataError)
+    elif str(source) not in ("self", "stdlib", "stdlib:heldout"):
+        local_files(str(source))
 
 
 def read_tokens(source: str | Path, tokenizer_dir: str | Path, *, paired: bool, **how: Any) -> TokenFile | Corpus:

@@ -22,7 +22,7 @@ from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_c
 from kvfold.errors import DataError, SettingError
 from kvfold.inputs import LARGE, read_bytes
 from kvfold.machine import best_device
-from kvfold.progress import SILENT, Progress
+from kvfold.progress import SILENT, Progress, task
 from kvfold.text.documents import chat_of, limited, read_texts, text_facts
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: P
     """Ids of each document: the tokens that the tokenizer puts before a text, the text, the end token."""
     end = tokenizer.eos_token_id
     before = [token for token in tokenizer("")["input_ids"] if token != end]
-    progress.start("tokenise", characters, "characters")
-    try:
+    with task(progress, "tokenise", characters, "characters"):
         for text in texts:
             yield before
             for piece in _pieces(text, PIECE):
@@ -228,8 +227,6 @@ def _tokenise(texts: Iterable[str], tokenizer: Any, characters: int, progress: P
                 progress.advance(len(piece))
             if end is not None:
                 yield [end]
-    finally:
-        progress.stop()
 
 
 def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress: Progress) -> Iterator[list[int]]:
@@ -238,8 +235,7 @@ def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress
     before = [token for token in tokenizer("")["input_ids"] if token != end]
     pieces = [piece for text in texts for piece in _pieces(text, DRAWN)]
     written = 0
-    progress.start("tokenise", tokens, "tokens")
-    try:
+    with task(progress, "tokenise", tokens, "tokens"):
         for index in np.random.default_rng(seed).permutation(len(pieces)):
             ids = [*before, *tokenizer(pieces[index], add_special_tokens=False, verbose=False)["input_ids"]]
             ids = ids[: tokens - written]
@@ -248,8 +244,6 @@ def _draw(texts: Iterable[str], tokenizer: Any, tokens: int, seed: int, progress
             yield ids
             if written == tokens:
                 return
-    finally:
-        progress.stop()
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
@@ -277,19 +271,15 @@ def _sample(teacher: str | Path, tokenizer: Any, tokens: int, seed: int, progres
     length = min(int(model.config.max_position_embeddings), LONGEST_SAMPLE) - 1  # type: ignore[union-attr,arg-type]
     start_B1 = torch.full((SAMPLED, 1), first, device=device)
     written = 0
-    progress.start("sample from the teacher", tokens, "tokens")
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            while written < tokens:
-                ids_BT = hf.generate(
-                    model, start_B1, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-                )
-                for row in ids_BT.tolist():
-                    stop = row.index(end, 1) + 1 if end in row[1:] else len(row)
-                    kept = row[:stop][: tokens - written]
-                    written += len(kept)
-                    progress.advance(len(kept), f"{written:,} of {tokens:,}")
-                    yield kept
-    finally:
-        progress.stop()
+    with task(progress, "sample from the teacher", tokens, "tokens"), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while written < tokens:
+            ids_BT = hf.generate(
+                model, start_B1, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+            )
+            for row in ids_BT.tolist():
+                stop = row.index(end, 1) + 1 if end in row[1:] else len(row)
+                kept = row[:stop][: tokens - written]
+                written += len(kept)
+                progress.advance(len(kept), f"{written:,} of {tokens:,}")
+                yield kept

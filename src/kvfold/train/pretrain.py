@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,39 +35,18 @@ from kvfold.disk.source import read_config
 from kvfold.errors import SettingError
 from kvfold.families import family_of
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import decode, read_yaml, setting
+from kvfold.settings import decode, read_yaml
 from kvfold.text.documents import TextFacts, read_texts, text_facts
-from kvfold.text.pairs import Pairs, read_tokens
+from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
+from kvfold.text.tokens import TokenFile
 from kvfold.train import losses
 from kvfold.train.loop import Work, parameter_groups, place, train, train_into
-from kvfold.train.settings import TrainSettings
+from kvfold.train.settings import PretrainSettings
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
+IDS: Mapping[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+PAIRED_IDS: Mapping[str, int | None] = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 PAIRED = ("<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(100)))  # of an encoder-decoder, as in T5
-
-
-@dataclass(frozen=True)
-class PretrainSettings(TrainSettings):
-    """How a model is trained from random weights."""
-
-    data: str = setting(
-        "stdlib",
-        "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a folder of .txt, .jsonl "
-        "and .parquet files, a hub data set (owner/name), or stdlib (the source of Python's library). An "
-        "encoder-decoder also reads pairs from a .tsv or .jsonl file.",
-    )
-    learning_rate: float = setting(3e-3, "Peak learning rate.")
-    schedule: Literal["cosine", "wsd"] = setting("wsd", "Learning-rate schedule; wsd is warmup-stable-decay.")
-
-    tokenizer_data: tuple[str, ...] = setting(
-        (), "Texts that the tokenizer also trains on, besides --data. Default: none."
-    )
-
-    def __post_init__(self) -> None:
-        """Raise SettingError for values out of range, and for text that a teacher would have to write."""
-        super().__post_init__()
-        if self.data == "self":
-            raise SettingError("there is no teacher to sample text from", where="pretrain", next="give --data TEXT")
 
 
 def pretrain(
@@ -96,31 +75,51 @@ def pretrain(
     shape, paired = family.shape(config), family.encoder_decoder
     special = PAIRED if paired else (END,)
     amount = _check(config, shape, settings, len(special))
-    ids: dict[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if paired:
-        ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    config = {**config, **ids}
+    for text in texts:
+        check_text(text, paired=paired)
     facts = text_facts(settings.data)
     tokenizer = train_tokenizer(texts, facts, shape.vocab_size, shape.max_positions, progress, special=special)
     tokens = read_tokens(settings.data, tokenizer, paired=paired, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
+    ids = PAIRED_IDS if paired else IDS
+    run = _Run({**config, **ids}, ids, shape.parameters, amount, tokenizer, tokens, facts.hash, progress)
+    return train_into(out, settings, run.identity, run.make, source="config", overwrite=overwrite, progress=progress)
 
-    def make(settings: PretrainSettings, output: Output) -> None:
-        model = place(hf.build(config, seed=settings.seed, attention=hf.ATTENTION), settings)
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, and on what: all that is read before the output is claimed."""
+
+    config: Mapping[str, Any]
+    ids: Mapping[str, int | None]  # of special tokens
+    parameters: int
+    amount: int  # tokens
+    tokenizer: Path
+    tokens: TokenFile | Corpus
+    text: str  # hash
+    progress: Progress
+
+    def identity(self, settings: PretrainSettings) -> dict[str, Any]:
+        """The settings and inputs that decide the weights."""
+        return {**settings.identity(), "stage": "pretrain", "config": self.config, "text": self.text}
+
+    def make(self, settings: PretrainSettings, output: Output) -> None:
+        """Train, and save the model as the root of its own lineage."""
+        model = place(hf.build(self.config, seed=settings.seed, attention=hf.ATTENTION), settings)
         named = dict(model.named_parameters())
 
         def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
             read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
             return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
 
-        steps = math.ceil(amount / settings.step_tokens)
+        steps = math.ceil(self.amount / settings.step_tokens)
         stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
-        position = train(model, [stretch], tokens, settings, output.work, progress)
-        shutil.copytree(tokenizer, output.work, dirs_exist_ok=True)
-        write_json(output.work / "generation_config.json", {**ids, "pad_token_id": 0})
+        position = train(model, [stretch], self.tokens, settings, output.work, self.progress)
+        shutil.copytree(self.tokenizer, output.work, dirs_exist_ok=True)
+        write_json(output.work / "generation_config.json", {**self.ids, "pad_token_id": 0})
         step = {
             "stage": "pretrain",
-            "settings": {**dataclasses.asdict(settings), "text": facts.hash},
+            "settings": {**dataclasses.asdict(settings), "text": self.text},
             "source": None,
             "calibration": None,
             "tokens": position.tokens,
@@ -128,17 +127,8 @@ def pretrain(
             "versions": versions(),
             "wall_seconds": position.seconds,
         }
-        _save(output, {**config, "architectures": [type(model).__name__]}, model, step, shape.parameters)
-
-    return train_into(
-        out,
-        settings,
-        lambda each: {**each.identity(), "stage": "pretrain", "config": config, "text": facts.hash},
-        make,
-        source="config",
-        overwrite=overwrite,
-        progress=progress,
-    )
+        config = {**self.config, "architectures": [type(model).__name__]}
+        _save(output, config, model, step, self.parameters)
 
 
 def _check(config: Mapping[str, Any], shape: Shape, settings: PretrainSettings, special: int) -> int:

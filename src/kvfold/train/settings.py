@@ -1,4 +1,4 @@
-"""The settings of every training run, its learning rate over the steps, and the precision that `auto` stands for."""
+"""The settings of training runs, their learning rate over the steps, and the precision that `auto` stands for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kvfold.contracts.site import Shape
+from kvfold.contracts.stages import Stage
 from kvfold.disk.output import fingerprint, standing
 from kvfold.errors import SettingError
+from kvfold.inputs import LARGEST
 from kvfold.machine import Precision, best_precision
 from kvfold.settings import MOST, SEEDS, check_range, differing, setting
+from kvfold.train.stages import parse_loss, parse_stages
 
 DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
+RANK = 65_536  # the largest of LoRA factors: wider than any model
 _NOT_WEIGHTS = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")  # settings that no weight depends on
 
 
@@ -94,6 +98,99 @@ class TrainSettings:
         """The settings that differ from their default and that the weights depend on."""
         found = {name: value for name, value in differing(self).items() if name not in _NOT_WEIGHTS}
         return {"defaults": DEFAULTS, **found}
+
+
+@dataclass(frozen=True)
+class UptrainSettings(TrainSettings):
+    """How a student is trained, and for how long."""
+
+    alpha: float | None = setting(
+        None, "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."
+    )
+    pretraining_tokens: int | None = setting(
+        None, "Tokens that the teacher was trained on, such as 2T. Default: what its record says."
+    )
+    loss: str | None = setting(
+        None, "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."
+    )
+    stages: str | None = setting(
+        None, "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."
+    )
+    temperature: float = setting(1.0, "Temperature of the KL to the teacher.")
+    attention_inputs: Literal["own", "teacher"] = setting(
+        "own", "Inputs of attention in a stage that matches attention outputs alone."
+    )
+    trainable: tuple[str, ...] = setting((), "Roles to train, such as q,k,v,o. Default: every parameter.")
+    lora: int | None = setting(
+        None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
+    )
+    converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
+
+    def __post_init__(self) -> None:
+        """Raise SettingError for values out of range, and for settings that contradict each other."""
+        super().__post_init__()
+        if (self.tokens is None) == (self.alpha is None):
+            raise SettingError(
+                "the length of training needs one of tokens and alpha",
+                where="uptrain",
+                got="neither" if self.tokens is None else "both",
+                next="give --tokens, or --alpha",
+            )
+        check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
+        check_range(self, "uptrain", 1, RANK, "lora")
+        check_positive(self, "uptrain", "alpha", "temperature")
+        if self.loss is not None and self.stages is not None:
+            raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
+        if self.lora is not None and self.trainable:
+            raise SettingError(
+                "lora trains factors of q, k, v and o, and trainable names other parameters",
+                where="uptrain",
+                got=f"rank {self.lora}, and trainable {','.join(self.trainable)}",
+                next="leave out one of them",
+            )
+        stages = self.asked()  # raises for a loss that cannot be parsed
+        if self.attention_inputs == "teacher" and not any(set(each.losses) == {"attention"} for each in stages):
+            raise SettingError(
+                "attention_inputs teacher needs a stage with the loss attention alone",
+                where="uptrain",
+                next="give --stages attention:0.1,kl:0.9",
+            )
+
+    def asked(self) -> list[Stage]:
+        """The stages of `stages` or `loss`; empty if the method chooses."""
+        if self.stages is not None:
+            return [
+                replace(stage, converted=self.converted_only) for stage in parse_stages(self.stages, self.trainable)
+            ]
+        return [] if self.loss is None else [self.single(self.loss)]
+
+    def single(self, loss: str) -> Stage:
+        """One stage with this loss."""
+        return Stage(loss, 1.0, parse_loss(loss), self.trainable, self.converted_only)
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainSettings):
+    """How a model is trained from random weights."""
+
+    data: str = setting(
+        "stdlib",
+        "Training text: a .txt, .md, .jsonl, .json or .parquet file (also .gz, .bz2, .xz), a folder of .txt, .jsonl "
+        "and .parquet files, a hub data set (owner/name), or stdlib (the source of Python's library). An "
+        "encoder-decoder also reads pairs from a .tsv or .jsonl file.",
+    )
+    learning_rate: float = setting(3e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "wsd"] = setting("wsd", "Learning-rate schedule; wsd is warmup-stable-decay.")
+
+    tokenizer_data: tuple[str, ...] = setting(
+        (), "Texts that the tokenizer also trains on, besides --data. Default: none."
+    )
+
+    def __post_init__(self) -> None:
+        """Raise SettingError for values out of range, and for text that a teacher would have to write."""
+        super().__post_init__()
+        if self.data == "self":
+            raise SettingError("there is no teacher to sample text from", where="pretrain", next="give --data TEXT")
 
 
 def check_positive(settings: Any, where: str | None, *names: str) -> None:

@@ -6,9 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from kvfold import methods
 from kvfold.contracts.method import Method
@@ -17,6 +15,9 @@ from kvfold.contracts.stages import Stage
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, did_you_mean
 from kvfold.settings import decode
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LOSSES = ("ce", "kl", "attention")
 GUIDED_LOSSES = {"kl", "attention"}

@@ -11,9 +11,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,12 @@ from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
-from kvfold.settings import check_range, differing, setting
-from kvfold.text.pairs import Pairs, read_tokens
+from kvfold.settings import differing
+from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
+from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
 from kvfold.train.loop import Objective, Work, parameter_groups, place, train, train_into
-from kvfold.train.settings import TrainSettings, check_positive
+from kvfold.train.settings import UptrainSettings
 from kvfold.train.stages import (
     GUIDED_LOSSES,
     check_shares,
@@ -42,82 +43,10 @@ from kvfold.train.stages import (
     method_stages,
     needs_teacher,
     parameters_of,
-    parse_loss,
-    parse_stages,
     rates_of,
 )
 
-RANK = 65_536  # the largest of LoRA factors: wider than any model
 GUIDED = "kl+0.3ce"  # the default with a teacher: better than either loss alone (docs/log.md)
-
-
-@dataclass(frozen=True)
-class UptrainSettings(TrainSettings):
-    """How a student is trained, and for how long."""
-
-    alpha: float | None = setting(
-        None, "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."
-    )
-    pretraining_tokens: int | None = setting(
-        None, "Tokens that the teacher was trained on, such as 2T. Default: what its record says."
-    )
-    loss: str | None = setting(
-        None, "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."
-    )
-    stages: str | None = setting(
-        None, "Losses with their shares of the tokens: attention:0.1,kl:0.9. Default: the method's."
-    )
-    temperature: float = setting(1.0, "Temperature of the KL to the teacher.")
-    attention_inputs: Literal["own", "teacher"] = setting(
-        "own", "Inputs of attention in a stage that matches attention outputs alone."
-    )
-    trainable: tuple[str, ...] = setting((), "Roles to train, such as q,k,v,o. Default: every parameter.")
-    lora: int | None = setting(
-        None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
-    )
-    converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
-
-    def __post_init__(self) -> None:
-        """Raise SettingError for values out of range, and for settings that contradict each other."""
-        super().__post_init__()
-        if (self.tokens is None) == (self.alpha is None):
-            raise SettingError(
-                "the length of training needs one of tokens and alpha",
-                where="uptrain",
-                got="neither" if self.tokens is None else "both",
-                next="give --tokens, or --alpha",
-            )
-        check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
-        check_range(self, "uptrain", 1, RANK, "lora")
-        check_positive(self, "uptrain", "alpha", "temperature")
-        if self.loss is not None and self.stages is not None:
-            raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
-        if self.lora is not None and self.trainable:
-            raise SettingError(
-                "lora trains factors of q, k, v and o, and trainable names other parameters",
-                where="uptrain",
-                got=f"rank {self.lora}, and trainable {','.join(self.trainable)}",
-                next="leave out one of them",
-            )
-        stages = self.asked()  # raises for a loss that cannot be parsed
-        if self.attention_inputs == "teacher" and not any(set(each.losses) == {"attention"} for each in stages):
-            raise SettingError(
-                "attention_inputs teacher needs a stage with the loss attention alone",
-                where="uptrain",
-                next="give --stages attention:0.1,kl:0.9",
-            )
-
-    def asked(self) -> list[Stage]:
-        """The stages of `stages` or `loss`; empty if the method chooses."""
-        if self.stages is not None:
-            return [
-                replace(stage, converted=self.converted_only) for stage in parse_stages(self.stages, self.trainable)
-            ]
-        return [] if self.loss is None else [self.single(self.loss)]
-
-    def single(self, loss: str) -> Stage:
-        """One stage with this loss."""
-        return Stage(loss, 1.0, parse_loss(loss), self.trainable, self.converted_only)
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -143,6 +72,7 @@ def uptrain(
     reads = {"student": source.path, "teacher": teacher, "root teacher": source.root_path, "data": settings.data}
     check_apart(out, reads)
     settings.check_length(source.shape, "uptrain")
+    check_text(settings.data, paired=source.family.encoder_decoder)
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
@@ -162,39 +92,52 @@ def uptrain(
     for each in (source, guide):
         if each is not None:
             each.require_finite(progress)
-    if not needs_teacher(stages):
-        guide = None
-    known = {
-        "stage": "uptrain",
-        "stages": [differing(stage) for stage in stages],
-        "amount": amount,
-        "text": tokens.hash,
-        "student": source.hash(),
-        "teacher": guide.hash() if guide else None,
-    }
+    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens, progress)
+    return train_into(out, settings, run.identity, run.make, source="student", overwrite=overwrite, progress=progress)
 
-    def identity(settings: UptrainSettings) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, and on what: all that is read before the output is claimed."""
+
+    source: Checkpoint
+    teacher: Checkpoint | None
+    stages: Sequence[Stage]
+    amount: int  # tokens
+    tokens: TokenFile | Corpus
+    progress: Progress
+
+    def identity(self, settings: UptrainSettings) -> dict[str, Any]:
+        """The settings and inputs that decide the weights."""
         own = settings.identity()
         own.pop("converted_only", None)  # it is part of the stages
-        return own | known
+        return own | {
+            "stage": "uptrain",
+            "stages": [differing(stage) for stage in self.stages],
+            "amount": self.amount,
+            "text": self.tokens.hash,
+            "student": self.source.hash(),
+            "teacher": self.teacher.hash() if self.teacher else None,
+        }
 
-    def make(settings: UptrainSettings, output: Output) -> None:
-        device = best_device()
+    def make(self, settings: UptrainSettings, output: Output) -> None:
+        """Train, and save the student."""
+        source, device = self.source, best_device()
         model = place(hf.load(source.path, device=device), settings)
-        other = None if guide is None else hf.load(guide.path, device=device).requires_grad_(False)
+        other = None if self.teacher is None else hf.load(self.teacher.path, device=device).requires_grad_(False)
         if settings.lora:
             hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
-        works = _works(source, model, other, stages, settings, amount)
-        position = train(model, works, tokens, settings, output.work, progress)
+        works = _works(source, model, other, self.stages, settings, self.amount)
+        position = train(model, works, self.tokens, settings, output.work, self.progress)
         lineage = descend(
             source,
             inputs=output.inputs,
             stage="uptrain",
             settings={
                 **dataclasses.asdict(settings),
-                "stages" if len(stages) > 1 else "loss": formula(stages),
-                "text": tokens.hash,
-                "teacher": known["teacher"],
+                "stages" if len(self.stages) > 1 else "loss": formula(self.stages),
+                "text": self.tokens.hash,
+                "teacher": self.teacher.hash() if self.teacher else None,
             },
             tokens=position.tokens,
             seed=settings.seed,
@@ -203,8 +146,6 @@ def uptrain(
         if settings.lora:
             hf.merge_lora(model)
         _save(output.work, source, model, lineage)
-
-    return train_into(out, settings, identity, make, source="student", overwrite=overwrite, progress=progress)
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
@@ -229,7 +170,7 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
 
 def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:
     """Write the trained student in its source's dtype, with its frozen parameters."""
-    state = {source.stored_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = source.as_stored({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     if set(source.names()) <= set(state):
         save_model(work, config=source.config, state=state, lineage=lineage, like=source)
         return

@@ -1,0 +1,131 @@
+"""Every family: a twin whose key/value heads are equal in groups loses nothing when each group becomes one head.
+
+What is merged by calibration and repaired loses nothing either: nothing is left to repair.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from kvfold import hf
+from kvfold.contracts.cache import grouped_cache
+from kvfold.contracts.family import MLP
+from kvfold.contracts.site import REPAIRABLE
+from kvfold.convert.conversion import ConvertSettings, convert
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.families import all_families
+
+GROUPS = 2
+TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 8
+TOKENS, BATCH = 24, 2  # longer than the windows of the tiny models
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A twin in float64, and its student."""
+
+    teacher: Checkpoint
+    student: Checkpoint
+    text: Path
+
+    def load(self, which: Checkpoint, attention: str) -> Any:
+        """A model, strictly; by transformers alone where its class is stock."""
+        if str(which.config["model_type"]).startswith("kvfold_"):
+            return hf.load(which.path, dtype="float64")  # whose attention is kvfold's alone
+        auto = transformers.AutoModelForSeq2SeqLM if which.family.encoder_decoder else transformers.AutoModelForCausalLM
+        model, found = auto.from_pretrained(which.path, attn_implementation=attention, output_loading_info=True)
+        assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return model.eval()
+
+    @torch.inference_mode()
+    def outputs(self, which: Checkpoint, attention: str) -> Any:
+        """Logits and cache of the last token after all others: a window lets go of what lies before it."""
+        model, ids_BT = self.load(which, attention), 3 + torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % 90
+        read, name = {}, "input_ids"
+        if which.family.encoder_decoder:
+            read, name = {"encoder_outputs": model.get_encoder()(ids_BT.flip(1))}, "decoder_input_ids"
+        first = model(**read, **{name: ids_BT[:, :-1]}, use_cache=True)
+        return model(**read, **{name: ids_BT[:, -1:]}, past_key_values=first.past_key_values, use_cache=True), first
+
+
+def twin(folder: Path) -> Checkpoint:
+    """Repeat the first key/value head of each group over the group, in the checkpoint itself."""
+    source, file = Checkpoint.open(folder), folder / "model.safetensors"
+    tensors = load_file(file)
+    for site, attention in source.shape.sites.items():
+        if site.kind == "encoder":
+            continue
+        roles = source.roles(site).roles
+        for role in attention.head_roles:
+            heads = roles[role].unflatten(0, (GROUPS, -1, attention.head_dim))
+            roles[role] = heads[:, :1].expand_as(heads).flatten(0, 2).contiguous()
+        for name, held in source.family.stored(site, attention).items():
+            tensors[name] = source.family.joined(attention, {role: roles[role] for role in held}).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="module", params=all_families())
+def fold(
+    request: pytest.FixtureRequest,
+    _built: Callable[..., Path],
+    byte_tokenizer: Path,
+    span_tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Fold:
+    folder, pairs = tmp_path_factory.mktemp(request.param), all_families()[request.param].encoder_decoder
+    built = _built(request.param, 0, None, "safetensors", {"dtype": "float64", "vocab_size": 300 if pairs else 260})
+    shutil.copytree(span_tokenizer if pairs else byte_tokenizer, folder / "teacher")
+    teacher = twin(Path(shutil.copytree(built, folder / "teacher", dirs_exist_ok=True)))
+    student = convert(teacher.path, folder / "student", "gqa", {"kv_heads": GROUPS, "init": "mean"})
+    (folder / "text.txt").write_text(TEXT)
+    return Fold(teacher, Checkpoint.open(student), folder / "text.txt")
+
+
+def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
+    """To the last bits of float64, in which a narrower map may round otherwise; norms over all heads are in float32."""
+    cached = [fold.student.shape.sites[site] for site in fold.student.shape.cached_sites]
+    assert {each.num_key_value_heads for each in cached} == {GROUPS}
+    found, expected = (fold.outputs(which, "eager") for which in (fold.student, fold.teacher))
+    tolerance = 1e-6 if any(each.norms == "all_heads" for each in cached) else 1e-12
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=tolerance)
+
+
+def test_eager_is_sdpa(fold: Fold) -> None:
+    """Eager attention computes its softmax in float32. Where logits have a cap, kvfold's attention is in for sdpa."""
+    if str(fold.student.config["model_type"]).startswith("kvfold_"):
+        pytest.skip("a class of kvfold's own, which has one attention")
+    capped = any(each.softcap is not None for each in fold.student.shape.sites.values())
+    names = ("eager", hf.ATTENTION if capped else "sdpa")
+    (eager, _), (other, _) = (fold.outputs(fold.student, name) for name in names)
+    torch.testing.assert_close(other.logits, eager.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) -> None:
+    """Every role that the method repairs is repaired, and lacks what float32 rounds."""
+    options = ConvertSettings(calibration=str(fold.text), calibration_tokens=600, calibration_length=64)
+    student = Checkpoint.open(convert(fold.teacher.path, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options))
+    assert student.lineage is not None
+    if not student.family.encoder_decoder:
+        body = student.family.body
+        roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
+        assert student.lineage["steps"][-1]["settings"]["repair"] == roles
+    (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_is_as_predicted(fold: Fold) -> None:
+    last, _ = fold.outputs(fold.student, "eager")
+    predicted = grouped_cache(fold.student.shape).bytes(TOKENS, batch=BATCH, itemsize=8, encoder_tokens=TOKENS)
+    assert hf.live_cache_bytes(last.past_key_values) == predicted
