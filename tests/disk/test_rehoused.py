@@ -38,6 +38,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj, tied": ("gptj", {**TIED, "rotary_dim": 6, "n_inner": None}),
     "codegen": ("codegen", {"n_head": 8, "rotary_dim": 2}),
     "falcon": ("falcon", {"num_kv_heads": 2}),
+    "gpt2": ("gpt2", {"n_inner": None}),
+    "gpt2, tied": ("gpt2", TIED),
+    "opt": ("opt", {}),
+    "opt, no biases": ("opt", {"enable_bias": False, "activation_function": "gelu", **TIED}),
     "falcon, one norm": ("falcon", {"num_ln_in_parallel_attn": 1, "bias": True, **TIED}),
 }
 

@@ -168,6 +168,7 @@ RESERVED = frozenset(
 )
 """Attributes of transformers' config classes that a field of `config.json` would overwrite."""
 
+_SETTINGS = ("_remove_final_layer_norm",)  # of OPT
 _PRIVATE = (
     *("_check_", "_decode_", "_dict_", "_encode_", "_get_", "_getattr_", "_has", "_iter_", "_remove_"),
     *("_update_", "_upload_", "_validate_", "__"),
@@ -239,7 +240,7 @@ def check_common(fields: Fields) -> None:
 def check_names(fields: Fields) -> None:
     """Refuse a field that would overwrite an attribute of transformers' config class, with UnsupportedModel."""
     for name in fields.config:
-        if name in RESERVED or name.startswith(_PRIVATE):
+        if name in RESERVED or (name.startswith(_PRIVATE) and name not in _SETTINGS):
             raise fields.refusal(f"{name!r} is a part of transformers' config class, not a setting", next="remove it")
 
 

@@ -83,6 +83,8 @@ class Family:
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
     interface: bool = True  # whether its stock classes call the attention functions of transformers, and so kvfold's
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    prefix: str = ""  # of all names but the head's, which files of a model without its head lack
+    buffers: str = ""  # pattern of names of tensors that are no parameters, such as masks
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 

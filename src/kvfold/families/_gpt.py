@@ -19,6 +19,7 @@ from kvfold.contracts.config import (
     only,
 )
 from kvfold.contracts.family import Body, Json
+from kvfold.families._decoder import Layout
 
 IGNORED = Rule(None, "absent: transformers ignores it in this architecture")
 
@@ -66,6 +67,19 @@ def usual(config: Json) -> dict[str, Any]:
     found = {**{name: config[own] for name, own in NAMES.items() if own in config}, **config}
     found["intermediate_size"] = config.get("n_inner") or 4 * config["n_embd"]
     return found
+
+
+def layout(config: Json) -> Layout:
+    """Learned positions, LayerNorms before attention and MLP, and biases everywhere: that of all but GPT-J."""
+    return Layout(
+        biases="qkvo",
+        rotations=[None] * config["n_layer"],
+        gated=False,
+        mlp_biases=True,
+        vectors=4,
+        last=2,
+        positions=config.get("n_positions", 1024),
+    )
 
 
 def check(fields: Fields) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.family import Expressed, Json, Rehoused
-from kvfold.contracts.runtimes import STEMS
+from kvfold.contracts.packed import Packed
+from kvfold.contracts.runtimes import stock_class
 from kvfold.families._decoder import END
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Map:
     norm: str | None = None
     make: Callable[..., Tensor] = field(default=lambda rows: rows)
 
-    def tensors(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> Tensors:
+    def tensors(self, name: str, shape: tuple[int, int]) -> Tensors:
         """Weight and bias of the map under its new name, of this shape (out, in)."""
         many, normed = len(self.sources), self.norm is not None
         weights, biases = ([f"{each}.{end}" for each in self.sources] for end in ("weight", "bias"))
@@ -53,11 +54,11 @@ class Map:
             found = rows @ given[many].double() if normed else rows.new_zeros(shape[0])
             return found + self.make(*given[-many:]).double() if self.biased else found
 
-        made = {f"{name}.weight": Expressed((*weights, *scale), shape, weight)}
-        if bias:
-            sources = (*weights, *shift, *(biases if self.biased else ()))
-            made[f"{name}.bias"] = Expressed(sources, shape[:1], constant)
-        return made
+        sources = (*weights, *shift, *(biases if self.biased else ()))
+        return {
+            f"{name}.weight": Expressed((*weights, *scale), shape, weight),
+            f"{name}.bias": Expressed(sources, shape[:1], constant),
+        }
 
 
 def norm(name: str, source: str, width: int, *, plain: bool = False) -> Tensors:
@@ -85,11 +86,12 @@ def halves(rows: Tensor, heads: int, rotated: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one layer, below its path, in which attention and MLP read the residual stream side by side."""
+    """The maps and norms of one layer."""
 
-    maps: Mapping[str, Map]  # q, k, v, o, up, down
+    maps: Mapping[str, Map]  # q, k, v, or qkv; o, up, down
     norm: str
     plain: bool = False  # the maps have taken over the norm's weight and bias
+    second: str = ""  # the norm before the MLP, where that reads what attention added
 
 
 def phi(
@@ -128,11 +130,39 @@ def phi(
     return Rehoused({**_config("phi", config), "num_key_value_heads": groups, **fields}, made)
 
 
+GROUPS = Packed("", blocks=None)
+"""How a GPT-BigCode packs the rows of q, k and v."""
+
+
+def bigcode(
+    config: Json, *, fields: Json, ends: Mapping[str, str], positions: Expressed, block: Callable[[int], Block]
+) -> Rehoused:
+    """The same function as a GPT-BigCode with all key/value heads; arguments are as in `phi`."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    names = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+    rows = {"qkv": 3 * hidden, "o": hidden, "up": inner, "down": hidden}
+    made = {"transformer.wte.weight": Expressed((f"{ends['embedding']}.weight",), (vocab, hidden))}
+    made["transformer.wpe.weight"] = positions
+    made |= norm("transformer.ln_f", ends["norm"], hidden)
+    if not config["tie_word_embeddings"]:
+        made["lm_head.weight"] = Expressed((f"{ends['head']}.weight",), (vocab, hidden))
+    for layer in range(config["num_hidden_layers"]):
+        found, path = block(layer), f"transformer.h.{layer}"
+        made |= norm(f"{path}.ln_1", found.norm, hidden) | norm(f"{path}.ln_2", found.second, hidden)
+        for role, name in names.items():
+            made |= found.maps[role].tensors(f"{path}.{name}", (rows[role], inner if role == "down" else hidden))
+    usual = _config("gpt_bigcode", config)
+    theirs = {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"}
+    theirs |= {"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+    named = {theirs.get(name, name): value for name, value in usual.items()}
+    return Rehoused({**named, "multi_query": False, **fields}, made)
+
+
 def _config(stock: str, config: Json) -> dict[str, Any]:
     """Fields of a decoder under their usual names."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     return {
         "model_type": stock,
-        "architectures": [f"{STEMS[stock]}{END}"],
+        "architectures": [stock_class(stock, END)],
         **{name: config[name] for name in (*_KEPT, *names, "tie_word_embeddings") if name in config},
     }

@@ -13,7 +13,7 @@ from typing import Any
 from kvfold.contracts.config import ACTIVATION, EPSILON, HEADS, SHARE, WIDTH, YES_NO, Fields, only, whole
 from kvfold.contracts.family import Body, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import STEMS
+from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
 from kvfold.families._decoder import END, Layout, decoder
 from kvfold.families._gpt import IGNORED
@@ -125,7 +125,7 @@ FAMILY = decoder(
         **{"o": "dense.weight", "o_bias": "dense.bias"},
     },
     body=Body("transformer.word_embeddings", "transformer.h", "transformer.ln_f", _MLP),
-    fields=lambda shape: {"model_type": "falcon", "architectures": [f"{STEMS['falcon']}{END}"]},
+    fields=lambda shape: {"model_type": "falcon", "architectures": [stock_class("falcon", END)]},
     rehouse=_as_phi,
     interface=False,
 )

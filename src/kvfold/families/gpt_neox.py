@@ -13,7 +13,7 @@ from typing import Any
 from kvfold.contracts.config import EPSILON, SHARE, YES_NO, Fields, Rule, number
 from kvfold.contracts.family import Body, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import STEMS
+from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import END, Layout, decoder
@@ -116,6 +116,6 @@ FAMILY = decoder(
     },
     body=Body("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", MLP),
     renamed={"lm_head.": "embed_out."},
-    fields=lambda shape: {"model_type": "gpt_neox", "architectures": [f"{STEMS['gpt_neox']}{END}"]},
+    fields=lambda shape: {"model_type": "gpt_neox", "architectures": [stock_class("gpt_neox", END)]},
     rehouse=_as_phi,
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.contracts.config import Fields, whole
 from kvfold.contracts.family import Family, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import STEMS
+from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
 from kvfold.families import _gpt
 from kvfold.families._decoder import END, TENSORS, Layout, decoder
@@ -93,7 +93,7 @@ def _family(name: str, about: str, **facts: Any) -> Family:
         tiny={**_gpt.TINY, "rotary_dim": 4},
         attention={"self": "transformer.h.{layer}.attn"},
         body=replace(_gpt.BODY, mlp=_MLP),
-        fields=lambda shape: {"model_type": name, "architectures": [f"{STEMS[name]}{END}"]},
+        fields=lambda shape: {"model_type": name, "architectures": [stock_class(name, END)]},
         rehouse=_as_phi,
         interface=False,
         **facts,
