@@ -1,4 +1,4 @@
-"""The example of a method, the families on which every part is tested, and architectures of one family."""
+"""A method's example as a user gives it, the families of costly checks, and architectures that share a family."""
 
 from __future__ import annotations
 

@@ -76,6 +76,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, no biases": ("opt", {"enable_bias": False, "tie_word_embeddings": True}),
     "falcon, tied": ("falcon", {"bias": True, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": True}),
     "falcon, wide": ("falcon", {"ffn_hidden_size": None}),
+    "gemma, biases": ("gemma", {"attention_bias": True}),
+    "granite, biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "starcoder2, no biases": ("starcoder2", {"use_bias": False, "sliding_window": 16}),
+    "smollm3, windows": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 16, "mlp_bias": True},
+    ),
+    "smollm3, each second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5, "attention_bias": True}),
+    "ministral, all windows": ("ministral", {"layer_types": None}),
+    "ministral, no window": ("ministral", {"layer_types": None, "sliding_window": None}),
+    "ministral3, window": ("ministral3", {"sliding_window": 16}),
+    "seed_oss, other biases": (
+        "seed_oss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "arcee, biases": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "ernie4_5, biases": ("ernie4_5", {"use_bias": True}),
+    "helium, biases": ("helium", {"attention_bias": True, "mlp_bias": True}),
+    **{f"{name}, no biases": (name, {"attention_bias": False}) for name in ("glm", "glm4")},
+    "cohere, biases": ("cohere", {"attention_bias": True, "head_dim": 16}),
+    "cohere2, pattern": ("cohere2", {"sliding_window_pattern": 2, "attention_bias": True}),
     "olmo2, biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
@@ -382,6 +404,52 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         family_of(config).shape(config)
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+        ("gemma", {"num_key_value_heads": None}, "num_key_value_heads must be a positive whole number (got None)"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a number (got 0.0); allowed: 1e-06 to"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 4 numbers (got [1, 0])"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types must name 4 layers"),
+        ("ministral", {"head_dim": None}, "head_dim must be a positive whole number (got None)"),
+        ("ministral", {"sliding_window": None}, "layer_types must name 4 layers"),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters must be a part with settings of its own"),
+        ("internlm3", {"qkv_bias": True}, "qkv_bias must be false: no such model is known here (got True)"),
+        ("helium", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm must be false: LayerNorms of q and k are not known here"),
+        ("cohere", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1: this architecture rotates whole"),
+        ("cohere2", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
+    ],
+    ids=str,
+)
+def test_rows_refuse_what_they_do_not_know(family: str, changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES[family].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(f"config.json: {line}")
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma", "seed_oss", "ernie4_5", "glm", "smollm3", "cohere", "starcoder2", "helium"]
+)
+def test_what_a_row_leaves_unsaid_is_what_transformers_takes(family: str) -> None:
+    """Head width, base and part of the rotation, biases, and whether the output projection is the embedding."""
+    said = ("head_dim", "rope_parameters", "tie_word_embeddings", "attention_bias", "use_bias")
+    config = {key: value for key, value in FAMILIES[family].tiny().items() if key not in said}
+    config |= {"hidden_size": 512} if family == "helium" else {}
+    found, made = family_of(config), transformers.AutoConfig.for_model(**config)
+    attention = found.shape(config).sites[Site(0)]
+    assert found.tied(config) is made.tie_word_embeddings
+    assert attention.head_dim == (getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
+    assert attention.rope is not None
+    assert attention.rope.theta == made.rope_parameters["rope_theta"]
+    part = made.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert attention.rope.dims == part * attention.head_dim
+    model = hf.build(config, seed=0)
+    assert found.shape(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_barts_that_cannot_be_taken() -> None:

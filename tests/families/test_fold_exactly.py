@@ -42,7 +42,8 @@ class Fold:
         if str(which.config["model_type"]).startswith("kvfold_"):
             return hf.load(which.path, dtype="float64")  # whose attention is kvfold's alone
         auto = transformers.AutoModelForSeq2SeqLM if which.family.encoder_decoder else transformers.AutoModelForCausalLM
-        model, found = auto.from_pretrained(which.path, attn_implementation=attention, output_loading_info=True)
+        kernels = {"attn_implementation": attention, "experts_implementation": "eager"}  # others lack float64
+        model, found = auto.from_pretrained(which.path, output_loading_info=True, **kernels)
         assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return model.eval()
 
@@ -102,11 +103,10 @@ def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
 
 
 def test_eager_is_sdpa(fold: Fold) -> None:
-    """Eager attention computes its softmax in float32. Where logits have a cap, kvfold's attention is in for sdpa."""
+    """Eager attention computes its softmax in float32. Where logits have a cap or sinks, kvfold's is in for sdpa."""
     if str(fold.student.config["model_type"]).startswith("kvfold_"):
         pytest.skip("a class of kvfold's own, which has one attention")
-    capped = any(each.softcap is not None for each in fold.student.shape.sites.values())
-    names = ("eager", hf.ATTENTION if capped else "sdpa")
+    names = ("eager", "sdpa" if fold.student.shape.fused else hf.ATTENTION)
     (eager, _), (other, _) = (fold.outputs(fold.student, name) for name in names)
     torch.testing.assert_close(other.logits, eager.logits, rtol=1e-5, atol=1e-5)
 
@@ -122,7 +122,11 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    free = any(
+        each.norms == "pre_rope" and (each.rope is None or each.rope.dims < each.head_dim)
+        for each in student.shape.sites.values()
+    )  # unrotated coordinates are aligned by a matrix, which does not commute with the weights of their norm
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-2 if free else 1e-3)
 
 
 def test_the_cache_is_as_predicted(fold: Fold) -> None:

@@ -23,7 +23,7 @@ from kvfold.calibrate.decoder import calibrate
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import PerSite, spelled
-from kvfold.contracts.requests import Answers, AttentionGram, CrossGram, InputGram, QueryGram, Request
+from kvfold.contracts.requests import Answers, AttentionGram, CrossGram, HeadKL, InputGram, QueryGram, Request
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
 from kvfold.convert.conversion import ConvertSettings, convert
@@ -297,6 +297,18 @@ def test_gqa_asks_for_moments_of_what_it_merges(init: Any) -> None:
     assert not gqa.METHOD.needs(gqa.METHOD.lossless(shape), shape)
     for pooled in ("mean", "first", "random"):
         assert not gqa.METHOD.needs(gqa.Config(kv_heads=2, init=pooled), shape)  # type: ignore[arg-type]
+
+
+def test_gqa_ablates_heads_that_it_merges_and_weighs() -> None:
+    shape = shape_of("qwen2")
+    mixed = shape.with_sites({Site(1): replace(shape.sites[Site(1)], num_key_value_heads=2)})
+    asked = gqa.METHOD.needs(gqa.Config(kv_heads=2, weigh="ablation"), mixed)
+    ablated = {each for each in asked if isinstance(each, HeadKL)}
+    assert ablated == {HeadKL(Site(layer), head) for layer in (0, 2, 3) for head in range(4)}
+    for other in (replace(gqa.METHOD.example(shape), init="align"), gqa.METHOD.lossless(shape)):
+        assert not any(isinstance(each, HeadKL) for each in gqa.METHOD.needs(replace(other, weigh="ablation"), shape))
+    pairs = gqa.Config(PerSite.parse("self=1,cross=1"), weigh="ablation")  # of encoder-decoders, no head is ablated
+    assert not any(isinstance(each, HeadKL) for each in gqa.METHOD.needs(pairs, shape_of("t5")))
 
 
 def test_gqa_asks_for_repair_of_what_it_fitted_alone() -> None:

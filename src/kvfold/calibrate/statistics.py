@@ -42,15 +42,18 @@ def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tup
     """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on."""
     (site, what), family = signal, source.family
     attention = source.shape.sites[site]
+    normed = attention.norms != "none"
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if what in ("q", "k") and normed and family.heads_first:
+            output = output.transpose(1, 2)
         seen[signal] = inputs[0] if what == "x" else output[1] if what == "p" else output
 
     if what == "p":
         return family.module(site), hook
     if what == "x":
         return family.alone(site, "k" if attention.source is None else "q"), hook
-    return family.alone(site, f"{what}_norm" if attention.norms != "none" else what), hook
+    return family.alone(site, f"{what}_norm" if normed else what), hook
 
 
 class Sum(Protocol):

@@ -80,6 +80,7 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
+    heads_first: bool = False  # whether norms of q and k read (B, H, T, E), and not (B, T, H, E)
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
     interface: bool = True  # whether its stock classes call the attention functions of transformers, and so kvfold's
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk

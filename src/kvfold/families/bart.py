@@ -140,6 +140,7 @@ FAMILY = Family(
     name="bart",
     architectures=architectures(*TABLES),
     about="BART, mBART, PLBART, M2M-100 and NLLB-200, Marian, Pegasus, Blenderbot: decoder self- and cross-attention",
+    examples=("facebook/bart-large-cnn", "facebook/nllb-200-distilled-600M", "Helsinki-NLP/opus-mt-en-de"),
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
         "self": "model.decoder.layers.{layer}.self_attn",

@@ -124,6 +124,7 @@ FAMILY = Family(
     architectures=architectures("t5", "mt5", "umt5"),
     aliases=("T5WithLMHeadModel",),
     about="T5, T5.1.1, Flan-T5, mT5, UMT5: decoder self- and cross-attention, the encoder as it is",
+    examples=("google-t5/t5-base", "google/flan-t5-base", "google/umt5-base"),
     attention={
         "encoder": "encoder.block.{layer}.layer.0.SelfAttention",
         "self": "decoder.block.{layer}.layer.0.SelfAttention",

@@ -50,7 +50,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
-    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention if source.family.interface else "eager"}
+    attention = attention if source.family.interface else "eager"
+    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention, **_experts(dtype)}
     config = without_negative_ids(source.config)
     try:
         with quiet():
@@ -220,7 +221,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         made = AutoConfig.for_model(**without_negative_ids(config))
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind)
+            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind, **_experts(dtype))
             _untie(model, config)
     except KvfoldError:
         raise
@@ -244,6 +245,11 @@ def _untie(model: Any, config: Mapping[str, Any]) -> None:
     if config.get("tie_word_embeddings") is False and head.weight is embedding.weight:
         head.weight = nn.Parameter(torch.randn_like(head.weight) * head.weight.shape[1] ** -0.5)
         model.all_tied_weights_keys.pop("lm_head.weight", None)
+
+
+def _experts(dtype: str) -> dict[str, str]:
+    """How experts are computed: torch's grouped matrix products, which are transformers' default, have no float64."""
+    return {"experts_implementation": "eager"} if dtype == "float64" else {}
 
 
 def _dtype(name: str) -> torch.dtype:
