@@ -73,6 +73,48 @@ def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str
     torch.testing.assert_close(*padded, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["pythia", "gpt2", "opt"])
+def test_nothing_is_lost_in_float64(tiny_checkpoint: Make, kind: str) -> None:
+    """Where both call kvfold's attention, whose softmax is not in float32."""
+    family, changes = KINDS[kind]
+    source = Checkpoint.open(tiny_checkpoint(family, dtype="float64", **changes))
+    view, teacher = Rehoused(source), hf.load(source.path, dtype="float64")
+    ours = hf.build(view.config, seed=0, attention=hf.ATTENTION, dtype="float64").eval()
+    ours.load_state_dict({name: view.read(name) for name in view.names()})
+    torch.testing.assert_close(logits(ours), logits(teacher), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "masks"),
+    [
+        ("gpt2", "transformer.", {"h.{}.attn.bias": (1, 1, 8, 8)}),
+        ("opt", "model.", {}),
+        ("gptj", "", {"transformer.h.{}.attn.bias": (1, 1, 8, 8), "transformer.h.{}.attn.masked_bias": ()}),
+        ("gpt_neox", "", {"gpt_neox.layers.{}.attention.bias": (1, 1, 8, 8)}),
+    ],
+)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_files_as_the_hub_has_them(
+    tiny_checkpoint: Make, tmp_path: Path, family: str, prefix: str, masks: dict[str, Any], form: str
+) -> None:
+    """Saved without the head, whose prefix the names then lack, and with the masks of old releases."""
+    teacher = tiny_checkpoint(family, tie_word_embeddings=family in ("gpt2", "opt"))
+    expected = Checkpoint.open(convert(teacher, tmp_path / "plain", "gqa", {"kv_heads": 2}))
+    tensors = {name.removeprefix(prefix): each for name, each in load_file(teacher / "model.safetensors").items()}
+    tensors |= {name.format(layer): torch.ones(form) for name, form in masks.items() for layer in range(4)}
+    (teacher / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(tensors, teacher / "pytorch_model.bin")
+    else:
+        save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    source = Checkpoint.open(teacher)
+    assert len(source.buffers) == 4 * len(masks)
+    assert source.family.tensor(Site(0), "q") in source.names()
+    student = Checkpoint.open(convert(teacher, tmp_path / "student", "gqa", {"kv_heads": 2}))
+    assert student.hash() == expected.hash()
+    assert logits(hf.load(teacher)).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["pythia", "old names"])
 def test_both_rotate_alike(tiny_checkpoint: Make, kind: str) -> None:
     source = Checkpoint.open(tiny_checkpoint("gpt_neox", **KINDS[kind][1]))

@@ -84,6 +84,7 @@ FAMILY = decoder(
     "falcon",
     "Falcon 40B, 180B, 11B (folded as stock Phi, which caches only the heads that there are)",
     "falcon",
+    examples=("tiiuae/falcon-40b", "tiiuae/falcon-11B"),
     rules={
         "hidden_size": WIDTH.needed,
         "num_attention_heads": HEADS.needed,

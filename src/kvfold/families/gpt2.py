@@ -61,8 +61,9 @@ def _as_bigcode(config: Json) -> Rehoused:
 
 FAMILY = decoder(
     "gpt2",
-    "GPT-2 (folded as GPT-BigCode)",
+    "GPT-2 (folded as GPT-BigCode: stock with one key/value head)",
     "gpt2",
+    examples=("openai-community/gpt2", "openai-community/gpt2-xl"),
     rules={
         **_gpt.RULES,
         "num_key_value_heads": _gpt.IGNORED,

@@ -49,6 +49,7 @@ FAMILY = decoder(
     STOCK,
     "GPT-BigCode: SantaCoder, StarCoder; GPT-2 and OPT are folded as such",
     STOCK,
+    examples=("bigcode/gpt_bigcode-santacoder", "bigcode/starcoder"),
     rules={
         **_gpt.RULES,
         "num_key_value_heads": HEADS,

@@ -119,4 +119,5 @@ FAMILY = decoder(
     renamed={"lm_head.": "embed_out."},
     fields=lambda shape: {"model_type": "gpt_neox", "architectures": [stock_class("gpt_neox", END)]},
     rehouse=_as_phi,
+    buffers=r"\.attention\.(bias|masked_bias)$",
 )

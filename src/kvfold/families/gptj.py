@@ -96,15 +96,22 @@ def _family(name: str, about: str, **facts: Any) -> Family:
         fields=lambda shape: {"model_type": name, "architectures": [stock_class(name, END)]},
         rehouse=_as_phi,
         interface=False,
+        buffers=r"\.attn\.(bias|masked_bias|causal_mask)$",
         **facts,
     )
 
 
 FAMILIES = (
-    _family("gptj", "GPT-J (folded as stock Phi)", tensors={**TENSORS, "o": "out_proj.weight"}),
+    _family(
+        "gptj",
+        "GPT-J (folded as stock Phi)",
+        examples=("EleutherAI/gpt-j-6b",),
+        tensors={**TENSORS, "o": "out_proj.weight"},
+    ),
     _family(
         "codegen",
         "CodeGen (folded as stock Phi)",
+        examples=("Salesforce/codegen-350M-mono",),
         tensors={**TENSORS, **dict.fromkeys("qkv", QVK), "o": "out_proj.weight"},
     ),
 )

@@ -91,8 +91,9 @@ def _as_bigcode(config: Json) -> Rehoused:
 
 FAMILY = decoder(
     "opt",
-    "OPT, but for OPT-350m (folded as GPT-BigCode)",
+    "OPT, but for OPT-350m (folded as GPT-BigCode: stock with one key/value head)",
     "opt",
+    examples=("facebook/opt-125m", "facebook/opt-6.7b"),
     rules={
         "ffn_dim": WIDTH.needed,
         "word_embed_proj_dim": WIDTH.or_null,

@@ -34,6 +34,7 @@ FAMILY = decoder(
     "phi3",
     "Phi-3, Phi-3.5, Phi-4 (q, k and v in one tensor, gate and up in another)",
     "phi3",
+    examples=("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4"),
     rules={
         "sliding_window": POSITIONS.or_null,
         "attention_bias": only(False, "false: this architecture has no biases"),

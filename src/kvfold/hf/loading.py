@@ -63,7 +63,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     constants = {
         f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
     }  # positions
-    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - constants for problem in PROBLEMS})
+    known = constants.union(source.buffers)
+    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - known for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)
