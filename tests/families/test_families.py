@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import kvfold
-from examples import paired
+from examples import paired, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
@@ -73,7 +73,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3, each second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
     "olmo, clipped": ("olmo", {"clip_qkv": 0.5, "attention_bias": True}),
     "ministral, all windows": ("ministral", {"layer_types": None}),
-    "ministral, no window": ("ministral", {"layer_types": None, "sliding_window": None}),
+    "ministral, window of full layers": ("ministral", {"layer_types": ["full_attention"] * 4}),
     "ministral3, window": ("ministral3", {"sliding_window": 16}),
     "seed_oss, other biases": (
         "seed_oss",
@@ -125,6 +125,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, (family, changes) in PAIRED.items()
     },
+    "whisper, grouped": (
+        "whisper",
+        {"model_type": "kvfold_whisper", "self_num_key_value_heads": [4, 2, 4, 1], **CROSS},
+    ),
+    "whisper, latent": ("whisper", {"model_type": "kvfold_whisper", "cross_latent_dim": 12, **CROSS}),
     "umt5, latent": ("t5", {"model_type": "kvfold_umt5", "cross_latent_dim": 5, **CROSS}),
     "marian, latent": ("bart", {"model_type": "kvfold_marian", "cross_latent_dim": 5, **CROSS}),
     "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
@@ -162,7 +167,8 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
     decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    assert shape.max_positions == getattr(decoder, "max_position_embeddings", 1 << 15)  # T5 has no end
+    most = getattr(decoder, "max_target_positions", 1 << 15)  # of a Whisper; T5 has no end
+    assert shape.max_positions == getattr(decoder, "max_position_embeddings", most)
     saved = model.state_dict().keys()
     stored = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in saved)]
     tensors = {name: tuple(tensor.shape) for name, tensor in stored}
@@ -174,6 +180,7 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
             parameter.numel() for parameter in model.get_submodule(family.module(site)).parameters()
         )
     found = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    found = [name for name in found if ".vision_tower." not in name]
     modules = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:
@@ -188,7 +195,7 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
     made = transformers.AutoConfig.for_model(**config)
     shape = family_of(config).shape(config)
     for site, attention in shape.sites.items():
-        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made)
+        part = getattr(made, "encoder" if site.kind == "encoder" else "decoder", made.get_text_config())
         kinds = getattr(part, "layer_types", None)
         if kinds is None:
             kinds = ["sliding_attention" if getattr(part, "sliding_window", None) else "full_attention"] * (
@@ -202,17 +209,20 @@ def test_windows_are_those_of_the_model(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     config = config_of(variant)
-    predicted = grouped_cache(family_of(config).shape(config))
+    shape = family_of(config).shape(config)
+    predicted = grouped_cache(shape)
     model = hf.build(config, seed=0).eval()
     ids_BT = 1 + torch.arange(2 * 24).view(2, 24) % 90
-    read: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     name = "input_ids"
     if family_of(config).encoder_decoder:
-        read, name = {"encoder_outputs": model.get_encoder()(ids_BT[:, :11])}, "decoder_input_ids"
+        given, name = {"encoder_outputs": model.get_encoder()(**read(model, ids_BT[:, :11]))}, "decoder_input_ids"
     with torch.inference_mode():
-        cache = model(**read, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
-        model(**read, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
-    assert hf.live_cache_bytes(cache) == predicted.bytes(24, batch=2, itemsize=4, encoder_tokens=11)
+        cache = model(**given, **{name: ids_BT[:, :23]}, use_cache=True).past_key_values
+        model(**given, **{name: ids_BT[:, 23:]}, past_key_values=cache, use_cache=True)
+    assert hf.live_cache_bytes(cache) == predicted.bytes(
+        24, batch=2, itemsize=4, encoder_tokens=shape.encoder_positions or 11
+    )
 
 
 @pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
@@ -383,7 +393,7 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 4 numbers (got [1, 0])"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types must name 4 layers"),
         ("ministral", {"head_dim": None}, "head_dim must be a positive whole number (got None)"),
-        ("ministral", {"sliding_window": None}, "layer_types must name 4 layers"),
+        ("ministral", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
         ("ministral3", {"rope_parameters": None}, "rope_parameters must be a part with settings of its own"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias must be false: no such model is known here (got True)"),
         ("helium", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import UnionType
 from typing import Any
 
@@ -43,7 +44,8 @@ from kvfold.text.tokens import TokenFile
 
 FORMAT = 3  # of the kept answers
 LENGTH = 256  # tokens of a row
-COPY_TOKENS, COPY_LENGTH = 768, 96  # of all rows whose end repeats their beginning, and of one
+COPY_LENGTH = 96  # tokens of a row whose end repeats its beginning
+FOLD_TOKENS, HEAD_TOKENS = 768, 384  # of such rows in all, for a fold and for a head: a KL has less noise than a loss
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
 
 
@@ -215,8 +217,8 @@ def _spread(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> T
     return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
 
 
-def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> Tensor:
-    return copies(tokens, min(COPY_LENGTH, longest), COPY_TOKENS)
+def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings, *, count: int) -> Tensor:
+    return copies(tokens, min(COPY_LENGTH, longest), count)
 
 
 def _kl(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
@@ -249,7 +251,7 @@ class _Kind:
 
 
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
-    _Kind(HeadKL, "kl", _copied, _kl),
-    _Kind(FoldedRecall, "rise", _copied, _rise, SPAN),
+    _Kind(HeadKL, "kl", partial(_copied, count=HEAD_TOKENS), _kl),
+    _Kind(FoldedRecall, "rise", partial(_copied, count=FOLD_TOKENS), _rise, SPAN),
     _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
 )

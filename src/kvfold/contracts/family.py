@@ -79,9 +79,11 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
+    audio: bool = False  # the encoder reads sound
     heads_first: bool = False  # whether norms of q and k read (B, H, T, E), and not (B, T, H, E)
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    spellings: Mapping[str, str] = field(default_factory=dict)  # first part of a name in older files -> in the model
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
 
@@ -109,6 +111,11 @@ class Family:
         """The name under which a checkpoint stores a parameter of the model."""
         found = next((prefix for prefix in self.renamed if name.startswith(prefix)), None)
         return name if found is None else self.renamed[found] + name.removeprefix(found)
+
+    def canonical(self, name: str) -> str:
+        """The name in the model of a tensor that files may name otherwise."""
+        found = next((older for older in self.spellings if name.startswith(older)), None)
+        return name if found is None else self.spellings[found] + name.removeprefix(found)
 
     def stacked(self, name: str) -> Stacked | None:
         """The tensors that hold a parameter of the model, where a checkpoint stores it in others."""

@@ -27,14 +27,14 @@ OWN = "kvfold_"
 _PAIRED = {
     **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
     **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},
-    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall"},
+    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall", "whisper": "Whisper"},
 }
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
     **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
-    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe"},
-    **{"olmo3": "Olmo3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "exaone4": "Exaone4", "stablelm": "StableLm"},
+    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe", "olmo3": "Olmo3", "exaone4": "Exaone4"},
+    **{"gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "gemma3": "Gemma3", "stablelm": "StableLm"},
     **{"gemma": "Gemma", "granite": "Granite", "starcoder2": "Starcoder2", "smollm3": "SmolLM3", "olmo": "Olmo"},
     **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
     **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
@@ -298,7 +298,7 @@ STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _APART | _EXPERTS | _NORMED | {"phi", "gpt_neox", "internlm3"},
+    _APART | _EXPERTS | _NORMED | {"gemma3", "phi", "gpt_neox", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -345,11 +345,19 @@ HEADS_BY_KIND: Mapping[Kind, str] = {"self": HEADS, "cross": f"cross_{HEADS}"}
 ENCODER_LATENT = "cross_latent_dim"
 """The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
 
+_WHISPER: Mapping[Kind, str] = {**HEADS_BY_KIND, "self": f"self_{HEADS}"}
+"""transformers' WhisperConfig reads `num_key_value_heads` as the encoder's heads, also behind `decoder_`."""
+
+
+def _names(stock: str) -> Mapping[Kind, str]:
+    """The fields that have the key/value heads of each kind."""
+    return _WHISPER if stock == "whisper" else HEADS_BY_KIND
+
 
 def _heads_by_kind(shape: Shape) -> dict[str, Any]:
     """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
     kept, found = shape.sites[Site(0, "cross")].kept, {}
-    for kind, name in HEADS_BY_KIND.items():
+    for kind, name in _names(shape.model_type).items():
         counts = [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
         found[name] = counts[0] if len(set(counts)) == 1 else counts
     return {**found, **({} if kept is None else {ENCODER_LATENT: kept["latent"]})}
@@ -358,7 +366,7 @@ def _heads_by_kind(shape: Shape) -> dict[str, Any]:
 def _read_kinds(config: Json, sites: Sites) -> Sites:
     found = dict(sites)
     layers = sum(site.kind == "cross" for site in sites)
-    for kind, name in HEADS_BY_KIND.items():
+    for kind, name in _names(stock_type(config)).items():
         said = config.get(name)
         counts = said if isinstance(said, list) else [said] * layers
         if len(counts) != layers:
@@ -383,7 +391,7 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
     return found
 
 
-_ignored = partial(_without, (*HEADS_BY_KIND.values(), ENCODER_LATENT), "ignores it in")
+_ignored = partial(_without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT), "ignores it in")
 PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(_PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
@@ -396,7 +404,9 @@ PAIRS = Runtime(
     _heads_by_kind,
     _read_kinds,
     {
-        **dict.fromkeys(HEADS_BY_KIND.values(), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null),
+        **dict.fromkeys(
+            (*HEADS_BY_KIND.values(), _WHISPER["self"]), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null
+        ),
         ENCODER_LATENT: WIDTH.or_null,
     },
 )

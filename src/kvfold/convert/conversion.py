@@ -169,7 +169,9 @@ def _write(
         shutil.copyfile(source.path / "config.json", output.work / "config.json")
     else:
         write_json(output.work / "config.json", config)
-    with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
+    with Writer(
+        output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path, spelled=source.spelled
+    ) as writer:
         writer.check_space(output.path)
         if calibration is None and job.method.without_text:
             progress.say("without --calibration TEXT, only weights are read; with it, more quality is kept")

@@ -48,11 +48,12 @@ class Layers:
         with torch.device("meta"):
             whole = build(source.config, seed=0, attention=attention, dtype=dtype)
         self.dtype = next(whole.parameters()).dtype
-        self._base, self._body = cast(Any, whole).base_model.eval(), source.family.body
-        self.prefix = f"{cast(Any, whole).base_model_prefix}."
+        self._body = source.family.body
         if source.family.encoder_decoder:
             what = f"{source.config['model_type']} is not a decoder: it cannot be read layer by layer"
             raise UnsupportedModel(what, where=source.path)
+        path = self._body.layers.rpartition(".")[0]
+        self._base, self.prefix = cast(Any, whole.get_submodule(path)).eval(), f"{path}."
         self._verify()
         self._embedding = cast(Any, whole.get_submodule(self._body.embedding))
         for path in (self._body.embedding, self._body.norm):

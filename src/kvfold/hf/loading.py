@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -115,6 +117,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # a panic of tokenizers is not an Exception
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
     return tokenizer
+
+
+def load_extractor(path: str | Path) -> Any:
+    """The feature extractor of a checkpoint that reads sound. Raises DataError if there is none that can be loaded."""
+    folder = locate(path)
+    name = "preprocessor_config.json"
+    if not isinstance(load_json(folder / name, error=DataError), dict):
+        raise DataError("is not a JSON object", where=folder / name, next="download it again")
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder)
+    except Exception as error:  # transformers wraps no errors
+        raise DataError(f"no feature extractor can be loaded: {_first_line(error)}", where=folder / name) from error
 
 
 @contextmanager
@@ -218,8 +232,11 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
 
 
 def _auto(config: Mapping[str, Any]) -> Any:
-    paired = [kind for family in all_families().values() if family.encoder_decoder for kind in family.model_types]
-    return AutoModelForSeq2SeqLM if config.get("model_type") in paired else AutoModelForCausalLM
+    kind = config.get("model_type")
+    family = next((each for each in all_families().values() if kind in each.architectures), None)
+    if family is not None and family.audio:
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM if family is not None and family.encoder_decoder else AutoModelForCausalLM
 
 
 def _untie(model: Any, config: Mapping[str, Any]) -> None:
