@@ -141,7 +141,7 @@ def _speed(study: Study, row: Row) -> dict[str, str]:
 
 def _quantised(study: Study, row: Row) -> str:
     """The quantised cache of the teacher that takes no more bytes than a student and has the lowest loss."""
-    if row.role == "teacher" or study.teacher is None or not row.cache_bytes:
+    if row.role != "student" or study.teacher is None or not row.cache_bytes:
         return NONE
     fitting = [
         (loss.mean, each.cached)
