@@ -1,7 +1,7 @@
 """Generate pages from code and records, so that no number or flag is typed twice.
 
-python docs/generate.py          writes docs/commands.md and docs/api.md; from records: the tables between marks in
-                                 README and docs, the figures, docs/miniature.md, docs/conversion.md
+python docs/generate.py          writes docs/commands.md, docs/api.md and docs/families.md; from records: the tables
+                                 between marks in README and docs, the figures, docs/miniature.md, docs/conversion.md
 python docs/generate.py --check  changes nothing; exit 1 if one of them is out of date
 """
 
@@ -19,6 +19,7 @@ from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
 from pages.conversion import conversion_pages
+from pages.families import families_page
 from pages.kept import task_figure
 from pages.marks import with_tables
 from pages.miniature import miniature_page, of_runs, quality_figure
@@ -97,7 +98,8 @@ def api() -> str:
 def pages() -> dict[Path, str]:
     """The text of every generated page, by its path."""
     records = record.read_all(ROOT / "results")
-    made = {ROOT / "docs" / "commands.md": commands(), ROOT / "docs" / "api.md": api()}
+    made = {ROOT / "docs" / f"{name}.md": page() for name, page in (("commands", commands), ("api", api))}
+    made[ROOT / "docs" / "families.md"] = families_page()
     headline = of_runs(records, lambda name: name.startswith("headline/"))
     if headline:
         linear = of_runs(records, lambda name: name.startswith("supra-headline/"))

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from examples import paired
 from kvfold.families import all_families
 
 Json = dict[str, Any]
@@ -65,8 +66,7 @@ def bases() -> dict[str, Json]:
     linear |= {"window": 0, "sinks": 0}
     return tiny | {
         "mistral": {**llama, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16},
-        "mbart": {**tiny["bart"], "model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]},
-        "mt5": {**tiny["t5"], "model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
+        **{name: {**tiny[family], **changes} for name, (family, changes) in paired().items()},
         "shared": {
             **llama,
             "model_type": "kvfold_llama",

@@ -8,13 +8,13 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """A listener to one task at a time."""
+    """Where a stage reports its progress, one task at a time."""
 
     def start(self, what: str, total: float, unit: str) -> None:
         """Begin a task of `total` units (`tokens`, `bytes`, `layers`, ...)."""
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more units; `note` stands beside the bar."""
+        """Add `amount` units to what is done, and show `note` beside the bar."""
 
     def stop(self) -> None:
         """End the task, complete or not."""
@@ -24,7 +24,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A listener that shows nothing."""
+    """A progress that shows nothing."""
 
     def start(self, what: str, total: float, unit: str) -> None:
         """Show nothing."""

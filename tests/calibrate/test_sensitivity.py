@@ -159,15 +159,15 @@ def test_what_was_measured_before_a_stop_stays(
     tiny_checkpoint: Make, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, tokens = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False)), token_file()
-    compare, calls = sensitivity._Teacher.compare, list[int]()
+    costs, calls = sensitivity._Measurement._costs, list[int]()
 
-    def stopped(self: Any, layer: int, *given: Any) -> Any:
+    def stopped(self: Any, teacher: Any, layer: int, *given: Any) -> Any:
         calls.append(layer)
         if calls == [0, 1, 2]:
             raise KeyboardInterrupt
-        return compare(self, layer, *given)
+        return costs(self, teacher, layer, *given)
 
-    monkeypatch.setattr(sensitivity._Teacher, "compare", stopped)
+    monkeypatch.setattr(sensitivity._Measurement, "_costs", stopped)
     with pytest.raises(KeyboardInterrupt):
         measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
     found = measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
@@ -187,11 +187,13 @@ def test_logits_that_are_not_finite(tiny_checkpoint: Make) -> None:
         measure(source, METHOD, AUTO, folds(source), {}, token_file(), SETTINGS)
 
 
-def test_a_short_text_and_a_long_row() -> None:
-    assert sensitivity._rows(token_file(10), 256, 8192).shape == (1, 10)
-    assert sensitivity._rows(token_file(160), 16, 8).shape == (1, 16)
-    every = sensitivity._rows(token_file(160), 16, 8192)
+def test_a_short_text_and_a_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = sensitivity._spread
+    assert spread(token_file(160), 64, CalibrationSettings(sensitivity_tokens=8)).shape == (1, 16)
+    every = spread(token_file(160), 64, CalibrationSettings())
     assert torch.equal(every.flatten(), torch.from_numpy(token_file(160).tokens.astype("int64")))
+    monkeypatch.setattr(sensitivity, "LENGTH", 256)
+    assert spread(token_file(10), 512, CalibrationSettings()).shape == (1, 10)
 
 
 # --- conversions with a budget ---------------------------------------------------------------------------------------

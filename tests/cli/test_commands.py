@@ -166,7 +166,7 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
     ),
     "flag without its value": (["plan", "teacher", "--kv-heads"], _nothing, "plan: argument --kv-heads: expected one"),
     "no such config": (["pretrain", "nowhere.json", "out"], _nothing, "nowhere.json: no such file"),
-    "report of a file": (["report", "text.txt"], _nothing, "text.txt: no such directory"),
+    "report of a file": (["report", "text.txt"], _nothing, "text.txt: is not a directory"),
     "missing argument": (["convert", "teacher"], _nothing, "required: DST; see kvfold convert --help"),
     "missing setting": (["convert", "teacher", "student"], _nothing, "kv_heads is needed"),
     "heads that do not divide": ([*CONVERT[:-1], "3"], _nothing, "choose 1, 2 or 4"),
@@ -386,7 +386,7 @@ def test_fields_of_a_group_have_a_panel_of_their_own(kvfold: Run, monkeypatch: p
             ("usual", int, dataclasses.field(default=2, metadata={"help": "A usual one."})),
         ],
     )
-    monkeypatch.setattr(importlib.import_module("kvfold.train.uptrain"), "UptrainSettings", made)
+    monkeypatch.setattr(importlib.import_module("kvfold.train.settings"), "UptrainSettings", made)
     _, out, _ = kvfold("uptrain", "--help")
     assert out.split("\n\n")[-2:] == [
         "Advanced:\n  --rare N  A rare one. [default: 3]",

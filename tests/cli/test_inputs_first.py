@@ -63,9 +63,3 @@ def test_roles_that_a_family_cannot_repair_are_refused_before_its_weights_are_re
     words = ["convert", "neox", "out", "--kv-heads", "2", "--calibration", "text.txt", "--repair", "gate"]
     assert run_command(words) == 2
     assert "the MLP of family phi has no gate; leave out gate" in capsys.readouterr().err
-
-
-def test_a_report_of_a_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert run_command(["report", str(tmp_path / "file")]) == 2
-    assert "file: is not a directory; give the folder of a run" in capsys.readouterr().err

@@ -19,9 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples import CORE
 from kvfold import methods
 from kvfold.cli.commands import run_command
 from kvfold.contracts.cache import CacheSpec, grouped_cache
+from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers, CrossGram, InputGram, Request
@@ -33,6 +35,7 @@ from kvfold.disk.output import MANIFEST, read_json
 from kvfold.errors import CheckpointError, Interrupted, OutputError, SettingError
 from kvfold.families import all_families
 from kvfold.repair import RepairSettings
+from kvfold.settings import MOST
 
 Make = Callable[..., Path]
 
@@ -76,7 +79,7 @@ class Listener:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(all_families()))
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("form", [{}, {"shard_size": 30_000}, {"form": "bin"}])
 def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: str, form: dict[str, Any]) -> None:
     teacher = tiny_checkpoint(family, **form, dtype="bfloat16")
@@ -92,7 +95,7 @@ def test_identity_is_bit_exact(tiny_checkpoint: Make, tmp_path: Path, family: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(all_families().keys() - {"gpt_neox", "olmo2"}))  # Phi's names; wide norms
+@pytest.mark.parametrize("family", sorted({*CORE} - {"gpt_neox", "olmo2"}))  # Phi's names; wide norms
 @pytest.mark.parametrize("heads", [1, 2])
 def test_mean_pooling_against_its_definition(tiny_checkpoint: Make, tmp_path: Path, family: str, heads: int) -> None:
     teacher = tiny_checkpoint(family, shard_size=30_000)
@@ -347,7 +350,7 @@ def fold(teacher: Path, out: Path, options: ConvertSettings, **more: Any) -> Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(name for name, each in all_families().items() if not each.encoder_decoder))
+@pytest.mark.parametrize("family", [name for name in CORE if not all_families()[name].encoder_decoder])
 @pytest.mark.parametrize("form", [{}, {"dtype": "bfloat16", "shard_size": 20_000}])
 def test_a_repaired_student_is_stock_and_has_its_lineage(
     tiny_checkpoint: Make, tmp_path: Path, calibrated: Callable[..., ConvertSettings], family: str, form: dict[str, Any]
@@ -378,7 +381,7 @@ def test_a_repaired_student_is_stock_and_has_its_lineage(
     lineage = read_json(student / MANIFEST)
     (step,) = lineage["steps"]
     assert (step["settings"]["init"], step["settings"]["repair"]) == ("fit", roles)
-    assert step["settings"]["repaired_by"]["q_tokens"] == RepairSettings().q_tokens
+    assert step["settings"]["repaired_by"]["q_tokens"] == EFFORTS["standard"].repair.q_tokens
     assert step["calibration"] == read_json(plain / MANIFEST)["steps"][0]["calibration"]
     assert read_json(plain / MANIFEST)["steps"][0]["settings"]["repair"] == []
     assert lineage["hash"] == Checkpoint.open(student).hash() != Checkpoint.open(plain).hash()
@@ -606,13 +609,53 @@ def test_unknown_settings(tiny_checkpoint: Make, tmp_path: Path) -> None:
         ConvertSettings(calibration_length=0)
 
 
-def test_advanced_settings_change_an_identity_only_where_they_differ() -> None:
+def test_settings_change_an_identity_only_where_they_differ_from_those_of_the_first_students() -> None:
     before = {"dtype": "source", "shard_size": 5_000_000_000, "repair": []}  # as the first students were identified
-    assert ConvertSettings().identity() == before
+    assert ConvertSettings().identity() == before  # nothing is repaired, at any effort
     assert ConvertSettings(repair_length=256, sensitivity_tokens=8192).identity() == before
     assert ConvertSettings(repair_length=128).identity() == {**before, "repair_length": 128}
     assert ConvertSettings(repair_q_tokens=1).identity() == {**before, "repair_q_tokens": 1}
     assert ConvertSettings(calibration_memory=1).identity() == before
+
+
+def test_the_effort_of_the_first_students_is_thorough() -> None:
+    """An effort is what it stands for: written out, it is the same student."""
+    roles = ("q", "o", "gate", "up", "down")
+    first = {"dtype": "source", "shard_size": 5_000_000_000, "repair": list(roles)}
+    thorough = ConvertSettings(repair=roles, effort="thorough")
+    assert thorough.identity() == first
+    assert thorough.repairing == RepairSettings(256, 49_152, MOST, 0.0)
+    standard = ConvertSettings(repair=roles)
+    usual = EFFORTS["standard"].repair
+    assert standard.identity() == {
+        **first,
+        "repair_q_tokens": usual.q_tokens,
+        "repair_inner_tokens": usual.inner_tokens,
+        "repair_tolerance": usual.tolerance,
+    }
+    given = {"repair_q_tokens": 49_152, "repair_inner_tokens": MOST, "repair_tolerance": 0.0}
+    assert ConvertSettings(repair=roles, **given).identity() == first
+    assert replace(thorough, repair_q_tokens=usual.q_tokens).repairing.q_tokens == usual.q_tokens
+
+
+@pytest.mark.slow
+def test_effort_decides_what_is_read_and_repaired_unless_flags_do(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    teacher, text = tiny_checkpoint(num_hidden_layers=2), tmp_path / "text.txt"
+    text.write_text("Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 400)
+    wide = Checkpoint.open(teacher).spec("model.layers.0.mlp.down_proj.weight").shape[1]
+
+    def said(name: str, **changes: Any) -> tuple[list[str], int]:
+        """The roles that a conversion repaired, and the tokens that it says it reads."""
+        listener, out = Listener(), tmp_path / name
+        fold(teacher, out, ConvertSettings(str(text), **changes), progress=listener)
+        (line,) = [line for line in listener.lines if "forward passes of the teacher" in line]
+        return read_json(out / MANIFEST)["steps"][0]["settings"]["repair"], int(line.split()[0].replace(",", ""))
+
+    every = ["q", "o", "gate", "up", "down"]
+    assert said("quick", effort="quick") == (["o", "down"], EFFORTS["quick"].tokens(wide))
+    assert said("standard") == (every, EFFORTS["standard"].tokens(wide))
+    assert said("flags", effort="quick", repair=("q",), calibration_tokens=512) == (["q"], 512)
+    assert said("thorough", effort="thorough")[0] == every
 
 
 def test_too_little_room_is_an_error_before_anything_is_written(

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from examples import CORE
 from kvfold.disk.checkpoint import Checkpoint, save_model
 from kvfold.disk.lineage import descend
 from kvfold.disk.output import MANIFEST, open_output, read_json, write_json
 from kvfold.disk.sidecar import carry_over
 from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, UnsupportedModel
-from kvfold.families import all_families
 
 Make = Callable[..., Path]
 
@@ -48,7 +48,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(all_families()))
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("form", [{}, {"shard_size": 30_000}, {"form": "bin"}, {"form": "bin", "shard_size": 30_000}])
 def test_every_family_and_container_opens(tiny_checkpoint: Make, family: str, form: dict[str, Any]) -> None:
     folder = tiny_checkpoint(family, **form)

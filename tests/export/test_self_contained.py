@@ -16,7 +16,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.exporting import export
 from kvfold.export.self_contained import _closure, _path
-from kvfold.families import all_families
+from kvfold.families import all_families, module_of
 
 PACKAGE = Path(kvfold.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
@@ -32,8 +32,9 @@ MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for 
         ("qwen3", "supra", {"preset": "hybrid", "window": 4, "sinks": 2}),
         ("llama", "elitekv", {"rope_chunks": 1, "latent_dim": 16, "search": "uniform", "metric": "weights"}),
         ("qwen2", "cla", {"share": 2}),
+        ("starcoder2", "gqa", {"kv_heads": "4/2/1/2"}),
     ],
-    ids=["t5", "latent", "bart", "sums", "elitekv", "cla"],
+    ids=["t5", "latent", "bart", "sums", "elitekv", "cla", "of a table"],
 )
 def test_a_student_takes_its_code_along(
     family: str, method: str, settings: dict[str, Any], tiny_checkpoint: Make, tmp_path: Path
@@ -67,7 +68,7 @@ def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tm
 @pytest.mark.parametrize("entry", ["per_layer", "latent", "linear", "encoder_decoder"])
 def test_copied_code_imports_names_and_no_modules(entry: str) -> None:
     """A copy lies flat beside the checkpoint, where `from kvfold.package import module` finds nothing."""
-    families = [f"kvfold.families.{name}" for name in all_families()]
+    families = {f"kvfold.families.{module_of(name)}" for name in all_families()}
     for module in _closure(f"kvfold.hf.{entry}", *families):
         for node in ast.walk(ast.parse(_path(module).read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvfold":

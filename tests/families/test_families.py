@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import kvfold
+from examples import paired
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
@@ -25,7 +26,8 @@ OUR_BART = {"model_type": "kvfold_bart"}
 OUR_GEMMA = {"model_type": "kvfold_t5gemma"}
 GEMMA = FAMILIES["t5gemma"].tiny()
 WIDE = {"encoder": {**GEMMA["encoder"], "hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2}}
-MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
+PAIRED = paired()
+CROSS = {"cross_num_key_value_heads": 2}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
 DECODERS = [name for name in FAMILIES if name in LAYERS.models]  # with classes for layers that differ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,6 +63,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, tied": ("phi", {"tie_word_embeddings": True}),
     "gpt_neox, tied": ("gpt_neox", {"tie_word_embeddings": True}),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    "gemma, biases": ("gemma", {"attention_bias": True}),
+    "granite, biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "starcoder2, no biases": ("starcoder2", {"use_bias": False, "sliding_window": 16}),
+    "smollm3, windows": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 16, "mlp_bias": True},
+    ),
+    "smollm3, each second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5, "attention_bias": True}),
+    "ministral, all windows": ("ministral", {"layer_types": None}),
+    "ministral, no window": ("ministral", {"layer_types": None, "sliding_window": None}),
+    "ministral3, window": ("ministral3", {"sliding_window": 16}),
+    "seed_oss, other biases": (
+        "seed_oss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "arcee, biases": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "ernie4_5, biases": ("ernie4_5", {"use_bias": True}),
+    "helium, biases": ("helium", {"attention_bias": True, "mlp_bias": True}),
+    **{f"{name}, no biases": (name, {"attention_bias": False}) for name in ("glm", "glm4")},
+    "cohere, biases": ("cohere", {"attention_bias": True, "head_dim": 16}),
+    "cohere2, pattern": ("cohere2", {"sliding_window_pattern": 2, "attention_bias": True}),
     "olmo2, biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama, no head_dim": ("llama", {"head_dim": None}),
@@ -93,9 +117,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bart, uneven MLPs": ("bart", {"decoder_ffn_dim": 40, "scale_embedding": True}),
     "bart, latent": ("bart", {**OUR_BART, "cross_latent_dim": 12, "cross_num_key_value_heads": 2}),
     "bart, the encoder's output": ("bart", {**OUR_BART, "cross_latent_dim": 32}),
-    "mbart": ("bart", MBART),
-    "mbart, grouped": ("bart", {**MBART, "model_type": "kvfold_mbart", "cross_num_key_value_heads": 2}),
-    "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}),
+    **PAIRED,
+    **{
+        f"{name}, grouped": (
+            family,
+            {**changes, "model_type": f"kvfold_{name}", "num_key_value_heads": [4, 2, 4, 1], **CROSS},
+        )
+        for name, (family, changes) in PAIRED.items()
+    },
+    "umt5, latent": ("t5", {"model_type": "kvfold_umt5", "cross_latent_dim": 5, **CROSS}),
+    "marian, latent": ("bart", {"model_type": "kvfold_marian", "cross_latent_dim": 5, **CROSS}),
     "t5, latent": ("t5", {**OUR_T5, "cross_latent_dim": 12, "cross_num_key_value_heads": [1, 2, 4, 2]}),
     "t5, the encoder's output": ("t5", {**OUR_T5, "cross_latent_dim": 32}),
     "t5gemma, grouped": ("t5gemma", {"decoder": {**GEMMA["decoder"], "num_key_value_heads": 2}}),
@@ -110,7 +141,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5gemma, latent": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 12, "num_key_value_heads": 2}),
     "t5gemma, the encoder's output": ("t5gemma", {**OUR_GEMMA, **WIDE, "cross_latent_dim": 48}),
     "mt5, latent": ("t5", {"model_type": "kvfold_mt5", "cross_latent_dim": 5, "num_decoder_layers": 2}),
-    "mt5, grouped": ("t5", {"model_type": "kvfold_mt5", "cross_num_key_value_heads": 2}),
 }
 
 
@@ -126,7 +156,9 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     assert family is FAMILIES[VARIANTS[variant][0]]
     shape = family.shape(config)
     model = hf.build(config, seed=0)
-    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    tables = [name for name, each in model.named_modules() if "Sinusoidal" in type(each).__name__]  # are constants
+    written = {name: each for name, each in model.named_parameters() if name.removesuffix(".weight") not in tables}
+    assert shape.parameters == sum(parameter.numel() for parameter in written.values())
     assert shape.model_type == model.config.model_type.removeprefix("kvfold_").removeprefix("latent_")
     assert family.fields(shape)["model_type"] == model.config.model_type
     decoder = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
@@ -145,9 +177,9 @@ def test_shape_is_what_transformers_builds(variant: str) -> None:
     modules = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
     assert modules == {family.module(site) for site in shape.sites}
     if family.encoder_decoder:
-        written = set(model.get_decoder().parameters())  # an embedding that both have is the decoder's
-        read = (each for each in model.get_encoder().parameters() if each not in written)
-        assert shape.encoder_parameters == sum(parameter.numel() for parameter in read)
+        own = set(model.get_decoder().parameters())  # an embedding that both have is the decoder's
+        read = (each for each in model.get_encoder().parameters() if each not in own)
+        assert shape.encoder_parameters == sum(each.numel() for each in read if each in set(written.values()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -327,7 +359,7 @@ def test_models_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None
             "config.json: cross_num_key_value_heads has 2 numbers for 4 decoder layers",
         ),
         ({**OUR_T5, "num_key_value_heads": [2, 2, 2, 0]}, "config.json: num_key_value_heads must be a positive whole"),
-        ({"model_type": "umt5"}, "architecture 'umt5' is not supported; allowed: "),
+        ({"model_type": "longt5"}, "architecture 'longt5' is not supported; allowed: "),
         (
             {"cross_latent_dim": 8},
             "config.json: cross_latent_dim, and transformers ignores it in t5; is its model_type kvfold_t5?",
@@ -342,12 +374,60 @@ def test_t5s_that_cannot_be_taken(changes: dict[str, Any], line: str) -> None:
     assert str(caught.value).startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+        ("gemma", {"num_key_value_heads": None}, "num_key_value_heads must be a positive whole number (got None)"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a number (got 0.0); allowed: 1e-06 to"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 4 numbers (got [1, 0])"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types must name 4 layers"),
+        ("ministral", {"head_dim": None}, "head_dim must be a positive whole number (got None)"),
+        ("ministral", {"sliding_window": None}, "layer_types must name 4 layers"),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters must be a part with settings of its own"),
+        ("internlm3", {"qkv_bias": True}, "qkv_bias must be false: no such model is known here (got True)"),
+        ("helium", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm must be false: LayerNorms of q and k are not known here"),
+        ("cohere", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1: this architecture rotates whole"),
+        ("cohere2", {"sliding_window": None}, "sliding_window must be a positive whole number (got None)"),
+    ],
+    ids=str,
+)
+def test_rows_refuse_what_they_do_not_know(family: str, changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES[family].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config).shape(config)
+    assert str(caught.value).startswith(f"config.json: {line}")
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma", "seed_oss", "ernie4_5", "glm", "smollm3", "cohere", "starcoder2", "helium"]
+)
+def test_what_a_row_leaves_unsaid_is_what_transformers_takes(family: str) -> None:
+    """Head width, base and part of the rotation, biases, and whether the output projection is the embedding."""
+    said = ("head_dim", "rope_parameters", "tie_word_embeddings", "attention_bias", "use_bias")
+    config = {key: value for key, value in FAMILIES[family].tiny().items() if key not in said}
+    config |= {"hidden_size": 512} if family == "helium" else {}
+    found, made = family_of(config), transformers.AutoConfig.for_model(**config)
+    attention = found.shape(config).sites[Site(0)]
+    assert found.tied(config) is made.tie_word_embeddings
+    assert attention.head_dim == (getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
+    assert attention.rope is not None
+    assert attention.rope.theta == made.rope_parameters["rope_theta"]
+    part = made.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert attention.rope.dims == part * attention.head_dim
+    model = hf.build(config, seed=0)
+    assert found.shape(config).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_barts_that_cannot_be_taken() -> None:
     config = FAMILIES["bart"].tiny()
     for changes, line in (
         ({"num_key_value_heads": 2}, "config.json: num_key_value_heads, and transformers ignores it in bart; is its"),
         ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings is false"),
-        ({"model_type": "whisper"}, "architecture 'whisper' is not supported"),
+        ({"model_type": "led"}, "architecture 'led' is not supported"),
+        ({"model_type": "marian", "share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings must"),
+        ({"model_type": "marian", "decoder_vocab_size": 90}, "decoder_vocab_size is another name of vocab_size and"),
     ):
         with pytest.raises(UnsupportedModel, match=line):
             family_of(config | changes).shape(config | changes)

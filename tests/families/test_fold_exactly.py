@@ -1,4 +1,7 @@
-"""Every family: a twin whose key/value heads are equal in groups loses nothing when each group becomes one head."""
+"""Every family: a twin whose key/value heads are equal in groups loses nothing when each group becomes one head.
+
+What is merged by calibration and repaired loses nothing either: nothing is left to repair.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
-from kvfold.convert.conversion import convert
+from kvfold.contracts.family import MLP
+from kvfold.contracts.site import REPAIRABLE
+from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.families import all_families
 
 GROUPS = 2
+TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 8
 TOKENS, BATCH = 24, 2  # longer than the windows of the tiny models
 
 
@@ -29,18 +35,15 @@ class Fold:
 
     teacher: Checkpoint
     student: Checkpoint
-
-    @property
-    def ours(self) -> bool:
-        """Whether the student's class is one of kvfold's."""
-        return str(self.student.config["model_type"]).startswith("kvfold_")
+    text: Path
 
     def load(self, which: Checkpoint, attention: str) -> Any:
         """A model, strictly; by transformers alone where its class is stock."""
-        if which is self.student and self.ours:
+        if str(which.config["model_type"]).startswith("kvfold_"):
             return hf.load(which.path, dtype="float64")  # whose attention is kvfold's alone
         auto = transformers.AutoModelForSeq2SeqLM if which.family.encoder_decoder else transformers.AutoModelForCausalLM
-        model, found = auto.from_pretrained(which.path, attn_implementation=attention, output_loading_info=True)
+        kernels = {"attn_implementation": attention, "experts_implementation": "eager"}  # others lack float64
+        model, found = auto.from_pretrained(which.path, output_loading_info=True, **kernels)
         assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return model.eval()
 
@@ -73,12 +76,20 @@ def twin(folder: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module", params=all_families())
-def fold(request: pytest.FixtureRequest, _built: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Fold:
-    folder = tmp_path_factory.mktemp(request.param)
-    built = _built(request.param, 0, None, "safetensors", {"dtype": "float64"})
-    teacher = twin(Path(shutil.copytree(built, folder / "teacher")))
+def fold(
+    request: pytest.FixtureRequest,
+    _built: Callable[..., Path],
+    byte_tokenizer: Path,
+    span_tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Fold:
+    folder, pairs = tmp_path_factory.mktemp(request.param), all_families()[request.param].encoder_decoder
+    built = _built(request.param, 0, None, "safetensors", {"dtype": "float64", "vocab_size": 300 if pairs else 260})
+    shutil.copytree(span_tokenizer if pairs else byte_tokenizer, folder / "teacher")
+    teacher = twin(Path(shutil.copytree(built, folder / "teacher", dirs_exist_ok=True)))
     student = convert(teacher.path, folder / "student", "gqa", {"kv_heads": GROUPS, "init": "mean"})
-    return Fold(teacher, Checkpoint.open(student))
+    (folder / "text.txt").write_text(TEXT)
+    return Fold(teacher, Checkpoint.open(student), folder / "text.txt")
 
 
 def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
@@ -92,13 +103,30 @@ def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
 
 
 def test_eager_is_sdpa(fold: Fold) -> None:
-    """Eager attention computes its softmax in float32. Where logits have a cap, kvfold's attention is in for sdpa."""
-    if fold.ours:
+    """Eager attention computes its softmax in float32. Where logits have a cap or sinks, kvfold's is in for sdpa."""
+    if str(fold.student.config["model_type"]).startswith("kvfold_"):
         pytest.skip("a class of kvfold's own, which has one attention")
-    capped = any(each.softcap is not None for each in fold.student.shape.sites.values())
-    names = ("eager", hf.ATTENTION if capped else "sdpa")
+    names = ("eager", "sdpa" if fold.student.shape.fused else hf.ATTENTION)
     (eager, _), (other, _) = (fold.outputs(fold.student, name) for name in names)
     torch.testing.assert_close(other.logits, eager.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) -> None:
+    """Every role that the method repairs is repaired, and lacks what float32 rounds."""
+    options = ConvertSettings(calibration=str(fold.text), calibration_tokens=600, calibration_length=64)
+    student = Checkpoint.open(convert(fold.teacher.path, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options))
+    assert student.lineage is not None
+    if not student.family.encoder_decoder:
+        body = student.family.body
+        roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
+        assert student.lineage["steps"][-1]["settings"]["repair"] == roles
+    (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
+    free = any(
+        each.norms == "pre_rope" and (each.rope is None or each.rope.dims < each.head_dim)
+        for each in student.shape.sites.values()
+    )  # unrotated coordinates are aligned by a matrix, which does not commute with the weights of their norm
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-2 if free else 1e-3)
 
 
 def test_the_cache_is_as_predicted(fold: Fold) -> None:

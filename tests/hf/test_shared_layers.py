@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, silu, softmax
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
+from examples import CORE
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.runtimes import LAYERS
@@ -33,7 +34,7 @@ HEADS = (4, 2, 1, 2)
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
-    **{f"{name}, own": (name, {}, OWN, HEADS) for name in all_families() if name in LAYERS.models},
+    **{f"{name}, own": (name, {}, OWN, HEADS) for name in CORE if name in LAYERS.models},
     "windows, own": ("qwen3", {**WINDOWS, "attention_bias": True, "tie_word_embeddings": True}, OWN, HEADS),
     "llama": ("llama", {}, PAIRS, (4, 4, 4, 4)),
     "one owner": ("llama", {"attention_bias": True}, (0, 0, 0, 0), (2, 2, 2, 2)),

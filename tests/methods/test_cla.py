@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples import CORE
 from kvfold import hf
 from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
@@ -42,7 +43,7 @@ from pages.marks import END, START, with_tables
 ROOT = Path(__file__).parents[2]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
-TAKERS = [name for name, family in all_families().items() if family.tiny()["model_type"] in LAYERS.models]
+TAKERS = [name for name in CORE if name in LAYERS.models]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.contracts.per_layer import divisors, spelled
-from kvfold.contracts.requests import Answers, FoldedKL
+from kvfold.contracts.requests import Answers, FoldedKL, FoldedRecall
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -71,6 +71,32 @@ def test_no_mix_within_the_budget_is_cheaper(data: st.DataObject) -> None:
     best = uniform(budget, shape, answers)
     assert cost(shape, answers, best) == min(cost(shape, answers, each) for each in same)
     assert price(shape, answers, mix) <= price(shape, answers, best) + 1e-6 * len(layers)
+
+
+def test_a_mix_by_recall_keeps_the_layers_that_copy() -> None:
+    """Layer 0 costs most KL, layer 1 all of the copying; a fold that helps to copy is free, not worth a head."""
+    shape = model([(4, 8)] * 3)
+    kls, rises = (0.3, 0.1, 0.2), (-0.5, 2.0, 0.0)
+    answers = {
+        **told(shape, lambda site, heads: kls[site.layer]),
+        **{
+            FoldedRecall(site, heads): {"rise": torch.tensor(rises[site.layer], dtype=torch.float64)}
+            for site in shape.sites
+            for heads in (1, 2)
+        },
+    }
+    kl, recall = gqa.COSTS["kl"], gqa.COSTS["recall"]
+    assert list(cheapest(0.5, shape, answers, kl).values()) == [4, 1, 1]
+    assert list(cheapest(0.5, shape, answers, recall).values()) == [1, 4, 1]
+    both = cheapest(0.84, shape, answers, gqa.COSTS["both"])
+    assert list(both.values()) == [4, 4, 1]
+    assert price(shape, answers, both, gqa.COSTS["both"]) == pytest.approx(0.2)
+    config = gqa.Config("auto", budget=0.84, budget_metric="both")
+    found = gqa.METHOD.found(config, shape, answers)
+    assert found["mix"] == {"kv_heads": "4/4/1", "cache": 0.75, "kl": 0.2, "rise": 0.0}
+    assert found["rise"]["layer 1"] == {"1": 2.0, "2": 2.0, "4": 0.0}
+    asked = gqa.METHOD.needs(config, shape)
+    assert {each for each in asked if isinstance(each, FoldedKL | FoldedRecall)} == set(answers)
 
 
 def test_a_large_model_against_dynamic_programming() -> None:

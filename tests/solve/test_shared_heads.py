@@ -12,10 +12,10 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from kvfold.contracts.requests import AttentionGram, InputGram, QueryGram
+from kvfold.contracts.requests import AttentionGram, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import Attention, Roles, Rope, Site
 from kvfold.solve import Merge
-from kvfold.solve.shared_heads import Merged, Moments, aligned, low_rank, merge_site, moments_of
+from kvfold.solve.shared_heads import Merged, Moments, ablation_weights, aligned, low_rank, merge_site, moments_of
 
 HOWS: tuple[Merge, ...] = get_args(Merge)
 WIDTH, HIDDEN, TOKENS = 8, 12, 60
@@ -472,3 +472,61 @@ def test_heads_that_were_pruned_stay_numbers(how: Merge, norms: Any, dead: str) 
     _, merged, lost = merge(shape, roles, 2, how)
     assert all(bool(tensor.isfinite().all()) for tensor in merged.values())
     assert all(0 <= each <= 1 for each in lost)
+
+
+# --- heads that count more -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["fit", "align"])
+def test_equal_weights_change_no_bit(how: Merge) -> None:
+    shape = attention(heads=(8, 4))
+    roles = site(shape)
+    seen = moments(roles, samples(10), samples(15))
+    plain, lost = merge_site(shape, roles, 2, seen, how)
+    found, same = merge_site(shape, roles, 2, seen, how, torch.ones(4).double())
+    assert lost == same
+    assert all(torch.equal(found[role], plain[role]) for role in plain)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_weights_are_those_of_least_squares_on_materialised_rows(plain: bool) -> None:
+    """The best approximation of a matrix of rows by `WIDTH` columns (or of a plane by one) is its largest part."""
+    shape = attention(heads=(8, 4))
+    roles = site(shape)
+    x_ND, y_ND = samples(10), samples(15)
+    weight_G = torch.tensor([0.02, 5.0, 1.0, 0.3]).double()
+    found, _ = merge_site(shape, roles, 1, moments(roles, x_ND, y_ND), "fit", None if plain else weight_G)
+    student, readers_H = replace(shape, num_key_value_heads=1), weight_G.repeat_interleave(shape.query_group)
+    before_NHD, after_NHD = spoken(shape, roles, y_ND), spoken(student, found, y_ND)
+    roots_H1 = readers_H.sqrt()[:, None]
+    rows = (before_NHD * roots_H1).flatten(1)
+    best = torch.linalg.svdvals(rows)[WIDTH:].square().sum()
+    values = ((before_NHD - after_NHD) * roots_H1).square().sum()
+
+    assert shape.rope
+    k_NGP, q_NHP = (planes_of(heads_of(x_ND, roles, role), shape.rope)[0] for role in "kq")
+    shared_NP = planes_of(heads_of(x_ND, found, "k"), shape.rope)[0][:, 0]
+    power_GP = q_NHP.abs().square().mean(0).view(4, shape.query_group, -1).sum(1)
+    weighted_PNG = (k_NGP * (weight_G[:, None] * power_GP).sqrt()).permute(2, 0, 1)
+    best_key = torch.linalg.svdvals(weighted_PNG)[:, 1:].square().sum()
+    unit_PN1 = (shared_NP / shared_NP.norm(dim=0)).T[..., None]
+    keys = (weighted_PNG - unit_PN1 @ (unit_PN1.mH @ weighted_PNG)).abs().square().sum()
+
+    if plain:  # the unweighted optimum is another one
+        assert values > 1.05 * best
+        assert keys > 1.05 * best_key
+    else:
+        torch.testing.assert_close(values, best, rtol=1e-6, atol=0)
+        torch.testing.assert_close(keys, best_key, rtol=1e-6, atol=0)
+
+
+def test_weights_by_ablation_are_squares_of_the_kl_and_never_nothing() -> None:
+    shape, here = attention(heads=(8, 4)), Site(3)
+
+    def weights(*kls: float) -> list[float]:
+        answers = {HeadKL(here, head): {"kl": torch.tensor(kl).double()} for head, kl in enumerate(kls)}
+        return ablation_weights(here, shape, answers).tolist()
+
+    assert weights(0.1, 0.1, 0.3, 0.1) == pytest.approx([1 / 3, 1 / 3, 3, 1 / 3])
+    assert weights(0, 0, 0, 0) == [1, 1, 1, 1]
+    assert weights(0, 0, 0.5, 0) == pytest.approx([1e-3, 1e-3, 4, 1e-3])

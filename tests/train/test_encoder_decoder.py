@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
+from examples import paired
 from kvfold import hf
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, SettingError
 from kvfold.families import all_families
-from kvfold.text.pairs import UNSEEN, Pairs, corpus
+from kvfold.text.pairs import UNSEEN, Pairs, corpus, start_id
 from kvfold.text.tokens import token_file
 from kvfold.train import losses as objectives
 from kvfold.train.loop import make_optimizer, place
@@ -65,8 +66,8 @@ def log(folder: Path) -> list[dict[str, Any]]:
     [
         ("t5", {}),
         ("t5", {"tie_word_embeddings": False}),
-        ("t5", {"model_type": "mt5"}),
         ("bart", {}),
+        *paired().values(),
         ("t5gemma", {}),
         ("t5gemma", {"tie_word_embeddings": False, "initializer_range": 2.0}),
     ],
@@ -74,6 +75,8 @@ def log(folder: Path) -> list[dict[str, Any]]:
 )
 def test_hidden_states_and_head_are_the_models_logits(family: str, changes: dict[str, Any]) -> None:
     model: Any = hf.build({**all_families()[family].tiny(), **changes}, seed=0, attention=hf.ATTENTION).eval()
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, 96))
     ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
     target = ids.flip(1)[:, :6].clone()
     target[1, 4:] = UNSEEN
@@ -81,7 +84,8 @@ def test_hidden_states_and_head_are_the_models_logits(family: str, changes: dict
     seen[2, 5:] = False
     batch = Pairs(ids, seen, target)
     with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=seen, labels=target)
+        begun = batch.shifted(start_id(model.config))  # mBART's own labels would begin with their last token
+        expected = model(input_ids=ids, attention_mask=seen, decoder_input_ids=begun, labels=target)
         h_BTD = objectives.hidden_states(model, batch)
     counts = target != UNSEEN  # behind the end a model reads what it likes
     torch.testing.assert_close(objectives.Head.of(model).logits(h_BTD)[counts], expected.logits[counts])

@@ -81,16 +81,12 @@ def calibration_hash(tokens: TokenFile | Corpus, settings: CalibrationSettings =
     return fingerprint([tokens.hash, len(tokens), how])
 
 
-def check_enough(
-    source: Checkpoint, questions: Iterable[Question], repaired: Iterable[str], tokens: TokenFile | Corpus
-) -> None:
-    """Raise SettingError for fewer tokens than the inputs have directions.
-
-    A second moment of N tokens has at most rank N, one less about its mean, and does not determine a larger regression.
-    """
+def directions(source: Checkpoint, questions: Iterable[Question], repaired: Iterable[str]) -> tuple[int, int]:
+    """The directions of the widest input that is regressed on, and the tokens that are sampled."""
+    asked = list(questions)
     widths = [
         source.shape.sites[site].input_width + 1
-        for each in questions
+        for each in asked
         if isinstance(each, InputGram | AttentionGram | CrossGram)
         for site, _ in signals(each)
     ]
@@ -98,7 +94,15 @@ def check_enough(
         if role in MLP and role not in source.family.body.mlp:
             continue  # the repair refuses it
         widths.append(source.spec(source.family.tensor(Site(0), role)).shape[1])
-    needed = max(widths, default=0)
+    samples = (each.count for each in asked if isinstance(each, SampledPairs))
+    return max(widths, default=0), max(samples, default=0)
+
+
+def check_enough(needed: int, tokens: TokenFile | Corpus) -> None:
+    """Raise SettingError for fewer tokens than the inputs have directions.
+
+    A second moment of N tokens has at most rank N, one less about its mean, and does not determine a larger regression.
+    """
     if tokens.read_tokens < needed:
         raise SettingError(
             "there are too few calibration tokens to determine what is fitted",

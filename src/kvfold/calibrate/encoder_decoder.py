@@ -1,4 +1,4 @@
-"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and all sums grow side by side.
+"""Calibration of an encoder-decoder: the whole model reads batches of pairs, and every batch adds to all sums.
 
 The keys and values of a cross-attention are made of the encoder's output: its input moments are over encoder tokens,
 those of its queries over decoder tokens. The model must fit into memory.
@@ -78,7 +78,7 @@ class _Pass:
         self.tokens = {"encoder": 0, "decoder": 0}
 
     def watching(self) -> ExitStack:
-        """A context in which the model shows what the requests read."""
+        """A context in which hooks on the model record what the requests need."""
         from kvfold import hf
 
         stack, takers = ExitStack(), {}
@@ -107,7 +107,7 @@ class _Pass:
         return batch.input_BS.numel() + batch.target_BT.numel()
 
     def tokens_of(self, request: Request) -> int:
-        """The tokens over which a request is summed."""
+        """The number of tokens over which a request sums: those of the encoder, or those of the decoder."""
         site, what = signals(request)[-1]
         of_encoder = site.kind == "encoder" or (site.kind == "cross" and what in "xk")
         return self.tokens["encoder" if of_encoder else "decoder"]

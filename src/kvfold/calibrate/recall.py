@@ -86,14 +86,17 @@ def near_only(attention: nn.Module, window: int, sinks: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def _loss(model: Any, rows_BT: Tensor, progress: Progress) -> float:
-    """Mean loss of the repetition in nats per token, without its first token, which cannot be predicted."""
+    """Mean loss of the repetition in nats per token, over all rows; infinite if it is no number."""
     total = 0.0
     for ids_BT in torch.split(rows_BT, max(1, BATCH // rows_BT.shape[1])):
-        logits_BTV = model(input_ids=ids_BT, use_cache=False, logits_to_keep=SPAN).logits[:, :-1]
-        loss = nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), ids_BT[:, 1 - SPAN :].flatten(), reduction="sum"
-        )
-        total += float(loss)
+        logits_BTV = model(input_ids=ids_BT, use_cache=False, logits_to_keep=SPAN).logits
+        total += copied_loss(logits_BTV, ids_BT) * len(ids_BT)
         progress.advance(ids_BT.numel())
-    mean = total / (len(rows_BT) * (SPAN - 1))
+    mean = total / len(rows_BT)
     return mean if math.isfinite(mean) else math.inf
+
+
+def copied_loss(logits_BTV: Tensor, ids_BT: Tensor) -> float:
+    """Mean loss of the repetition in nats per token, without its first token, from the logits of its `SPAN` tokens."""
+    flat_NV, targets_N = logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1 - SPAN :].flatten()
+    return float(nn.functional.cross_entropy(flat_NV, targets_N))

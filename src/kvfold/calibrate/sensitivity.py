@@ -1,4 +1,4 @@
-"""Sensitivity: the KL to the teacher of converting one site alone, or a few sites that share.
+"""Sensitivity: what it costs to convert one site alone, or a few sites that share, and to lose one head.
 
 The method converts these sites. The teacher then runs with the new tensors in place of its own, and computes the same
 as the student: a shared head is repeated for each head that it stands for, and a site without keys and values reads
@@ -6,27 +6,33 @@ those of its owner. Next-token distributions are compared on a sample of the cal
 
     kl = mean_t sum_V p (log p - log q)       p: the teacher's, q: with these sites converted; nats per token
 
-The hidden states before a converted site do not change, so only its layer and those above it run again. Answers are
+The mean over ordinary text hardly sees copying, which few heads do. So a second sample is rows whose last tokens repeat
+the first ones (`kvfold.calibrate.recall`). On it, the rise of the loss of the repetition is a second cost of converted
+sites, and a KL is measured without the query heads that read one key/value head: their outputs are replaced by their
+means over a row (zeros would take a bias away too).
+
+The hidden states before a changed site do not change, so only its layer and those above it run again. Answers are
 kept in kvfold's cache folder as they come, whatever the budget for which they are requested.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from types import UnionType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
+from kvfold.calibrate.recall import SPAN, copied_loss, copies
+from kvfold.calibrate.resumed import Changed, Resumed
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
-from kvfold.contracts.requests import Answers, ConvertedKL, FoldedKL
+from kvfold.contracts.requests import Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -35,18 +41,17 @@ from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
 from kvfold.text.tokens import TokenFile
 
-FORMAT = 2  # of the kept answers
+FORMAT = 3  # of the kept answers
 LENGTH = 256  # tokens of a row
+COPY_TOKENS, COPY_LENGTH = 768, 96  # of all rows whose end repeats their beginning, and of one
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
-
-Question = FoldedKL | ConvertedKL
 
 
 def measure(
     source: Checkpoint,
     method: Method[Any],
     config: Any,
-    questions: Sequence[Question],
+    questions: Sequence[Alone],
     answers: Answers,
     tokens: TokenFile,
     settings: CalibrationSettings = CalibrationSettings(),
@@ -56,90 +61,129 @@ def measure(
     """Answer the questions by running the teacher, or from the cache folder. `answers` are those that `convert` needs.
 
     Memory: the whole teacher in float32, and two hidden states per token of the sample. Time: about half a pass over
-    the sample for each question. Raises CheckpointError if a KL is not finite, OutputError if the cache cannot be
-    written.
+    the sample for each question. Raises CheckpointError if an answer is not finite, DataError if the text is too short
+    to repeat a part of it, OutputError if the cache cannot be written.
     """
-    device = best_device()
-    same = {repr(spelled(_common(method, config, each, source.shape))) for each in questions}
-    sample = {"tokens": settings.sensitivity_tokens, "length": LENGTH}
-    hashes = [source.hash(progress), calibration_hash(tokens, settings)]
-    identity = [FORMAT, *hashes, sample, device, [type(config).__module__, *same]]
-    path = cache_folder() / "sensitivity" / f"{fingerprint(identity)[:32]}.json"
-    kept = read_json(path)
-    sound = isinstance(kept, dict) and all(type(kl) is float and math.isfinite(kl) for kl in kept.values())
-    known: dict[str, float] = kept if sound else {}
-    asked: dict[int, list[Question]] = {}
-    for each in sorted(questions, key=_order):
-        if _key(each) not in known:
-            asked.setdefault(_sites(each)[0].layer, []).append(each)
-    if asked:
-        rows_BT = _rows(tokens, min(LENGTH, source.known_length), settings.sensitivity_tokens)
-        total = rows_BT.numel() * sum(map(len, asked.values()))
-        with task(progress, "measuring sensitivity", total, "tokens"), torch.inference_mode():
-            teacher = _Teacher(source, rows_BT, device)
-            for layer, here in asked.items():
-                converted = {each: _converted(source, method, config, each, answers) for each in here}
-                for each, kl in teacher.compare(layer, converted, progress).items():
-                    if not math.isfinite(kl):
-                        raise CheckpointError("logits are not finite", where=source.path, got=each)
-                    known[_key(each)] = max(0.0, kl)  # below 0 is rounding
-                with disk_errors(path):
-                    prepare_cache(path.parent)
-                    write_json(path, known)
-    return {each: {"kl": torch.tensor(known[_key(each)], dtype=torch.float64)} for each in questions}
+    found: dict[Question, dict[str, Tensor]] = {}
+    for kind in KINDS:
+        here = [each for each in questions if isinstance(each, kind.asks)]
+        if here:
+            work = _Measurement(source, method, config, kind, {**answers, **found})
+            numbers = work.answers(here, tokens, settings, progress)
+            found |= {each: {kind.name: torch.tensor(numbers[_key(each)], dtype=torch.float64)} for each in here}
+    return found
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The questions of one kind, under the settings that convert."""
+
+    source: Checkpoint
+    method: Method[Any]
+    config: Any
+    kind: _Kind
+    given: Answers
+
+    def answers(
+        self, questions: Sequence[Alone], tokens: TokenFile, settings: CalibrationSettings, progress: Progress
+    ) -> Mapping[str, float]:
+        """The answers by the key of each question, and those that were measured before."""
+        device, rows_BT = best_device(), self.kind.rows(tokens, self.source.known_length, settings)
+        path = cache_folder() / "sensitivity" / f"{self._identity(questions, tokens, settings, rows_BT, device)}.json"
+        kept = read_json(path)
+        sound = isinstance(kept, dict) and all(type(cost) is float and math.isfinite(cost) for cost in kept.values())
+        known: dict[str, float] = kept if sound else {}
+        asked: dict[int, list[Alone]] = {}
+        for each in sorted(questions, key=_order):
+            if _key(each) not in known:
+                asked.setdefault(_sites(each)[0].layer, []).append(each)
+        if asked:
+            work = rows_BT.numel() * sum(map(len, asked.values()))
+            rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * self.source.shape.vocab_size))
+            with task(progress, "measuring sensitivity", work, "tokens"), torch.inference_mode():
+                teacher = Resumed(self.source, torch.split(rows_BT, rows), device)
+                for layer, here in asked.items():
+                    known |= self._costs(teacher, layer, here, progress)
+                    with disk_errors(path):
+                        prepare_cache(path.parent)
+                        write_json(path, known)
+        return known
+
+    def _identity(
+        self,
+        questions: Sequence[Alone],
+        tokens: TokenFile,
+        settings: CalibrationSettings,
+        rows_BT: Tensor,
+        device: str,
+    ) -> str:
+        common = (_common(self.method, self.config, each, self.source.shape) for each in questions)
+        same = {repr(spelled(config)) for config in common if config is not None}
+        text = [calibration_hash(tokens, settings), rows_BT.tolist()]
+        how = [type(self.config).__module__, *same, self.kind.name]
+        return fingerprint([FORMAT, self.source.hash(), text, device, how])[:32]
+
+    def _costs(
+        self, teacher: Resumed, layer: int, questions: Sequence[Alone], progress: Progress
+    ) -> Mapping[str, float]:
+        """The mean cost per token of changes from a layer on, by the key of each question."""
+        changes = {each: _changed(self.source, self.method, self.config, each, self.given) for each in questions}
+        sums = dict.fromkeys(questions, 0.0)
+        teacher.advance(layer)
+        for ids_BT, hidden_BTD, final_BTD in zip(teacher.ids, teacher.hidden, teacher.final, strict=True):
+            cost = self.kind.cost(teacher.own(final_BTD, self.kind.last), ids_BT)
+            for each, change in changes.items():
+                sums[each] += cost(teacher.changed(hidden_BTD, change, self.kind.last)) * len(ids_BT)
+                progress.advance(ids_BT.numel(), f"layer {layer}")
+        for each, total in sums.items():
+            if not math.isfinite(total):
+                raise CheckpointError("logits are not finite", where=self.source.path, got=each)
+        return {_key(each): total / sum(map(len, teacher.ids)) for each, total in sums.items()}
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
 
 
-def _sites(question: Question) -> tuple[Site, ...]:
-    return (question.site,) if isinstance(question, FoldedKL) else question.sites
+def _sites(question: Alone) -> tuple[Site, ...]:
+    return question.sites if isinstance(question, ConvertedKL) else (question.site,)
 
 
-def _order(question: Question) -> tuple[tuple[Site, ...], int]:
-    return _sites(question), -question.heads if isinstance(question, FoldedKL) else 0
+def _order(question: Alone) -> tuple[tuple[Site, ...], int]:
+    return _sites(question), -question.heads if isinstance(question, FoldedKL | FoldedRecall) else 0
 
 
-def _key(question: Question) -> str:
-    if isinstance(question, FoldedKL):
-        return f"{question.site}, {question.heads} heads"
-    return " with ".join(map(str, question.sites))
+def _key(question: Alone) -> str:
+    if isinstance(question, HeadKL):
+        return f"{question.site}, head {question.head}"
+    if isinstance(question, ConvertedKL):
+        return " with ".join(map(str, question.sites))
+    return f"{question.site}, {question.heads} heads"
 
 
-def _config(method: Method[Any], config: Any, question: Question, shape: Shape) -> Any:
+def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:
     """The settings that convert these sites alone."""
-    if isinstance(question, FoldedKL):
+    if isinstance(question, FoldedKL | FoldedRecall):
         return method.with_heads(config, question.heads)
-    return method.alone(config, shape, question.sites)
+    return method.alone(config, shape, _sites(question))
 
 
-def _common(method: Method[Any], config: Any, question: Question, shape: Shape) -> Any:
-    """The settings that all questions of a kind share."""
-    one = replace(question, heads=1) if isinstance(question, FoldedKL) else ConvertedKL(())
+def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:
+    """The settings that all questions of a kind share; None for the KL of a head, which nothing converts."""
+    if isinstance(question, HeadKL):
+        return None
+    one = replace(question, heads=1) if isinstance(question, FoldedKL | FoldedRecall) else ConvertedKL(())
     return _config(method, config, one, shape)
 
 
-def _rows(tokens: TokenFile, length: int, count: int) -> Tensor:
-    """Rows `ids_BT`, about `count` tokens in all, spread evenly over a text."""
-    length = min(length, len(tokens))
-    rows = max(1, min(count, len(tokens)) // length)
-    starts = [row * (len(tokens) - length) // max(1, rows - 1) for row in range(rows)]
-    return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """Converted sites: tensors by name in the teacher's shape, and modules that put out what another module did."""
-
-    tensors: Mapping[str, Tensor]
-    reads: Mapping[str, str]
-
-
-def _converted(
-    source: Checkpoint, method: Method[Any], config: Any, question: Question, answers: Answers
-) -> _Converted:
-    """Convert these sites alone, and repeat each shared head for the heads that read it."""
-    alone, name = _config(method, config, question, source.shape), source.family.tensor
+def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> Changed:
+    """These sites converted alone, each shared head repeated for the heads that read it; or a head without readers."""
+    name = source.family.tensor
+    if isinstance(question, HeadKL):
+        attention = source.shape.sites[question.site]
+        width = attention.query_group * attention.head_dim
+        columns = slice(question.head * width, (question.head + 1) * width)
+        return Changed(averaged={name(question.site, "o").removesuffix(".weight"): columns})
+    alone = _config(method, config, question, source.shape)
     group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
@@ -155,87 +199,57 @@ def _converted(
             owner = Site(after.source, site.kind)
             for role in {"k", "v", "k_norm"} & before.roles().keys():
                 reads[name(site, role).removesuffix(".weight")] = name(owner, role).removesuffix(".weight")
-    return _Converted(found, reads)
+    return Changed(found, reads)
 
 
-class _Teacher:
-    """The teacher on a sample of text: hidden states before the current layer, and after the last, not normed."""
+# --- samples, and what a change costs on them -----------------------------------------------------------------------
 
-    def __init__(self, source: Checkpoint, rows_BT: Tensor, device: str) -> None:
-        from kvfold import hf  # loads transformers, which answers from the cache do not need
+Cost = Callable[[Tensor], float]
 
-        self.through, self.entering = hf.Through, hf.entering
-        model: Any = hf.load(source.path, device=device)
-        self.model, self.body = model, source.family.body
-        self.shown = model.get_submodule(self.body.layers)
-        self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)
-        rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * source.shape.vocab_size))
-        embed = model.get_input_embeddings()
-        self._show(0, 0, nn.Identity())
-        self.hidden = [self._states(embed(ids_BT.to(device))) for ids_BT in torch.split(rows_BT, rows)]
-        self._show(0, len(self.layers), nn.Identity())
-        self.final = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
-        self.at = 0
 
-    def compare(
-        self, layer: int, converted: Mapping[Question, _Converted], progress: Progress
-    ) -> dict[Question, float]:
-        """KL to the teacher of converted sites from a layer on, in nats per token. Layers come in ascending order."""
-        last = len(self.layers)
-        if self.at < layer:
-            self._show(self.at, layer, nn.Identity())
-            self.hidden = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
-            self.at = layer
-        sums = dict.fromkeys(converted, 0.0)
-        for hidden_BTD, final_BTD in zip(self.hidden, self.final, strict=True):
-            self._show(last, last, self.norm)
-            log_p_BTV = self._log_p(final_BTD)
-            p_BTV = log_p_BTV.exp()
-            self._show(layer, last, self.norm)
-            for each, made in converted.items():
-                log_q_BTV = self._log_p(hidden_BTD, made)
-                sums[each] += float((p_BTV * (log_p_BTV - log_q_BTV)).sum(-1).double().sum())
-                progress.advance(hidden_BTD.shape[0] * hidden_BTD.shape[1], f"layer {layer}")
-        tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in self.hidden)
-        return {each: total / tokens for each, total in sums.items()}
+def _spread(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> Tensor:
+    """Rows `ids_BT`, about `sensitivity_tokens` tokens in all, spread evenly over a text."""
+    length = min(LENGTH, longest, len(tokens))
+    rows = max(1, min(settings.sensitivity_tokens, len(tokens)) // length)
+    starts = [row * (len(tokens) - length) // max(1, rows - 1) for row in range(rows)]
+    return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
 
-    def _show(self, first: int, end: int, norm: nn.Module) -> None:
-        """Run the layers from `first` to before `end`, and pass hidden states through the others."""
-        for number, layer in enumerate(self.layers):
-            self.shown[number] = layer if first <= number < end else self.through()
-        self.entered = self.shown[min(first, len(self.layers) - 1)]
-        self.model.set_submodule(self.body.norm, norm)
 
-    def _states(self, embedded_BTD: Tensor) -> Tensor:
-        """The output of what is shown, without the head."""
-        return cast(Tensor, self.model.base_model(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state)
+def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> Tensor:
+    return copies(tokens, min(COPY_LENGTH, longest), COPY_TOKENS)
 
-    def _run(self, hidden_BTD: Tensor) -> Tensor:
-        """The output of the shown layers, which hidden states enter."""
-        with self.entering(self.entered, hidden_BTD):
-            return self._states(hidden_BTD)
 
-    def _log_p(self, hidden_BTD: Tensor, made: _Converted = _Converted({}, {})) -> Tensor:
-        """The same as next-token distributions, with converted tensors in place of the teacher's."""
-        tensors = {name: tensor.to(hidden_BTD) for name, tensor in made.tensors.items()}
-        given = {"inputs_embeds": hidden_BTD, "use_cache": False}
-        with self._sharing(made.reads), self.entering(self.entered, hidden_BTD):
-            logits_BTV: Tensor = functional_call(self.model, tensors, (), given).logits
-        return logits_BTV.log_softmax(-1)
+def _kl(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
+    """The mean KL to the teacher, in nats per token; below 0 is rounding."""
+    log_p_BTV = own_BTV.log_softmax(-1)
+    p_BTV = log_p_BTV.exp()
 
-    @contextmanager
-    def _sharing(self, reads: Mapping[str, str]) -> Iterator[None]:
-        """A context in which modules put out what another module did; keys are shared before rotation, too."""
-        outputs: dict[str, Tensor] = {}
-        handles = []
-        for name, owner in reads.items():
-            module, other = self.model.get_submodule(name), self.model.get_submodule(owner)
-            handles += [
-                other.register_forward_hook(lambda *seen, owner=owner: outputs.update({owner: seen[2]})),
-                module.register_forward_hook(lambda *seen, owner=owner: outputs[owner]),
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def cost(logits_BTV: Tensor) -> float:
+        log_q_BTV = logits_BTV.log_softmax(-1)
+        return float((p_BTV * (log_p_BTV - log_q_BTV)).sum(-1).double().mean().clamp_min(0))
+
+    return cost
+
+
+def _rise(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
+    """The rise of the mean loss of the repetition over the teacher's, in nats per token."""
+    whole = copied_loss(own_BTV, ids_BT)
+    return lambda logits_BTV: copied_loss(logits_BTV, ids_BT) - whole
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Questions that are answered on one sample by one cost, and the name of their answer."""
+
+    asks: type | UnionType
+    name: str
+    rows: Callable[[TokenFile, int, CalibrationSettings], Tensor]
+    cost: Callable[[Tensor, Tensor], Cost]  # of the teacher's logits and the ids
+    last: int = 0  # tokens of a row that it looks at; 0: all
+
+
+KINDS = (  # in this order, because folds may be weighed by the KL of their heads
+    _Kind(HeadKL, "kl", _copied, _kl),
+    _Kind(FoldedRecall, "rise", _copied, _rise, SPAN),
+    _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
+)

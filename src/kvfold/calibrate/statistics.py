@@ -42,17 +42,20 @@ def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tup
     """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on."""
     (site, what), family = signal, source.family
     attention, packed = source.shape.sites[site], family.packed(what)
+    normed = attention.norms != "none"
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if packed is not None:
             output = packed.part(output.movedim(-1, 0), what, attention).movedim(0, -1)
+        if what in ("q", "k") and normed and family.heads_first:
+            output = output.transpose(1, 2)
         seen[signal] = inputs[0] if what == "x" else output[1] if what == "p" else output
 
     if what == "p":
         return family.module(site), hook
     if what == "x":
         return family.tensor(site, "k" if attention.source is None else "q"), hook
-    return family.tensor(site, f"{what}_norm" if attention.norms != "none" else what), hook
+    return family.tensor(site, f"{what}_norm" if normed else what), hook
 
 
 class Sum(Protocol):

@@ -18,7 +18,6 @@ import kvfold
 from kvfold.cli.console import ERR, OUT, Bars, Lines, table
 from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
 from kvfold.errors import Interrupted, KvfoldError, SettingError, did_you_mean
-from kvfold.families import all_families
 from kvfold.faults import fault_of
 from kvfold.formats import json_text, size
 from kvfold.methods import all_methods
@@ -366,10 +365,11 @@ def methods(as_json: bool) -> None:
 
 @command(AS_JSON)
 def families(as_json: bool) -> None:
-    """List the model families and the architectures of each."""
-    found = list(all_families().values())
+    """List the families: checkpoints, methods, students and engines of each."""
+    from kvfold.predict.supported import COLUMNS, supported
+
+    found = supported()
     if as_json:
-        _print_json({each.name: {"model_types": each.model_types, "about": each.about} for each in found})
+        _print_json({each.model_types[0]: dataclasses.asdict(each) for each in found})
         return
-    rows = [(each.name, ", ".join(each.model_types), each.about) for each in found]
-    table("", ["family", "model_type", ""], rows, words=3)
+    table("", COLUMNS, [each.row for each in found], words=len(COLUMNS))

@@ -87,7 +87,7 @@ def decimal(least: float, most: float) -> Rule:
 
 
 def only(value: bool, words: str) -> Rule:
-    """This boolean, and not the number that Python considers equal to it."""
+    """Exactly this boolean: `1` and `0`, which Python considers equal to `True` and `False`, are refused."""
 
     def check(found: bool) -> bool:
         if found is not value:
@@ -195,7 +195,7 @@ class Fields:
         return Fields(value, self.where, f"{self.part}{name}.")
 
     def refusal(self, what: str, **more: Any) -> UnsupportedModel:
-        """The error for an invalid field."""
+        """The error for an invalid field; `what` begins with the name of the field."""
         return UnsupportedModel(self.part + what, where=self.where, **more)
 
     def check(self, rules: Rules) -> None:

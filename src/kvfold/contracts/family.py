@@ -79,6 +79,7 @@ class Family:
     aliases: tuple[str, ...] = ()  # older names of the architectures
     examples: tuple[str, ...] = ()  # names of checkpoints on the Hub
     encoder_decoder: bool = False
+    heads_first: bool = False  # whether norms of q and k read (B, H, T, E), and not (B, T, H, E)
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out

@@ -113,6 +113,25 @@ class RecallDrop(_Number):
 
 
 @dataclass(frozen=True)
+class HeadKL(_Number):
+    """KL to the teacher in nats per token without the query heads that read one key/value head: `kl`.
+
+    Their outputs are replaced by their means. The text is one whose rows end in a copy of their beginning.
+    """
+
+    site: Site
+    head: int
+
+
+@dataclass(frozen=True)
+class FoldedRecall(_Number):
+    """How much the loss of copying rises with this site alone at `heads` key/value heads: `rise`, nats per token."""
+
+    site: Site
+    heads: int
+
+
+@dataclass(frozen=True)
 class Computed:
     """What `Method.compute` returns for a site, from its tensors and the other answers."""
 
@@ -124,6 +143,9 @@ class Computed:
         return 8 * attention.hidden_size * attention.head_dim
 
 
-Question = Request | FoldedKL | ConvertedKL | Computed | RecallDrop
+Alone = FoldedKL | ConvertedKL | FoldedRecall | HeadKL
+"""What is measured by changing a few sites of the teacher and no others."""
+
+Question = Request | Alone | Computed | RecallDrop
 
 Answers = Mapping[Question, Mapping[str, "Tensor"]]

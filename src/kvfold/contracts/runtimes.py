@@ -24,6 +24,11 @@ Sites = dict[Site, Attention]
 
 OWN = "kvfold_"
 
+_PAIRED = {
+    **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
+    **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},
+    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall"},
+}
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
     **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
@@ -34,13 +39,14 @@ STEMS = {
     **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
     **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
     **{"cohere": "Cohere", "cohere2": "Cohere2"},
-    **{"t5": "T5", "mt5": "MT5", "bart": "Bart", "mbart": "MBart", "t5gemma": "T5Gemma"},
+    **_PAIRED,
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
 
 _ODD = {
     ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
     ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
+    ("marian", "ForConditionalGeneration"): "MarianMTModel",
 }
 
 
@@ -377,15 +383,13 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
     return found
 
 
-_PAIRED = frozenset({"t5", "mt5", "bart", "mbart", "t5gemma"})
-
 _ignored = partial(_without, (*HEADS_BY_KIND.values(), ENCODER_LATENT), "ignores it in")
-PAIRS_STOCK = Runtime("heads of their own", "", "", _PAIRED, lambda shape: True, lambda shape: {}, _ignored)
+PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(_PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
-    _PAIRED,
+    frozenset(_PAIRED),
     lambda shape: (
         shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
     ),

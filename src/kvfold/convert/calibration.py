@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.method import Method
-from kvfold.contracts.requests import Answers, Computed, ConvertedKL, FoldedKL, Question, RecallDrop, Request
+from kvfold.contracts.requests import Alone, Answers, Computed, Question, RecallDrop, Request
+from kvfold.contracts.site import Shape
 from kvfold.convert.settings import ConvertSettings
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
-from kvfold.progress import Progress, task
+from kvfold.formats import size
+from kvfold.predict.conversion_cost import conversion_cost
+from kvfold.progress import SILENT, Progress, task
 
 if TYPE_CHECKING:
     from kvfold.text.pairs import Corpus
@@ -49,22 +53,24 @@ class Calibration:
                 next="add --calibration TEXT (a file, a folder, a hub data set, stdlib or self)",
             )
         # these load transformers: only for conversions that need calibration
-        from kvfold.calibrate.decoder import calibration_hash, check_enough
+        from kvfold.calibrate.decoder import calibration_hash, check_enough, directions
         from kvfold.text.pairs import check_text, read_tokens
 
         check_text(options.calibration, paired=source.family.encoder_decoder)
         source.require_finite(progress)  # before the teacher reads or writes a text
+        needed, sampled = directions(source, questions, options.repair or ())
+        chosen = options.calibration_tokens or max(EFFORTS[options.effort].tokens(needed), sampled)
         tokens = read_tokens(
             options.calibration,
             source.path,
             paired=source.family.encoder_decoder,
-            max_tokens=options.calibration_tokens,
+            max_tokens=chosen,
             spread=True,
             seed=options.calibration_seed,
             teacher=source.path,
             progress=progress,
         )
-        check_enough(source, questions, options.repair or (), tokens)
+        check_enough(needed, tokens)
         return cls(questions, tokens, options, calibration_hash(tokens, options.reading))
 
     def text(self) -> TokenFile:
@@ -75,13 +81,38 @@ class Calibration:
             raise SettingError("the cost of converting single sites is measured only for decoders", where="convert")
         return self.tokens
 
+    def announce(self, source: Checkpoint, student: Shape, progress: Progress) -> None:
+        """Say how many tokens are read, and how long that will take; only a decoder's time is estimated."""
+        if progress is SILENT or source.family.encoder_decoder:
+            return
+        from kvfold.convert.estimate import measured_speeds
+
+        options, text = self.options, len(self.tokens)
+        cost = conversion_cost(
+            source.family,
+            source.config,
+            source.shape,
+            student,
+            self.questions,
+            options.repair or (),
+            options.repairing,
+            tokens=text,
+            length=options.calibration_length,
+            sensitivity_tokens=options.sensitivity_tokens,
+        )
+        seconds = cost.seconds(measured_speeds(source, cost, options.repairing.length))
+        progress.say(
+            f"{text:,} tokens of text, {cost.forward_passes:.1f} forward passes of the teacher over it: "
+            f"about {seconds:.0f} s and {size(cost.memory)} of memory"
+        )
+
     def answers(self, source: Checkpoint, method: Method[Any], config: Any, progress: Progress) -> Answers:
         """Answer all requests: the moments of one pass first, then what is computed or measured with them."""
         from kvfold.calibrate.decoder import calibrate
         from kvfold.calibrate.sensitivity import measure
 
         moments = [each for each in self.questions if isinstance(each, Request)]
-        alone = [each for each in self.questions if isinstance(each, FoldedKL | ConvertedKL)]
+        alone = [each for each in self.questions if isinstance(each, Alone)]
         recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
         sites = sorted(each.site for each in self.questions if isinstance(each, Computed))
         reading = self.options.reading

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold import methods
-from kvfold.contracts.family import MLP
+from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.per_layer import spelled
 from kvfold.convert.calibration import Calibration
 from kvfold.convert.settings import ConvertSettings
@@ -82,6 +82,8 @@ def convert(
         with disk_errors(dst), ExitStack() as until_done:
             output = open_output(dst, {**asked, "source": source.stamp}, overwrite=overwrite)
             until_done.enter_context(dropped_on_error(output, JOURNAL, futile=FUTILE))
+            if calibration:
+                calibration.announce(source, chosen.student(config, source.shape).shape, progress)
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
@@ -135,7 +137,7 @@ def _plan(
     elif repair is None:
         changed = options.calibration is not None and made.student.shape != made.shape
         roles = chosen.repairs(made.settings) if changed else ()
-        repair = tuple(role for role in roles if role not in MLP or role in source.family.body.mlp)
+        repair = EFFORTS[options.effort].repaired(roles, source.family.body.mlp)
     check_roles(source.family, repair)
     return source, made.settings, replace(options, repair=repair)
 
@@ -163,15 +165,15 @@ def _write(
     config = student_config(source.config, source.family, source.shape, job.student, method=method, dtype=options.dtype)
     size, resumed = options.shard_size, output.resumed
     carry_over(source.path, output.work)
+    if config == source.config:  # byte for byte
+        shutil.copyfile(source.path / "config.json", output.work / "config.json")
+    else:
+        write_json(output.work / "config.json", config)
     with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
         writer.check_space(output.path)
         if calibration is None and job.method.without_text:
             progress.say("without --calibration TEXT, only weights are read; with it, more quality is kept")
         job.run(writer, progress)
-        if config == source.config:  # byte for byte
-            shutil.copyfile(source.path / "config.json", output.work / "config.json")
-        else:
-            write_json(output.work / "config.json", config)
         if calibration and options.repair:
             from kvfold.repair.layers import repair_in_place  # loads transformers
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from kvfold.calibrate import CalibrationSettings
+from kvfold.contracts.effort import EFFORTS, EffortName, RepairSettings
 from kvfold.contracts.site import REPAIRABLE
 from kvfold.errors import SettingError, choices
-from kvfold.repair import RepairSettings
-from kvfold.settings import MOST, SEEDS, check_range, differing, setting
+from kvfold.settings import MOST, SEEDS, check_range, setting
 
 ADVANCED = "Advanced"  # the panel of their flags
 
@@ -22,10 +22,17 @@ class ConvertSettings:
     calibration: str | None = setting(
         None, "Calibration text: a file, a folder, a hub data set, stdlib, or self. Default: none."
     )
-    calibration_tokens: int = setting(65_536, "Tokens of calibration text.")
+    effort: EffortName = setting(
+        "standard",
+        "Text read and weights refitted, at the cost of about N forward passes of the teacher over that text: "
+        "quick (o and down), standard (all; q, gate and up on 8,192 tokens), or thorough (all on 65,536).",
+    )
+    calibration_tokens: int | None = setting(
+        None, "Tokens of calibration text. Default: as many as the effort needs for the width, at most 65,536."
+    )
     calibration_seed: int = setting(0, "Seed that draws the calibration tokens from the text.")
     repair: tuple[str, ...] | None = setting(
-        None, "Roles to refit in closed form: q,o,gate,up,down, or none. Default: the method's choice."
+        None, "Roles to refit in closed form: q,o,gate,up,down, or none. Default: the method's choice, by effort."
     )
     shard_size: int = setting(5 * 10**9, "Largest weight file, in bytes; 5G is 5 billion.")
     dtype: Literal["source", "bfloat16", "float16", "float32"] = setting("source", "Format of the student's weights.")
@@ -33,11 +40,13 @@ class ConvertSettings:
         CalibrationSettings.length, "Tokens of one row of calibration text.", group=ADVANCED
     )
     calibration_dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        CalibrationSettings.dtype, "Format in which the teacher reads it. Sums are float64.", group=ADVANCED
+        CalibrationSettings.dtype,
+        "Format in which the teacher computes in calibration; sums are float64.",
+        group=ADVANCED,
     )
     calibration_memory: int | None = setting(
         CalibrationSettings.max_bytes,
-        "Memory for one layer of the teacher and its answers, in bytes (8G). Default: 80% of the device's.",
+        "Bytes (8G) of memory for one layer of the teacher and the statistics. Default: 80% of the device's.",
         group=ADVANCED,
     )
     sensitivity_tokens: int = setting(
@@ -46,16 +55,21 @@ class ConvertSettings:
         group=ADVANCED,
     )
     repair_length: int = setting(RepairSettings.length, "Tokens of one row of text in a repair.", group=ADVANCED)
-    repair_q_tokens: int = setting(
-        RepairSettings.q_tokens,
-        "Tokens on which q is repaired. Other weights are repaired on all of the text.",
+    repair_q_tokens: int | None = setting(None, "Tokens on which q is repaired. Default: by effort.", group=ADVANCED)
+    repair_inner_tokens: int | None = setting(
+        None, "Tokens on which gate and up are repaired. Default: by effort.", group=ADVANCED
+    )
+    repair_tolerance: float | None = setting(
+        None,
+        "Share of all gains below which one more step of q, gate and up is the last. Default: by effort.",
         group=ADVANCED,
     )
 
     def __post_init__(self) -> None:
         """Raise SettingError for sizes out of range and for roles that cannot be repaired."""
-        sizes = ("calibration_tokens", "calibration_length", "sensitivity_tokens", "repair_length", "repair_q_tokens")
-        check_range(self, "convert", 1, MOST, *sizes)
+        sizes = ("calibration_tokens", "calibration_length", "sensitivity_tokens", "repair_length")
+        check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens")
+        check_range(self, "convert", 0, 1, "repair_tolerance")
         check_range(self, "convert", 1, float("inf"), "shard_size", "calibration_memory")
         check_range(self, "convert", 0, SEEDS - 1, "calibration_seed")
         if self.repair == ("none",):
@@ -75,18 +89,24 @@ class ConvertSettings:
 
     @property
     def repairing(self) -> RepairSettings:
-        """How much text a repair reads."""
-        return RepairSettings(self.repair_length, self.repair_q_tokens)
+        """How much text a repair reads: as set, and the rest by effort."""
+        given = {name: getattr(self, f"repair_{name}") for name in ("length", "q_tokens", "inner_tokens", "tolerance")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return replace(EFFORTS[self.effort].repair, **chosen)
 
     def identity(self) -> Mapping[str, Any]:
         """The settings that decide a student's weights and files, beside the calibration that its hash identifies.
 
-        Settings that are younger than the first students are left out at their defaults, so that old students keep
-        their identity.
+        Settings that are younger than the first students are left out where they are as those were made, so that old
+        students keep their identity. The effort is what it stands for.
         """
         known = {"dtype": self.dtype, "shard_size": self.shard_size, "repair": list(self.repair or ())}
-        younger = ("sensitivity_tokens", "repair_length", "repair_q_tokens")
-        return known | {name: value for name, value in differing(self).items() if name in younger}
+        first, made = RepairSettings(), self.repairing if self.repair else replace(self, effort="thorough").repairing
+        younger = {
+            f"repair_{each.name}": (getattr(made, each.name), getattr(first, each.name)) for each in fields(first)
+        }
+        younger["sensitivity_tokens"] = (self.sensitivity_tokens, CalibrationSettings.sensitivity_tokens)
+        return known | {name: value for name, (value, usual) in younger.items() if value != usual}
 
 
 ADVANCED_NAMES = tuple(each.name for each in fields(ConvertSettings) if each.metadata.get("group") == ADVANCED)

@@ -111,7 +111,7 @@ class Checkpoint:
         return self._entry(name).spec
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file: its pages are read on access and freed with the tensor."""
+        """A tensor, memory-mapped from its file: pages are read when they are accessed, and freed with the tensor."""
         return self._entry(name).read()
 
     def roles(self, site: Site) -> SiteTensors:

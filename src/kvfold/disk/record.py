@@ -250,9 +250,9 @@ def _read(path: Path) -> tuple[Record | None, list[str]]:
 
 
 def read_all(folder: str | Path, progress: Progress = SILENT) -> list[Record]:
-    """Every record at or below a folder, by path, from files of one record and of one run.
+    """All records in a folder and its subfolders, in the order of their paths.
 
-    One line names what cannot be read.
+    A file holds one record (`.json`) or those of a run (`.jsonl`). One line of progress names what cannot be read.
     """
     found, odd = [], []
     paths = sorted(Path(folder).rglob("*.json*"), key=lambda path: path.with_suffix(""))

@@ -23,16 +23,18 @@ class EvaluateSettings:
         metadata={"help": "Held-out text: a file, a folder, a hub data set, or stdlib:heldout (formats: see uptrain)."}
     )
     tokens: int = setting(65_536, "Tokens to evaluate, from the beginning of the text.")
-    sequence_length: int | None = setting(None, "Tokens of a window. Default: that of training, at most 1024.")
+    sequence_length: int | None = setting(
+        None, "Tokens of a window. Default: the sequence length of training, at most 1024."
+    )
     stride: int | None = setting(None, "Tokens from one window to the next. Default: --sequence-length.")
     batch_size: int = setting(16, "Windows in one forward pass.")
     copy_distances: tuple[int, ...] = setting((16, 64, 128), "Tokens between a random span and its copy.")
     copy_trials: int = setting(64, "Spans for each distance.")
-    last_words: int = setting(200, "Questions for the last word of a passage, at most; 0 for none.")
+    last_words: int = setting(200, "Largest number of questions for the last word of a passage; 0 for none.")
     passkey_contexts: tuple[int, ...] = setting(
-        (), "Tokens of the texts that hide a number. Default: none; small models fail."
+        (), "Lengths, in tokens, of texts that hide a number. Default: none; small models fail."
     )
-    passkey_trials: int = setting(32, "Hidden numbers for each context.")
+    passkey_trials: int = setting(32, "Texts with a hidden number, for each length.")
     samples: int = setting(3, "Prompts that student and teacher continue greedily.")
     sample_tokens: int = setting(48, "Tokens of each continuation.")
     fp8: bool = setting(
@@ -49,8 +51,8 @@ class EvaluateSettings:
     lm_eval_limit: int | None = setting(None, "Documents of each lm-eval task. Default: all.")
     gate: str | None = setting(
         DEFAULT,
-        "Conditions, such as 'loss<=teacher+0.05, last_word>=0.5'; else exit status 3. `default`: on loss and recall, "
-        "and only reported; `none`: no gate.",
+        "Conditions that must hold, such as 'loss<=teacher+0.05, last_word>=0.5'; else the exit status is 3. "
+        "`default`: conditions on loss and recall, which are only reported; `none`: no gate.",
     )
     control: str | None = setting(None, "Record of the control's evaluation, for gates that name it. Default: none.")
     seed: int = setting(0, "Seed of the probes.")

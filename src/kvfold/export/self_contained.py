@@ -3,12 +3,13 @@
 The modules that the student's class needs are written flat, one file each, as transformers requires
 (`kvfold.attention.latent` becomes `kvfold_attention_latent.py`), with relative imports, and `auto_map` in config.json
 names the classes. `trust_remote_code=True` then loads the student anywhere; where kvfold is installed, its own classes
-are used. Families are found by the modules of their package, which a flat folder lacks, so the copy names one family.
+are used. Families are found by the modules of their package, which a flat folder lacks, so the copy names one module.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from kvfold.disk.output import read_json, write_json
 from kvfold.errors import UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
 from kvfold.export.engine import Engine
+from kvfold.families import module_of
 
 _OURS = re.compile(r"^(\s*from )kvfold\.(\S+)( import )", re.M)
 _FAMILIES = "kvfold.families"
@@ -75,11 +77,12 @@ class SelfContained(Engine):
         if index.exists() and not (source.path / "model.safetensors").exists():
             shutil.copyfile(index, folder / index.name)
         entry = type(model).__module__
-        modules = _closure(entry, f"{_FAMILIES}.{source.family.name}")
+        home = module_of(source.family.name)
+        modules = _closure(entry, f"{_FAMILIES}.{home}")
         for module in modules:
             code = _OURS.sub(lambda found: f"{found[1]}.{_flat(found[2])}{found[3]}", _path(module).read_text("utf-8"))
             if module == _FAMILIES:
-                code += _one_family(source.family.name)
+                code += _families_of(home)
             (folder / f"{_flat(module.removeprefix('kvfold.'))}.py").write_text(_HEADER + code, encoding="utf-8")
         whole, place = type(model).__name__, _flat(entry.removeprefix("kvfold."))
         alone = re.sub(r"For[A-Z]\w+$", "Model", whole)
@@ -144,10 +147,11 @@ def _flat(module: str) -> str:
     return f"kvfold_{module.replace('.', '_')}"
 
 
-def _one_family(name: str) -> str:
+def _families_of(home: str) -> str:
     """The end of the copy of `families`. The import is inside, since families import this module."""
+    table = hasattr(importlib.import_module(f"{_FAMILIES}.{home}"), "FAMILIES")
     return (
-        "\n\ndef all_families() -> dict[str, Family]:  # the family of this checkpoint\n"
-        f"    from .{_flat(f'families.{name}')} import FAMILY\n\n"
-        "    return {FAMILY.name: FAMILY}\n"
+        "\n\ndef all_families() -> dict[str, Family]:  # of the file with this checkpoint's family\n"
+        f"    from .{_flat(f'families.{home}')} import {'FAMILIES' if table else 'FAMILY'}\n\n"
+        f"    return {{family.name: family for family in {'FAMILIES' if table else '(FAMILY,)'}}}\n"
     )

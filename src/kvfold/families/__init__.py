@@ -17,12 +17,26 @@ from kvfold.errors import UnsupportedModel, did_you_mean
 
 
 @cache
+def _modules() -> dict[str, dict[str, Family]]:
+    """The modules of this package, each with its families by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    modules: dict[str, Any] = {name: vars(importlib.import_module(f"{__name__}.{name}")) for name in names}
+    return {
+        name: {family.name: family for family in module.get("FAMILIES") or (module["FAMILY"],)}
+        for name, module in modules.items()
+    }
+
+
+@cache
 def all_families() -> dict[str, Family]:
     """Every family by name."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    modules: list[dict[str, Any]] = [vars(importlib.import_module(f"{__name__}.{name}")) for name in names]
-    found = [family for module in modules for family in module.get("FAMILIES") or (module["FAMILY"],)]
-    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
+    found = {name: family for families in _modules().values() for name, family in families.items()}
+    return dict(sorted(found.items()))
+
+
+def module_of(family: str) -> str:
+    """The module of this package that defines a family."""
+    return next(module for module, families in _modules().items() if family in families)
 
 
 _QUANTISED = ("quantization_config", "compression_config", "quant_config", "quantization")

@@ -60,6 +60,7 @@ TENSORS: Mapping[str, str | Packed] = {
 
 GATED = {**{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}, "act": "mlp.act_fn"}
 BODY = Body(mlp=GATED)
+AFTER = Body(mlp=GATED, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"})
 
 MODEL: Rules = {
     "hidden_size": WIDTH.needed,
@@ -192,8 +193,8 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bo
     alone = (hidden, heads, config.get("num_key_value_heads") or heads, width, frozenset(found.biases), found.norms)
     ropes = [None if each is None else _rope(config, each, width, found) for each in found.rotations or [{}] * layers]
     by_layer = enumerate(zip(ropes, found.windows or [None] * layers, strict=True))
-    logits = (found.scale, found.softcap, found.norm_offset, found.sinks)
-    own = {Site(layer): Attention(*alone, *each, *logits) for layer, each in by_layer}
+    same = Attention(*alone, scale=found.scale, softcap=found.softcap, norm_offset=found.norm_offset, sinks=found.sinks)
+    own = {Site(layer): replace(same, rope=rope, window=window) for layer, (rope, window) in by_layer}
     sites = read(config, own, DECODERS)
     maps = 2 + found.gated
     mlp = maps * hidden * inner + ((maps - 1) * inner + hidden if found.mlp_biases else 0)

@@ -1,11 +1,15 @@
-"""bart: encoder-decoders with learned positions and biases: BART and mBART.
+"""bart: encoder-decoders with absolute positions and biases: BART and the architectures that were made from it.
 
 A decoder layer attends twice, with the caches of a T5; q, k, v and o have biases. Positions are added to the
-embeddings, so heads may change places in both attentions. mBART norms before attention and MLP, and at the end of each
-stack. Encoder and decoder may have different numbers of heads. A student with fewer key/value heads is a `kvfold_bart`.
+embeddings, so heads may change places in both attentions. The architectures differ in their tables of positions and in
+the norms of each stack (`TABLES`). Encoder and decoder may have different numbers of heads. A student with fewer
+key/value heads is a `kvfold_bart`, `kvfold_marian` and so on.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from kvfold.contracts.config import (
     ACTIVATION,
@@ -17,10 +21,13 @@ from kvfold.contracts.config import (
     WIDTH,
     YES_NO,
     Fields,
+    Rule,
     Rules,
     check_parts,
     check_tokens,
     decimal,
+    only,
+    whole,
 )
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
@@ -30,7 +37,32 @@ from kvfold.families._decoder import TENSORS
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
 
 PARTS = ("encoder", "decoder")
-OFFSET = 2  # unused rows of the tables of positions
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a checkpoint holds of a stack besides its layers: a table of positions, and norms."""
+
+    unused: int | None  # rows of the table before the first position; None: the table is a constant, often not stored
+    embedding_norm: bool  # after the embeddings
+    last_norm: bool  # after the last layer
+
+    def parameters(self, positions: int, width: int) -> int:
+        """Parameters of a stack without its layers and token embeddings."""
+        rows = 0 if self.unused is None else positions + self.unused
+        return rows * width + 2 * width * (self.embedding_norm + self.last_norm)
+
+
+TABLES: Mapping[str, Table] = {
+    "bart": Table(2, embedding_norm=True, last_norm=False),
+    "mbart": Table(2, embedding_norm=True, last_norm=True),
+    "plbart": Table(2, embedding_norm=True, last_norm=False),
+    "m2m_100": Table(None, embedding_norm=False, last_norm=True),
+    "marian": Table(None, embedding_norm=False, last_norm=False),
+    "pegasus": Table(None, embedding_norm=False, last_norm=True),
+    "blenderbot": Table(0, embedding_norm=False, last_norm=True),
+    "blenderbot-small": Table(0, embedding_norm=True, last_norm=False),
+}
 
 _RULES: Rules = {
     **PAIRED,
@@ -42,10 +74,22 @@ _RULES: Rules = {
     **{f"{part}_ffn_dim": WIDTH.needed for part in PARTS},
     "activation_function": ACTIVATION,
     "init_std": decimal(0, 1e3),
-    **{f"{part}_layerdrop": decimal(0, 1) for part in PARTS},
+    **{f"{part}_layerdrop": SHARE for part in PARTS},
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), SHARE),
     **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
 }
+_TOKEN = Rule(int, "a token id")
+_OWN: Mapping[str, Rules] = {
+    "bart": {f"{part}_layerdrop": decimal(0, 1) for part in PARTS},
+    "marian": {
+        "share_encoder_decoder_embeddings": only(True, "true: source and target have one vocabulary here"),
+        "decoder_vocab_size": VOCABULARY.or_null,
+        "decoder_start_token_id": _TOKEN,
+    },
+    "blenderbot": {"encoder_no_repeat_ngram_size": whole(0, 1 << 31), "decoder_start_token_id": _TOKEN},
+}
+"""The fields of one architecture alone, and those for which it has a narrower rule."""
+
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",
@@ -54,7 +98,10 @@ _ALIASES = {
 
 
 def _check(fields: Fields) -> None:
-    fields.check(_RULES)
+    stock = stock_type(fields.config)
+    fields.check({**_RULES, **_OWN.get(stock, {})})
+    if stock == "marian" and fields.get("decoder_vocab_size") is not None:
+        fields.check_alias("decoder_vocab_size", "vocab_size")
     for alias, name in _ALIASES.items():
         fields.check_alias(alias, name)
     for part in PARTS:
@@ -65,7 +112,7 @@ def _check(fields: Fields) -> None:
 
 def _shape(config: Json) -> Shape:
     if config.get("tie_word_embeddings") is False:
-        raise UnsupportedModel("config.json: tie_word_embeddings is false, and a BART has one embedding")
+        raise UnsupportedModel("config.json: tie_word_embeddings is false, and its embeddings are one here")
     hidden, vocab, positions = (config[name] for name in ("d_model", "vocab_size", "max_position_embeddings"))
     layers, heads, inner = (
         {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
@@ -74,8 +121,7 @@ def _shape(config: Json) -> Shape:
     alone = {part: Attention(hidden, n, n, hidden // n, biases=biases) for part, n in heads.items()}
     sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
     sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
-    final = 2 * hidden if stock_type(config) == "mbart" else 0
-    outside = (positions + OFFSET) * hidden + 2 * hidden + final  # positions, their norm, and mBART's last
+    outside = TABLES[stock_type(config)].parameters(positions, hidden)
     forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
     return paired_shape(
         config,
@@ -92,8 +138,9 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="bart",
-    architectures=architectures("bart", "mbart"),
-    about="BART, mBART: decoder self- and cross-attention, the encoder as it is",
+    architectures=architectures(*TABLES),
+    about="BART, mBART, PLBART, M2M-100 and NLLB-200, Marian, Pegasus, Blenderbot: decoder self- and cross-attention",
+    examples=("facebook/bart-large-cnn", "facebook/nllb-200-distilled-600M", "Helsinki-NLP/opus-mt-en-de"),
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
         "self": "model.decoder.layers.{layer}.self_attn",
@@ -112,7 +159,7 @@ FAMILY = Family(
         **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
         **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
         "max_position_embeddings": 256,
-        "dropout": 0.0,
+        **dict.fromkeys(("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -24,7 +24,7 @@ from kvfold.contracts.config import (
     whole,
 )
 from kvfold.contracts.family import Body, Json
-from kvfold.families._decoder import BODY, Layout, decoder
+from kvfold.families._decoder import BODY, Layout, check_head_dim, decoder
 
 NO = only(False, "false: no such model is known here")
 FACTOR = number(1e-6, 1e6)
@@ -38,14 +38,6 @@ def _biased(config: Json, **facts: object) -> Layout:
     """A layout with the biases of `attention_bias` and `mlp_bias`."""
     biases = "qkvo" if config.get("attention_bias") else ""
     return replace(Layout(biases=biases, mlp_biases=bool(config.get("mlp_bias"))), **facts)  # type: ignore[arg-type]
-
-
-def _square(fields: Fields) -> None:
-    """Refuse heads that together are not as wide as the model."""
-    fields.check_divides("num_attention_heads", "hidden_size")
-    width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
-    if fields.get("head_dim", width) != width:
-        raise fields.refusal("heads must be as wide as the model together", got=fields.get("head_dim"), allowed=width)
 
 
 # --- windows and layers without rotation ----------------------------------------------------------------------------
@@ -92,9 +84,9 @@ def _cohere2(config: Json) -> Layout:
 
 
 def _check_ministral3(fields: Fields) -> None:
-    """Its queries are multiplied by a number that is 1 up to the positions before scaling."""
-    rope = fields.inside("rope_parameters")
-    rope.check({"llama_4_scaling_beta": number(0, 1e3).needed, "original_max_position_embeddings": POSITIONS.needed})
+    """Queries are multiplied by 1 up to the positions before scaling, and a repair reads no row beyond these."""
+    before = {"original_max_position_embeddings": whole(4096, (1 << 31) - 1).needed}
+    fields.inside("rope_parameters").check({"llama_4_scaling_beta": number(0, 1e3).needed, **before})
 
 
 FAMILIES = (
@@ -193,7 +185,7 @@ FAMILIES = (
         tiny={
             "rope_parameters": {
                 **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0},
-                **{"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},
+                **{"original_max_position_embeddings": 4096, "llama_4_scaling_beta": 0.1},
             }
         },
     ),
@@ -208,6 +200,7 @@ FAMILIES = (
             mlp_biases=config.get("mlp_bias", False),
             head_dim=128,
         ),
+        tiny={"attention_dropout": 0.0, "residual_dropout": 0.0},
     ),
     decoder(
         "arcee",
@@ -251,7 +244,7 @@ FAMILIES = (
         "helium",
         examples=("kyutai/helium-1-2b",),
         rules={**BIASES, **GROUPS},
-        check=_square,
+        check=check_head_dim,
         layout=lambda config: replace(
             _biased(config, head_dim=128, theta=1e5, half_split=False),
             biases="qkv" if config.get("attention_bias") else "",
@@ -307,7 +300,7 @@ FAMILIES = (
             **{"attention_bias": YES_NO, "head_dim": WIDTH, "layer_norm_eps": EPSILON, "logit_scale": FACTOR},
             **{"sliding_window": POSITIONS, "sliding_window_pattern": whole(1, 1 << 20)},
         },
-        check=_square,
+        check=check_head_dim,
         layout=_cohere2,
         ties=True,
         tiny={"sliding_window": 16},

@@ -5,11 +5,9 @@ A model whose `sliding_window` is null has no windows, and rotates all layers.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvfold.contracts.config import Fields, Rule
 from kvfold.contracts.family import Json
-from kvfold.families._decoder import BODY, Layout, decoder
+from kvfold.families._decoder import AFTER, Layout, decoder
 from kvfold.families._layer_types import FULL, WINDOW, check_window, types_of, windows_of
 
 EVERY = 4
@@ -41,12 +39,14 @@ FAMILY = decoder(
     "exaone4",
     "EXAONE 4.0 (norms behind attention and MLP, no rotation in full layers)",
     "exaone4",
+    examples=("LGAI-EXAONE/EXAONE-4.0-1.2B", "LGAI-EXAONE/EXAONE-4.0-32B"),
     rules={
         "sliding_window": WINDOW,
         "sliding_window_pattern": Rule(int | str, "a whole number, or letters L and G").or_null,
     },
     check=_check,
     layout=_layout,
+    heads_first=True,
     tiny={"sliding_window": 6},
-    body=replace(BODY, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}),
+    body=AFTER,
 )

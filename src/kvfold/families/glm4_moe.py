@@ -42,6 +42,7 @@ FAMILY = decoder(
     "glm4_moe",
     "GLM-4.5, GLM-4.6 (experts, which stay as they are; part of each head rotated)",
     "glm4_moe",
+    examples=("zai-org/GLM-4.5-Air", "zai-org/GLM-4.5", "zai-org/GLM-4.6"),
     rules={
         **RULES,
         "num_key_value_heads": HEADS.needed,

@@ -150,6 +150,7 @@ FAMILY = decoder(
     "gpt_neox",
     "GPT-NeoX, Pythia (folded as stock Phi where the residual is parallel)",
     "gpt_neox",
+    examples=("EleutherAI/pythia-1b", "EleutherAI/gpt-neox-20b"),
     rules={
         "layer_norm_eps": EPSILON,
         "rotary_pct": number(1e-3, 1),

@@ -49,6 +49,7 @@ FAMILY = decoder(
     "gpt_oss",
     "gpt-oss (sinks, which follow their query heads; experts, which stay as they are)",
     "gpt_oss",
+    examples=("openai/gpt-oss-20b", "openai/gpt-oss-120b"),
     rules={
         **RULES,
         "sliding_window": WINDOW,

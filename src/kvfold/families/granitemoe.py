@@ -30,6 +30,7 @@ FAMILY = decoder(
     "granitemoe",
     "Granite 3 MoE (experts, which stay as they are; factors of embeddings, logits and residuals)",
     "granitemoe",
+    examples=("ibm-granite/granite-3.1-1b-a400m-base", "ibm-granite/granite-3.1-3b-a800m-base"),
     rules={
         **RULES,
         "attention_bias": YES_NO,

@@ -41,6 +41,7 @@ FAMILY = decoder(
     "Llama, Mistral (sliding window) and every decoder of that layout",
     "llama",
     "mistral",
+    examples=("meta-llama/Llama-2-7b-hf", "HuggingFaceTB/SmolLM2-1.7B", "mistralai/Mistral-7B-v0.3"),
     rules={},
     check=_check,
     layout=_layout,

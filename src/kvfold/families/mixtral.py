@@ -28,6 +28,7 @@ FAMILY = decoder(
     "mixtral",
     "Mixtral (experts, which stay as they are)",
     "mixtral",
+    examples=("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x22B-v0.1"),
     rules={
         **RULES,
         "num_key_value_heads": HEADS.or_null,

@@ -6,16 +6,15 @@ counts against the others'. Nothing is normed before attention and MLP; what the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvfold.contracts.config import YES_NO
-from kvfold.families._decoder import BODY, Layout, decoder
+from kvfold.families._decoder import AFTER, Layout, decoder
 
 FAMILY = decoder(
     "olmo2",
     "OLMo 2 (q and k normed over all heads, norms behind attention and MLP)",
     "olmo2",
+    examples=("allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B"),
     rules={"attention_bias": YES_NO},
     layout=lambda config: Layout(biases="qkvo" if config.get("attention_bias") else "", norms="all_heads"),
-    body=replace(BODY, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}),
+    body=AFTER,
 )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from kvfold.contracts.config import YES_NO, Fields
 from kvfold.contracts.family import Json
-from kvfold.families._decoder import Layout, decoder
+from kvfold.families._decoder import AFTER, Layout, decoder
 from kvfold.families._layer_types import WINDOW, check_rotations, check_window, rotations_of, types_of, windows_of
-from kvfold.families.olmo2 import FAMILY as OLMO2
 
 EVERY, THETA = 4, 500_000.0
 
@@ -32,6 +31,7 @@ FAMILY = decoder(
     "olmo3",
     "OLMo 3 (olmo2, with a window on three of four layers)",
     "olmo3",
+    examples=("allenai/Olmo-3-7B-Instruct", "allenai/Olmo-3-32B-Think"),
     rules={"attention_bias": YES_NO, "sliding_window": WINDOW},
     check=_check,
     layout=_layout,
@@ -39,5 +39,5 @@ FAMILY = decoder(
         "sliding_window": 6,
         "rope_parameters": {"full_attention": {**_ROPE, "rope_theta": 1e4}, "sliding_attention": {**_ROPE}},
     },
-    body=OLMO2.body,
+    body=AFTER,
 )

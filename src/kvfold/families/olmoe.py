@@ -28,6 +28,7 @@ FAMILY = decoder(
     "olmoe",
     "OLMoE (experts, which stay as they are; q and k normed over all heads)",
     "olmoe",
+    examples=("allenai/OLMoE-1B-7B-0924",),
     rules={
         **RULES,
         "attention_bias": YES_NO,

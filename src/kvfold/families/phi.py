@@ -13,6 +13,7 @@ FAMILY = decoder(
     "phi",
     "Phi-1, Phi-1.5, Phi-2 (parallel residual, part of each head rotated)",
     "phi",
+    examples=("microsoft/phi-1_5", "microsoft/phi-2"),
     rules={
         "layer_norm_eps": EPSILON,
         "qk_layernorm": only(False, "false: norms of q and k with biases are not known here"),

@@ -9,6 +9,7 @@ FAMILY = decoder(
     "qwen2",
     "Qwen2 and Qwen2.5 (biases on q, k and v)",
     "qwen2",
+    examples=("Qwen/Qwen1.5-7B", "Qwen/Qwen2.5-7B"),
     rules=RULES,
     layout=lambda config: Layout(biases="qkv", **upper_windows(config)),
 )

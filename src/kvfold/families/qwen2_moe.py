@@ -36,6 +36,7 @@ FAMILY = decoder(
     "qwen2_moe",
     "Qwen1.5-MoE, Qwen2-57B-A14B (experts, which stay as they are)",
     "qwen2_moe",
+    examples=("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B"),
     rules={
         **SPARSE,
         "num_key_value_heads": HEADS.or_null,

@@ -14,6 +14,7 @@ FAMILY = decoder(
     "qwen3",
     "Qwen3 (q and k normed before RoPE)",
     "qwen3",
+    examples=("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"),
     rules={**RULES, "head_dim": WIDTH, "attention_bias": YES_NO},
     layout=lambda config: Layout(
         biases="qkvo" if config.get("attention_bias") else "", norms="pre_rope", head_dim=128, **upper_windows(config)

@@ -29,6 +29,7 @@ FAMILY = decoder(
     "qwen3_moe",
     "Qwen3-30B-A3B, Qwen3-235B-A22B (experts, which stay as they are)",
     "qwen3_moe",
+    examples=("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B"),
     rules={
         **SPARSE,
         "num_key_value_heads": HEADS.needed,

@@ -20,6 +20,7 @@ FAMILY = decoder(
     "stablelm",
     "StableLM 3B, StableLM 2 1.6B (LayerNorms, part of each head rotated)",
     "stablelm",
+    examples=("stabilityai/stablelm-3b-4e1t", "stabilityai/stablelm-2-1_6b"),
     rules={
         "layer_norm_eps": EPSILON,
         "qk_layernorm": only(False, "false: norms with weights for each head are not known here"),

@@ -1,9 +1,10 @@
-"""t5: encoder-decoders with relative position biases and no rotation: T5, T5.1.1, Flan-T5 and mT5.
+"""t5: encoder-decoders with relative position biases and no rotation: T5, T5.1.1, Flan-T5, mT5 and UMT5.
 
 A decoder layer attends to the tokens before (`self`, cached per decoder token) and to the encoder's output (`cross`,
 cached per encoder token). The encoder caches nothing, and no method folds its sites (`encoder`). Logits are not scaled.
 A bias of the distance, one number per head, is added to those of self-attention. Its table is in the first layer of
-each stack and serves all layers, so heads of self-attention keep their places; heads of cross-attention need not.
+each stack and serves all layers, so heads of self-attention keep their places; heads of cross-attention need not. UMT5
+has a table in every layer.
 
 A student with fewer key/value heads, or with a latent of the encoder's output, is a `kvfold_t5`.
 """
@@ -36,7 +37,7 @@ from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
 
 POSITIONS = 1 << 15  # texts have no limit: all distances above `relative_attention_max_distance` share a bucket
-BIAS = "relative_attention_bias"  # (buckets, H): a role of the first self-attention of a stack alone
+BIAS = "relative_attention_bias"  # (buckets, H): a role of the first self-attention of a stack, in UMT5 of all
 
 _ACTIVATIONS = get_args(ACTIVATION.kind)
 _RULES: Rules = {
@@ -89,7 +90,7 @@ def _check(fields: Fields) -> None:
 
 def _gated(config: Json) -> bool:
     """Whether the MLP has a gate; the default is that of transformers."""
-    silent = "gated-gelu" if stock_type(config) == "mt5" else "relu"
+    silent = "relu" if stock_type(config) == "t5" else "gated-gelu"
     return str(config.get("feed_forward_proj", silent)).startswith("gated-")
 
 
@@ -100,9 +101,10 @@ def _shape(config: Json) -> Shape:
     decoders = config.get("num_decoder_layers") or layers
     alone = Attention(hidden, heads, heads, width, scale=1.0)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
-    sites = {Site(layer, "encoder"): replace(alone, extra={} if layer else table) for layer in range(layers)}
+    sites = {Site(layer, "encoder"): alone for layer in range(layers)}
     sites |= decoder_sites(config, alone, alone, decoders)
-    sites[Site(0)] = replace(sites[Site(0)], extra=table)
+    biased = [site for site in sites if site.kind != "cross" and (site.layer == 0 or stock_type(config) == "umt5")]
+    sites |= {site: replace(sites[site], extra=table) for site in biased}
     forward = (3 if _gated(config) else 2) * hidden * inner
     return paired_shape(
         config,
@@ -119,9 +121,10 @@ def _shape(config: Json) -> Shape:
 
 FAMILY = Family(
     name="t5",
-    architectures=architectures("t5", "mt5"),
+    architectures=architectures("t5", "mt5", "umt5"),
     aliases=("T5WithLMHeadModel",),
-    about="T5, T5.1.1, Flan-T5, mT5: decoder self- and cross-attention, the encoder as it is",
+    about="T5, T5.1.1, Flan-T5, mT5, UMT5: decoder self- and cross-attention, the encoder as it is",
+    examples=("google-t5/t5-base", "google/flan-t5-base", "google/umt5-base"),
     attention={
         "encoder": "encoder.block.{layer}.layer.0.SelfAttention",
         "self": "decoder.block.{layer}.layer.0.SelfAttention",

@@ -177,6 +177,7 @@ FAMILY = Family(
     name="t5gemma",
     architectures=architectures("t5gemma"),
     about="T5Gemma (soft caps, windows): decoder self- and cross-attention, the encoder as it is",
+    examples=("google/t5gemma-2b-2b-ul2",),
     attention={
         "encoder": "model.encoder.layers.{layer}.self_attn",
         "self": "model.decoder.layers.{layer}.self_attn",

@@ -3,7 +3,9 @@
 transformers' T5 and BART have one number of heads and ignore any other in the config; its T5Gemma has one number of
 key/value heads for all attentions of the decoder. The classes here are the stock ones with narrower k and v in the
 decoder's attentions: the config has one number for self-attention and one for cross-attention, for all layers or for
-each. Modules, tensor names, forwards and caches are the stock ones.
+each. Modules, tensor names and caches are the stock ones. So are the forwards of T5, mT5 and T5Gemma; elsewhere it is
+that of `GroupedAttention`, because the stock one gives keys the shape of queries, or has an `eager` that cannot share
+heads.
 
 If the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`. The first layer computes the
 latent of the encoder's output and caches it; the other layers read it. It is stored in the cross-attention cache as the
@@ -16,34 +18,90 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
+from types import ModuleType
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
-from kvfold.contracts.runtimes import PAIRS, STEMS
+from kvfold.contracts.runtimes import PAIRS, PAIRS_STOCK, STEMS
 from kvfold.contracts.site import Attention
 from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
+from kvfold.families._encoder_decoder import END
 from kvfold.hf.shared_layers import STATES, hand_out
 from kvfold.hf.subclass import derive
 
 
-class LatentCrossAttention:
+class _Replacing:
+    """In front of a stock attention: takes over its modules and settings."""
+
+    looked_at: str  # the stock attention's name for the encoder's output
+    architecture: ModuleType  # the module of the stock class
+
+    def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
+        """Replace a stock attention; `names` maps the roles `q`, `k`, `v` and `o` to its modules."""
+        vars(self).update(vars(stock))  # the stock attention is not used again
+        self.shape, self.names = shape, names
+
+
+class GroupedAttention(_Replacing):
+    """In front of a stock attention without rotation: query heads share key/value heads."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stock attention's signature: `hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
+        encoded_BSD, past = kwargs.pop(self.looked_at, None), past_key_values
+        crosses = encoded_BSD is not None
+        cache = past and (past.cross_attention_cache if crosses else past.self_attention_cache)
+        seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
+        if crosses and past is not None and past.is_updated.get(self.layer_idx):
+            k_BGSE, v_BGSE = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            k_BGSE, v_BGSE = (self._heads(role, encoded_BSD if crosses else hidden_states) for role in "kv")
+            if cache is not None:
+                k_BGSE, v_BGSE = cache.update(k_BGSE, v_BGSE, self.layer_idx)
+            if crosses and past is not None:
+                past.is_updated[self.layer_idx] = True
+        q_BHTE = self._heads("q", hidden_states)
+        if getattr(self, "has_relative_attention_bias", False):
+            sizes = (q_BHTE.shape[2], k_BGSE.shape[2])
+            kwargs["position_bias"] = self.compute_bias(*sizes, device=q_BHTE.device, past_seen_tokens=seen)
+        name = self.config._attn_implementation
+        if name == "eager":  # the only one that cannot share heads
+            k_BGSE, v_BGSE = (each.repeat_interleave(self.shape.query_group, dim=1) for each in (k_BGSE, v_BGSE))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.architecture.eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        scale = self.shape.logit_scale
+        o_BTHE, weights = attend(self, q_BHTE, k_BGSE, v_BGSE, attention_mask, dropout=dropout, scaling=scale, **kwargs)
+        return getattr(self, self.names["o"])(o_BTHE.flatten(2)), weights
+
+    def _heads(self: Any, role: str, x_BTD: Tensor) -> Tensor:
+        """The heads `(B, H, T, E)` of the projection for a role."""
+        rows_BTN: Tensor = getattr(self, self.names[role])(x_BTD)
+        return rows_BTN.view(*rows_BTN.shape[:-1], -1, self.shape.head_dim).transpose(1, 2)
+
+
+class LatentCrossAttention(_Replacing):
     """In front of a stock cross-attention: keys and values are linear in one latent of the encoder's output (B, S, R).
 
     A decoding step folds the expansion of the latent into the query and the output: no keys and values are computed. A
     whole target, training with dropout, and `eager`, which returns attention weights, expand them.
     """
 
-    looked_at: str  # the stock attention's name for the encoder's output
-
     def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
-        """Replace a stock cross-attention; `names` maps the roles `q`, `k`, `v` and `o` to its modules."""
-        vars(self).update(vars(stock))  # the stock attention is not used again
-        self.shape, self.names = shape, names
+        """Replace a stock cross-attention."""
+        super().__init__(stock, shape, names)
         for role in ("k", "v"):
             rows, width = shape.roles()[role]
             setattr(self, names[role], nn.Linear(width, rows, bias=f"{role}_bias" in shape.roles()))
@@ -109,6 +167,7 @@ class _Fewer:
     """In front of a stock model class: narrows k and v of the decoder's attentions, or makes them read a latent."""
 
     latent_attention: type
+    grouped_attention: type | None  # None: the stock one can share heads
 
     def __init__(self, config: Any) -> None:
         """Build the stock model, then replace modules. Raises ValueError for impossible numbers of heads."""
@@ -130,8 +189,9 @@ class _Fewer:
             names = {role: family.tensor(site, role).split(".")[-2] for role in "qkvo"}
             for role in ("k", "v"):
                 narrow(module, names[role], attention)
-            if attention.kept is not None:
-                setattr(holder, name, self.latent_attention(module, attention, names))
+            made = self.grouped_attention if attention.kept is None else self.latent_attention
+            if made is not None:
+                setattr(holder, name, made(module, attention, names))
         if any(attention.kept is not None for attention in shape.sites.values()):
             decoder.register_forward_pre_hook(hand_out, with_kwargs=True)
         model.post_init()  # initialises the new weights
@@ -144,6 +204,12 @@ def narrow(module: nn.Module, name: str, attention: Attention) -> None:
         setattr(module, name, nn.Linear(linear.in_features, rows, bias=linear.bias is not None))
 
 
+SHARING = ("t5", "mt5", "t5gemma")
+"""Architectures whose stock attention takes fewer key/value heads as they are; T5's `eager` does not."""
+
+ENCODED = ("key_value_states", "encoder_hidden_states")
+"""The names of the encoder's output in stock attentions."""
+
 _derived = partial(derive, __name__, "with fewer key/value heads in the decoder, or a latent")
 
 
@@ -152,13 +218,20 @@ def _register(model_type: str, name: str) -> None:
     config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
     AutoConfig.register(ours, config)
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
-    crossed, encoded = getattr(module, f"{name}Attention", None), "key_value_states"
-    if crossed is None:  # T5Gemma has a class for cross-attention alone
-        crossed, encoded = getattr(module, f"{name}CrossAttention"), "encoder_hidden_states"
-    attention = _derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, looked_at=encoded)
-    for end, auto in (("Model", AutoModel), ("ForConditionalGeneration", AutoModelForSeq2SeqLM)):
-        stock, fields = getattr(transformers, f"{name}{end}"), {"config_class": config, "latent_attention": attention}
-        auto.register(config, _derived(stock, f"Kvfold{name}{end}", _Fewer, **fields))
+    crossed = getattr(module, f"{name}Attention", None) or getattr(module, f"{name}CrossAttention")  # T5Gemma's
+    looked_at = next(each for each in ENCODED if each in signature(crossed.forward).parameters)
+    named: dict[str, Any] = {"looked_at": looked_at, "architecture": module}
+    front = () if model_type in SHARING else (GroupedAttention,)
+    classes: dict[str, Any] = {
+        "config_class": config,
+        "grouped_attention": _derived(crossed, f"Kvfold{name}Attention", *front, **named) if front else None,
+        "latent_attention": _derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, *front, **named),
+    }
+    for stock, auto in (
+        (f"{name}Model", AutoModel),
+        (PAIRS_STOCK.architecture(model_type, END), AutoModelForSeq2SeqLM),
+    ):
+        auto.register(config, _derived(getattr(transformers, stock), f"Kvfold{stock}", _Fewer, **classes))
 
 
 for _model_type in sorted(PAIRS.models):

@@ -1,9 +1,9 @@
-"""A decoder one layer at a time: the weights of one layer are in memory, and transformers computes masks and rotation.
+"""A decoder that runs one layer at a time, with only the weights of that layer in memory.
 
-The model is transformers' own, built on the meta device with the checkpoint's `config.json`; all layers but the open
-one return their input. So a layer keeps its number and every setting that depends on it: sliding or full attention, and
-its own settings (`per_layer_config`) if the architecture reads them. Shared keys and values are stored on disk, row by
-row, until the layers that read them run.
+The model is transformers' own, which computes masks and rotation. It is built on the meta device with the checkpoint's
+`config.json`; all layers but the open one return their input. So a layer keeps its number and every setting that
+depends on it: sliding or full attention, and its own settings (`per_layer_config`) if the architecture reads them.
+Shared keys and values are stored on disk, row by row, until the layers that read them run.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class _Shared:
 
 @contextmanager
 def entering(layer: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
-    """A context in which a layer receives these hidden states, whatever the model does before its layers."""
+    """A context in which a layer reads these hidden states instead of those that the model passes to it."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         return (hidden_BTD, *args[1:]), kwargs
@@ -244,10 +244,10 @@ def entering(layer: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
 
 
 class Through(nn.Module):
-    """Replaces a layer that is not run: returns its input."""
+    """A layer that returns its input, in place of the layers that do not run."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """`hidden_states` unchanged."""
+        """Return `hidden_states` unchanged."""
         return hidden_states
 
 

@@ -49,7 +49,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
-    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention, **_experts(dtype)}
     config = without_negative_ids(source.config)
     try:
         with quiet():
@@ -58,7 +58,10 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
             model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
     except Exception as error:  # transformers wraps no errors
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
-    check_tensors(path, **{problem: found.get(f"{problem}_keys", ()) for problem in PROBLEMS})
+    constants = {
+        f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
+    }  # positions
+    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - constants for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)
@@ -204,7 +207,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         made = AutoConfig.for_model(**without_negative_ids(config))
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind)
+            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind, **_experts(dtype))
             _untie(model, config)
     except KvfoldError:
         raise
@@ -228,6 +231,11 @@ def _untie(model: Any, config: Mapping[str, Any]) -> None:
     if config.get("tie_word_embeddings") is False and head.weight is embedding.weight:
         head.weight = nn.Parameter(torch.randn_like(head.weight) * head.weight.shape[1] ** -0.5)
         model.all_tied_weights_keys.pop("lm_head.weight", None)
+
+
+def _experts(dtype: str) -> dict[str, str]:
+    """How experts are computed: torch's grouped matrix products, which are transformers' default, have no float64."""
+    return {"experts_implementation": "eager"} if dtype == "float64" else {}
 
 
 def _dtype(name: str) -> torch.dtype:

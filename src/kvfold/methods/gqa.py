@@ -18,9 +18,13 @@ cache shrinks. Lossless at `G' = G`; for `mean` and `first` whenever the heads o
 whenever they are linear images of one another (under RoPE: one complex factor for each plane of a key head). It loses
 most where a layer's heads differ in content, and at one head for all.
 
-Layers differ in how many heads they need. `kv_heads auto` folds one layer at a time, measures the KL to the teacher,
-and takes the mix within the `budget` of the smallest predicted KL, the sum over layers: a multiple-choice knapsack,
-solved exactly (`kvfold.solve.budget`). kvfold.json keeps the mix and the best uniform number, each with its KL.
+Heads differ in how much a model needs them, and the few that copy are a small part of the sum that `fit` minimises.
+`weigh ablation` measures the KL to the teacher without the readers of each head, and an error of the head counts by it.
+
+Layers differ in how many heads they need. `kv_heads auto` folds one layer at a time, measures the KL to the teacher
+and the rise of the loss of copying (`budget_metric`), and takes the mix within the `budget` of the smallest predicted
+cost, the sum over layers: a multiple-choice knapsack, solved exactly (`kvfold.solve.budget`). kvfold.json keeps the mix
+and the best uniform number, each with its cost.
 """
 
 from __future__ import annotations
@@ -34,7 +38,16 @@ from pydantic.dataclasses import dataclass
 
 from kvfold.contracts.method import Folded, Method, Student, note_normed_keys
 from kvfold.contracts.per_layer import PerSite, divisors
-from kvfold.contracts.requests import Answers, AttentionGram, FoldedKL, InputGram, QueryGram, Question
+from kvfold.contracts.requests import (
+    Answers,
+    AttentionGram,
+    FoldedKL,
+    FoldedRecall,
+    HeadKL,
+    InputGram,
+    QueryGram,
+    Question,
+)
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
@@ -48,6 +61,11 @@ if TYPE_CHECKING:
 AUTO: Literal["auto"] = "auto"
 Init = Literal["fit", "align", "align-norm", "mean", "first", "random"]
 MERGES: tuple[Merge, ...] = ("fit", "align", "align-norm")
+COSTS: Mapping[str, Sequence[budgets.Cost]] = {
+    "kl": (FoldedKL,),
+    "recall": (FoldedRecall,),
+    "both": (FoldedKL, FoldedRecall),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,12 @@ class Config:
     init_seed: int = setting(0, "Seed of --init random.")
     budget: float | None = setting(
         None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; required for --kv-heads auto."
+    )
+    weigh: Literal["uniform", "ablation"] = setting(
+        "uniform", "What an error of a head counts in fit: all alike, or by the KL to the teacher without it, squared."
+    )
+    budget_metric: Literal["kl", "recall", "both"] = setting(
+        "kl", "Cost of folding a layer under --kv-heads auto: KL on text, rise of the loss of copying, or their sum."
     )
 
     def check(self, shape: Shape) -> None:
@@ -120,18 +144,24 @@ class GQA(Method[Config]):
         """Second moments of a folded site's inputs, for merged heads; under `auto`, the cost of each fold too."""
         if config.kv_heads == AUTO:
             fewer = {site: budgets.choices_of(shape, site)[:-1] for site in shape.cached_sites}
-            folds = [FoldedKL(site, heads) for site, numbers in fewer.items() for heads in numbers]
+            costs = COSTS[config.budget_metric]
+            folds: list[Question] = [
+                cost(site, heads) for cost in costs for site, numbers in fewer.items() for heads in numbers
+            ]
             sites = [site for site, numbers in fewer.items() if numbers]
         else:
             folds, wanted = [], heads_by_site(config, shape)
             sites = [site for site, heads in wanted.items() if heads < shape.sites[site].num_key_value_heads]
         read = (InputGram, QueryGram, AttentionGram) if config.init in MERGES else ()
-        return [*(request(site) for site in sites for request in read), *folds]
+        decoder = all(site.kind == "self" for site in shape.cached_sites)
+        weighed = sites if config.init == "fit" and config.weigh == "ablation" and decoder else ()
+        recalls = [HeadKL(site, head) for site in weighed for head in range(shape.sites[site].num_key_value_heads)]
+        return [*(request(site) for site in sites for request in read), *recalls, *folds]
 
     def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:
         """Write the head counts out for each kind, layer by layer where they differ."""
         if config.kv_heads == AUTO:
-            heads = budgets.cheapest(config.budget or 1, shape, answers)
+            heads = budgets.cheapest(config.budget or 1, shape, answers, COSTS[config.budget_metric])
         else:
             heads = heads_by_site(config, shape)
         return replace(config, kv_heads=PerSite.of(heads), budget=None)
@@ -140,20 +170,21 @@ class GQA(Method[Config]):
         """The mix that `auto` chose, beside the best number for all layers within the same budget."""
         if config.kv_heads != AUTO:
             return {}
-        budget = config.budget or 1
+        budget, costs = config.budget or 1, COSTS[config.budget_metric]
         both = {
-            "mix": budgets.cheapest(budget, shape, answers),
-            "uniform": budgets.uniform(budget, shape, answers),
+            "mix": budgets.cheapest(budget, shape, answers, costs),
+            "uniform": budgets.uniform(budget, shape, answers, costs),
         }
         chosen = {
             name: {
                 "kv_heads": PerSite.of(heads).spelled(),
                 "cache": budgets.part(shape, heads),
-                "kl": budgets.price(shape, answers, heads),
+                **{budgets.NAMES[cost]: budgets.price(shape, answers, heads, [cost]) for cost in costs},
             }
             for name, heads in both.items()
         }
-        return {"budget": config.budget, **chosen, "kl": budgets.prices(shape, answers)}
+        each = {budgets.NAMES[cost]: budgets.prices(shape, answers, [cost]) for cost in costs}
+        return {"budget": config.budget, **chosen, **each}
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
         """Warn of head counts that are not chosen yet, and of keys that cannot be merged freely."""
@@ -206,12 +237,13 @@ class GQA(Method[Config]):
 
 
 def _merge(site: Site, tensors: SiteTensors, heads: int, answers: Answers, how: Merge) -> tuple[Roles, dict[str, Any]]:
-    """Merge heads by the moments of calibration."""
+    """Merge heads by the moments of calibration, weighed by their ablation if that was measured."""
     from kvfold.solve.normed_heads import merge_normed  # loads torch: a plan works without
-    from kvfold.solve.shared_heads import merge_site, moments_of, reported
+    from kvfold.solve.shared_heads import ablation_weights, merge_site, moments_of, reported
 
     merge = merge_normed if tensors.attention.norms == "all_heads" else merge_site
-    roles, lost = merge(tensors.attention, tensors.roles, heads, moments_of(site, answers), how)
+    weight_G = ablation_weights(site, tensors.attention, answers) if HeadKL(site, 0) in answers else None
+    roles, lost = merge(tensors.attention, tensors.roles, heads, moments_of(site, answers), how, weight_G)
     return roles, reported(lost, tensors.roles["k"])
 
 

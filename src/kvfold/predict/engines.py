@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.contracts.method import Student
 from kvfold.contracts.runtimes import LAYERS, PAIRS, STOCK
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
+
+NOT_RUN = "not run with"
+"""Begins what is said of an engine whose support of an architecture was read, and not tried."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,23 @@ class _Known:
     model_types: frozenset[str]
     ran: frozenset[str]
     checked: str
+    others: Mapping[str, str] = field(default_factory=dict)  # architectures that it runs in another way, and how
 
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LLAMA = frozenset({"llama"})
 
+_VLLM = _LAYOUT | {
+    *("gemma", "granite", "ministral", "ministral3", "cohere", "cohere2", "glm4", "gemma2", "gemma3_text", "stablelm"),
+    *("phi3", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "olmoe", "gpt_oss"),
+}
+_VLLM_BACKEND = dict.fromkeys(
+    ("phi", "starcoder2", "smollm3", "olmo", "olmo2", "olmo3", "glm"), "its backend for transformers' classes"
+)
+
 _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
-    _Known("vLLM", "its own class", _LAYOUT, _LLAMA, "0.32 on a CPU: same tokens as transformers"),
+    _Known("vLLM", "its own class", _VLLM, _LLAMA, "0.32 on a CPU: same tokens as transformers", _VLLM_BACKEND),
     _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
@@ -119,14 +131,15 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
     if known.name in EXPORTED:
         found = refusal(known.name, config, shape)
         problem = None if found is None else found.line
-    elif shape.model_type not in known.model_types:
+    elif shape.model_type not in known.model_types and shape.model_type not in known.others:
         problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in ARCHITECTURES and _activation(config) not in _SILU:
         problem = f"its MLP supports only silu (got {_activation(config)})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
         problem = known.how
-    tried = known.checked if shape.model_type in known.ran else f"not run with {shape.model_type}"
-    return Engine(known.name, problem is None, problem or known.how, tried if problem is None else "no")
+    tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"
+    how = known.others.get(shape.model_type, known.how)
+    return Engine(known.name, problem is None, problem or how, tried if problem is None else "no")
 
 
 def _sharing() -> tuple[Engine, ...]:

@@ -6,13 +6,15 @@ Cache bytes are exact. Decode speed and the largest batch are bounds by the roof
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from kvfold.contracts.cache import default_context, grouped_cache
+from kvfold.contracts.effort import EFFORTS, EffortName
 from kvfold.contracts.per_layer import spelled
+from kvfold.contracts.requests import Question
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.manifest import read_lineage, root_shape, rooted
 from kvfold.disk.source import locate, read_config
@@ -20,10 +22,11 @@ from kvfold.errors import SettingError
 from kvfold.families import family_of, source_family
 from kvfold.formats import count, size
 from kvfold.inputs import LARGEST
+from kvfold.predict.conversion_cost import conversion_cost, directions
 from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, hardware
 from kvfold.predict.serving import Served, Serving
-from kvfold.predict.student_config import draft, student_config
+from kvfold.predict.student_config import Draft, draft, student_config
 from kvfold.settings import check_range, setting
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 weights and the two moments of AdamW
@@ -49,8 +52,9 @@ class PlanSettings:
     pretraining_tokens: int | None = setting(
         None, "Tokens that the source was trained on, such as 2T, for --alpha. Default: none."
     )
+    effort: EffortName = setting("standard", "Effort of the conversion, as in convert.")
     tokens: int | None = setting(None, "Uptraining tokens, instead of --alpha. Default: none.")
-    kl: bool = setting(True, "Uptraining also runs the teacher, for a KL loss.")
+    kl: bool = setting(True, "Uptraining has a KL loss, so the teacher runs too.")
     utilisation: float = setting(0.4, "Share of the peak FLOP/s that training reaches, from 0 to 1.")
 
     def __post_init__(self) -> None:
@@ -99,6 +103,18 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """The cost of a conversion with calibration text."""
+
+    effort: EffortName
+    tokens: int
+    forward_passes: float  # of the teacher over these tokens, in operations
+    flops: float
+    seconds: float  # on the device, in float32, at the share of its peak that training reaches
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a conversion saves and costs."""
 
@@ -116,6 +132,7 @@ class Plan:
     uptraining: Uptraining | None
     disk: Disk
     calibration_bytes: int  # of the answers to the method's requests
+    calibrated: Calibrated | None  # None: no text is read
     engines: tuple[Engine, ...]
     warnings: tuple[str, ...]
 
@@ -166,6 +183,13 @@ class Plan:
         ]
         if self.calibration_bytes:
             rows.append(("calibration answers", "", size(self.calibration_bytes)))
+        if (read := self.calibrated) is not None:
+            rows += [
+                (f"calibration tokens, {read.effort} effort", "", f"{read.tokens:,}"),
+                ("  forward passes of the source", "", f"{read.forward_passes:.1f}"),
+                (f"  seconds on {one}, about", "", count(read.seconds)),
+                ("  memory, about", "", size(read.memory_bytes)),
+            ]
         if self.uptraining is not None:
             cost = self.uptraining
             share = "" if cost.alpha is None else f" (alpha {cost.alpha:g})"
@@ -240,6 +264,7 @@ def plan(
             uptraining=STATES * TRAINING_BYTES * student.parameters if uptraining else 0,
         ),
         calibration_bytes=sum(request.bytes(made.shape) for request in requests),
+        calibrated=_calibrated(options, serving.device, made, requests),
         engines=engines(made.student, made.config),
         warnings=(
             *serving.warnings(source, student, before, folded),
@@ -255,6 +280,35 @@ def read_source(src: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     config = read_config(folder)
     family_of(config, folder / "config.json")  # checked here, where the path is known
     return config, read_lineage(folder)
+
+
+def _calibrated(
+    options: PlanSettings, device: Hardware, made: Draft, questions: Iterable[Question]
+) -> Calibrated | None:
+    asked, effort, family = list(questions), EFFORTS[options.effort], made.family
+    changed = made.student.shape != made.shape and not family.encoder_decoder
+    roles = effort.repaired(made.method.repairs(made.settings), family.body.mlp) if changed else ()
+    if family.encoder_decoder or not (asked or roles):
+        return None
+    cost = conversion_cost(
+        family,
+        made.config,
+        made.shape,
+        made.student.shape,
+        asked,
+        roles,
+        effort.repair,
+        tokens=effort.tokens(directions(family, made.config, made.shape, roles)),
+    )
+    flops = cost.forward * cost.forward_passes
+    return Calibrated(
+        effort=options.effort,
+        tokens=cost.tokens,
+        forward_passes=cost.forward_passes,
+        flops=flops,
+        seconds=flops / (device.peak("float32") * options.utilisation),
+        memory_bytes=cost.memory,
+    )
 
 
 def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student: Shape) -> Uptraining | None:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from kvfold.contracts.effort import RepairSettings
 from kvfold.contracts.family import MLP, Family
 from kvfold.contracts.site import REPAIRABLE
 from kvfold.errors import SettingError, choices
 
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """How much of the calibration text a repair reads."""
-
-    length: int = 256  # tokens of a row; each row starts at position 0
-    q_tokens: int = 49_152  # on which q is repaired, whose cost grows with the square of the length
-    inner_tokens: int | None = None  # on which gate and up are repaired; None: all
-    tolerance: float = 0.0  # conjugate gradients stop after a step that gains at most this share of all gains
+__all__ = ["RepairSettings", "check_roles"]
 
 
 def check_roles(family: Family, roles: Sequence[str]) -> None:

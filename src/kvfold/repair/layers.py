@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvfold import hf
+from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.disk.checkpoint import Checkpoint, Writer
@@ -35,7 +36,7 @@ from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
-from kvfold.repair import RepairSettings, check_roles
+from kvfold.repair import check_roles
 from kvfold.repair.mlp import InnerFit, slope
 from kvfold.repair.queries import LogitFit
 from kvfold.repair.residual import Norm, Residual
@@ -48,8 +49,7 @@ BATCH = 4096  # tokens that pass through a layer together
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 DAMPING = 3e-2  # pulls o and down towards what they were
 MLP_ROLES = frozenset(MLP).intersection(REPAIRABLE)
-Q_STEPS, Q_DAMPING = 6, 1e-1  # conjugate gradients for q: each step rereads its tokens
-INNER_STEPS, INNER_DAMPING = 3, 1e-2  # for gate and up: each step rereads all tokens
+Q_DAMPING, INNER_DAMPING = 1e-1, 1e-2
 
 
 def repair(
@@ -230,7 +230,7 @@ class _Pass:
 
     def _repair_inner(self, role: str, half: _Halfway) -> None:
         student, length = half.student, self.lengths[0]
-        lengths = self.lengths[: max(1, (self.settings.inner_tokens or sum(self.lengths)) // length)]
+        lengths = self.lengths[: max(1, self.settings.inner_tokens // length)]
         batch = max(1, BATCH // length)
         with InnerFit(student.mlp[role], student.mlp["down"], lengths) as fit:
             for row in range(0, len(lengths), batch):

@@ -11,12 +11,12 @@ Place = tuple[int, int]  # context and batch
 
 
 def benches(records: Sequence[Record]) -> list[Record]:
-    """The benchmarks that ended well."""
+    """The records of benchmarks that completed (`status` is `done`)."""
     return [record for record in records if record.kind == "bench" and record.status == "done"]
 
 
 def bench_rows(record: Record, **same: Any) -> list[Mapping[str, Any]]:
-    """The rows of a benchmark in which these fields have these values."""
+    """The rows of a benchmark whose fields have these values."""
     rows = record.metrics.get("rows") or []
     return [row for row in rows if all(row.get(key) == value for key, value in same.items())]
 
@@ -27,13 +27,13 @@ def teacher_model(bench: Record) -> str:
 
 
 def teacher_times(bench: Record) -> dict[Place, float]:
-    """Seconds per token of the teacher with an unquantised cache, by place."""
+    """Seconds per token of the teacher with an unquantised cache, by (context, batch)."""
     rows = bench_rows(bench, model=teacher_model(bench), cache="native")
     return {(row["context"], row["batch"]): row["decode_s_per_token"] for row in rows}
 
 
 def speedups(records: Sequence[Record], own: Sequence[Record]) -> dict[Place, float]:
-    """Decode speed over the teacher's, measured in one run, by place."""
+    """Decode speed relative to the teacher in the same run, by (context, batch)."""
     found = {}
     for bench in benches(records):
         teacher = teacher_times(bench)

@@ -44,7 +44,7 @@ class Run:
 
     @property
     def studies(self) -> list[Study]:
-        """Its records as studies."""
+        """The records grouped into studies, in which they may be compared with one another."""
         return studies(
             self.records, {checkpoint.lineage["hash"]: checkpoint.lineage for checkpoint in self.checkpoints}
         )
@@ -137,6 +137,13 @@ def commands(checkpoint: Folded, by_hash: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+COSTS = {"kl": "KL", "rise": "rise of the loss of copying"}  # of a mix of heads
+
+
+def _costs(mix: Mapping[str, Any]) -> str:
+    return " and ".join(f"{words} {mix[name]:.4f}" for name, words in COSTS.items() if name in mix)
+
+
 def findings(lineage: Mapping[str, Any]) -> list[str]:
     """What the conversions of a lineage found, in sentences: how a budget was spent, which heads merge without loss."""
     lines = []
@@ -145,8 +152,8 @@ def findings(lineage: Mapping[str, Any]) -> list[str]:
             mix, same = found["mix"], found["uniform"]
             lines.append(
                 f"Key/value heads by layer, within {found['budget']:.1%} of the root teacher's cache: "
-                f"{mix['kv_heads']}, of predicted KL {mix['kl']:.4f} nats before any repair; "
-                f"{same['kv_heads']} in every layer: {same['kl']:.4f}."
+                f"{mix['kv_heads']}, of predicted {_costs(mix)} nats before any repair; "
+                f"{same['kv_heads']} in every layer: {_costs(same)}."
             )
         if "chosen" in found:
             chosen, alike = found["chosen"], found["alike"]

@@ -40,7 +40,9 @@ from kvfold.train.uptrain import uptrain
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
 AFTER = "after"
 """Key of a `convert` section for the conversion that comes first."""
-RECORDED = ("repair", "calibration_seed", *ADVANCED_NAMES)  # fields of ConvertSettings that records of a row name
+FIRST = ("effort", "thorough")
+"""The effort of conversions before there was a choice: names and records of rows do not say it."""
+RECORDED = ("effort", "repair", "calibration_seed", *ADVANCED_NAMES)  # of ConvertSettings, in the records of a row
 
 
 @dataclass
@@ -203,7 +205,7 @@ def _options(settings: Mapping[str, Any]) -> ConvertSettings:
 def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]]:
     """The conversions of a `convert` section in order: `after` is the one that comes first.
 
-    It uses the same calibration, unless it names its own.
+    It uses the same calibration and effort, unless it names its own.
     """
     first = settings.get(AFTER)
     if first is None:
@@ -212,7 +214,7 @@ def _chain(settings: Mapping[str, Any], deep: int = 0) -> list[Mapping[str, Any]
         raise SettingError(
             "after must be a previous conversion", where="convert", got=repr(first), allowed="keys as in convert"
         )
-    read = {key: value for key, value in settings.items() if key.startswith("calibration")}
+    read = {key: value for key, value in settings.items() if key.startswith(("calibration", "effort"))}
     if deep >= CHAIN:
         raise SettingError("too many conversions come before this one", where="convert", allowed=f"at most {CHAIN}")
     return [*_chain({**read, **first}, deep + 1), settings]
@@ -286,7 +288,7 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
         out = work.folder / "converted" / _label(each)
         converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
     name, settings = _method(cell.convert)
-    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert}
+    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert and (key, cell.convert[key]) != FIRST}
     row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
     if recipe.finetune is not None:
         return _tuned_cell(work, cell, Path(converted), row, reference)
@@ -346,7 +348,7 @@ def _label(settings: Mapping[str, Any]) -> str:
     """The folder of a conversion; of several, in their order."""
     labels = []
     for each in _chain(settings):
-        given = {key: value for key, value in each.items() if key not in ("method", AFTER)}
+        given = {key: value for key, value in each.items() if key not in ("method", AFTER) and (key, value) != FIRST}
         if "calibration" in given:
             given["calibration"] = Path(str(given["calibration"])).name
         labels.append("_".join([_method(each)[0], *(f"{key}-{value}" for key, value in sorted(given.items()))]))

@@ -1,24 +1,28 @@
 """A budget of cache bytes, spent over layers: how many key/value heads each layer keeps.
 
-A site keeps a divisor of its heads. The price of a choice is the KL to the teacher with that site alone folded, and the
-price of a mix is the sum over its sites. The cheapest mix within the budget is a multiple-choice knapsack, solved
-exactly as an integer program. A budget is a part of the root teacher's cache, so that it means the same for students of
-students.
+A site keeps a divisor of its heads. The price of a choice is what it costs to fold that site alone: the KL to the
+teacher on text, the rise of the loss of copying, or both. The price of a mix is the sum over its sites. The cheapest
+mix within the budget is a multiple-choice knapsack, solved exactly as an integer program. A budget is a part of the
+root teacher's cache, so that it means the same for students of students.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvfold.contracts.cache import root_elements
 from kvfold.contracts.per_layer import divisors
-from kvfold.contracts.requests import Answers, FoldedKL
+from kvfold.contracts.requests import Answers, FoldedKL, FoldedRecall
 from kvfold.contracts.site import Shape, Site
 from kvfold.errors import SettingError
 
 Heads = dict[Site, int]
+Cost = type[FoldedKL] | type[FoldedRecall]
+
+NAMES: Mapping[Cost, str] = {FoldedKL: "kl", FoldedRecall: "rise"}  # of a cost in answers and in kvfold.json
+KL: Sequence[Cost] = (FoldedKL,)
 
 RESOLUTION = 1e-6  # nats: prices that differ by less are equal, because the teacher runs in float32
 
@@ -77,14 +81,14 @@ def alike(budget: float, shape: Shape) -> Heads:
             return heads
 
 
-def cheapest(budget: float, shape: Shape, answers: Answers) -> Heads:
+def cheapest(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> Heads:
     """The head counts of the smallest price within the budget; among equal prices, those of the fewest bytes."""
     import numpy as np  # a plan works without
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     sites = shape.cached_sites
     options = [(site, count) for site in sites for count in choices_of(shape, site)]
-    prices_N = np.array([_steps(price(shape, answers, {site: count})) for site, count in options])
+    prices_N = np.array([_steps(price(shape, answers, {site: count}, costs)) for site, count in options])
     sizes_N = np.array([elements(shape, {site: count}) for site, count in options])
     unit = int(np.gcd.reduce(sizes_N))
     one_each_LN = np.array([[owner == site for owner, _ in options] for site in sites])
@@ -102,24 +106,24 @@ def cheapest(budget: float, shape: Shape, answers: Answers) -> Heads:
     return {site: count for (site, count), taken in zip(options, taken_N, strict=True) if taken}
 
 
-def uniform(budget: float, shape: Shape, answers: Answers) -> Heads:
+def uniform(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> Heads:
     """The cheapest mix within the budget in which every site keeps the same number of heads."""
     common = math.gcd(*(choices_of(shape, site)[-1] for site in shape.cached_sites))
     mixes = [dict.fromkeys(shape.cached_sites, count) for count in divisors(common)]
     within = [heads for heads in mixes if elements(shape, heads) <= room(budget, shape)]
-    return min(within, key=lambda heads: (_steps(price(shape, answers, heads)), elements(shape, heads)))
+    return min(within, key=lambda heads: (_steps(price(shape, answers, heads, costs)), elements(shape, heads)))
 
 
-def price(shape: Shape, answers: Answers, heads: Mapping[Site, int]) -> float:
-    """The predicted KL of a mix in nats per token."""
-    folded = [FoldedKL(site, count) for site, count in heads.items() if count < choices_of(shape, site)[-1]]
-    return math.fsum(float(answers[each]["kl"]) for each in folded)
+def price(shape: Shape, answers: Answers, heads: Mapping[Site, int], costs: Sequence[Cost] = KL) -> float:
+    """The predicted costs of a mix in nats per token, added up. A fold that helps counts nothing: that is noise."""
+    folded = [(site, count) for site, count in heads.items() if count < choices_of(shape, site)[-1]]
+    return math.fsum(max(0.0, float(answers[cost(*each)][NAMES[cost]])) for cost in costs for each in folded)
 
 
-def prices(shape: Shape, answers: Answers) -> dict[str, Any]:
+def prices(shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> dict[str, Any]:
     """The price of each site alone, by its number of heads."""
     return {
-        str(site): {str(count): price(shape, answers, {site: count}) for count in choices_of(shape, site)}
+        str(site): {str(count): price(shape, answers, {site: count}, costs) for count in choices_of(shape, site)}
         for site in shape.cached_sites
     }
 

@@ -23,12 +23,12 @@ from kvfold.solve.shared_layers import Reader, Shared, share
 
 
 def merge_normed(
-    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge
+    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge, weight_G: Tensor | None = None
 ) -> tuple[Roles, list[float]]:
     """Merge the heads of a site like `merge_site`, with q and k behind such norms."""
     source = {role: tensor.double() for role, tensor in roles.items()}
     seen = moments.gram_DD, moments.mean_D
-    new, lost = merge_site(attention, absorb(source, attention, *seen), heads, moments, how)
+    new, lost = merge_site(attention, absorb(source, attention, *seen), heads, moments, how, weight_G)
     for role in "qk":
         restore(new, role, source, attention, *seen)
     return new, lost

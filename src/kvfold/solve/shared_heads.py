@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram
+from kvfold.contracts.requests import Answers, AttentionGram, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import Attention, Roles, Rope, Site
 from kvfold.solve import Merge
 from kvfold.solve.linalg import LEAST, psd_roots
@@ -29,6 +29,7 @@ ROUNDS = 100  # of generalised Procrustes, at most
 SETTLED = 1e-7  # relative gain of a round below which it has converged
 UNSEEN = 1e-10  # of the largest moment of a group of heads: a direction below it was not in the text
 SPAN = 1e-9  # of the largest singular value: a direction below it is outside of the heads' span
+LEAST_WEIGHT = 1e-3  # of a head by ablation, where 1 is the mean: no head is dropped for a sample that does not use it
 NOTHING = 1e-9  # of the second moment: a loss below it is rounding, in float64
 
 
@@ -93,12 +94,14 @@ def _left_out(weighted_ND: Tensor, top_NR: Tensor) -> float:
     return max(0.0, 1 - float(kept / whole)) if whole > 0 else 0.0
 
 
-def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:
+def aligned(maps_JED: Tensor, gram_DD: Tensor, weight_J: Tensor | None = None, *, keep_norm: bool) -> Merged:
     """The mean of the heads after each is rotated towards it: generalised Procrustes (Gower 1975; arXiv 2412.20677).
 
-    Lifts are orthogonal, or phases. `keep_norm` scales the mean to the heads' mean Frobenius norm: rotated heads still
-    differ, so their mean is shorter than they are.
+    Lifts are orthogonal, or phases. `weight_J` weighs the heads in the mean. `keep_norm` scales it to the heads' mean
+    Frobenius norm: rotated heads still differ, so their mean is shorter than they are.
     """
+    weight_J = torch.ones(maps_JED.shape[-3]) if weight_J is None else weight_J / weight_J.mean()
+    weight_J11 = weight_J.to(maps_JED.real)[:, None, None]
     maps_JED = maps_JED.clone()
     gram_DD = gram_DD.to(maps_JED)
     mean_ED = maps_JED[..., 0, :, :]
@@ -107,12 +110,12 @@ def aligned(maps_JED: Tensor, gram_DD: Tensor, *, keep_norm: bool) -> Merged:
     for _ in range(ROUNDS):
         left, _, right = torch.linalg.svd(maps_JED @ gram_DD @ mean_ED.mH[..., None, :, :])
         lift_JEE = left @ right
-        mean_ED = (lift_JEE.mH @ maps_JED).mean(-3)
+        mean_ED = (lift_JEE.mH @ maps_JED * weight_J11).mean(-3)
         kept = _power(mean_ED, gram_DD).sum().cpu()
         if kept <= before * (1 + SETTLED):
             break
         before = kept
-    whole = _power(maps_JED, gram_DD).sum().cpu()
+    whole = (_power(maps_JED, gram_DD) * weight_J11[..., 0, 0]).sum().cpu()
     lost = 1 - float(before * maps_JED.shape[-3] / whole) if whole > 0 else 0.0
     if keep_norm:
         norms_J = torch.linalg.matrix_norm(maps_JED)
@@ -177,12 +180,22 @@ def moments_of(site: Site, answers: Answers) -> Moments:
     )
 
 
+def ablation_weights(site: Site, attention: Attention, answers: Answers) -> Tensor:
+    """How often an error of each key/value head counts, `(G,)`, 1 on average: the square of the KL without its readers.
+
+    The KL itself does less for the heads that a model needs most (docs/methods/gqa.md).
+    """
+    kl_G = torch.stack([answers[HeadKL(site, head)]["kl"] for head in range(attention.num_key_value_heads)])
+    return _ratio(kl_G.square(), kl_G.square().mean()).clamp_min(LEAST_WEIGHT)
+
+
 def merge_site(
-    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge
+    attention: Attention, roles: Roles, heads: int, moments: Moments, how: Merge, weight_G: Tensor | None = None
 ) -> tuple[Roles, list[float]]:
     """Merge the KV heads of a site into `heads` contiguous groups: its new roles, float64, and the loss of each group.
 
-    The loss of a group is the larger of its keys' and its values'. A bias is a column of its map, for an input that is
+    An error of KV head g counts `weight_G[g]` times, 1 unless given. The loss of a group is the larger of its keys' and
+    its values'. A bias is a column of its map, for an input that is
     always 1.
     """
     new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
@@ -196,15 +209,16 @@ def merge_site(
     for first in range(0, attention.num_key_value_heads, group):
         mine = slice(first, first + group)
         read = slice(first * readers, (first + group) * readers)
+        weight_J = None if weight_G is None else weight_G[mine]
         looks_JEE = moments.query_HEE[read].view(group, readers, *moments.query_HEE.shape[1:]).sum(1)
-        shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how)
+        shared_ED, lifts, lost_k = shared_key(keys.rows_HED[mine], looks_JEE, key_gram_DD, attention, how, weight_J)
         if attention.norms == "all_heads":
             shared_ED, lifts = as_first(shared_ED, lifts)
         for head, queries_RED in enumerate(queries.rows_HED[read].view(group, readers, *queries.rows_HED.shape[1:])):
             lifts.fold(head, queries_RED)
         output_DJRE = output_DHE[:, read].view(attention.hidden_size, group, readers, attention.head_dim)
         seen_JEE = torch.einsum("djre,djrf->jef", output_DJRE, output_DJRE)
-        merged = shared_value(values.rows_HED[mine], seen_JEE, value_gram_DD, how)
+        merged = shared_value(values.rows_HED[mine], seen_JEE, value_gram_DD, how, weight_J)
         output_DJRE.copy_(torch.einsum("djre,jef->djrf", output_DJRE, merged.lift_JER))
         merged_k.append(shared_ED)
         merged_v.append(merged.shared_RD)
@@ -234,12 +248,19 @@ class KeyLifts:
 
 
 def shared_key(
-    keys_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, attention: Attention, how: Merge
+    keys_JED: Tensor,
+    metric_JEE: Tensor,
+    gram_DD: Tensor,
+    attention: Attention,
+    how: Merge,
+    weight_J: Tensor | None = None,
 ) -> tuple[Tensor, KeyLifts, float]:
     """The shared key of J heads, `(E, D)`, the lift of each, and the part of their weighted moment that is lost.
 
-    `metric_JEE` is the second moment of the queries that read each head.
+    `metric_JEE` is the second moment of the queries that read each head. An error of head j counts `weight_J[j]` times.
     """
+    if weight_J is not None:
+        metric_JEE = metric_JEE * weight_J[:, None, None]
     rope, width = attention.rope, attention.head_dim
     shared_ED, lost = torch.zeros_like(keys_JED[0]), 0.0
     rotated = rope.dims if rope else 0
@@ -255,7 +276,7 @@ def shared_key(
             metric_PJ11 = plane_power(metric_JEE.diagonal(dim1=1, dim2=2), rope).T.to(maps_PJ1D.dtype)[..., None, None]
             merged = low_rank(maps_PJ1D, metric_PJ11, gram_DD, 1)
         else:
-            merged = aligned(maps_PJ1D, gram_DD, keep_norm=how == "align-norm")
+            merged = aligned(maps_PJ1D, gram_DD, weight_J, keep_norm=how == "align-norm")
         put_planes(shared_ED[None], merged.shared_RD[None, :, 0], rope)
         planes_JP = merged.lift_JER[..., 0, 0].T
         lost = merged.lost
@@ -264,7 +285,7 @@ def shared_key(
         if how == "fit":
             merged = low_rank(keys_JED[:, free], metric_JEE[:, free, free], gram_DD, width - rotated)
         else:
-            merged = aligned(keys_JED[:, free], gram_DD, keep_norm=how == "align-norm")
+            merged = aligned(keys_JED[:, free], gram_DD, weight_J, keep_norm=how == "align-norm")
         shared_ED[free], free_JFF = merged.shared_RD, merged.lift_JER
         lost = max(lost, merged.lost)
     return shared_ED, KeyLifts(planes_JP, free_JFF, rope), lost
@@ -288,11 +309,15 @@ def plane_power(power_JE: Tensor, rope: Rope) -> Tensor:
     return (planes_JP1.real + planes_JP1.imag)[..., 0]
 
 
-def shared_value(values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: Merge) -> Merged:
-    """The shared value of J heads; `metric_JEE` is `sum o^T o` over the readers of each."""
+def shared_value(
+    values_JED: Tensor, metric_JEE: Tensor, gram_DD: Tensor, how: Merge, weight_J: Tensor | None = None
+) -> Merged:
+    """The shared value of J heads; `metric_JEE` is `sum o^T o` over the readers of each, `weight_J` as of keys."""
+    if weight_J is not None:
+        metric_JEE = metric_JEE * weight_J[:, None, None]
     if how == "fit":
         return low_rank(values_JED, metric_JEE, gram_DD, values_JED.shape[1])
-    return aligned(values_JED, gram_DD, keep_norm=how == "align-norm")
+    return aligned(values_JED, gram_DD, weight_J, keep_norm=how == "align-norm")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Pairs:
         return [Pairs(*part) for part in parts]
 
     def shifted(self, start: int) -> Tensor:
-        """The decoder's input: the target shifted by one, after the id `start`."""
+        """The decoder's input `ids_BT`: the id `start`, then the target without its last token."""
         shifted_BT = self.target_BT.roll(1, dims=1)
         shifted_BT[:, 0] = start
         return shifted_BT.masked_fill(shifted_BT == UNSEEN, start)

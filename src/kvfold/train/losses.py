@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvfold.contracts.runtimes import stock_type
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
 
 ENCODED = ("key_value_states", "encoder_hidden_states")  # names of the encoder's output in cross-attentions
@@ -44,7 +45,9 @@ class Head:
     def of(cls, model: Any) -> Head:
         """The output head of a transformers model."""
         layer, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
-        return cls(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+        bias = getattr(model, "final_logits_bias", layer.bias)  # (1, V) in BART and those made from it
+        bias_V = None if bias is None else bias.view(-1)
+        return cls(layer.weight, bias_V, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Logits in fp32 or wider, multiplied in the dtype of the hidden states."""
@@ -82,7 +85,7 @@ def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
             encoder_attention_mask=batch.seen_BS,
             use_cache=False,
         ).last_hidden_state
-        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
+        if getattr(config, "scale_decoder_outputs", stock_type({"model_type": config.model_type}) == "umt5"):
             h_BTD = h_BTD * config.d_model**-0.5
     assert isinstance(h_BTD, Tensor)
     return h_BTD

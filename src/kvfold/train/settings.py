@@ -43,11 +43,11 @@ class TrainSettings:
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", "Learning-rate schedule; wsd is warmup-stable-decay."
     )
-    warmup: float = setting(0.02, "Share of the steps that warm up, from 0 to 1.")
-    decay: float = setting(0.2, "Share of the steps that decay in wsd, from 0 to 1.")
+    warmup: float = setting(0.02, "Share of the steps in which the learning rate rises, from 0 to 1.")
+    decay: float = setting(0.2, "Share of the steps in which wsd lowers the learning rate, from 0 to 1.")
     final_rate: float = setting(0.0, "Final learning rate, as a share of the peak.")
     optimizer: Literal["adamw", "adafactor"] = setting(
-        "adamw", "Optimiser; adafactor's rates are relative to a matrix's size."
+        "adamw", "Optimiser; adafactor multiplies its learning rate by the root mean square of each matrix."
     )
     dropout: float | None = setting(None, "Dropout probability. Default: the config's.")
     weight_decay: float = setting(0.1, "Weight decay of matrices.")
@@ -105,10 +105,10 @@ class UptrainSettings(TrainSettings):
     """How a student is trained, and for how long."""
 
     alpha: float | None = setting(
-        None, "Tokens as a share of the pre-training tokens (paper: 0.05). Default: from --tokens."
+        None, "Tokens to train on, as a share of the pre-training tokens (paper: 0.05), instead of --tokens."
     )
     pretraining_tokens: int | None = setting(
-        None, "Tokens that the teacher was trained on, such as 2T. Default: what its record says."
+        None, "Tokens that the teacher was trained on, such as 2T. Default: the number in its kvfold.json."
     )
     loss: str | None = setting(
         None, "Sum of ce, kl and attention. Default: the method's stages, or kl+0.3ce with a teacher."
@@ -118,7 +118,7 @@ class UptrainSettings(TrainSettings):
     )
     temperature: float = setting(1.0, "Temperature of the KL to the teacher.")
     attention_inputs: Literal["own", "teacher"] = setting(
-        "own", "Inputs of attention in a stage that matches attention outputs alone."
+        "own", "Inputs of the student's attentions in a stage that only matches attention outputs."
     )
     trainable: tuple[str, ...] = setting((), "Roles to train, such as q,k,v,o. Default: every parameter.")
     lora: int | None = setting(

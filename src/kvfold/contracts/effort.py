@@ -1,0 +1,57 @@
+"""Efforts: how much text a conversion reads, what it refits, and how long it looks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kvfold.contracts.site import REPAIRABLE
+from kvfold.settings import MOST
+
+EffortName = Literal["quick", "standard", "thorough"]
+
+Q_STEPS, INNER_STEPS = 6, 3
+"""Conjugate gradients of a repair at most: of q, and of gate and up. Each step rereads their tokens."""
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How much of the calibration text a repair reads, and when its conjugate gradients stop."""
+
+    length: int = 256  # tokens of a row; each row starts at position 0
+    q_tokens: int = 49_152  # on which q is repaired, whose cost grows with the square of the length
+    inner_tokens: int = MOST  # on which gate and up are repaired
+    tolerance: float = 0.0  # they stop after a step that gains at most this share of all gains
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a conversion takes where its settings leave it open.
+
+    It reads `rows` tokens for each direction of the widest input that is regressed on, within `least` and `most`: on N
+    tokens, a regression on F directions fits about `F / N` of what it cannot explain.
+    """
+
+    roles: tuple[str, ...]  # of those that the method repairs
+    repair: RepairSettings
+    rows: int
+    least: int
+    most: int = 65_536
+
+    def repaired(self, roles: Iterable[str], mlp: Iterable[str]) -> tuple[str, ...]:
+        """Those of a method's repairs that it takes, where the MLP has these parts."""
+        return tuple(role for role in roles if role in self.roles and (role in ("q", "o") or role in mlp))
+
+    def tokens(self, directions: int) -> int:
+        """Tokens of calibration text for regressions on inputs of this width."""
+        return min(self.most, max(self.least, self.rows * directions))
+
+
+EFFORTS: Mapping[EffortName, Effort] = {
+    "quick": Effort(("o", "down"), RepairSettings(), rows=8, least=4096),
+    "standard": Effort(
+        REPAIRABLE, RepairSettings(q_tokens=8192, inner_tokens=8192, tolerance=0.1), rows=16, least=16_384
+    ),
+    "thorough": Effort(REPAIRABLE, RepairSettings(), rows=16, least=65_536),
+}
