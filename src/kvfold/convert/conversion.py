@@ -74,6 +74,9 @@ def convert(
     asked = {"method": method, **known, **options.identity()}
     if calibration:
         asked["calibration"] = calibration.hash
+    if source.buffers:
+        what = f"{source.buffers[0]}, and {len(source.buffers) - 1} more" if source.buffers[1:] else source.buffers[0]
+        progress.say(f"masks in the files, which no weights are, are left out: {what}")
     if not overwrite and _complete(source, dst, asked):
         tidy(dst)
         progress.say(f"{dst} is complete: it was made from this source with these settings")
@@ -169,7 +172,9 @@ def _write(
         shutil.copyfile(source.path / "config.json", output.work / "config.json")
     else:
         write_json(output.work / "config.json", config)
-    with Writer(output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path) as writer:
+    with Writer(
+        output.work, job.specs, shard_bytes=size, resume=resumed, origin=source.path, spelled=source.spelled
+    ) as writer:
         writer.check_space(output.path)
         if calibration is None and job.method.without_text:
             progress.say("without --calibration TEXT, only weights are read; with it, more quality is kept")

@@ -49,8 +49,12 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
-        dropped, found = self.family.dropped(self.config), stored_tensors(path)
-        self._stored = {name: each for name, each in found.items() if not name.startswith(dropped)}
+        found, self.spelled = self._named(self._prefixed(stored_tensors(path)))
+        dropped = self.family.dropped(self.config)
+        self.buffers = [name for name in found if self.family.buffers and re.search(self.family.buffers, name)]
+        self._stored = {
+            name: each for name, each in found.items() if not name.startswith(dropped) and name not in self.buffers
+        }
         check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
         self._flaws: dict[str, CheckpointError] = {}  # hashed tensors that hold NaN or infinity
@@ -72,6 +76,19 @@ class Checkpoint:
         path = locate(source)
         return cls(path, path.resolve().name if Path(source).is_dir() else str(source))
 
+    def _named(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, str]]:
+        """The tensors under the model's names, and the names in the files of those that have another there."""
+        found: dict[str, Stored] = {}
+        spelled: dict[str, str] = {}
+        for there, each in stored.items():
+            name = self.family.canonical(there)
+            if name in found:
+                raise CheckpointError(f"tensor {name} is stored under two names", where=self.path, got=there)
+            found[name] = each
+            if name != there:
+                spelled[name] = there
+        return found, spelled
+
     def names(self) -> list[str]:
         """Names of the tensors; layer 2 comes before layer 10."""
         return sorted(self._stored, key=natural)
@@ -80,6 +97,13 @@ class Checkpoint:
     def origin(self) -> Checkpoint:
         """The checkpoint that is stored: this one, unless it is a view of another."""
         return self
+
+    def _prefixed(self, found: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        """The tensors under the names of the whole model, also those of a file that was saved without its head."""
+        prefix, heads = self.family.prefix, ("lm_head.",)
+        if not prefix or any(name.startswith(prefix) for name in found):
+            return found
+        return {name if name.startswith(heads) else prefix + name: each for name, each in found.items()}
 
     def stored_name(self, name: str) -> str:
         """The name of a tensor in the files: its own, or that of the model's parameter."""
@@ -284,11 +308,12 @@ class Checkpoint:
                 next=self._gap(),
             )
 
-    def _hint(self, name: str) -> str | None:
+    def _hint(self, name: str) -> str:
         """The likely reason why a tensor of an attention is missing."""
         last = name.rsplit(".", 2)[-2:]
-        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
-        return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
+        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), name)
+        elsewhere = re.sub(r"\d+", "", alike) != re.sub(r"\d+", "", name)  # not only in another layer
+        return f"is it named otherwise, as {alike}?" if elsewhere else "download it again"
 
     def _gap(self) -> str | None:
         """The first tensor that some layers have and another lacks."""
@@ -306,11 +331,6 @@ class Checkpoint:
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _same_module(first: str, second: str) -> bool:
-    """True if two names differ in the layer's number alone."""
-    return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
@@ -366,7 +386,7 @@ def save_model(
         if like:
             sidecar.carry_over(like.path, folder)
         write_json(folder / "config.json", config)
-        with Writer(folder, specs, shard_bytes=shard_bytes) as writer:
+        with Writer(folder, specs, shard_bytes=shard_bytes, spelled=like.spelled if like else {}) as writer:
             for name in names:
                 writer.write(name, state[name])
             writer.close()

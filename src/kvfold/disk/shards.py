@@ -235,13 +235,14 @@ class _Shard:
     descriptor: int | None = None
 
     @classmethod
-    def of(cls, file: str, specs: Mapping[str, TensorSpec]) -> _Shard:
+    def of(cls, file: str, specs: Mapping[str, TensorSpec], spelled: Mapping[str, str]) -> _Shard:
         """Lay the tensors out, wide elements first: every tensor then begins at a multiple of its element size."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset, begins = 0, {}
         for name, spec in sorted(specs.items(), key=lambda item: -ITEMSIZE[item[1].dtype]):
             begins[name], end = offset, offset + spec.nbytes
-            header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            placed = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            header[spelled.get(name, name)] = placed
             offset = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -264,7 +265,7 @@ class _Shard:
             self.descriptor = None
 
 
-def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
+def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int, spelled: Mapping[str, str]) -> list[_Shard]:
     """Split the tensors, in their order, into files of at most `shard_bytes`; a tensor is never split."""
     parts: list[dict[str, TensorSpec]] = [{}]
     filled = 0
@@ -275,9 +276,9 @@ def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[_Shard]:
         parts[-1][name] = spec
         filled += spec.nbytes
     if len(parts) == 1:
-        return [_Shard.of("model.safetensors", parts[0])]
+        return [_Shard.of("model.safetensors", parts[0], spelled)]
     name = f"model-{{:05d}}-of-{len(parts):05d}.safetensors"
-    return [_Shard.of(name.format(number), part) for number, part in enumerate(parts, 1)]
+    return [_Shard.of(name.format(number), part, spelled) for number, part in enumerate(parts, 1)]
 
 
 def _put(descriptor: int, offset: int, tensor: Tensor, dtype: str, name: str, origin: object = None) -> str:
@@ -296,7 +297,7 @@ class Writer:
 
     A single shard is `model.safetensors`; several shards have an index. With `resume`, shards of the same specs that an
     earlier writer completed in this folder are kept, and `digests` starts with their tensors. `origin` is the
-    checkpoint that the tensors come from, for error messages.
+    checkpoint that the tensors come from, for error messages. `spelled` are names that the files have for tensors.
     """
 
     def __init__(
@@ -307,10 +308,11 @@ class Writer:
         shard_bytes: int = 5 * 10**9,
         resume: bool = False,
         origin: object = None,
+        spelled: Mapping[str, str] = {},
     ) -> None:
-        self.folder, self.specs, self.origin = Path(folder), dict(specs), origin
+        self.folder, self.specs, self.origin, self._spelled = Path(folder), dict(specs), origin, spelled
         self.digests: dict[str, str] = {}
-        self._shards = _plan(self.specs, shard_bytes)
+        self._shards = _plan(self.specs, shard_bytes, spelled)
         self._shard_of = {name: shard for shard in self._shards for name in shard.begins}
         self._lock = threading.Lock()
         self._whole: list[str] = []
@@ -397,7 +399,8 @@ class Writer:
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
         if len(self._shards) > 1:
-            weight_map = {name: self._shard_of[name].file for name in sorted(self.specs)}
+            spelled = self._spelled
+            weight_map = {spelled.get(name, name): self._shard_of[name].file for name in sorted(self.specs)}
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)

@@ -123,6 +123,15 @@ def aligned(maps_JED: Tensor, gram_DD: Tensor, weight_J: Tensor | None = None, *
     return Merged(mean_ED, lift_JEE, lost)
 
 
+def averaged(maps_JED: Tensor, gram_DD: Tensor) -> Merged:
+    """The mean of the heads as they are."""
+    mean_ED = maps_JED.mean(0)
+    kept, whole = (float(_power(each, gram_DD).sum()) for each in (mean_ED, maps_JED))
+    lost = 1 - kept * len(maps_JED) / whole if whole > 0 else 0.0
+    lift_JEE = torch.eye(len(mean_ED), dtype=maps_JED.dtype, device=maps_JED.device).expand(len(maps_JED), -1, -1)
+    return Merged(mean_ED, lift_JEE, lost)
+
+
 def _power(maps_ED: Tensor, gram_DD: Tensor) -> Tensor:
     """The mean over the rows of `E |row x|^2`."""
     return ((maps_ED @ gram_DD.to(maps_ED)) * maps_ED.conj()).real.sum(-1).mean(-1)
@@ -282,7 +291,9 @@ def shared_key(
         lost = merged.lost
     if rotated < width:
         free = slice(rotated, width)
-        if how == "fit":
+        if attention.norms == "pre_rope":  # whose weights differ, so that heads cannot be rotated as a whole
+            merged = averaged(keys_JED[:, free], gram_DD)
+        elif how == "fit":
             merged = low_rank(keys_JED[:, free], metric_JEE[:, free, free], gram_DD, width - rotated)
         else:
             merged = aligned(keys_JED[:, free], gram_DD, weight_J, keep_norm=how == "align-norm")
