@@ -149,7 +149,7 @@ def test_a_student_is_a_stock_phi_of_the_source_that_was_given(
 ) -> None:
     teacher = tiny_checkpoint("gpt_neox")
     planned = plan(teacher, "gqa", {"kv_heads": 2})
-    options = ConvertSettings(calibration=str(text), calibration_tokens=600)
+    options = ConvertSettings(calibration=str(text), calibration_tokens=600, effort="thorough")
     student = Checkpoint.open(convert(teacher, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options))
     assert (planned.before.model_type, planned.after.model_type) == ("gpt_neox", "phi")
     assert planned.after.parameters == student.shape.parameters == sum(student.spec(n).numel for n in student.names())
