@@ -18,10 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, silu, softmax
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from examples import CORE
+from examples import APART
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
-from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
@@ -34,7 +33,7 @@ HEADS = (4, 2, 1, 2)
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], Sources, tuple[int, ...]]] = {
-    **{f"{name}, own": (name, {}, OWN, HEADS) for name in CORE if name in LAYERS.models},
+    **{f"{name}, own": (name, {}, OWN, HEADS) for name in APART},
     "windows, own": ("qwen3", {**WINDOWS, "attention_bias": True, "tie_word_embeddings": True}, OWN, HEADS),
     "llama": ("llama", {}, PAIRS, (4, 4, 4, 4)),
     "one owner": ("llama", {"attention_bias": True}, (0, 0, 0, 0), (2, 2, 2, 2)),
