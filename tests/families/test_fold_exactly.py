@@ -124,8 +124,8 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a tiny
-    # exaone4 are short, because nothing norms the inputs of its first layer
+    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of an
+    # exaone4 are short here, because nothing norms the inputs of its first layer
     tolerance = 5e-3 if student.family.name == "exaone4" else 1e-3
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance)
 
