@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.recall import SPAN, copies
-from kvfold.calibrate.sensitivity import COPY_LENGTH, COPY_TOKENS, measure
+from kvfold.calibrate.sensitivity import COPY_LENGTH, FOLD_TOKENS, HEAD_TOKENS, measure
 from kvfold.contracts.requests import FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import convert
@@ -38,8 +38,8 @@ def token_file(vocabulary: int = 96) -> TokenFile:
     return TokenFile(Path("text"), ids, vocabulary, "text", "text")
 
 
-def copied_rows(vocabulary: int = 96) -> Tensor:
-    rows_BT = copies(token_file(vocabulary), COPY_LENGTH, COPY_TOKENS)
+def copied_rows(vocabulary: int = 96, count: int = FOLD_TOKENS) -> Tensor:
+    rows_BT = copies(token_file(vocabulary), COPY_LENGTH, count)
     assert torch.equal(rows_BT[:, :SPAN], rows_BT[:, -SPAN:])
     return rows_BT
 
@@ -73,12 +73,13 @@ def test_the_kl_of_a_head_is_that_of_a_hooked_teacher(tiny_checkpoint: Make, fam
 
         return before
 
+    rows_BT = copied_rows(count=HEAD_TOKENS)
     with torch.inference_mode():
-        p_BTV = model(copied_rows()).logits.log_softmax(-1)
+        p_BTV = model(rows_BT).logits.log_softmax(-1)
         for each in questions:
             output = model.get_submodule(f"model.layers.{each.site.layer}.self_attn.o_proj")
             handle = output.register_forward_pre_hook(averaged(each.head))
-            q_BTV = model(copied_rows()).logits.log_softmax(-1)
+            q_BTV = model(rows_BT).logits.log_softmax(-1)
             handle.remove()
             expected = float((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).mean())
             assert expected > 1e-5  # or the comparison would say little

@@ -63,3 +63,17 @@ def test_roles_that_a_family_cannot_repair_are_refused_before_its_weights_are_re
     words = ["convert", "neox", "out", "--kv-heads", "2", "--calibration", "text.txt", "--repair", "gate"]
     assert run_command(words) == 2
     assert "the MLP of family phi has no gate; leave out gate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["data", "heldout", "calibration"])
+def test_texts_of_a_recipe_are_checked_before_its_first_row(
+    key: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = dict.fromkeys(("data", "heldout", "calibration"), "stdlib") | {key: "missing.txt"}
+    (folder / "recipe.yaml").write_text(
+        f"name: run\nsource: teacher\ndata: {texts['data']}\nheldout: {texts['heldout']}\n"
+        f"convert: {{kv_heads: 2, calibration: {texts['calibration']}}}\n"
+    )
+    assert run_command(["run", "recipe.yaml"]) == 2
+    assert "missing.txt: no such text" in capsys.readouterr().err
+    assert not (folder / "runs").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples import paired
 from exports import HAS_GGUF, LLAMA3, MISTRAL, MIXED, QUICK, Make, found, greedy, needs_ct2
 from kvfold import machine
 from kvfold.convert.conversion import convert
@@ -17,6 +18,7 @@ from kvfold.errors import UnsupportedModel
 from kvfold.export import agreement
 from kvfold.export import ctranslate2 as ours_ctranslate2
 from kvfold.export.exporting import ENGINES, ExportSettings, export
+from kvfold.families import all_families
 
 
 @pytest.mark.slow
@@ -122,8 +124,12 @@ def test_heads_given_to_the_wrong_layers_are_found_out(
         ({"d_kv": 16, "feed_forward_proj": "relu", "num_layers": 5, "num_decoder_layers": 3}, 2),
         ({"scale_decoder_outputs": False}, 2),
         ({"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}, "self=2,cross=1"),
+        *(
+            ({**paired()[name][1], "decoder_start_token_id": 5}, "self=2,cross=1")
+            for name in ("mbart", "m2m_100", "marian", "pegasus")
+        ),
     ],
-    ids=["t5", "mqa", "mixed", "wide", "unscaled", "mt5"],
+    ids=["t5", "mqa", "mixed", "wide", "unscaled", "mt5", "mbart", "m2m_100", "marian", "pegasus"],
 )
 def test_ctranslate2_decodes_the_tokens_of_an_encoder_decoder(
     changes: dict[str, Any], kv_heads: str | int, tiny_checkpoint: Make, tmp_path: Path
@@ -132,12 +138,15 @@ def test_ctranslate2_decodes_the_tokens_of_an_encoder_decoder(
 
     from kvfold import hf
 
-    student = convert(tiny_checkpoint("t5", **changes), tmp_path / "student", "gqa", {"kv_heads": kv_heads})
+    family = "bart" if changes.get("model_type") in all_families()["bart"].model_types else "t5"
+    student = convert(tiny_checkpoint(family, **changes), tmp_path / "student", "gqa", {"kv_heads": kv_heads})
     model: Any = hf.load(student, attention="sdpa")
-    # a head of its own, as T5.1.1 has one: a tied one says the last token again and again
-    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-    model.lm_head.weight = torch.nn.Parameter(head)
-    model.all_tied_weights_keys.pop("lm_head.weight")
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, 300))
+    if family == "t5":  # a head of its own, as T5.1.1 has one: a tied one says the last token again and again
+        head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        model.lm_head.weight = torch.nn.Parameter(head)
+        model.all_tied_weights_keys.pop("lm_head.weight")
     model.save_pretrained(tmp_path / "loud")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(student / name, tmp_path / "loud" / name)

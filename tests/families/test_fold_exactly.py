@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from examples import clips, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import MLP
@@ -41,7 +42,8 @@ class Fold:
         """A model, strictly; by transformers alone where its class is stock."""
         if str(which.config["model_type"]).startswith("kvfold_"):
             return hf.load(which.path, dtype="float64")  # whose attention is kvfold's alone
-        auto = transformers.AutoModelForSeq2SeqLM if which.family.encoder_decoder else transformers.AutoModelForCausalLM
+        paired = transformers.AutoModelForSpeechSeq2Seq if which.family.audio else transformers.AutoModelForSeq2SeqLM
+        auto = paired if which.family.encoder_decoder else transformers.AutoModelForCausalLM
         kernels = {"attn_implementation": attention, "experts_implementation": "eager"}  # others lack float64
         model, found = auto.from_pretrained(which.path, output_loading_info=True, **kernels)
         assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -51,11 +53,11 @@ class Fold:
     def outputs(self, which: Checkpoint, attention: str) -> Any:
         """Logits and cache of the last token after all others: a window lets go of what lies before it."""
         model, ids_BT = self.load(which, attention), 3 + torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % 90
-        read, name = {}, "input_ids"
+        given, name = {}, "input_ids"
         if which.family.encoder_decoder:
-            read, name = {"encoder_outputs": model.get_encoder()(ids_BT.flip(1))}, "decoder_input_ids"
-        first = model(**read, **{name: ids_BT[:, :-1]}, use_cache=True)
-        return model(**read, **{name: ids_BT[:, -1:]}, past_key_values=first.past_key_values, use_cache=True), first
+            given, name = {"encoder_outputs": model.get_encoder()(**read(model, ids_BT.flip(1)))}, "decoder_input_ids"
+        first = model(**given, **{name: ids_BT[:, :-1]}, use_cache=True)
+        return model(**given, **{name: ids_BT[:, -1:]}, past_key_values=first.past_key_values, use_cache=True), first
 
 
 def twin(folder: Path) -> Checkpoint:
@@ -91,15 +93,20 @@ def fold(
     teacher = twin(Path(shutil.copytree(built, folder / "teacher", dirs_exist_ok=True)))
     student = convert(teacher.path, folder / "student", "gqa", {"kv_heads": GROUPS, "init": "mean"})
     (folder / "text.txt").write_text(TEXT)
-    return Fold(teacher, Checkpoint.open(student), folder / "text.txt")
+    text = clips(folder) if teacher.family.audio else folder / "text.txt"
+    return Fold(teacher, Checkpoint.open(student), text)
 
 
 def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
-    """To the last bits of float64, in which a narrower map may round otherwise; norms over all heads are in float32."""
+    """To the last bits of float64, in which a narrower map may round otherwise.
+
+    Norms over all heads are in float32, and so is the softmax, which another class than the teacher's rounds otherwise.
+    """
     cached = [fold.student.shape.sites[site] for site in fold.student.shape.cached_sites]
     assert {each.num_key_value_heads for each in cached} == {GROUPS}
     found, expected = (fold.outputs(which, "eager") for which in (fold.student, fold.teacher))
-    tolerance = 1e-6 if any(each.norms == "all_heads" for each in cached) else 1e-12
+    other = fold.student.config["architectures"] != fold.teacher.config["architectures"]
+    tolerance = 1e-6 if other or any(each.norms == "all_heads" for each in cached) else 1e-12
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=tolerance)
 
@@ -124,13 +131,15 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of an
-    # exaone4 are short here, because nothing norms the inputs of its first layer
+    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a
+    # tiny exaone4 are short, because nothing norms the inputs of its first layer
     tolerance = 5e-3 if student.family.name == "exaone4" else 1e-3
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance)
 
 
 def test_the_cache_is_as_predicted(fold: Fold) -> None:
     last, _ = fold.outputs(fold.student, "eager")
-    predicted = grouped_cache(fold.student.shape).bytes(TOKENS, batch=BATCH, itemsize=8, encoder_tokens=TOKENS)
+    shape = fold.student.shape
+    encoded = shape.encoder_positions or TOKENS
+    predicted = grouped_cache(shape).bytes(TOKENS, batch=BATCH, itemsize=8, encoder_tokens=encoded)
     assert hf.live_cache_bytes(last.past_key_values) == predicted

@@ -25,9 +25,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from examples import CORE, example, paired
+from examples import CORE, clips, example, generate, paired, read
 from kvfold import hf, methods
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
@@ -256,7 +256,7 @@ def _folded(
         family, changes = SOURCES[source]
         name, folder = case.split()[0], tmp_path_factory.mktemp(case.replace(" ", "-"))
         reads = name != case  # what reads has a tokenizer, whose vocabulary is larger
-        pairs = all_families()[family].encoder_decoder
+        pairs, audio = all_families()[family].encoder_decoder, all_families()[family].audio
         vocabulary = {"vocab_size": 300 if pairs else 260} if reads else {}
         teacher = _built(family, 0, None, "safetensors", {**ENDLESS, **changes, **vocabulary})
         options = ConvertSettings()
@@ -264,7 +264,7 @@ def _folded(
             teacher = Path(shutil.copytree(teacher, folder / "teacher"))
             shutil.copytree(span_tokenizer if pairs else byte_tokenizer, teacher, dirs_exist_ok=True)
             (folder / "text.txt").write_text(TEXT)
-            options = ConvertSettings(calibration=str(folder / "text.txt"))
+            options = ConvertSettings(calibration=str(clips(folder) if audio else folder / "text.txt"))
         method, shape = METHODS[name], Checkpoint.open(teacher).shape
         settings = FOLDED[case](shape) if case in FOLDED else example(method, shape)
         with pytest.MonkeyPatch.context() as patch:
@@ -287,7 +287,9 @@ def _stock(student: Path) -> Any:
     config = json.loads((student / "config.json").read_text())
     if config.get("cross_num_key_value_heads") and config.get("cross_latent_dim", WIDTH) == WIDTH:
         return _repeated(load_file(student / "model.safetensors"), config)
-    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    sound = "num_mel_bins" in config
+    paired = AutoModelForSpeechSeq2Seq if sound else AutoModelForSeq2SeqLM
+    auto = paired if config.get("is_encoder_decoder") else AutoModelForCausalLM
     stock, found = auto.from_pretrained(student, output_loading_info=True)
     assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return stock
@@ -295,7 +297,13 @@ def _stock(student: Path) -> Any:
 
 def _repeated(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
     """The same function with as many key/value heads as query heads, in a class that knows of no others."""
-    ours = ("num_key_value_heads", "cross_num_key_value_heads", "cross_latent_dim", "model_type")
+    ours = (
+        "num_key_value_heads",
+        "self_num_key_value_heads",
+        "cross_num_key_value_heads",
+        "cross_latent_dim",
+        "model_type",
+    )
     known = {key: value for key, value in config.items() if key not in ours}
     made = transformers.AutoConfig.for_model(config["model_type"].removeprefix("kvfold_"), **known)
     model = getattr(transformers, config["architectures"][0].removeprefix("Kvfold"))(made)
@@ -319,7 +327,7 @@ def _summed(gradient: Tensor, like: Tensor, width: int) -> Tensor:
 
 def _inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Ids as a model takes them: an encoder-decoder reads them backwards, and is asked for them in order."""
-    return {"input_ids": ids.flip(1), "decoder_input_ids": ids} if _pairs(model) else {"input_ids": ids}
+    return {**read(model, ids.flip(1)), "decoder_input_ids": ids} if _pairs(model) else {"input_ids": ids}
 
 
 def _pairs(model: Any) -> bool:
@@ -372,7 +380,10 @@ def test_token_by_token_is_the_whole_prompt(pair: Pair) -> None:
     expected = pair.model(**inputs).logits
     written = "decoder_input_ids" if _pairs(pair.model) else "input_ids"
     if _pairs(pair.model):
-        inputs["encoder_outputs"] = pair.model.get_encoder()(inputs.pop("input_ids"))
+        inputs = {
+            "encoder_outputs": pair.model.get_encoder()(**read(pair.model, _ids(2, 20).flip(1))),
+            written: inputs[written],
+        }
     tokens = inputs[written].split(1, dim=1)
     steps = [pair.model(**{**inputs, written: token}, past_key_values=cache).logits for token in tokens]
     _close(torch.cat(steps, dim=1), expected)
@@ -398,7 +409,7 @@ def _written(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor, A
     options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True} | options
     options.setdefault("attention_mask", torch.ones_like(ids))
     with torch.no_grad():
-        made = model.generate(ids, do_sample=False, **options)
+        made = generate(model, ids, do_sample=False, **options)
     before = 1 if _pairs(model) else ids.shape[1]
     return made.sequences[:, before:], torch.stack(made.logits, dim=1), made.past_key_values
 
@@ -409,7 +420,8 @@ def test_a_cache_holds_the_bytes_that_were_promised(pair: Pair) -> None:
     for batch, prompt in ((1, 9), (3, 12)):
         cache = _written(pair.model, _ids(batch, prompt))[2]
         cached = (1 if _pairs(pair.model) else prompt) + 8 - 1  # the last token was never read
-        expected = promised.bytes(cached, batch=batch, itemsize=4, encoder_tokens=prompt)
+        encoded = pair.shape.encoder_positions or prompt
+        expected = promised.bytes(cached, batch=batch, itemsize=4, encoder_tokens=encoded)
         assert hf.live_cache_bytes(cache) == expected
 
 
@@ -417,6 +429,8 @@ def test_a_cache_holds_the_bytes_that_were_promised(pair: Pair) -> None:
 def test_padding_and_neighbours_do_not_change_a_row(pair: Pair) -> None:
     """What is continued is padded on the left; what an encoder reads on the right, or on either side."""
     ids = _ids(3, 12)
+    if pair.shape.encoder_positions is not None:
+        return  # sound is never padded
     counts = hasattr(pair.model.config, "max_position_embeddings")  # an encoder with learned positions counts padding
     for left in [True] if not _pairs(pair.model) else [False] if counts else [False, True]:
         mask = torch.ones_like(ids)
@@ -442,7 +456,8 @@ def test_beams_are_those_of_stock_transformers(pair: Pair) -> None:
     options = {"num_beams": 4, "num_return_sequences": 2, "output_scores": True}
     with torch.no_grad():
         ours, theirs = (
-            model.generate(
+            generate(
+                model,
                 _ids(2, 10),
                 attention_mask=torch.ones(2, 10),
                 max_new_tokens=8,
@@ -462,7 +477,7 @@ def test_samples_are_those_of_stock_transformers(pair: Pair) -> None:
     for model in (pair.model, pair.stock):
         torch.manual_seed(0)
         options = {"attention_mask": torch.ones(3, 10), "do_sample": True, "top_k": 0, "max_new_tokens": 8}
-        written.append(model.generate(_ids(3, 10), **options))
+        written.append(generate(model, _ids(3, 10), **options))
     assert torch.equal(*written)
 
 
@@ -470,9 +485,10 @@ def test_samples_are_those_of_stock_transformers(pair: Pair) -> None:
 @pytest.mark.parametrize("helper", ["prompt-lookup", "teacher"])
 def test_assisted_generation_writes_what_greedy_does(pair: Pair, helper: str) -> None:
     ids = _ids(1, 4).repeat(1, 3)  # a prompt in which something can be looked up
-    greedy = hf.generate(pair.model, ids, max_new_tokens=12)
+    length = {"max_new_tokens": 12, "do_sample": False}
+    greedy = generate(pair.model, ids, **length)
     options = {"assistant_model": hf.load(pair.teacher)} if helper == "teacher" else {"prompt_lookup_num_tokens": 3}
-    assert torch.equal(hf.generate(pair.model, ids, max_new_tokens=12, **options), greedy)
+    assert torch.equal(generate(pair.model, ids, **length, **options), greedy)
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

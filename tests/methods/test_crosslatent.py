@@ -425,8 +425,8 @@ def test_no_engine_is_promised_and_none_is_written(tiny_checkpoint: Make, tmp_pa
     assert [engine.name for engine in plan(teacher, "crosslatent").engines if engine.loads] == ["transformers"]
     with pytest.raises(UnsupportedModel, match="caches keys and values of heads"):
         ENGINES["ctranslate2"].check(student)
-    with pytest.raises(UnsupportedModel, match=r"its architecture is not supported \(got bart\)"):
-        ENGINES["ctranslate2"].check(Checkpoint.open(tiny_checkpoint("bart", name="bart")))
+    with pytest.raises(UnsupportedModel, match=r"its architecture is not supported \(got t5gemma\)"):
+        ENGINES["ctranslate2"].check(Checkpoint.open(tiny_checkpoint("t5gemma", name="t5gemma")))
 
 
 def test_a_plan_says_what_is_held_and_what_is_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from examples import paired
 from kvfold.contracts.site import Rope
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -72,7 +73,12 @@ MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "t5-silu": ("t5", {"feed_forward_proj": "gated-silu"}, CT2),
     "t5-tanh": ("t5", {"feed_forward_proj": "gated-tanh"}, NEITHER),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}, CT2),
-    "bart": ("bart", {}, NEITHER),
+    "bart": ("bart", {}, CT2),
+    **{name: (*paired()[name], CT2) for name in ("mbart", "m2m_100", "marian", "pegasus")},
+    **{name: (*paired()[name], NEITHER) for name in ("plbart", "blenderbot", "umt5")},
+    "bart-uneven": ("bart", {"encoder_attention_heads": 2}, NEITHER),
+    "bart-tanh": ("bart", {"activation_function": "tanh"}, NEITHER),
+    "whisper": ("whisper", {}, NEITHER),
     "t5gemma": ("t5gemma", {}, NEITHER),
 }
 METHODS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {

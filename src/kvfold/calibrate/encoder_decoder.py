@@ -18,7 +18,7 @@ from kvfold.contracts.requests import Answers, AttentionGram, Request, SampledPa
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.progress import SILENT, Progress, task
-from kvfold.text.pairs import Ids, Pairs, batched, start_id
+from kvfold.text.pairs import Pairs, Row, batched, start_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ BATCH = 512  # tokens of one batch, on its longer side
 def read(
     source: Checkpoint,
     requests: Sequence[Request],
-    rows: Iterable[tuple[Ids, Ids]],
+    rows: Iterable[Row],
     *,
     dtype: str,
     device: str,
@@ -58,7 +58,7 @@ def read(
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
-def _batches(rows: Sequence[tuple[Ids, Ids]]) -> Iterator[Pairs]:
+def _batches(rows: Sequence[Row]) -> Iterator[Pairs]:
     """Rows of equal lengths together, without padding, so that every token counts."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
         waiting, count = list(same), max(1, BATCH // max(lengths))
@@ -99,12 +99,15 @@ class _Pass:
     def add(self, batch: Pairs) -> int:
         """Read a batch and return its number of tokens."""
         begun_BT = batch.shifted(start_id(self.model.config))
-        self.model(input_ids=batch.input_BS, decoder_input_ids=begun_BT, use_cache=False)
+        given = {
+            name: each for name, each in batch.read(self.model.dtype).items() if name != "attention_mask"
+        }  # nothing is padded
+        self.model(**given, decoder_input_ids=begun_BT, use_cache=False)
         self.sums.add(self.seen)
         self.seen.clear()
-        self.tokens["encoder"] += batch.input_BS.numel()
+        self.tokens["encoder"] += batch.seen_BS.numel()
         self.tokens["decoder"] += batch.target_BT.numel()
-        return batch.input_BS.numel() + batch.target_BT.numel()
+        return batch.seen_BS.numel() + batch.target_BT.numel()
 
     def tokens_of(self, request: Request) -> int:
         """The number of tokens over which a request sums: those of the encoder, or those of the decoder."""

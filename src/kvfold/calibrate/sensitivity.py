@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import UnionType
 from typing import Any
 
@@ -43,7 +44,8 @@ from kvfold.text.tokens import TokenFile
 
 FORMAT = 3  # of the kept answers
 LENGTH = 256  # tokens of a row
-COPY_TOKENS, COPY_LENGTH = 768, 96  # of all rows whose end repeats their beginning, and of one
+COPY_LENGTH = 96  # tokens of a row whose end repeats its beginning
+FOLD_TOKENS, HEAD_TOKENS = 768, 384  # of such rows in all, for a fold and for a head: a KL has less noise than a loss
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
 
 
@@ -177,28 +179,32 @@ def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
 
 def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> Changed:
     """These sites converted alone, each shared head repeated for the heads that read it; or a head without readers."""
-    name = source.family.tensor
+    family = source.family
     if isinstance(question, HeadKL):
         attention = source.shape.sites[question.site]
         width = attention.query_group * attention.head_dim
         columns = slice(question.head * width, (question.head + 1) * width)
-        return Changed(averaged={name(question.site, "o").removesuffix(".weight"): columns})
+        return Changed(averaged={family.tensor(question.site, "o").removesuffix(".weight"): columns})
     alone = _config(method, config, question, source.shape)
     group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():
         before, after = source.shape.sites[site], student.sites[site]
+        whole = dict(roles)
         for role, tensor in roles.items():
             if role[0] in "kv" and len(tensor) < before.roles()[role][0]:  # shared by several heads
                 heads = tensor.shape[0] // before.head_dim
                 blocks = tensor.view(heads, before.head_dim, *tensor.shape[1:])
-                tensor = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
-            found[name(site, role)] = tensor.float()
+                whole[role] = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
+        for name, held in family.stored(site, before).items():
+            if held[0] in whole:
+                found[name] = family.joined(before, {role: whole[role] for role in held}).float()
         if after.source is not None:
             owner = Site(after.source, site.kind)
             for role in {"k", "v", "k_norm"} & before.roles().keys():
-                reads[name(site, role).removesuffix(".weight")] = name(owner, role).removesuffix(".weight")
+                mine, theirs = (family.tensor(each, role).removesuffix(".weight") for each in (site, owner))
+                reads[mine] = theirs
     return Changed(found, reads)
 
 
@@ -215,8 +221,8 @@ def _spread(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> T
     return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
 
 
-def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> Tensor:
-    return copies(tokens, min(COPY_LENGTH, longest), COPY_TOKENS)
+def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings, *, count: int) -> Tensor:
+    return copies(tokens, min(COPY_LENGTH, longest), count)
 
 
 def _kl(own_BTV: Tensor, ids_BT: Tensor) -> Cost:
@@ -249,7 +255,7 @@ class _Kind:
 
 
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
-    _Kind(HeadKL, "kl", _copied, _kl),
-    _Kind(FoldedRecall, "rise", _copied, _rise, SPAN),
+    _Kind(HeadKL, "kl", partial(_copied, count=HEAD_TOKENS), _kl),
+    _Kind(FoldedRecall, "rise", partial(_copied, count=FOLD_TOKENS), _rise, SPAN),
     _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
 )

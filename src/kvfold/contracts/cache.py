@@ -103,7 +103,7 @@ def cached_by(shape: Shape) -> dict[str, Any]:
     For an encoder-decoder, the bytes of a decoder token and an encoder token. `kv_heads` is None if sites differ.
     """
     context = default_context(shape)
-    encoded = context if any(site.kind == "cross" for site in shape.sites) else 0
+    encoded = (shape.encoder_positions or context) if any(site.kind == "cross" for site in shape.sites) else 0
     whole = grouped_cache(shape).bytes(context, itemsize=DTYPE_BYTES[shape.dtype], encoder_tokens=encoded)
     heads = {attention.num_key_value_heads for attention in shape.sites.values()}
     return {

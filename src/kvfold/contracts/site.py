@@ -165,6 +165,7 @@ class Shape:
     dtype: str
     max_positions: int
     encoder_parameters: int = 0  # of all parameters: read once per input, not once per generated token
+    encoder_positions: int | None = None  # of every input; None: as many as its tokens
     root_elements: int | None = field(default=None, compare=False)  # cached per token by its root teacher
 
     @property

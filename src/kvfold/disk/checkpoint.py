@@ -49,9 +49,12 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
-        found, self.spelled = self._named(stored_tensors(path))
+        found, self.spelled = self._named(self._prefixed(stored_tensors(path)))
         dropped = self.family.dropped(self.config)
-        self._stored = {name: each for name, each in found.items() if not name.startswith(dropped)}
+        self.buffers = [name for name in found if self.family.buffers and re.search(self.family.buffers, name)]
+        self._stored = {
+            name: each for name, each in found.items() if not name.startswith(dropped) and name not in self.buffers
+        }
         check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
         self._flaws: dict[str, CheckpointError] = {}  # hashed tensors that hold NaN or infinity
@@ -94,6 +97,13 @@ class Checkpoint:
     def origin(self) -> Checkpoint:
         """The checkpoint that is stored: this one, unless it is a view of another."""
         return self
+
+    def _prefixed(self, found: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        """The tensors under the names of the whole model, also those of a file that was saved without its head."""
+        prefix, heads = self.family.prefix, ("lm_head.",)
+        if not prefix or any(name.startswith(prefix) for name in found):
+            return found
+        return {name if name.startswith(heads) else prefix + name: each for name, each in found.items()}
 
     def stored_name(self, name: str) -> str:
         """The name of a tensor in the files: its own, or that of the model's parameter."""
@@ -298,11 +308,12 @@ class Checkpoint:
                 next=self._gap(),
             )
 
-    def _hint(self, name: str) -> str | None:
+    def _hint(self, name: str) -> str:
         """The likely reason why a tensor of an attention is missing."""
         last = name.rsplit(".", 2)[-2:]
-        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), None)
-        return f"is it named otherwise, as {alike}?" if alike and not _same_module(alike, name) else "download it again"
+        alike = next((other for other in self.names() if other.rsplit(".", 2)[-2:] == last), name)
+        elsewhere = re.sub(r"\d+", "", alike) != re.sub(r"\d+", "", name)  # not only in another layer
+        return f"is it named otherwise, as {alike}?" if elsewhere else "download it again"
 
     def _gap(self) -> str | None:
         """The first tensor that some layers have and another lacks."""
@@ -320,11 +331,6 @@ class Checkpoint:
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _same_module(first: str, second: str) -> bool:
-    """True if two names differ in the layer's number alone."""
-    return re.sub(r"\d+", "", first) == re.sub(r"\d+", "", second)
 
 
 # --- identity -------------------------------------------------------------------------------------------------------

@@ -86,15 +86,10 @@ def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str
 
 def path_of(folder: str | Path, kind: str, name: str, identity: str) -> Path:
     """The path of a record: one file for each kind, name and identity."""
-    return Path(folder) / f"{kind}-{_safe(name)}-{identity[:8]}.json"
-
-
-def _safe(name: str) -> str:
-    """A name as part of the name of a file."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
     if len(safe.encode()) > LONGEST_NAME:  # the system's limit is 255 bytes, with kind and identity
         safe = f"{safe[: LONGEST_NAME // 8]}-{fingerprint(name)[:16]}"
-    return safe
+    return Path(folder) / f"{kind}-{safe}-{identity[:8]}.json"
 
 
 def write(record: Record, folder: str | Path) -> Path:

@@ -63,6 +63,9 @@ def bench(
         raise SettingError("no model to measure", where="bench", next="name the teacher, then its students")
     began = time.monotonic()
     opened = [Checkpoint.open(each) for each in models]
+    for each in opened:
+        if each.family.audio:
+            raise SettingError("bench reads texts, and this model sound", where=each.path, next="kvfold plan counts it")
     checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
     name = name or "-".join(checkpoints)
     places = {"models": [str(each) for each in models]}

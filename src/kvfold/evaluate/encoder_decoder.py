@@ -24,14 +24,14 @@ from kvfold import hf
 from kvfold.evaluate import loss
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress, task
-from kvfold.text.pairs import UNSEEN, Corpus, Ids, PairFile, batched
+from kvfold.text.pairs import UNSEEN, Corpus, PairFile, Row, batched
 from kvfold.train import losses
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def score(
-    models: Mapping[str, nn.Module], rows: Sequence[tuple[Ids, Ids]], *, batch_size: int, progress: Progress = SILENT
+    models: Mapping[str, nn.Module], rows: Sequence[Row], *, batch_size: int, progress: Progress = SILENT
 ) -> dict[str, Tensor]:
     """Sums over each row's target tokens, as `loss.collect` defines them.
 
@@ -124,14 +124,15 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics of a `student`, compared with a `teacher` if there is one, on corrupted text or on pairs.
 
-    Of pairs, the first `settings.answers` are answered with each number of beams, and the first samples are kept.
+    Of pairs, the first `settings.answers` are answered with each number of beams, and the first samples are kept; those
+    of sound are not answered.
     """
     with torch.inference_mode():
         rows = list(read.rows(length, settings.seed))
         sums = score(models, rows, batch_size=settings.batch_size, progress=progress)
     own = {who: loss.summary(sums, who, 0) for who in models}
     answered: list[dict[str, str]] = []
-    if isinstance(read, PairFile) and settings.answers and settings.beams:
+    if isinstance(read, PairFile) and not read.sounds and settings.answers and settings.beams:
         tokenizer, pairs = hf.load_tokenizer(tokenizer_dir), read.texts[: settings.answers]
         targets = [target for _, target in pairs]
         answered = [{"input": given, "target": target} for given, target in pairs[: settings.samples]]

@@ -27,7 +27,7 @@ from kvfold.export.agreement import Logits, Reference
 from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.machine import multiplies_int8
-from kvfold.predict.engines import T5_ACTIVATIONS, t5_activation
+from kvfold.predict.engines import PAIRED_ACTIVATIONS, paired_activation
 
 
 class CTranslate2(Engine):
@@ -145,31 +145,50 @@ def _decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
 
 
 def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
-    """The loader and the filled specification of a T5."""
+    """The loader and the filled specification of an encoder-decoder: a T5, or an architecture made from BART."""
     from ctranslate2.converters import transformers as loaders
     from ctranslate2.specs import common_spec
     from ctranslate2.specs.transformer_spec import TransformerDecoderSpec, TransformerEncoderSpec, TransformerSpec
 
-    sites = source.shape.sites
-    first = sites[Site(0)]
+    sites, is_t5 = source.shape.sites, source.shape.family == "t5"
+    first, stack = sites[Site(0)], model.get_decoder()
     common = {
-        "pre_norm": True,
-        "activation": getattr(common_spec.Activation, T5_ACTIVATIONS[t5_activation(source.config)]),
-        "ffn_glu": bool(model.config.is_gated_act),
-        "relative_attention_bias": True,
-        "rms_norm": True,
+        "activation": getattr(
+            common_spec.Activation, PAIRED_ACTIVATIONS[paired_activation(source.config, source.shape)]
+        ),
         "head_dim": first.head_dim,
     }
+    if is_t5:
+        common |= {"pre_norm": True, "ffn_glu": bool(model.config.is_gated_act), "rms_norm": True}
+        common |= {"relative_attention_bias": True}
+    else:  # those with a norm after the last layer have norms before attention and MLP
+        common |= {"pre_norm": hasattr(stack, "layer_norm")}
+        common |= {"layernorm_embedding": hasattr(stack, "layernorm_embedding")}
     heads, encoders = first.num_attention_heads, sum(site.kind == "encoder" for site in sites)
     encoder = TransformerEncoderSpec(encoders, heads, num_heads_kv=heads, **common)
     decoder = TransformerDecoderSpec(source.shape.num_layers, heads, num_heads_kv=first.num_key_value_heads, **common)
     for number, layer in enumerate(decoder.layer):
         layer.self_attention.num_heads_kv = np.int32(sites[Site(number)].num_key_value_heads)
         layer.attention.num_heads_kv = np.int32(sites[Site(number, "cross")].num_key_value_heads)
-    loader = loaders.MT5Loader() if source.shape.model_type == "mt5" else loaders.T5Loader()
-    loader.set_stack(encoder, model.get_encoder())
-    loader.set_stack(decoder, model.get_decoder(), is_decoder=True)
+    if is_t5:
+        loader = loaders.MT5Loader() if source.shape.model_type == "mt5" else loaders.T5Loader()
+        loader.set_stack(encoder, model.get_encoder())
+        loader.set_stack(decoder, stack, is_decoder=True)
+    else:
+        # not MarianMTLoader, which replaces the start token by zeros and drops the last token of the vocabulary
+        loader = loaders.BartLoader()
+        if source.shape.model_type == "m2m_100":
+            loader.set_position_encodings = _computed_positions
+        loader.set_encoder(encoder, model.get_encoder())
+        loader.set_decoder(decoder, stack)
+        if hasattr(model, "final_logits_bias"):
+            decoder.projection.bias = model.final_logits_bias.squeeze(0)
     loader.set_linear(decoder.projection, model.get_output_embeddings())
     if getattr(model.config, "scale_decoder_outputs", False):
         decoder.scale_outputs = np.float32(model.config.d_model**-0.5)
     return loader, TransformerSpec(encoder, decoder)
+
+
+def _computed_positions(spec: Any, table: Any) -> None:
+    """Set the positions of an M2M-100: those behind the id of the padding."""
+    spec.encodings = table.weights[table.padding_idx + 1 :]

@@ -59,6 +59,8 @@ class SelfContained(Engine):
                 f"{source.path}: is a {source.config['model_type']}, which transformers loads without kvfold",
                 next="it needs no code: copy it",
             )
+        if source.family.audio:
+            raise UnsupportedModel("its check reads texts, and this model sound", where=source.path)
         other = next((path for path in source.files if path.suffix != ".safetensors"), None)
         if other is not None:
             raise UnsupportedModel(

@@ -10,7 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from kvfold.contracts.config import Rule, Rules, only
+from kvfold.contracts.config import (
+    ACTIVATION,
+    LAYERS,
+    SHARE,
+    VOCABULARY,
+    WIDTH,
+    YES_NO,
+    Fields,
+    Rule,
+    Rules,
+    check_parts,
+    check_tokens,
+    decimal,
+    only,
+)
+from kvfold.contracts.config import HEADS as COUNT
 from kvfold.contracts.family import Json
 from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read, stock_type
 from kvfold.contracts.runtimes import architectures as architectures_of
@@ -32,6 +47,39 @@ PAIRED: Rules = {
 }
 """The fields of every encoder-decoder."""
 
+PARTS = ("encoder", "decoder")
+
+STACKS: Rules = {
+    **PAIRED,
+    "d_model": WIDTH.needed,
+    "vocab_size": VOCABULARY.needed,
+    **{f"{part}_layers": LAYERS.needed for part in PARTS},
+    **{f"{part}_attention_heads": COUNT.needed for part in PARTS},
+    **{f"{part}_ffn_dim": WIDTH.needed for part in PARTS},
+    "activation_function": ACTIVATION,
+    "init_std": decimal(0, 1e3),
+    **{f"{part}_layerdrop": SHARE for part in PARTS},
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), SHARE),
+    **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
+}
+"""The fields of a BART and of a Whisper."""
+
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
+
+
+def check_stacks(fields: Fields) -> None:
+    """Check what depends on several of `STACKS`: two names of one field, heads that divide the width."""
+    for alias, name in _ALIASES.items():
+        fields.check_alias(alias, name)
+    for part in PARTS:
+        fields.check_divides(f"{part}_attention_heads", "d_model")
+    check_parts(fields)
+    check_tokens(fields, fields.config["vocab_size"])
+
 
 def decoder_sites(config: Json, own: Attention, cross: Attention, layers: int) -> dict[Site, Attention]:
     """The attentions of the decoder with the caches that config.json states, from what they are without."""
@@ -52,6 +100,7 @@ def paired_shape(
     embeddings: int,
     encoder: int,
     decoder: int,
+    encoder_positions: int | None = None,
 ) -> Shape:
     """The shape of a model of these attentions; `encoder` and `decoder` count their parameters outside of those.
 
@@ -70,4 +119,5 @@ def paired_shape(
         dtype=dtype_of(config),
         max_positions=positions,
         encoder_parameters=read,
+        encoder_positions=encoder_positions,
     )

@@ -11,32 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvfold.contracts.config import (
-    ACTIVATION,
-    HEADS,
-    LAYERS,
-    POSITIONS,
-    SHARE,
-    VOCABULARY,
-    WIDTH,
-    YES_NO,
-    Fields,
-    Rule,
-    Rules,
-    check_parts,
-    check_tokens,
-    decimal,
-    only,
-    whole,
-)
+from kvfold.contracts.config import POSITIONS, SHARE, VOCABULARY, Fields, Rule, Rules, decimal, only, whole
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import TENSORS
-from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_sites, fields, paired_shape
-
-PARTS = ("encoder", "decoder")
+from kvfold.families._encoder_decoder import (
+    PARTS,
+    STACKS,
+    architectures,
+    check_stacks,
+    decoder_sites,
+    fields,
+    paired_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -64,20 +53,7 @@ TABLES: Mapping[str, Table] = {
     "blenderbot-small": Table(0, embedding_norm=True, last_norm=False),
 }
 
-_RULES: Rules = {
-    **PAIRED,
-    "d_model": WIDTH.needed,
-    "vocab_size": VOCABULARY.needed,
-    "max_position_embeddings": POSITIONS.needed,
-    **{f"{part}_layers": LAYERS.needed for part in PARTS},
-    **{f"{part}_attention_heads": HEADS.needed for part in PARTS},
-    **{f"{part}_ffn_dim": WIDTH.needed for part in PARTS},
-    "activation_function": ACTIVATION,
-    "init_std": decimal(0, 1e3),
-    **{f"{part}_layerdrop": SHARE for part in PARTS},
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), SHARE),
-    **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
-}
+_RULES: Rules = {**STACKS, "max_position_embeddings": POSITIONS.needed, "classifier_dropout": SHARE}
 _TOKEN = Rule(int, "a token id")
 _OWN: Mapping[str, Rules] = {
     "bart": {f"{part}_layerdrop": decimal(0, 1) for part in PARTS},
@@ -90,24 +66,13 @@ _OWN: Mapping[str, Rules] = {
 }
 """The fields of one architecture alone, and those for which it has a narrower rule."""
 
-_ALIASES = {
-    "hidden_size": "d_model",
-    "num_attention_heads": "encoder_attention_heads",
-    "num_hidden_layers": "encoder_layers",
-}
-
 
 def _check(fields: Fields) -> None:
     stock = stock_type(fields.config)
     fields.check({**_RULES, **_OWN.get(stock, {})})
     if stock == "marian" and fields.get("decoder_vocab_size") is not None:
         fields.check_alias("decoder_vocab_size", "vocab_size")
-    for alias, name in _ALIASES.items():
-        fields.check_alias(alias, name)
-    for part in PARTS:
-        fields.check_divides(f"{part}_attention_heads", "d_model")
-    check_parts(fields)
-    check_tokens(fields, fields.config["vocab_size"])
+    check_stacks(fields)
 
 
 def _shape(config: Json) -> Shape:
@@ -155,9 +120,9 @@ FAMILY = Family(
         "model_type": "bart",
         "vocab_size": 96,
         "d_model": 32,
-        **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
-        **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
-        **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+        **{f"{part}_layers": 4 for part in PARTS},
+        **{f"{part}_attention_heads": 4 for part in PARTS},
+        **{f"{part}_ffn_dim": 48 for part in PARTS},
         "max_position_embeddings": 256,
         **dict.fromkeys(("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
         "tie_word_embeddings": True,

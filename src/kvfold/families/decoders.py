@@ -170,7 +170,7 @@ FAMILIES = (
         rules={
             "num_key_value_heads": HEADS.needed,
             "head_dim": WIDTH.needed,
-            "sliding_window": POSITIONS.or_null,
+            "sliding_window": POSITIONS,
         },
         layout=lambda config: Layout(**_windowed(config, 4096)),  # type: ignore[arg-type]
         tiny={"sliding_window": 16, "layer_types": [FULL, SLIDING, SLIDING, FULL]},

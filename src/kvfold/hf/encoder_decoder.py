@@ -24,7 +24,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
@@ -227,10 +227,8 @@ def _register(model_type: str, name: str) -> None:
         "grouped_attention": _derived(crossed, f"Kvfold{name}Attention", *front, **named) if front else None,
         "latent_attention": _derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, *front, **named),
     }
-    for stock, auto in (
-        (f"{name}Model", AutoModel),
-        (PAIRS_STOCK.architecture(model_type, END), AutoModelForSeq2SeqLM),
-    ):
+    headed = AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
+    for stock, auto in ((f"{name}Model", AutoModel), (PAIRS_STOCK.architecture(model_type, END), headed)):
         auto.register(config, _derived(getattr(transformers, stock), f"Kvfold{stock}", _Fewer, **classes))
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -44,11 +46,13 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
 
     An encoder-decoder also takes `decoder_input_ids`. `attention` is `kvfold` or one of transformers' own (`sdpa`,
-    `eager`). Raises CheckpointError if the checkpoint cannot be read or its tensors are not exactly those of its
-    architecture (transformers would initialise missing ones at random), and UnsupportedModel if it has no family.
+    `eager`); architectures that compute their attention themselves have `eager` alone. Raises CheckpointError if the
+    checkpoint cannot be read or its tensors are not exactly those of its architecture (transformers would initialise
+    missing ones at random), and UnsupportedModel if it has no family.
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
+    attention = attention if source.family.interface else "eager"
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention, **_experts(dtype)}
     config = without_negative_ids(source.config)
     try:
@@ -61,12 +65,25 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     constants = {
         f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
     }  # positions
-    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - constants for problem in PROBLEMS})
+    known = constants.union(source.buffers)
+    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - known for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)
     assert isinstance(model, nn.Module)
     return model
+
+
+def load_source(source: Checkpoint, *, device: str = "cpu") -> nn.Module:
+    """Load an opened checkpoint as `load` does; a view of another is loaded in its own architecture."""
+    if source.origin is source:
+        return load(source.path, device=device)
+    model = build(source.config, seed=0, attention=NAME).eval()
+    found = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = set(found.missing_keys) - tied
+    check_tensors(source.path, missing=missing, unexpected=found.unexpected_keys, mismatched=())
+    return model.to(device)
 
 
 def check_tensors(where: object, **problems: Iterable[object]) -> None:
@@ -115,6 +132,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # a panic of tokenizers is not an Exception
         raise DataError(f"no tokenizer can be loaded: {_first_line(error)}", where=path) from error
     return tokenizer
+
+
+def load_extractor(path: str | Path) -> Any:
+    """The feature extractor of a checkpoint that reads sound. Raises DataError if there is none that can be loaded."""
+    folder = locate(path)
+    name = "preprocessor_config.json"
+    if not isinstance(load_json(folder / name, error=DataError), dict):
+        raise DataError("is not a JSON object", where=folder / name, next="download it again")
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder)
+    except Exception as error:  # transformers wraps no errors
+        raise DataError(f"no feature extractor can be loaded: {_first_line(error)}", where=folder / name) from error
 
 
 @contextmanager
@@ -218,8 +247,11 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
 
 
 def _auto(config: Mapping[str, Any]) -> Any:
-    paired = [kind for family in all_families().values() if family.encoder_decoder for kind in family.model_types]
-    return AutoModelForSeq2SeqLM if config.get("model_type") in paired else AutoModelForCausalLM
+    kind = config.get("model_type")
+    family = next((each for each in all_families().values() if kind in each.architectures), None)
+    if family is not None and family.audio:
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM if family is not None and family.encoder_decoder else AutoModelForCausalLM
 
 
 def _untie(model: Any, config: Mapping[str, Any]) -> None:

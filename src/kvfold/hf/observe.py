@@ -87,9 +87,10 @@ def attend(
         for handle in handles:
             handle.remove()
     turned = seen["rotation"] is not None and rotated != 0
-    cos, sin = _by_coordinate(attention, seen["rotation"], rotated) if turned else (None, None)
-    turns: Any = getattr(attention, "rotation", None)
-    if turns is not None:  # kvfold's latent attention, whose heads rotate differently
+    turns: Any = getattr(attention, "rotation", None)  # of kvfold's latent attention, whose heads rotate differently
+    part = rotated if turns is None else None
+    cos, sin = _by_coordinate(attention, seen["rotation"], part) if turned else (None, None)
+    if turns is not None:
         cos, sin = turns(cos, sin)
     query, key, mask, scale = (seen[name] for name in ("query", "key", "mask", "scale"))
     more = (seen["heads"], seen["output"], seen["softcap"], seen["sinks"])

@@ -74,6 +74,8 @@ _MIXED = (  # layers that differ in their key/value heads: `per_layer_config`
 
 
 _T5 = frozenset({"t5", "mt5"})
+_BART = frozenset({"bart", "mbart", "m2m_100", "marian", "pegasus"})
+"""Encoder-decoders with absolute positions that CTranslate2 has."""
 _T5GEMMA = frozenset({"t5gemma"})
 _PAIRED = PAIRS.models
 
@@ -81,7 +83,7 @@ _GROUPED_T5 = (  # encoder-decoders with shared heads, in an architecture of kvf
     _Known("transformers", "with kvfold installed", _PAIRED, _PAIRED, "loaded in the tests"),
     _Known("vLLM", "has no T5", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "its T5 has as many key/value heads as query heads", frozenset(), frozenset(), ""),
-    _Known("CTranslate2", "kvfold export", _T5, _T5, "4.8: same tokens as transformers"),
+    _Known("CTranslate2", "kvfold export", _T5 | _BART, _T5 | _BART, "4.8: same tokens as transformers"),
     _Known("SGLang", "has no T5", frozenset(), frozenset(), ""),
 )
 
@@ -115,8 +117,11 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
     """Every known engine, for a student of a source with this config.json."""
     shape = student.shape
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
-    if student.model_type is not None or kept is not None:
-        what = student.model_type if kept is None else f"attention that keeps {' and '.join(kept)}"
+    own = student.model_type
+    if LAYERS.holds(shape) and not mixed(shape):  # the stock class has no field for this number of heads
+        own = LAYERS.model_type(shape.model_type)
+    if own is not None or kept is not None:
+        what = own if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
         rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
@@ -156,8 +161,8 @@ def _sharing() -> tuple[Engine, ...]:
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoders that can be exported."""
 
-T5_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH"}
-"""Activation of a T5 -> its name in CTranslate2."""
+PAIRED_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH", "swish": "SWISH"}
+"""Activation of an encoder-decoder -> its name in CTranslate2."""
 
 EXPORTED = ("llama.cpp", "CTranslate2")
 _SILU = ("silu", "swish")  # the same function
@@ -198,7 +203,7 @@ class Refusal:
 def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
-        return _of_t5(config, shape)
+        return _of_paired(config, shape)
     found = _of_decoder(config, shape)
     return found or (_of_gguf(shape) if engine == "llama.cpp" else None)
 
@@ -227,18 +232,24 @@ def _kept(shape: Shape) -> Refusal | None:
     return Refusal("the engine caches keys and values of heads", kept, "a student of gqa, or transformers with kvfold")
 
 
-def _of_t5(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+def _of_paired(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Refuse encoder-decoders that CTranslate2 does not support."""
-    if shape.family != "t5":
-        return Refusal("its architecture is not supported", shape.model_type, "t5, mt5")
-    name = t5_activation(config)
-    if name not in T5_ACTIVATIONS:
-        return Refusal("the engine lacks the activation", name, ", ".join(T5_ACTIVATIONS))
+    if shape.model_type not in _T5 | _BART:
+        return Refusal("its architecture is not supported", shape.model_type, ", ".join(sorted(_T5 | _BART)))
+    name = paired_activation(config, shape)
+    if name not in PAIRED_ACTIVATIONS:
+        return Refusal("the engine lacks the activation", name, ", ".join(PAIRED_ACTIVATIONS))
+    heads = {each.num_attention_heads for each in shape.sites.values()}
+    if len(heads) > 1:
+        what = "encoder and decoder have different numbers of heads, which was not tried"
+        return Refusal(what, " and ".join(map(str, sorted(heads))))
     return _kept(shape)
 
 
-def t5_activation(config: Mapping[str, Any]) -> str:
-    """The activation of a T5 by its name in transformers."""
+def paired_activation(config: Mapping[str, Any], shape: Shape) -> str:
+    """The activation of an encoder-decoder by its name in transformers."""
+    if shape.model_type in _BART:
+        return str(config.get("activation_function", "relu" if shape.model_type == "m2m_100" else "gelu"))
     stated = str(config.get("feed_forward_proj", "relu"))
     return "gelu_new" if stated == "gated-gelu" else stated.removeprefix("gated-")
 

@@ -38,7 +38,9 @@ class PlanSettings:
     """Where and how the student would be used, and how long it would be trained."""
 
     context: int | None = setting(None, "Cached tokens of each sequence. Default: the model's maximum, at most 8192.")
-    encoder_context: int | None = setting(None, "Input tokens of an encoder-decoder. Default: --context.")
+    encoder_context: int | None = setting(
+        None, "Input tokens of an encoder-decoder. Default: --context; of Whisper, its 1500."
+    )
     batch: int = setting(1, "Sequences decoded together.")
     hardware: HardwareName = setting("h100", "Device to predict for; local is this machine, measured once.")
     tensor_parallel: int = setting(1, "Devices that share the model.")
@@ -230,7 +232,7 @@ def plan(
     context = options.context or default_context(source)
     serving = Serving(
         context=context,
-        encoder_context=(options.encoder_context or context) if crossed else 0,
+        encoder_context=(options.encoder_context or source.encoder_positions or context) if crossed else 0,
         batch=options.batch,
         dtype=source.dtype if options.dtype == "source" else options.dtype,
         device=hardware(options.hardware),

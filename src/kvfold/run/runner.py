@@ -27,12 +27,13 @@ from kvfold.evaluate.evaluation import evaluate
 from kvfold.evaluate.settings import BenchSettings, EvaluateSettings
 from kvfold.families import family_of
 from kvfold.inputs import read_text
-from kvfold.predict.plan import Plan, PlanSettings, plan
+from kvfold.predict.plan import Plan, PlanSettings, plan, read_source
 from kvfold.progress import SILENT, Progress
 from kvfold.report import report
 from kvfold.report.folder import RECIPE
 from kvfold.run.recipe import CHAIN, LABEL, Cell, Recipe, cells, read_recipe
 from kvfold.settings import decode, read_yaml
+from kvfold.text.pairs import check_text
 from kvfold.train.pretrain import pretrain
 from kvfold.train.settings import PretrainSettings, UptrainSettings
 from kvfold.train.uptrain import uptrain
@@ -161,6 +162,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
     Conversions are also `planned`, once their source exists.
     """
     _plan_settings(work.recipe)
+    _check_texts(work.recipe, rows)
     if work.recipe.pretrain is not None:
         _pretraining(work, work.recipe.pretrain)
     if work.recipe.finetune is not None:
@@ -188,6 +190,21 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
         evaluation.setdefault("control", "the run's own")  # known when the control has been evaluated
     decode(EvaluateSettings, evaluation, "evaluate")
     decode(BenchSettings, work.recipe.bench or {}, "bench")
+
+
+def _check_texts(recipe: Recipe, rows: Sequence[Cell]) -> None:
+    """Raise DataError for a text of any stage that is missing, before the first stage runs."""
+    config = read_source(recipe.source)[0] if recipe.pretrain is None else recipe.pretrain.get("config")
+    if isinstance(config, Mapping):
+        steps = (each for cell in rows for each in _chain(cell.convert))
+        texts = [
+            recipe.data,
+            recipe.heldout,
+            (recipe.finetune or {}).get("data"),
+            *(each.get("calibration") for each in steps),
+        ]
+        for text in dict.fromkeys(str(each) for each in texts if each is not None):
+            check_text(text, paired=family_of(dict(config)).encoder_decoder)
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -67,7 +67,10 @@ def read_texts(source: str | Path, *, chat: Chat | None = None, notes: Counter[s
         yield from _stdlib(heldout=name.endswith("heldout"))
     elif files := local_files(name):
         for file in files:
-            yield from _read_file(file, chat, notes)
+            if check_kind(file) in PLAIN:
+                yield whole(file)
+            else:
+                yield from (_document(row, where, chat, notes) for where, row in rows(file, _columns))
     else:
         yield from _hub(name, chat, notes)
 
@@ -122,14 +125,6 @@ def _stdlib(heldout: bool) -> Iterator[str]:
         names = {"/".join(module.parts[: depth + 1]) for depth in range(len(module.parts))}
         if bool(names & set(STDLIB_HELDOUT)) == heldout:
             yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _read_file(path: Path, chat: Chat | None, notes: Counter[str]) -> Iterator[str]:
-    if check_kind(path) in PLAIN:
-        yield whole(path)
-        return
-    for where, row in rows(path, _columns):
-        yield _document(row, where, chat, notes)
 
 
 def _hub(name: str, chat: Chat | None, notes: Counter[str]) -> Iterator[str]:

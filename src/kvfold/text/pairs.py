@@ -10,7 +10,8 @@ the target holds the spans after their sentinels:
 The input has `T - n + m + 1` tokens, the target `n + m + 1`: of a row of 568 tokens, 512 and 114.
 
 Pairs are lines of a `.tsv` (input, tab, target) or rows of a `.jsonl` (`input` and `target`); `pairs:PATH` reads any
-file as a `.tsv`. The batch of step `n` is a function of (seed, n).
+file as a `.tsv`. For a model that reads sound, the input is the path of a sound file, relative to the file of pairs.
+The batch of step `n` is a function of (seed, n).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from kvfold.disk.output import fingerprint
 from kvfold.errors import DataError, KvfoldError, SettingError
-from kvfold.inputs import check_regular
+from kvfold.inputs import check_regular, read_bytes
 from kvfold.progress import SILENT, Progress
 from kvfold.text.documents import LEFT_OUT, MENDED, local_files, mend, noted
 from kvfold.text.files import ROWS, kind_of, opened, rows
+from kvfold.text.sound import Clip, Reader
 from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
 DENSITY, SPAN = 0.15, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
@@ -42,11 +44,16 @@ PREFIX = "pairs:"
 SIDES = ("input", "target")  # the keys of a pair
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 Ids = NDArray[np.int64]
+Row = tuple[Ids | Clip, Ids]
+"""Input and target."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`."""
+    """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`.
+
+    Of sound, the input is `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position.
+    """
 
     input_BS: Tensor
     seen_BS: Tensor
@@ -61,6 +68,17 @@ class Pairs:
         parts = zip(*(each.split(rows) for each in vars(self).values()), strict=True)
         return [Pairs(*part) for part in parts]
 
+    @property
+    def sounds(self) -> bool:
+        """Whether the input is sound."""
+        return self.input_BS.is_floating_point()
+
+    def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The input as arguments of an encoder of this format. Sound is never padded: its features include silence."""
+        if self.sounds:
+            return {"input_features": self.input_BS.to(dtype)}
+        return {"input_ids": self.input_BS, "attention_mask": self.seen_BS}
+
     def shifted(self, start: int) -> Tensor:
         """The decoder's input `ids_BT`: the id `start`, then the target without its last token."""
         shifted_BT = self.target_BT.roll(1, dims=1)
@@ -74,15 +92,19 @@ def start_id(config: Any) -> int:
     return int((getattr(config, "bos_token_id", None) if start is None else start) or 0)
 
 
-def batched(rows: Sequence[tuple[Ids, Ids]]) -> Pairs:
+def batched(rows: Sequence[Row]) -> Pairs:
     """Batch rows of input and target, padded on the right."""
     lengths = [max(len(row[part]) for row in rows) for part in (0, 1)]
-    input_BS = np.zeros((len(rows), lengths[0]), dtype=np.int64)
-    seen_BS = np.zeros(input_BS.shape, dtype=bool)
+    seen_BS = np.zeros((len(rows), lengths[0]), dtype=bool)
+    input_BS: NDArray[Any] = np.zeros(seen_BS.shape, dtype=np.int64)
     target_BT = np.full((len(rows), lengths[1]), UNSEEN, dtype=np.int64)
     for number, (given, target) in enumerate(rows):
-        input_BS[number, : len(given)], seen_BS[number, : len(given)] = given, True
+        seen_BS[number, : len(given)] = True
         target_BT[number, : len(target)] = target
+        if not isinstance(given, Clip):
+            input_BS[number, : len(given)] = given
+    if clips := [given for given, _ in rows if isinstance(given, Clip)]:
+        input_BS = np.stack([each.features() for each in clips])
     return Pairs(torch.from_numpy(input_BS), torch.from_numpy(seen_BS), torch.from_numpy(target_BT))
 
 
@@ -206,9 +228,9 @@ def sentinels_of(tokenizer: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PairFile:
-    """The tokens of pairs, in memory; both sides end with the end token."""
+    """The tokens of pairs, in memory; both sides end with the end token. Sound stays on disk until a batch needs it."""
 
-    pairs: Sequence[tuple[Ids, Ids]] = field(repr=False)
+    pairs: Sequence[Row] = field(repr=False)
     texts: Sequence[tuple[str, str]] = field(repr=False)
     source: str
     hash: str
@@ -216,6 +238,11 @@ class PairFile:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def sounds(self) -> bool:
+        """Whether the inputs are sound files."""
+        return isinstance(self.pairs[0][0], Clip)
 
     @property
     def read_tokens(self) -> int:
@@ -233,7 +260,7 @@ class PairFile:
         pairs = [self.pairs[place] for _, place in batch_places(step, batch_size, len(self.pairs), seed)]
         return batched([(given[:length], target[:length]) for given, target in pairs])
 
-    def rows(self, length: int, seed: int = 0) -> Iterator[tuple[Ids, Ids]]:
+    def rows(self, length: int, seed: int = 0) -> Iterator[Row]:
         """All pairs in the file's order, each side cut to `length` tokens."""
         for given, target in self.pairs:
             yield given[:length], target[:length]
@@ -325,7 +352,12 @@ def corpus(
     if str(source) == "self":
         raise SettingError("only a decoder can sample text `self`", next="give a text, or pairs")
     if are_pairs(source):
-        return _pair_file(str(source), tokenizer, end, max_tokens, seed if spread else None, progress)
+        return _pair_file(
+            str(source), tokenizer, end, max_tokens, seed if spread else None, progress, Reader.of(tokenizer_dir)
+        )
+    if Reader.of(tokenizer_dir) is not None:
+        what, allowed = "the model reads sound, and this is no file of pairs", "a .tsv or .jsonl: sound file, text"
+        raise DataError(what, where=source, allowed=allowed)
     whole = None if enough is None else 2 * enough  # rows have fewer tokens than twice their inputs
     tokens = token_file(
         source, tokenizer_dir, max_tokens=max_tokens, enough=whole, spread=spread, seed=seed, progress=progress
@@ -347,7 +379,13 @@ def read_tokens(source: str | Path, tokenizer_dir: str | Path, *, paired: bool, 
 
 
 def _pair_file(
-    source: str, tokenizer: Any, end: int, max_tokens: int | None, seed: int | None, progress: Progress
+    source: str,
+    tokenizer: Any,
+    end: int,
+    max_tokens: int | None,
+    seed: int | None,
+    progress: Progress,
+    reader: Reader | None,
 ) -> PairFile:
     """All pairs, or the first pairs of `max_tokens` tokens, in the file's order or in a random one if `seed` is set."""
     notes = Counter[str]()
@@ -358,18 +396,26 @@ def _pair_file(
         raise DataError("there are no pairs", where=source)
     if seed is not None:
         texts = [texts[number] for number in np.random.default_rng(seed).permutation(len(texts))]
-    sides = [_tokenised([pair[side] for pair in texts], tokenizer, end) for side in (0, 1)]
-    pairs = list(zip(*sides, strict=True))
+    targets = _tokenised([target for _, target in texts], tokenizer, end, "text_target")
+    folder, inputs = Path(source.removeprefix(PREFIX)).parent, [given for given, _ in texts]
+    read = [Clip(folder / each, reader) for each in inputs] if reader else _tokenised(inputs, tokenizer, end, "text")
+    pairs: list[Row] = list(zip(read, targets, strict=True))
     if max_tokens is not None:
         before = np.cumsum([0, *(len(given) + len(target) for given, target in pairs)])
         count = max(1, int((before < max_tokens).sum()))
-        pairs, texts, sides = pairs[:count], texts[:count], [side[:count] for side in sides]
+        pairs, texts = pairs[:count], texts[:count]
     digest = hashlib.sha256("\n".join("\t".join(pair) for pair in texts).encode("utf-8", "replace")).hexdigest()
-    largest = max(int(ids.max()) for side in sides for ids in side)
-    identity = fingerprint(["pairs", digest, tokenizer_hash(tokenizer)])
+    largest = max(int(ids.max()) for pair in pairs for ids in pair if not isinstance(ids, Clip))
+    sounds = [
+        hashlib.sha256(read_bytes(each.path, error=DataError)).hexdigest()
+        for each, _ in pairs
+        if isinstance(each, Clip)
+    ]
+    identity = fingerprint(["pairs", digest, tokenizer_hash(tokenizer), *sounds])
     return PairFile(pairs, texts, source, identity, max(int(tokenizer.vocab_size), largest + 1))
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Any, end: int) -> list[Ids]:
-    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenised(texts: Iterable[str], tokenizer: Any, end: int, side: str) -> list[Ids]:
+    """The ids of texts; Marian's tokenizers have other pieces for a `text_target` than for a `text`."""
+    rows = tokenizer(**{side: list(texts)}, add_special_tokens=False, verbose=False)["input_ids"]
     return [np.append(np.asarray(row, dtype=np.int64), end) for row in rows]

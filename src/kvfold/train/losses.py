@@ -78,11 +78,12 @@ def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
         h_BTD = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     else:
         config = model.config
-        read_BSD = model.get_encoder()(input_ids=batch.input_BS, attention_mask=batch.seen_BS).last_hidden_state
+        read_BSD = model.get_encoder()(**batch.read(model.dtype)).last_hidden_state
+        masked = {} if batch.sounds else {"encoder_attention_mask": batch.seen_BS}
         h_BTD = model.get_decoder()(
             input_ids=batch.shifted(start_id(config)),
             encoder_hidden_states=read_BSD,
-            encoder_attention_mask=batch.seen_BS,
+            **masked,
             use_cache=False,
         ).last_hidden_state
         if getattr(config, "scale_decoder_outputs", stock_type({"model_type": config.model_type}) == "umt5"):

@@ -72,6 +72,8 @@ def pretrain(
     for text in texts:
         check_apart(out, {"config": given, "data": text})
     family = family_of(config)
+    if family.audio:
+        raise SettingError("pretrain reads texts, and this model sound", got=config["model_type"])
     shape, paired = family.shape(config), family.encoder_decoder
     special = PAIRED if paired else (END,)
     amount = _check(config, shape, settings, len(special))

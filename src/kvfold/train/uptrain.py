@@ -76,7 +76,8 @@ def uptrain(
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
-    stages = _stages(settings, source, guide)
+    stages = settings.asked() or method_stages(source) or [settings.single("ce" if guide is None else GUIDED)]
+    check_shares(stages)
     if settings.data == "self":  # the teacher writes the text
         (guide or source).require_finite(progress)
     tokens = read_tokens(
@@ -213,13 +214,6 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
             next="give the teacher that the student was converted from",
         )
     return found
-
-
-def _stages(settings: UptrainSettings, source: Checkpoint, guide: Checkpoint | None) -> list[Stage]:
-    """The user's stages, else the method's, else one stage with the default loss."""
-    stages = settings.asked() or method_stages(source) or [settings.single("ce" if guide is None else GUIDED)]
-    check_shares(stages)
-    return stages
 
 
 def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
