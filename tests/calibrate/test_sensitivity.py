@@ -149,7 +149,7 @@ def test_answers_are_kept_whatever_the_budget(
     assert {question: whole[question]["kl"] for question in some} == {each: some[each]["kl"] for each in some}
     assert len(list((cache / "sensitivity").iterdir())) == 1
     fresh = tiny_checkpoint("llama", tokenizer=False, name="copy")
-    monkeypatch.setattr(hf, "load", lambda *given, **named: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(hf, "load_source", lambda *given, **named: pytest.fail("the teacher was loaded"))
     again = measure(Checkpoint.open(fresh), METHOD, replace(AUTO, budget=0.7), folds(source), {}, tokens, SETTINGS)
     assert again == whole
     with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):

@@ -27,7 +27,7 @@ from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.family import MLP
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers, CrossGram, InputGram, Request
-from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
+from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint, Writer
@@ -370,7 +370,7 @@ def test_a_repaired_student_is_stock_and_has_its_lineage(
     assert all(new[name].dtype == tensor.dtype for name, tensor in old.items())
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     made = Checkpoint.open(student)
-    roles = [role for role in REPAIRABLE if role not in MLP or role in made.family.body.mlp]
+    roles = [role for role in EFFORTS["standard"].roles if role not in MLP or role in made.family.body.mlp]
     assert changed == {made.family.tensor(site, role) for site in made.shape.sites for role in roles}
     assert len(list(student.glob("*.safetensors"))) > 3 if form else (student / "model.safetensors").exists()
     files = {path.name for path in student.iterdir() if path.suffix != ".safetensors"}
@@ -651,11 +651,11 @@ def test_effort_decides_what_is_read_and_repaired_unless_flags_do(tiny_checkpoin
         (line,) = [line for line in listener.lines if "forward passes of the teacher" in line]
         return read_json(out / MANIFEST)["steps"][0]["settings"]["repair"], int(line.split()[0].replace(",", ""))
 
-    every = ["q", "o", "gate", "up", "down"]
     assert said("quick", effort="quick") == (["o", "down"], EFFORTS["quick"].tokens(wide))
-    assert said("standard") == (every, EFFORTS["standard"].tokens(wide))
+    assert said("standard", calibration_tokens=1024) == (["q", "o", "down"], 1024)
     assert said("flags", effort="quick", repair=("q",), calibration_tokens=512) == (["q"], 512)
-    assert said("thorough", effort="thorough")[0] == every
+    every = ["q", "o", "gate", "up", "down"]
+    assert said("thorough", effort="thorough", calibration_tokens=1024) == (every, 1024)
 
 
 def test_too_little_room_is_an_error_before_anything_is_written(

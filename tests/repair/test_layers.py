@@ -317,6 +317,17 @@ def test_q_reads_as_many_tokens_as_set(pair: Callable[..., Pair]) -> None:
     assert not torch.allclose(part, repaired(both, ("q",))[0][name], atol=1e-4)
 
 
+def test_gate_and_up_read_as_many_tokens_as_set(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    names = [f"model.layers.0.mlp.{role}_proj.weight" for role in ("gate", "up")]
+    part = repaired(both, ("gate", "up"), inner_tokens=6 * LENGTH + 3)[0]
+    alone = repaired(both, ("gate", "up"), _first(tokens(), 6 * LENGTH))[0]
+    whole = repaired(both, ("gate", "up"))[0]
+    for name in names:
+        assert torch.equal(part[name], alone[name])
+        assert not torch.allclose(part[name], whole[name], atol=1e-4)
+
+
 def _first(text: TokenFile, count: int) -> TokenFile:
     return replace(text, tokens=text.tokens[:count])
 

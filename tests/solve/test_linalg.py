@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +165,27 @@ def test_a_singular_system_moves_only_where_it_can() -> None:
         lambda x: 0 * x, torch.zeros(6, 1).double(), start_NM, precondition=lambda r: r, steps=5
     )
     assert torch.equal(nothing_NM, start_NM)
+
+
+def test_conjugate_gradients_stop_when_a_step_gains_little() -> None:
+    """Gains of steps in `b x - x A x / 2`, from the whole Krylov space of each step (by lstsq)."""
+    generator = torch.Generator().manual_seed(0)
+    values_N = torch.tensor([1.0, 1.1, 0.9, 30.0, 1e-3, 2e-3]).double()
+    target_N1 = torch.randn(6, 1, generator=generator, dtype=torch.float64)
+    krylov = torch.cat([values_N[:, None] ** power * target_N1 for power in range(6)], dim=1)
+    reached = [0.0]
+    for steps in range(1, 7):
+        basis = torch.linalg.qr(krylov[:, :steps]).Q
+        inner = torch.linalg.solve(basis.T * values_N @ basis, basis.T @ target_N1)
+        reached.append(float((target_N1.T @ basis @ inner).sum() / 2))
+    gains = [after - before for before, after in pairwise(reached)]
+    for tolerance in (0.0, 0.01, 0.3, 0.9):
+        seen: list[Tensor] = []
+
+        def apply(x_N1: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x_N1)
+            return values_N[:, None] * x_N1
+
+        conjugate_gradients(apply, target_N1, precondition=lambda r: r, steps=6, tolerance=tolerance)
+        small = (step for step in range(6) if gains[step] <= tolerance * reached[step + 1])
+        assert len(seen) == next(small, 5) + 1

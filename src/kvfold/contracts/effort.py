@@ -49,9 +49,12 @@ class Effort:
 
 
 EFFORTS: Mapping[EffortName, Effort] = {
-    "quick": Effort(("o", "down"), RepairSettings(), rows=8, least=4096),
+    "quick": Effort(("o", "down"), RepairSettings(), rows=8, least=8192),
     "standard": Effort(
-        REPAIRABLE, RepairSettings(q_tokens=8192, inner_tokens=8192, tolerance=0.1), rows=16, least=16_384
+        ("q", "o", "down"),
+        RepairSettings(q_tokens=16_384, inner_tokens=8192, tolerance=0.05),
+        rows=16,
+        least=32_768,
     ),
     "thorough": Effort(REPAIRABLE, RepairSettings(), rows=16, least=65_536),
 }

@@ -1,0 +1,90 @@
+"""The counted cost of a conversion against operations that torch counts, and against closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from kvfold.contracts.effort import EFFORTS, RepairSettings
+from kvfold.contracts.requests import FoldedKL, InputGram, QueryGram
+from kvfold.contracts.site import Site
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.predict.conversion_cost import ConversionCost, Speeds, Work, conversion_cost, directions
+
+Make = Callable[..., Path]
+TOKENS, LENGTH = 64, 16
+
+
+@pytest.fixture
+def teacher(tiny_checkpoint: Make) -> Checkpoint:
+    return Checkpoint.open(tiny_checkpoint(tokenizer=False, num_hidden_layers=2, hidden_size=64, intermediate_size=160))
+
+
+def cost(
+    teacher: Checkpoint, roles: tuple[str, ...] = (), questions: tuple[Any, ...] = (), **settings: Any
+) -> ConversionCost:
+    repair = replace(RepairSettings(length=LENGTH), **settings)
+    student = teacher.shape.with_sites(
+        {site: replace(each, num_key_value_heads=1) for site, each in teacher.shape.sites.items()}
+    )
+    return conversion_cost(
+        teacher.family, teacher.config, teacher.shape, student, questions, roles, repair, tokens=TOKENS, length=LENGTH
+    )
+
+
+def test_a_forward_pass_is_what_torch_counts(teacher: Checkpoint) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher.path, attn_implementation="eager").model
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(TOKENS // LENGTH, LENGTH, dtype=torch.int64))
+    counted = counter.get_total_flops()  # all logits, also of the future: the cost counts half of them
+    attention = teacher.shape.sites[Site(0)]
+    unseen = 2 * 2 * attention.num_attention_heads * attention.head_dim * TOKENS * LENGTH / 2 * 2
+    assert cost(teacher).forward == pytest.approx(counted - unseen, rel=0.02)  # norms have parameters, but no products
+
+
+def test_requests_and_regressions_are_their_products(teacher: Checkpoint) -> None:
+    shape = teacher.shape
+    hidden, heads = shape.hidden_size, shape.sites[Site(0)].num_attention_heads * shape.sites[Site(0)].head_dim
+    wide = teacher.spec("model.layers.0.mlp.down_proj.weight").shape[1]
+    asked = (InputGram(Site(0)), QueryGram(Site(1)))
+    answers = cost(teacher, questions=asked).stages["calibration"]
+    width = shape.sites[Site(1)].head_dim
+    assert answers.passes == cost(teacher).forward  # one pass for all requests
+    assert answers.products == 4 * TOKENS * (hidden * (hidden + 1) + heads * width)  # in float64
+    assert cost(teacher, questions=(FoldedKL(Site(1), 1),)).stages.keys() == {"measured sites", "fold"}
+    made = cost(teacher, ("o", "down")).stages
+    assert made["o"].products == 2 * 2 * TOKENS * heads * (heads + hidden)
+    assert made["down"].products == 2 * 2 * TOKENS * wide * (wide + hidden)
+    assert directions(teacher.family, teacher.config, shape, ("o", "down")) == wide
+    assert directions(teacher.family, teacher.config, shape, ("o",)) == hidden + 1
+
+
+def test_each_part_grows_with_its_own_tokens(teacher: Checkpoint) -> None:
+    few, many = (cost(teacher, ("q", "o", "gate", "up"), q_tokens=n, inner_tokens=2 * n).stages for n in (16, 32))
+    assert many["q"].products == 2 * few["q"].products
+    assert many["gate"].products == 2 * few["gate"].products == 2 * few["up"].products
+    assert many["o"] == few["o"]
+    assert cost(teacher, ("q",), q_tokens=10**6).stages["q"] == cost(teacher, ("q",), q_tokens=TOKENS).stages["q"]
+
+
+def test_seconds_are_work_over_speed() -> None:
+    made = ConversionCost(TOKENS, 100.0, {"a": Work(100.0, 60.0, 8.0), "b": Work(100.0, 40.0, 2.0)}, 0)
+    assert made.work == Work(200.0, 100.0, 10.0)
+    assert made.forward_passes == pytest.approx(3.1)
+    assert made.seconds(Speeds(passes=100.0, products=50.0, solves=5.0)) == pytest.approx(2.0 + 2.0 + 2.0)
+
+
+def test_tokens_follow_the_width_within_bounds() -> None:
+    standard = EFFORTS["standard"]
+    assert standard.tokens(100) == standard.least
+    assert standard.tokens(3000) == 16 * 3000
+    assert standard.tokens(10**6) == 65_536
+    assert {EFFORTS["thorough"].tokens(width) for width in (1, 3000, 10**6)} == {65_536}
+    assert all(EFFORTS["quick"].tokens(width) < standard.tokens(width) for width in (1, 1536, 4000))
