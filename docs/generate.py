@@ -20,6 +20,7 @@ from kvfold.disk import record
 from kvfold.report import first_planes
 from pages.conversion import conversion_pages
 from pages.families import families_page
+from pages.kept import task_figure
 from pages.marks import with_tables
 from pages.miniature import miniature_page, of_runs, quality_figure
 
@@ -102,7 +103,8 @@ def pages() -> dict[Path, str]:
     headline = of_runs(records, lambda name: name.startswith("headline/"))
     if headline:
         linear = of_runs(records, lambda name: name.startswith("supra-headline/"))
-        made[ROOT / "docs" / "quality-against-bytes.svg"] = quality_figure([*headline, *linear])
+        real = task_figure(of_runs(records, lambda name: name.startswith("smollm2-tasks/")))
+        made[ROOT / "docs" / "quality-against-bytes.svg"] = real or quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
     miniature = [each for each in records if each.name.startswith("miniature")]

@@ -130,7 +130,7 @@ def _draw(model: Any, seed: int, spread: float) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else spread * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name or ".ln_" in name else spread * noise)
     return model
 
 

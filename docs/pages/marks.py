@@ -11,8 +11,13 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     largest-batch  what fits into a given memory, and how fast it then is
     recall         what they remember: copy loss by distance and the loss on a pass key, also without a part
     ratios         a benchmark's variants as parts of what it holds them against
+    kept           loss, recall and tasks of each student beside its teacher with quantised caches; `kept-short` in
+                   the columns that a newcomer needs, or `front` where no task and no recall was measured
+    goals          what was to be kept of a real language model, beside the best student
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
+
+Runs before a `|` are taken if there is a record of one of them, else those behind it.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from kvfold.report.rows import Row, Study
 from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
+from pages.kept import goal_tables, kept_tables, short_tables
 from pages.miniature import compare, front, of_runs
 from pages.students import bare_name
 
@@ -48,11 +54,38 @@ def with_tables(text: str, records: Sequence[Record]) -> str:
 
 def _written(asked: str, records: Sequence[Record]) -> list[str]:
     before, _, behind = asked.partition(":")
-    kind, *names = before.split()
+    kind, *names = _chosen(before, records).split()
     if kind not in KINDS or not names or len(behind.split()) != (4 if kind == "pivot" else 0):
         raise DataError(f"a page asks for {asked!r}", allowed=f"{', '.join(KINDS)}, and names of runs")
     made = "\n\n".join(KINDS[kind](of_runs(records, lambda name: name.partition("/")[0] in names), *behind.split()))
     return [made] if made else []
+
+
+def _chosen(asked: str, records: Sequence[Record]) -> str:
+    """The kind, and the first of several lots of runs that has a record."""
+    kind, _, lots = asked.partition(" ")
+    runs = {each.run for each in records}
+    named = [lot for lot in lots.split("|") if runs & set(lot.split())]
+    return f"{kind} {named[0] if named else lots.rpartition('|')[2]}"
+
+
+def _kept_short(records: Sequence[Record]) -> Iterator[str]:
+    """What is kept in a few columns, else the front, each with a sentence before it."""
+    found = list(short_tables(records))
+    if found:
+        yield "SmolLM2-135M-Instruct, a real language model: [what broke, why, and what fixed it](docs/smollm2.md)."
+        yield from found
+        return
+    yield (
+        "The included checkpoint (3M parameters), converted and trained on 600,000 tokens; `supra` on a quarter of "
+        "them."
+    )
+    yield from _front(records)
+    yield (
+        "A student is listed if no other student has both fewer bytes and a lower loss. The cache of `supra` does not "
+        "grow with the text; its row gives the bytes per token at 512 tokens. This `supra` student keeps a window of "
+        "16 tokens and no state."
+    )
 
 
 def _students(records: Sequence[Record]) -> Iterator[str]:
@@ -214,6 +247,9 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "equal-bytes": _equal_bytes,
     "largest-batch": _largest_batch,
     "recall": _recall,
+    "kept": kept_tables,
+    "kept-short": _kept_short,
+    "goals": goal_tables,
     "ratios": _ratios,
     "pivot": _pivot,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_answers_are_kept_whatever_the_budget(
     assert {question: whole[question]["kl"] for question in some} == {each: some[each]["kl"] for each in some}
     assert len(list((cache / "sensitivity").iterdir())) == 1
     fresh = tiny_checkpoint("llama", tokenizer=False, name="copy")
-    monkeypatch.setattr(hf, "load", lambda *given, **named: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(hf, "load_source", lambda *given, **named: pytest.fail("the teacher was loaded"))
     again = measure(Checkpoint.open(fresh), METHOD, replace(AUTO, budget=0.7), folds(source), {}, tokens, SETTINGS)
     assert again == whole
     with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
@@ -283,6 +284,21 @@ def test_the_mix_is_what_a_list_by_hand_would_be(tiny_checkpoint: Make, tmp_path
     listener.say = lines.append  # type: ignore[method-assign]
     convert(teacher, tmp_path / "student", "gqa", auto, options=text, progress=listener)
     assert "is complete" in lines[0]
+
+
+def test_a_budget_spent_on_recall_with_weighed_heads(
+    tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings
+) -> None:
+    teacher = tiny_checkpoint("llama", num_hidden_layers=2)
+    auto = {"kv_heads": "auto", "budget": 0.625, "budget_metric": "both", "weigh": "ablation"}
+    student = convert(teacher, tmp_path / "student", "gqa", auto, options=text)
+    (step,) = json.loads((student / "kvfold.json").read_text())["steps"]
+    assert set(step["found"]["mix"]) == {"kv_heads", "cache", "kl", "rise"}
+    assert step["found"]["rise"].keys() == step["found"]["kl"].keys() == {"layer 0", "layer 1"}
+    assert re.search(r"of predicted KL [\d.]+ and rise of the loss of copying [\d.]+ nats before", card(student, []))
+    alike = {"kv_heads": step["settings"]["kv_heads"], "weigh": "uniform"}
+    uniform = convert(teacher, tmp_path / "uniform", "gqa", alike, options=text)
+    assert Checkpoint.open(uniform).hash() != Checkpoint.open(student).hash()
 
 
 def test_a_budget_of_a_student_counts_from_its_root(

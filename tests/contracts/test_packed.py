@@ -20,17 +20,17 @@ PHI3 = Phi3Attention(Phi3Config(**HEADS, num_key_value_heads=2, pad_token_id=0),
 GPT2 = GPT2Attention(GPT2Config(n_embd=32, n_head=4, attn_implementation="eager")).c_attn
 GROUPED = Attention(32, 4, 2, 8)
 CASES = [
-    (NEOX, Packed("weight", "groups"), Attention(32, 4, 4, 8)),
-    (PHI3, Packed("weight", "rows"), GROUPED),
-    (GPT2, Packed("weight", "rows", in_out=True), Attention(32, 4, 4, 8)),
-    (torch.nn.Linear(32, 64), Packed("weight", "groups"), GROUPED),
+    (NEOX, Packed("weight", blocks=None), Attention(32, 4, 4, 8)),
+    (PHI3, Packed("weight"), GROUPED),
+    (GPT2, Packed("weight", in_out=True), Attention(32, 4, 4, 8)),
+    (torch.nn.Linear(32, 64), Packed("weight", blocks=None), GROUPED),
 ]
 
 
-def read(layout: str, output_BTN: Tensor, attention: Attention) -> dict[str, Tensor]:
+def read(packed: Packed, output_BTN: Tensor, attention: Attention) -> dict[str, Tensor]:
     """Queries, keys and values in the output of a fused map, as these models cut them."""
     groups, width, readers = attention.num_key_value_heads, attention.head_dim, attention.query_group
-    if layout == "rows":
+    if packed.blocks == 1:
         wide = attention.num_attention_heads * width
         ends = [0, wide, wide + groups * width, wide + 2 * groups * width]
         return {role: output_BTN[..., ends[n] : ends[n + 1]] for n, role in enumerate("qkv")}
@@ -48,7 +48,7 @@ def test_roles_are_what_the_model_makes_of_the_tensor(
     if module.bias is not None:
         module.bias.data = bias  # type: ignore[union-attr]
     x_BTD = torch.randn(2, 5, 32)
-    expected = read(packed.layout, module(x_BTD), attention)
+    expected = read(packed, module(x_BTD), attention)
     roles = {role: packed.part(weight, role, attention) for role in "qkv"}
     biases = {role: packed.part(bias, f"{role}_bias", attention) for role in "qkv"}
     for role in "qkv":

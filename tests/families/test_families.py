@@ -63,6 +63,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, tied": ("phi", {"tie_word_embeddings": True}),
     "gpt_neox, tied": ("gpt_neox", {"tie_word_embeddings": True}),
     "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+    "phi3, windows": ("phi3", {"sliding_window": 16}),
+    "phi3, a part rotated": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "gptj, wide": ("gptj", {"n_inner": None, "rotary_dim": 8, "tie_word_embeddings": True}),
+    "codegen, eight heads": ("codegen", {"n_head": 8, "rotary_dim": 2}),
+    "gpt2, wide": ("gpt2", {"n_inner": None, "tie_word_embeddings": True}),
+    "gpt_bigcode, one head": ("gpt_bigcode", {"multi_query": True, "num_key_value_heads": 1}),
+    "gpt_bigcode, grouped": ("gpt_bigcode", {"model_type": "kvfold_gpt_bigcode", "num_key_value_heads": 2}),
+    "opt, no biases": ("opt", {"enable_bias": False, "tie_word_embeddings": True}),
+    "falcon, tied": ("falcon", {"bias": True, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": True}),
+    "falcon, wide": ("falcon", {"ffn_hidden_size": None}),
     "gemma, biases": ("gemma", {"attention_bias": True}),
     "granite, biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "starcoder2, no biases": ("starcoder2", {"use_bias": False, "sliding_window": 16}),
@@ -225,7 +238,10 @@ def test_predicted_cache_is_the_live_cache(variant: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", [FAMILIES[name] for name in DECODERS], ids=DECODERS)
+ONE_FIELD = [name for name in DECODERS if name != "gpt_bigcode"]  # which also says `multi_query`
+
+
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in ONE_FIELD], ids=ONE_FIELD)
 def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family) -> None:
     config = family.tiny()
     shape = family.shape(config)
@@ -243,6 +259,22 @@ def test_a_student_of_the_same_architecture_is_said_by_its_fields(family: Family
         "num_key_value_heads": 4,
         "per_layer_config": {"0": {"num_key_value_heads": 2}},
     }
+
+
+def test_a_gpt_bigcode_is_stock_with_one_head_or_all() -> None:
+    family, config = FAMILIES["gpt_bigcode"], FAMILIES["gpt_bigcode"].tiny()
+    shape = family.shape(config)
+    for heads, stock in ((1, True), (2, False), (4, True)):
+        student = shape.with_sites(
+            {site: replace(each, num_key_value_heads=heads) for site, each in shape.sites.items()}
+        )
+        fields = family.fields(student)
+        assert fields["model_type"] == ("gpt_bigcode" if stock else "kvfold_gpt_bigcode")
+        assert (fields["multi_query"], fields["num_key_value_heads"]) == (heads == 1, heads)
+        assert family.shape(config | fields) == student
+    mixed = shape.with_sites({Site(0): replace(shape.sites[Site(0)], num_key_value_heads=1)})
+    assert family.fields(mixed)["per_layer_config"] == {"0": {"num_key_value_heads": 1}}
+    assert family.shape(config | family.fields(mixed)) == mixed
 
 
 def test_a_t5_with_shared_heads_is_an_architecture_of_ours() -> None:
@@ -535,6 +567,54 @@ def test_a_qwen3_that_does_not_say_has_heads_of_128() -> None:
     del config["head_dim"]
     (form,) = {attention.roles()["k_norm"] for attention in FAMILIES["qwen3"].shape(config).sites.values()}
     assert form == hf.build(config, seed=0).get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (128,)
+
+
+@torch.inference_mode()
+def test_a_falcon_of_transformers_caches_each_head_as_often_as_it_is_read() -> None:
+    """More than its config.json says: engines and its students, which are Phi, cache each head once."""
+    config = FAMILIES["falcon"].tiny() | {"num_kv_heads": 2}
+    shape, model = FAMILIES["falcon"].shape(config), hf.build(config, seed=0).eval()
+    assert {attention.num_key_value_heads for attention in shape.sites.values()} == {2}
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    cache = model(torch.arange(48).view(2, 24), use_cache=True).past_key_values
+    assert hf.live_cache_bytes(cache) == 2 * grouped_cache(shape).bytes(24, batch=2, itemsize=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("gptj", {"num_key_value_heads": 2}, "num_key_value_heads must be absent: transformers ignores it in this"),
+        ("gptj", {"n_embd": 30}, "n_head 4 does not divide n_embd 30"),
+        ("gptj", {"rotary_dim": 16}, "rotary_dim is more than a head has (got 16); allowed: up to 8"),
+        ("gptj", {"rotary_dim": None}, "rotary_dim must be a whole number (got None)"),
+        ("gptj", {"hidden_size": 64}, "hidden_size is another name of n_embd and has another value (got 64)"),
+        ("gptj", {"rope_theta": 5e5}, "rope_theta must be absent: transformers ignores it in this architecture"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be false"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be false"),
+        (
+            "gpt_bigcode",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads is not what multi_query says (got 2); allowed: 4",
+        ),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before must be true"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is not hidden_size (got 16); allowed: 32"),
+        ("codegen", {"n_head": 2}, "n_head does not divide into 4 blocks (got 2)"),
+        ("falcon", {"new_decoder_architecture": False}, "new_decoder_architecture must be true: the older layouts"),
+        ("falcon", {"alibi": True}, "alibi must be false"),
+        ("falcon", {"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_attention_heads 4"),
+        ("phi3", {"attention_bias": True}, "attention_bias must be false: this architecture has no biases"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.rope_type is not one of this architecture (got yarn); allowed: default, longrope",
+        ),
+    ],
+)
+def test_packed_decoders_that_cannot_be_taken(family: str, changes: dict[str, Any], line: str) -> None:
+    config = FAMILIES[family].tiny() | changes
+    with pytest.raises(UnsupportedModel) as caught:
+        family_of(config)
+    assert str(caught.value).startswith(f"config.json: {line}")
 
 
 def test_rotation_is_read_from_old_and_new_configs() -> None:

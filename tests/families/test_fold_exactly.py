@@ -98,11 +98,15 @@ def fold(
 
 
 def test_the_fold_of_a_twin_is_exact(fold: Fold) -> None:
-    """To the last bits of float64, in which a narrower map may round otherwise; norms over all heads are in float32."""
+    """To the last bits of float64, in which a narrower map may round otherwise.
+
+    Norms over all heads are in float32, and so is the softmax, which another class than the teacher's rounds otherwise.
+    """
     cached = [fold.student.shape.sites[site] for site in fold.student.shape.cached_sites]
     assert {each.num_key_value_heads for each in cached} == {GROUPS}
     found, expected = (fold.outputs(which, "eager") for which in (fold.student, fold.teacher))
-    tolerance = 1e-6 if any(each.norms == "all_heads" for each in cached) else 1e-12
+    other = fold.student.config["architectures"] != fold.teacher.config["architectures"]
+    tolerance = 1e-6 if other or any(each.norms == "all_heads" for each in cached) else 1e-12
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=tolerance)
 
@@ -127,8 +131,8 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
         roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
         assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
-    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a tiny
-    # exaone4 are short, because nothing norms the inputs of its first layer
+    # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a
+    # tiny exaone4 are short, because nothing norms the inputs of its first layer
     tolerance = 5e-3 if student.family.name == "exaone4" else 1e-3
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance)
 

@@ -131,13 +131,6 @@ def test_a_bias_of_positions_is_added_to_the_logits(tokens: int, seen: str) -> N
     torch.testing.assert_close(made.transpose(1, 2), reference(q, k, v, mask=expected, scale=1.0))
 
 
-def test_attention_that_it_cannot_honour_is_refused() -> None:
-    forward = AttentionInterface()["kvfold"]
-    q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(SettingError, match="has no s_aux.*sdpa or eager"):
-        forward(torch.nn.Module(), q, q, q, None, s_aux=1.0)
-
-
 def test_dropout_acts_in_training_alone() -> None:
     model, ids = _model({**GROUPED, "attention_dropout": 0.5}), _ids()
     assert torch.equal(model(ids).logits, model(ids).logits)

@@ -61,12 +61,15 @@ def written_out(folder: Path) -> Any:
     assert overrides == {"0": {"num_key_value_heads": 4}, "2": {"num_key_value_heads": 1}}
     config |= {"model_type": config["model_type"].removeprefix("kvfold_"), "num_key_value_heads": 4}
     model, tensors = hf.build(config, seed=1, attention="eager").eval(), load_file(folder / "model.safetensors")
-    shared = ("k_proj", "v_proj", *(("k_norm",) if config["model_type"] == "olmo2" else ()))  # normed over all heads
-    for layer, heads in enumerate(HEADS):
-        for name in tensors:
-            if any(f"layers.{layer}.self_attn.{part}" in name for part in shared):
-                rows = tensors[name].unflatten(0, (heads, -1))
-                tensors[name] = torch.stack([rows[query // (4 // heads)] for query in range(4)]).flatten(0, 1)
+    source = Checkpoint.open(folder)
+    for site, attention in source.shape.sites.items():
+        roles = source.roles(site).roles
+        for role in attention.head_roles:  # of a norm over all heads too
+            rows = roles[role].unflatten(0, (HEADS[site.layer], -1))
+            roles[role] = torch.stack([rows[query // (4 // len(rows))] for query in range(4)]).flatten(0, 1)
+        whole = replace(attention, num_key_value_heads=4)
+        for name, held in source.family.stored(site, whole).items():
+            tensors[name] = source.family.joined(whole, {role: roles[role] for role in held})
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert unexpected == []
     assert set(missing) <= ({"lm_head.weight"} if config["tie_word_embeddings"] else set())
@@ -91,9 +94,8 @@ def test_logits_are_those_of_the_heads_written_out(saved: Path) -> None:
     model, found = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__.startswith("Kvfold")
-    heads = [layer.self_attn.k_proj.out_features // layer.self_attn.head_dim for layer in model.model.layers]
-    assert heads == list(HEADS)
     ids = _ids(2, 20)
+    assert [layer.keys.shape[1] for layer in model(ids).past_key_values.layers] == list(HEADS)
     expected = written_out(saved)(ids).logits
     assert expected.std() > 0.5  # or the comparison would say little
     _close(model(ids).logits, expected)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import functional as autograd
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as neighbouring
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from kvfold.contracts.site import Attention, Rope
@@ -68,7 +69,8 @@ def case(
     cos = sin = mask = None
     if rope:
         angles_TP = torch.arange(float(LENGTH))[:, None] * rope.theta ** (-torch.arange(0, rope.dims, 2) / rope.dims)
-        cos, sin = (each.repeat(1, 2) for each in (angles_TP.cos(), angles_TP.sin()))
+        angles_TE = angles_TP.repeat(1, 2) if rope.half_split else angles_TP.repeat_interleave(2, 1)
+        cos, sin = angles_TE.cos(), angles_TE.sin()
     if window:
         ones_TT = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
         mask = (ones_TT.tril() & ~ones_TT.tril(-window)).expand(ROWS, 1, LENGTH, LENGTH)
@@ -127,7 +129,9 @@ def logits(made: Case, weight_ED: Tensor, head: int) -> Tensor:
     if learnt.cos_TE is not None and learnt.sin_TE is not None:
         dims, cos_TE, sin_TE = learnt.cos_TE.shape[1], learnt.cos_TE.double(), learnt.sin_TE.double()
         turned_B1TE = query_BTE[:, None, :, :dims]
-        turned_B1TE, _ = apply_rotary_pos_emb(turned_B1TE, turned_B1TE, cos_TE[None], sin_TE[None])
+        assert made.student.rope is not None
+        turn = apply_rotary_pos_emb if made.student.rope.half_split else neighbouring
+        turned_B1TE = turn(turned_B1TE, turned_B1TE, cos_TE[None], sin_TE[None])[0].double()
         query_BTE = torch.cat([turned_B1TE[:, 0], query_BTE[..., dims:]], dim=-1)
     key_BSE = learnt.key_BGSE.double()[:, head // made.student.query_group]
     return learnt.scale * query_BTE @ key_BSE.mT
@@ -187,6 +191,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "plain": case,
     "biased": lambda: case(biased=True),
     "partly rotated": lambda: case(rope=Rope(6, 100.0)),
+    "neighbours rotated": lambda: case(rope=Rope(WIDTH, 100.0, half_split=False)),
     "not rotated": lambda: case(rope=None),
     "windowed": lambda: case(window=4),
     "one head of keys": lambda: case(groups=1),

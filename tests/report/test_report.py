@@ -500,6 +500,21 @@ def test_a_card_has_front_matter_provenance_and_numbers(run_dir: Path) -> None:
     assert not (run_dir / "uptrained" / "kv_heads-4.partial" / "README.md").exists()
 
 
+def test_a_card_says_what_the_average_hides(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "student", 2, "hash of student")
+    made = evaluated("made", student_row(2, alpha=0.05), 1.05, hashed="hash of student", last_word=0.01)
+    teacher = {**made.metrics["teacher"], "last_word": 0.4, "lm_eval": {"piqa": {"acc": 0.6}}}
+    made = dataclasses.replace(made, metrics={**made.metrics, "teacher": teacher, "lm_eval": {"piqa": {"acc": 0.55}}})
+    text = card(folder, [made])
+    assert "| accuracy on last words | 1.0% | 40.0% |" in text
+    assert "| accuracy on PIQA | 55.0% | 60.0% |" in text
+    assert "It misses the default gate" in text
+    assert "last\\_word" not in text
+    assert "last_word>=0.8*teacher (0.01 against 0.32)" in text
+    own = dataclasses.replace(made, settings={**made.settings, "gate": "loss<=2"})
+    assert "default gate" not in card(folder, [own])
+
+
 @pytest.mark.parametrize("root", ["llama", "kvfold_llama"])
 @pytest.mark.parametrize("student", ["llama", "kvfold_llama"])
 def test_a_card_says_how_this_model_is_loaded_whatever_its_teacher_was(tmp_path: Path, root: str, student: str) -> None:

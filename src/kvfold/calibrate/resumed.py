@@ -30,7 +30,7 @@ class Resumed:
         from kvfold import hf  # loads transformers, which answers from the cache do not need
 
         self.through, self.entering = hf.Through, hf.entering
-        model: Any = hf.load(source.path, device=device)
+        model: Any = hf.load_source(source, device=device)
         self.model, self.body = model, source.family.body
         self.shown = model.get_submodule(self.body.layers)
         self.layers, self.norm = list(self.shown), model.get_submodule(self.body.norm)

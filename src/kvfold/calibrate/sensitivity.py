@@ -179,28 +179,32 @@ def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
 
 def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> Changed:
     """These sites converted alone, each shared head repeated for the heads that read it; or a head without readers."""
-    name = source.family.tensor
+    family = source.family
     if isinstance(question, HeadKL):
         attention = source.shape.sites[question.site]
         width = attention.query_group * attention.head_dim
         columns = slice(question.head * width, (question.head + 1) * width)
-        return Changed(averaged={name(question.site, "o").removesuffix(".weight"): columns})
+        return Changed(averaged={family.tensor(question.site, "o").removesuffix(".weight"): columns})
     alone = _config(method, config, question, source.shape)
     group = {site: source.roles(site) for site in _sites(question)}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():
         before, after = source.shape.sites[site], student.sites[site]
+        whole = dict(roles)
         for role, tensor in roles.items():
             if role[0] in "kv" and len(tensor) < before.roles()[role][0]:  # shared by several heads
                 heads = tensor.shape[0] // before.head_dim
                 blocks = tensor.view(heads, before.head_dim, *tensor.shape[1:])
-                tensor = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
-            found[name(site, role)] = tensor.float()
+                whole[role] = blocks.repeat_interleave(before.num_key_value_heads // heads, 0).flatten(0, 1)
+        for name, held in family.stored(site, before).items():
+            if held[0] in whole:
+                found[name] = family.joined(before, {role: whole[role] for role in held}).float()
         if after.source is not None:
             owner = Site(after.source, site.kind)
             for role in {"k", "v", "k_norm"} & before.roles().keys():
-                reads[name(site, role).removesuffix(".weight")] = name(owner, role).removesuffix(".weight")
+                mine, theirs = (family.tensor(each, role).removesuffix(".weight") for each in (site, owner))
+                reads[mine] = theirs
     return Changed(found, reads)
 
 

@@ -41,12 +41,10 @@ def signals(request: Request) -> tuple[Signal, ...]:
 def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tuple[str, Callable[..., None]]:
     """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on."""
     (site, what), family = signal, source.family
-    attention, packed = source.shape.sites[site], family.packed(what)
+    attention = source.shape.sites[site]
     normed = attention.norms != "none"
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        if packed is not None:
-            output = packed.part(output.movedim(-1, 0), what, attention).movedim(0, -1)
         if what in ("q", "k") and normed and family.heads_first:
             output = output.transpose(1, 2)
         seen[signal] = inputs[0] if what == "x" else output[1] if what == "p" else output
@@ -54,8 +52,8 @@ def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tup
     if what == "p":
         return family.module(site), hook
     if what == "x":
-        return family.tensor(site, "k" if attention.source is None else "q"), hook
-    return family.tensor(site, f"{what}_norm" if normed else what), hook
+        return family.alone(site, "k" if attention.source is None else "q"), hook
+    return family.alone(site, f"{what}_norm" if normed else what), hook
 
 
 class Sum(Protocol):

@@ -159,7 +159,7 @@ RESERVED = frozenset(
         *("from_json_file", "from_pretrained", "get_config_dict", "get_mtp_config", "get_text_config"),
         *("ignore_keys_at_rope_validation", "is_custom_code", "is_heterogeneous", "is_remote_code"),
         *("keys_to_ignore_at_inference", "kv_sharing_modes", "nested_rope_parameter_keys"),
-        *("per_layer_attributes", "push_to_hub", "register_for_auto_class", "save_pretrained"),
+        *("per_layer_attributes", "push_to_hub", "register_for_auto_class", "rotary", "save_pretrained"),
         *("serialize_explicit_per_layer_config", "standardize_rope_params", "sub_configs"),
         *("sub_configs_defaults", "to_dict", "to_diff_dict", "to_json_file", "to_json_string", "update"),
         *("update_from_string", "use_return_dict", "validate", "validate_architecture"),
@@ -168,6 +168,7 @@ RESERVED = frozenset(
 )
 """Attributes of transformers' config classes that a field of `config.json` would overwrite."""
 
+_SETTINGS = ("_remove_final_layer_norm",)  # of OPT
 _PRIVATE = (
     *("_check_", "_decode_", "_dict_", "_encode_", "_get_", "_getattr_", "_has", "_iter_", "_remove_"),
     *("_update_", "_upload_", "_validate_", "__"),
@@ -239,7 +240,7 @@ def check_common(fields: Fields) -> None:
 def check_names(fields: Fields) -> None:
     """Refuse a field that would overwrite an attribute of transformers' config class, with UnsupportedModel."""
     for name in fields.config:
-        if name in RESERVED or name.startswith(_PRIVATE):
+        if name in RESERVED or (name.startswith(_PRIVATE) and name not in _SETTINGS):
             raise fields.refusal(f"{name!r} is a part of transformers' config class, not a setting", next="remove it")
 
 
@@ -306,12 +307,13 @@ _KINDS: Mapping[str, Rules] = {
 }
 
 
-def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0) -> None:
+def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0, *, partial: bool = False) -> None:
     """Check the rotation: `rope_parameters`, or `rope_scaling` and `rope_theta` of older configs.
 
-    `rotated` is the architecture's default for the part of a head that is rotated; 1 if it always rotates whole heads.
+    `rotated` is the architecture's default for the part of a head that is rotated. Where that is 1, config.json may
+    name another if the architecture is `partial`.
     """
-    part = _WHOLE_HEADS if rotated == 1 else _PART
+    part = _PART if partial or rotated != 1 else _WHOLE_HEADS
     a_mapping = Rule(dict[str, Any], "a mapping").or_null
     fields.check({"rope_parameters": a_mapping, "rope_scaling": a_mapping})
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")

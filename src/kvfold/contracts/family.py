@@ -27,7 +27,8 @@ class Body:
 
     `embedding` names the tensor that a tied output projection equals; it is empty where transformers ties more than
     these two. `layers` and `norm` are those of a decoder alone. Paths of `mlp` and `after` are relative to a layer:
-    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known;
+    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known, and
+    of parts that share a tensor that tensor;
     `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
     `stacked` has the parameters of a layer that checkpoints store in other tensors.
     """
@@ -35,7 +36,7 @@ class Body:
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     norm: str = "model.norm"
-    mlp: Mapping[str, str] = field(default_factory=dict)
+    mlp: Mapping[str, str | Packed] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
@@ -82,7 +83,10 @@ class Family:
     audio: bool = False  # the encoder reads sound
     heads_first: bool = False  # whether norms of q and k read (B, H, T, E), and not (B, T, H, E)
     ties: bool = False  # whether the output projection is the embedding where config.json is silent
+    interface: bool = True  # whether its stock classes call the attention functions of transformers, and so kvfold's
     renamed: Mapping[str, str] = field(default_factory=dict)  # first part of a name in the model -> on disk
+    prefix: str = ""  # of all names but the head's, which files of a model without its head lack
+    buffers: str = ""  # pattern of names of tensors that are no parameters, such as masks
     spellings: Mapping[str, str] = field(default_factory=dict)  # first part of a name in older files -> in the model
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
@@ -102,10 +106,16 @@ class Family:
 
     def tensor(self, site: Site, role: str) -> str:
         """Name of the tensor of a role, of the layer's MLP too; a role that no source has is named after itself."""
+        packed = self.packed(role)
         if role in self.body.mlp:
-            return f"{self.body.inside(site.layer, self.body.mlp[role])}.weight"
-        found = self.tensors.get(role, f"{role}.weight")
-        return f"{self.module(site)}.{found if isinstance(found, str) else found.name}"
+            path = f"{self.body.mlp[role]}.weight" if packed is None else packed.name
+            return self.body.inside(site.layer, path)
+        return f"{self.module(site)}.{self.tensors.get(role, f'{role}.weight') if packed is None else packed.name}"
+
+    def alone(self, site: Site, role: str) -> str:
+        """Name of the weight of a role in a layer whose packed maps are split (`kvfold.hf.layers`)."""
+        name = self.tensor(site, role)
+        return name if self.packed(role) is None else f"{name.rpartition('.')[0]}.{role}.weight"
 
     def on_disk(self, name: str) -> str:
         """The name under which a checkpoint stores a parameter of the model."""
@@ -125,7 +135,7 @@ class Family:
 
     def packed(self, role: str) -> Packed | None:
         """The layout of the tensor that a role shares with others; None for a role with a tensor of its own."""
-        found = self.tensors.get(role)
+        found = self.body.mlp.get(role, self.tensors.get(role))
         return found if isinstance(found, Packed) else None
 
     def stored(self, site: Site, attention: Attention) -> dict[str, tuple[str, ...]]:

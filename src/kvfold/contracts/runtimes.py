@@ -31,7 +31,8 @@ _PAIRED = {
 }
 STEMS = {
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
-    **{"phi": "Phi", "gpt_neox": "GPTNeoX"},
+    **{"phi": "Phi", "phi3": "Phi3", "gpt_neox": "GPTNeoX", "gptj": "GPTJ", "codegen": "CodeGen", "falcon": "Falcon"},
+    **{"gpt2": "GPT2", "gpt_bigcode": "GPTBigCode", "opt": "OPT"},
     **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
     **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe", "olmo3": "Olmo3", "exaone4": "Exaone4"},
     **{"gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "gemma3": "Gemma3", "stablelm": "StableLm"},
@@ -45,6 +46,7 @@ STEMS = {
 
 _ODD = {
     ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
+    ("gpt2", "ForCausalLM"): "GPT2LMHeadModel",
     ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
     ("marian", "ForConditionalGeneration"): "MarianMTModel",
 }
@@ -171,6 +173,15 @@ def _without(names: Iterable[str], why: str, config: Json, sites: Sites) -> Site
     return sites
 
 
+def _mixed(shape: Shape) -> bool:
+    return len({each.num_key_value_heads for each in shape.sites.values()}) > 1
+
+
+def _one_or_all(shape: Shape) -> bool:
+    """Whether each site has one key/value head, or as many as query heads."""
+    return all(each.num_key_value_heads in (1, each.num_attention_heads) for each in shape.sites.values())
+
+
 def _heads_by_layer(shape: Shape) -> dict[str, Any]:
     """The commonest number of heads, the larger of two, for all layers, and those of the others in `per_layer_config`.
 
@@ -291,6 +302,9 @@ _NEIGHBOURS = frozenset({"ernie4_5", "helium", "glm", "glm4", "cohere"})
 _APART = _PLAIN | _NEIGHBOURS | {"qwen3", "olmo2", "starcoder2", "seed_oss", "smollm3", "olmo", "ministral3", "cohere2"}
 """Maps of q, k, v and o apart, in classes of their own."""
 
+_FUSED = frozenset({"phi3", "gpt_neox", "gptj", "codegen", "falcon", "gpt2", "gpt_bigcode", "opt"})
+"""q, k and v in one tensor, or no field for key/value heads."""
+
 _EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"})
 _NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
@@ -298,23 +312,29 @@ STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _APART | _EXPERTS | _NORMED | {"gemma3", "phi", "gpt_neox", "internlm3"},
+    _APART | _EXPERTS | _NORMED | _FUSED | {"gemma3", "phi", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
 )
 LAYERS = Runtime(
-    "layers that differ in their key/value heads, or share keys and values",
+    "layers that differ in their key/value heads",
     OWN,
     "Kvfold",
-    _APART | _EXPERTS | _NORMED,
-    lambda shape: bool(shape.owners) or len({each.num_key_value_heads for each in shape.sites.values()}) > 1,
+    _APART | _EXPERTS | _NORMED | {"phi", "phi3", "gpt_bigcode"},
+    lambda shape: _mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
     _heads_by_layer,
     _read_layers,
     {
         PER_LAYER: Rule(dict[str, dict[str, Any]], "a mapping of layers to fields").or_null,
         SOURCES: Rule(list[int], "a list of whole numbers").or_null,
     },
+)
+SHARING = replace(
+    LAYERS,
+    name="layers that share keys and values",
+    models=LAYERS.models - {"phi3", "gpt_bigcode"},
+    holds=lambda shape: bool(shape.owners),
 )
 LATENT = Runtime(
     "latent keys and values",
@@ -336,7 +356,7 @@ LINEAR = Runtime(
     _read_linear,
     {SETTINGS: Rule(dict[str, Any], "a mapping").or_null},
 )
-DECODERS = (LINEAR, LATENT, LAYERS, STOCK)
+DECODERS = (LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------

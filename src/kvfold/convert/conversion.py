@@ -74,6 +74,9 @@ def convert(
     asked = {"method": method, **known, **options.identity()}
     if calibration:
         asked["calibration"] = calibration.hash
+    if source.buffers:
+        what = f"{source.buffers[0]}, and {len(source.buffers) - 1} more" if source.buffers[1:] else source.buffers[0]
+        progress.say(f"masks in the files, which no weights are, are left out: {what}")
     if not overwrite and _complete(source, dst, asked):
         tidy(dst)
         progress.say(f"{dst} is complete: it was made from this source with these settings")

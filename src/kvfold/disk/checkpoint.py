@@ -49,9 +49,12 @@ class Checkpoint:
         self.shape: Shape = self.family.shape(self.config)
         if not has_weights(path):
             check_folder(path)
-        found, self.spelled = self._named(stored_tensors(path))
+        found, self.spelled = self._named(self._prefixed(stored_tensors(path)))
         dropped = self.family.dropped(self.config)
-        self._stored = {name: each for name, each in found.items() if not name.startswith(dropped)}
+        self.buffers = [name for name in found if self.family.buffers and re.search(self.family.buffers, name)]
+        self._stored = {
+            name: each for name, each in found.items() if not name.startswith(dropped) and name not in self.buffers
+        }
         check_names(path, list(self._stored), self.family, self.shape)
         self.digests: dict[str, str] = {}  # SHA-256 of the bytes of each tensor hashed so far
         self._flaws: dict[str, CheckpointError] = {}  # hashed tensors that hold NaN or infinity
@@ -94,6 +97,13 @@ class Checkpoint:
     def origin(self) -> Checkpoint:
         """The checkpoint that is stored: this one, unless it is a view of another."""
         return self
+
+    def _prefixed(self, found: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        """The tensors under the names of the whole model, also those of a file that was saved without its head."""
+        prefix, heads = self.family.prefix, ("lm_head.",)
+        if not prefix or any(name.startswith(prefix) for name in found):
+            return found
+        return {name if name.startswith(heads) else prefix + name: each for name, each in found.items()}
 
     def stored_name(self, name: str) -> str:
         """The name of a tensor in the files: its own, or that of the model's parameter."""

@@ -29,7 +29,7 @@ class Rehoused(Checkpoint):
         self.config: dict[str, Any] = dict(made.config)
         self.family = source_family(self.config, where=origin.path)
         self.shape = replace(self.family.shape(self.config), root_elements=origin.shape.root_elements)
-        self.digests, self._flaws = {}, {}
+        self.digests, self._flaws, self.buffers, self.spelled = {}, {}, origin.buffers, {}
         self._stored = {name: self._view(each) for name, each in made.tensors.items()}
 
     @property

@@ -98,6 +98,7 @@ class Layout:
     windows: Sequence[int | None] | None = None  # by layer; None: no layer has a window
     head_dim: int | None = None  # where config.json is silent; None: hidden_size / num_attention_heads
     rotated: float = 1.0  # the part of a head that is rotated, where config.json is silent
+    partial: bool = False  # config.json may name a part where that is 1
     theta: float = 10000.0  # the base of the rotation, where config.json is silent
     half_split: bool = True  # halves of a head rotate together; False: neighbouring coordinates
     rotations: Sequence[Json | None] | None = None  # by layer: fields in place of config.json's; None: not rotated
@@ -110,6 +111,7 @@ class Layout:
     vectors: int = 2  # of the model's width in a layer's norms, weights and biases
     last: int = 1  # the same in the last norm
     head_bias: bool = False  # of the output projection
+    positions: int = 0  # learned, in a table
     kinds: Collection[str] = ("full_attention",)  # names that `layer_types` may have
 
 
@@ -122,12 +124,14 @@ def decoder(
     tiny: Mapping[str, Any] = {},
     check: Callable[[Fields], None] = lambda fields: None,
     ties: bool = False,
+    usual: Callable[[Json], Json] | None = None,
     **facts: Any,
 ) -> Family:
     """A family of decoders: `stock` model types, rules for the fields that they add, and their layout.
 
     `tiny` has what is other than `_TINY`. `check` looks at fields that depend on each other. `ties` is the default
-    of `tie_word_embeddings`. `facts` are other fields of `Family`.
+    of `tie_word_embeddings`. Where the architecture has names of its own for the fields of every decoder, `usual` adds
+    them under their usual names, and `tiny` is whole. `facts` are other fields of `Family`.
     """
     given: dict[str, Any] = {
         "architectures": architectures(DECODERS, END, *stock),
@@ -141,16 +145,25 @@ def decoder(
     return Family(
         name=name,
         about=about,
-        check=partial(_check, rules=rules, layout=layout, own=check),
-        shape=partial(_shape, family=name, layout=layout, ties=ties),
+        check=partial(_check, rules=rules, layout=layout, own=check, usual=usual),
+        shape=partial(_shape, family=name, layout=layout, ties=ties, usual=usual),
         ties=ties,
-        tiny=lambda: deepcopy({**first, **_TINY, **tiny}),  # transformers changes nested fields in place
+        tiny=lambda: deepcopy({**first, **({} if usual else _TINY), **tiny}),  # transformers changes nested fields
         **given,
     )
 
 
-def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: Callable[[Fields], None]) -> None:
+def _check(
+    fields: Fields,
+    rules: Rules,
+    layout: Callable[[Json], Layout],
+    own: Callable[[Fields], None],
+    usual: Callable[[Json], Json] | None,
+) -> None:
     """Check a config.json: each field by its rule, then the layers that it names, and the rotation of its heads."""
+    if usual is not None:
+        fields.check(rules)  # under its own names, which errors then use
+        fields = replace(fields, config=usual(fields.config))
     fields.check({**_RULES, **rules})
     check_parts(fields)
     check_tokens(fields, fields.config["vocab_size"])
@@ -161,7 +174,8 @@ def _check(fields: Fields, rules: Rules, layout: Callable[[Json], Layout], own: 
         fields.check_divides("num_attention_heads", "hidden_size")
         width = fields.config["hidden_size"] // fields.config["num_attention_heads"]
     for rotation in _distinct(found.rotations or [{}]):
-        check_rope(Fields({**fields.config, **rotation}, fields.where), width, found.rotated)
+        turned = Fields({**fields.config, **rotation}, fields.where)
+        check_rope(turned, width, found.rotated, partial=found.partial)
     linear = fields.config["model_type"] == LINEAR.model_type(stock_type(fields.config))
     check_layers(fields, TYPES, {"full_attention", LINEAR_LAYER} if linear else found.kinds)
     check_layers(fields, "mlp_layer_types", ("dense",))
@@ -182,8 +196,11 @@ def check_head_dim(fields: Fields) -> None:
         raise fields.refusal("head_dim is not that of this architecture", got=fields.config["head_dim"], allowed=width)
 
 
-def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bool) -> Shape:
+def _shape(
+    config: Json, family: str, layout: Callable[[Json], Layout], ties: bool, usual: Callable[[Json], Json] | None
+) -> Shape:
     """The shape of a checked config.json."""
+    config = config if usual is None else usual(config)
     found = layout(config)
     hidden, heads, layers, inner, vocab = (
         config[name]
@@ -207,7 +224,11 @@ def _shape(config: Json, family: str, layout: Callable[[Json], Layout], ties: bo
         hidden_size=hidden,
         vocab_size=vocab,
         num_layers=layers,
-        parameters=ends + vocab * found.head_bias + outside + sum(attention.parameters for attention in sites.values()),
+        parameters=ends
+        + found.positions * hidden
+        + vocab * found.head_bias
+        + outside
+        + sum(attention.parameters for attention in sites.values()),
         dtype=dtype_of(config),
         max_positions=int(config.get("max_position_embeddings") or 2048),
     )

@@ -7,32 +7,22 @@ into the maps behind them: the model is a Phi, whose config has that field, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvfold.contracts.config import EPSILON, SHARE, YES_NO, Fields, Rule, number
-from kvfold.contracts.family import Body, Expressed, Json, Rehoused
+from kvfold.contracts.family import Body, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import STEMS
+from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import END, Layout, decoder
+from kvfold.families._rehoused import Block, Map, phi
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PACKED = {"": Packed("query_key_value.weight", "groups"), "_bias": Packed("query_key_value.bias", "groups")}
+PACKED = {end: Packed(f"query_key_value.{name}", blocks=None) for end, name in (("", "weight"), ("_bias", "bias"))}
 ABSENT = Rule(None, "absent: transformers ignores it in this architecture")
 
 MLP = {"up": "mlp.dense_h_to_4h", "act": "mlp.act", "down": "mlp.dense_4h_to_h"}
-
-_KEPT = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("attention_dropout", "max_position_embeddings", "initializer_range", "layer_norm_eps", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype"),
-)
-"""Fields that both architectures have."""
 
 
 def _layout(config: Json) -> Layout:
@@ -63,17 +53,35 @@ def _as_phi(config: Json) -> Rehoused:
             got="use_parallel_residual false",
             allowed="use_parallel_residual true, whose students are stock Phi",
         )
-    return Rehoused(
-        {
-            "model_type": "phi",
-            "architectures": [f"{STEMS['phi']}{END}"],
-            **{name: config[name] for name in _KEPT if name in config},
+    hidden, heads, biased = config["hidden_size"], config["num_attention_heads"], config.get("attention_bias", True)
+    attention = Attention(hidden, heads, heads, hidden // heads)
+
+    def block(layer: int) -> Block:
+        path = f"gpt_neox.layers.{layer}"
+        first, second = f"{path}.input_layernorm", f"{path}.post_attention_layernorm"
+        maps = {
+            role: Map(
+                [f"{path}.attention.query_key_value"],
+                biased,
+                first,
+                partial(PACKED[""].part, role=role, attention=attention),
+            )
+            for role in "qkv"
+        }
+        maps["o"] = Map([f"{path}.attention.dense"], biased)
+        maps["up"], maps["down"] = Map([f"{path}.{MLP['up']}"], norm=second), Map([f"{path}.{MLP['down']}"])
+        return Block(maps, first, plain=True)
+
+    return phi(
+        {"max_position_embeddings": 2048, "tie_word_embeddings": False, **config},
+        fields={
             "hidden_act": config.get("hidden_act", "gelu"),
-            "num_key_value_heads": config["num_attention_heads"],
             "rope_parameters": _rotation(config),
+            **{name: config[name] for name in ("attention_dropout", "layer_norm_eps") if name in config},
             **dict.fromkeys(("resid_pdrop", "embd_pdrop"), config.get("hidden_dropout", 0.0)),
         },
-        _tensors(config),
+        ends={"embedding": "gpt_neox.embed_in", "head": "embed_out", "norm": "gpt_neox.final_layer_norm"},
+        block=block,
     )
 
 
@@ -81,69 +89,6 @@ def _rotation(config: Json) -> dict[str, Any]:
     found, layout = dict(config.get("rope_scaling") or config.get("rope_parameters") or {}), _layout(config)
     kind = found.pop("type", "default")
     return {"rope_type": kind, "rope_theta": layout.theta, "partial_rotary_factor": layout.rotated, **found}
-
-
-def _tensors(config: Json) -> dict[str, Expressed]:
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads, biased = config["num_attention_heads"], config.get("attention_bias", True)
-    attention = Attention(hidden, heads, heads, hidden // heads)
-    found = {"model.embed_tokens.weight": Expressed(("gpt_neox.embed_in.weight",), (vocab, hidden))}
-    for end in ("weight", "bias"):
-        source = f"gpt_neox.final_layer_norm.{end}"
-        found[f"model.final_layernorm.{end}"] = Expressed((source,), (hidden,))
-    head = "gpt_neox.embed_in" if config.get("tie_word_embeddings", False) else "embed_out"
-    found |= _linear("lm_head", head, (vocab, hidden), biased=False)
-    for layer in range(config["num_hidden_layers"]):
-        old, new = f"gpt_neox.layers.{layer}", f"model.layers.{layer}"
-        first, second = f"{old}.input_layernorm", f"{old}.post_attention_layernorm"
-        for end, plain in (("weight", _ones), ("bias", _zeros)):
-            found[f"{new}.input_layernorm.{end}"] = Expressed((f"{first}.{end}",), (hidden,), plain)
-        for role in "qkv":
-            cut = partial(PACKED[""].part, role=role, attention=attention)
-            name, source = f"{new}.self_attn.{role}_proj", f"{old}.attention.query_key_value"
-            found |= _linear(name, source, (hidden, hidden), biased=biased, norm=first, cut=cut)
-        found |= _linear(f"{new}.self_attn.dense", f"{old}.attention.dense", (hidden, hidden), biased=biased)
-        found |= _linear(f"{new}.mlp.fc1", f"{old}.{MLP['up']}", (inner, hidden), norm=second)
-        found |= _linear(f"{new}.mlp.fc2", f"{old}.{MLP['down']}", (hidden, inner))
-    if config.get("tie_word_embeddings", False):
-        del found["lm_head.weight"]
-    return found
-
-
-def _ones(norm_D: Tensor) -> Tensor:
-    return norm_D.new_ones(norm_D.shape)
-
-
-def _zeros(norm_D: Tensor) -> Tensor:
-    return norm_D.new_zeros(norm_D.shape)
-
-
-def _linear(
-    new: str,
-    old: str,
-    shape: tuple[int, int],
-    *,
-    biased: bool = True,
-    norm: str | None = None,
-    cut: Callable[[Tensor], Tensor] = lambda rows: rows,
-) -> dict[str, Expressed]:
-    """Weight and bias of a map, or of its part: behind a LayerNorm `g * x + b` those are `W g` and `W b + c`."""
-    sources = [f"{old}.weight", *([] if norm is None else [f"{norm}.bias"]), *([f"{old}.bias"] if biased else [])]
-
-    def weight(rows: Tensor, norm_D: Tensor) -> Tensor:
-        return cut(rows).double() * norm_D.double()
-
-    def bias(rows: Tensor, *given: Tensor) -> Tensor:
-        found = cut(given[-1]).double() if biased else rows.new_zeros(shape[0]).double()
-        return found if norm is None else found + cut(rows).double() @ given[0].double()
-
-    names = (f"{old}.weight",)
-    return {
-        f"{new}.weight": Expressed(names, shape)
-        if norm is None
-        else Expressed((*names, f"{norm}.weight"), shape, weight),
-        f"{new}.bias": Expressed(tuple(sources), shape[:1], bias),
-    }
 
 
 FAMILY = decoder(
@@ -172,6 +117,7 @@ FAMILY = decoder(
     },
     body=Body("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", MLP),
     renamed={"lm_head.": "embed_out."},
-    fields=lambda shape: {"model_type": "gpt_neox", "architectures": [f"{STEMS['gpt_neox']}{END}"]},
+    fields=lambda shape: {"model_type": "gpt_neox", "architectures": [stock_class("gpt_neox", END)]},
     rehouse=_as_phi,
+    buffers=r"\.attention\.(bias|masked_bias)$",
 )

@@ -13,7 +13,7 @@ from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
 from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers, Through, entering
-from kvfold.hf.loading import build, load, load_extractor, load_tokenizer
+from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
 from kvfold.hf.lora import add_lora, lora_parameters, merge_lora
 from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
 
@@ -37,6 +37,7 @@ __all__ = [
     "live_cache_bytes",
     "load",
     "load_extractor",
+    "load_source",
     "load_tokenizer",
     "lora_parameters",
     "merge_lora",

@@ -117,4 +117,4 @@ class _Latent:
         model.post_init()  # initialises the new weights
 
 
-register_decoders(__name__, "with latent keys and values", LATENT, _Latent, LatentAttention)
+register_decoders(__name__, "with latent keys and values", LATENT, _Latent, lambda stock: LatentAttention)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
-from kvfold.contracts.site import Shape
+from kvfold.contracts.packed import Packed
+from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool
 from kvfold.errors import SettingError, UnsupportedModel
@@ -102,6 +103,7 @@ class Layers:
         for name, tensor in module.state_dict().items():
             tensor.copy_(self.source.parameter(path + name, tensor.shape))
         self._fill_buffers(module)
+        self._split(number, path, module)
         return Layer(self._base, self._layers, number, path, module.requires_grad_(False).eval(), self._shared)
 
     def _verify(self) -> None:
@@ -120,6 +122,15 @@ class Layers:
             unexpected=there.keys() - wanted.keys(),
             mismatched={name for name in wanted.keys() & there.keys() if wanted[name] != there[name]},
         )
+
+    def _split(self, number: int, path: str, module: nn.Module) -> None:
+        """Give each role of a packed map a linear module of its own."""
+        family, site = self.source.family, Site(number)
+        for role in (*self.source.shape.sites[site].roles(), *family.body.mlp):
+            name, packed = family.tensor(site, role).removeprefix(path).rpartition(".")[0], family.packed(role)
+            if packed is not None and not isinstance(module.get_submodule(name), Split):
+                attention = self.source.shape.sites[site]
+                module.set_submodule(name, Split(packed, module.get_submodule(name), attention))
 
     def _fill_buffers(self, module: nn.Module) -> None:
         """Compute buffers that no checkpoint stores, such as rotary frequencies, as transformers does after loading."""
@@ -188,6 +199,19 @@ class Layer:
         except AttributeError as error:
             raise SettingError(f"layer {self.number} has no module {path}", where=self.path.rstrip(".")) from error
 
+    def weight(self, name: str) -> Tensor:
+        """The weight of a linear map by its name in the checkpoint, as it is stored there."""
+        owner = self.owner(name.rpartition(".")[0])
+        return owner.stored() if isinstance(owner, Split) else owner.get_parameter("weight")
+
+    def write(self, name: str, weight: Tensor) -> None:
+        """Replace the weight of a linear map."""
+        owner = self.owner(name.rpartition(".")[0])
+        if isinstance(owner, Split):
+            owner.store(weight)
+        else:
+            owner.get_parameter("weight").copy_(weight)
+
     def owner(self, name: str) -> nn.Module:
         """The module that holds a tensor of the checkpoint (`model.layers.3.self_attn.k_proj.weight`) or has this name.
 
@@ -201,6 +225,37 @@ class Layer:
         if self.module(holder)._parameters.get(last) is not None:
             return self.module(holder)
         return self.module(below)
+
+
+class Split(nn.Module):
+    """A packed map as one linear module for each of its roles, whose outputs it joins."""
+
+    def __init__(self, packed: Packed, stock: Any, attention: Attention) -> None:
+        super().__init__()
+        self.packed, self.attention, self.linear = packed, attention, {}
+        for role in packed.roles:
+            weight = packed.part(stock.weight, role, attention).contiguous()
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=stock.bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight)
+            if stock.bias is not None:
+                linear.bias = nn.Parameter(packed.part(stock.bias, role, attention))
+            self.linear[role] = linear
+            self.add_module(role, linear)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """The output of the packed map, (B, T, N)."""
+        rows = {role: linear(x_BTD).movedim(-1, 0) for role, linear in self.linear.items()}
+        return self.packed.joined(rows, self.attention).movedim(0, -1)
+
+    def stored(self) -> Tensor:
+        """The weight of the packed map."""
+        weights: dict[str, Tensor] = {role: linear.weight for role, linear in self.linear.items()}
+        return self.packed.whole(weights, self.attention)
+
+    def store(self, weight: Tensor) -> None:
+        """Take over the weight of a packed map."""
+        for role, linear in self.linear.items():
+            linear.weight.copy_(self.packed.part(weight, role, self.attention))
 
 
 class _Shared:

@@ -337,7 +337,7 @@ register_decoders(
     "with linear attention behind a window",
     LINEAR,
     _Linear,
-    LinearAttention,
+    lambda stock: LinearAttention,
     config=(_Settings,),
     fields=_FIELDS,
 )

@@ -46,11 +46,13 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """Load a checkpoint, a local directory or a hub id, for inference: `model(ids_BT).logits`.
 
     An encoder-decoder also takes `decoder_input_ids`. `attention` is `kvfold` or one of transformers' own (`sdpa`,
-    `eager`). Raises CheckpointError if the checkpoint cannot be read or its tensors are not exactly those of its
-    architecture (transformers would initialise missing ones at random), and UnsupportedModel if it has no family.
+    `eager`); architectures that compute their attention themselves have `eager` alone. Raises CheckpointError if the
+    checkpoint cannot be read or its tensors are not exactly those of its architecture (transformers would initialise
+    missing ones at random), and UnsupportedModel if it has no family.
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
+    attention = attention if source.family.interface else "eager"
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention, **_experts(dtype)}
     config = without_negative_ids(source.config)
     try:
@@ -63,12 +65,25 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     constants = {
         f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
     }  # positions
-    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - constants for problem in PROBLEMS})
+    known = constants.union(source.buffers)
+    check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - known for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
         setattr(model.generation_config, name, value)
     assert isinstance(model, nn.Module)
     return model
+
+
+def load_source(source: Checkpoint, *, device: str = "cpu") -> nn.Module:
+    """Load an opened checkpoint as `load` does; a view of another is loaded in its own architecture."""
+    if source.origin is source:
+        return load(source.path, device=device)
+    model = build(source.config, seed=0, attention=NAME).eval()
+    found = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = set(found.missing_keys) - tied
+    check_tensors(source.path, missing=missing, unexpected=found.unexpected_keys, mismatched=())
+    return model.to(device)
 
 
 def check_tensors(where: object, **problems: Iterable[object]) -> None:

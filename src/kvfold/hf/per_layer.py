@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from kvfold.contracts.runtimes import LAYERS
+from kvfold.hf.bigcode import GroupedAttention
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant
 from kvfold.hf.subclass import attentions, register_decoders
 
@@ -47,7 +48,7 @@ class _Sources:
 class _OwnLayers:
     """In front of a stock model class: gives each layer the key/value heads and the source of the config."""
 
-    own_attention: type[SharedAttention]
+    own_attention: type[SharedAttention | GroupedAttention]
 
     def __init__(self, config: Any) -> None:
         """Build the stock model, then the attentions that differ.
@@ -69,7 +70,9 @@ class _OwnLayers:
         layers = zip(attentions(model), config.per_layer_config, modes, strict=True)
         for number, ((path, attention), own, mode) in enumerate(layers):
             stock: Any = type(attention)
-            if mode is not None:
+            if issubclass(self.own_attention, GroupedAttention):  # the stock one ignores numbers of heads
+                stock = self.own_attention
+            elif mode is not None:
                 stock = partial(self.own_attention, source=sources[number])
             elif own.num_key_value_heads == common:
                 continue
@@ -97,7 +100,7 @@ register_decoders(
     "with key/value heads of each layer's own, or another layer's",
     LAYERS,
     _OwnLayers,
-    SharedAttention,
+    lambda stock: GroupedAttention if stock == "gpt_bigcode" else SharedAttention,
     config=(_Sources,),
     fields=_FIELDS,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -38,17 +38,17 @@ def register_decoders(
     about: str,
     runtime: Runtime,
     front: type,
-    attention: type,
+    attention: Callable[[str], type],
     *,
     config: tuple[type, ...] = (),
     fields: Mapping[str, Any] = {},
 ) -> None:
     """Derive the decoder classes of a runtime and register them with transformers' Auto classes.
 
-    `front` goes in front of the stock model classes, `attention` in front of the stock attention, and `config` in front
-    of the config class, which gets `fields`. Models find their attention class as `own_attention`; the attention finds
-    the stock module as `architecture`. The derived attention is a subclass of the stock one because a model recognises
-    its attentions by that class when it returns attention weights.
+    `front` goes in front of the stock model classes, the class that `attention` gives for an architecture in front of
+    the stock attention, and `config` in front of the config class, which gets `fields`. Models find their attention
+    class as `own_attention`; the attention finds the stock module as `architecture`. The derived attention is a
+    subclass of the stock one because a model recognises its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
         model = getattr(transformers, stock_class(stock, "Model"))
@@ -58,12 +58,13 @@ def register_decoders(
         AutoConfig.register(runtime.model_type(stock), settings)
         if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
             register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
+        recorded = model._can_record_outputs["attentions"]
         own = derive(
             module,
             about,
-            model._can_record_outputs["attentions"],
+            getattr(recorded, "target_class", recorded),
             runtime.architecture(stock, "Attention"),
-            attention,
+            attention(stock),
             architecture=sys.modules[model.__module__],
         )
         for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):

@@ -117,8 +117,11 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
     """Every known engine, for a student of a source with this config.json."""
     shape = student.shape
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
-    if student.model_type is not None or kept is not None:
-        what = student.model_type if kept is None else f"attention that keeps {' and '.join(kept)}"
+    own = student.model_type
+    if LAYERS.holds(shape) and not mixed(shape):  # the stock class has no field for this number of heads
+        own = LAYERS.model_type(shape.model_type)
+    if own is not None or kept is not None:
+        what = own if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
         rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)

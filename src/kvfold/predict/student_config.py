@@ -39,14 +39,20 @@ def draft(config: Mapping[str, Any], family: Family, shape: Shape, method: str, 
     """
     chosen = methods.get(method)
     settings = decode(chosen.Config, given, method)
-    methods.check(method, settings, shape)
-    student = chosen.student(settings, shape)
-    if family.rehouse is not None and student.shape != shape:
-        config = family.rehouse(config).config
-        family = source_family(config)
-        shape = replace(family.shape(config), root_elements=shape.root_elements)
-        student = chosen.student(settings, shape)
-    return Draft(config, family, shape, chosen, settings, student)
+    other, there, refused = config, shape, None
+    if family.rehouse is not None:
+        try:
+            other = family.rehouse(config).config
+            there = replace(source_family(other).shape(other), root_elements=shape.root_elements)
+        except UnsupportedModel as error:
+            refused = error
+    methods.check(method, settings, there)
+    student = chosen.student(settings, there)
+    if student.shape == there:  # a copy, which needs no other architecture
+        return Draft(config, family, shape, chosen, settings, chosen.student(settings, shape))
+    if refused is not None:
+        raise refused
+    return Draft(other, source_family(other), there, chosen, settings, student)
 
 
 def student_config(

@@ -16,12 +16,6 @@ def check_roles(family: Family, roles: Sequence[str]) -> None:
     """Raise SettingError for roles that cannot be repaired in this family."""
     if unknown := [role for role in roles if role not in REPAIRABLE]:
         raise SettingError(f"{unknown[0]!r} cannot be repaired", where="repair", allowed=choices(REPAIRABLE))
-    if packed := [role for role in roles if family.packed(role)]:
-        raise SettingError(
-            f"family {family.name} keeps {choices(packed)} in one tensor with other roles",
-            where="repair",
-            next=f"leave out {choices(packed)}",
-        )
     if absent := [role for role in roles if role in MLP and role not in family.body.mlp]:
         raise SettingError(
             f"the MLP of family {family.name} has no {choices(absent)}",

@@ -161,7 +161,7 @@ class _Pass:
             self.above.write(row, above_BTD)
         found = dict(done or {})
         for name, tensor in found.items():
-            student.weight(name).copy_(tensor)
+            student.layer.write(name, tensor)
         wanted = [role for role in REPAIRABLE if role in self.roles] if done is None else []
         if "q" in wanted:
             self._repair_q(teacher, student)
@@ -181,8 +181,8 @@ class _Pass:
     def _saved(self, role: str, student: _Layer) -> dict[str, Tensor]:
         """A repaired tensor by name, as it is saved; the layers above read it so. Raises CheckpointError for NaN."""
         name = self.target.family.tensor(student.site, role)
-        weight, dtype = student.weight(name), getattr(torch, self.target.spec(name).dtype)
-        weight.copy_(saved := weight.to(dtype))
+        saved = student.layer.weight(name).to(getattr(torch, self.target.spec(name).dtype))
+        student.layer.write(name, saved)
         if not bool(saved.isfinite().all()):
             raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
         return {name: saved.cpu()}
@@ -258,19 +258,18 @@ class _Layer:
         family = checkpoint.family
         self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
         self._module = layer.owner(family.module(site))
-        self.q, self.o = (layer.owner(family.tensor(site, role)) for role in "qo")
+        self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
         offset, normed = self.attention.norm_offset, self.attention.norms != "none"
         self.q_norm = Norm(layer.owner(family.tensor(site, "q_norm")), offset) if normed else None
-        self.mlp: dict[str, Any] = {part: layer.module(path) for part, path in family.body.mlp.items()}
+        self.mlp: dict[str, Any] = {
+            part: layer.owner(family.alone(site, part)) if part in REPAIRABLE else layer.module(str(path))
+            for part, path in family.body.mlp.items()
+        }
         after = {part: Norm(layer.module(path), offset) for part, path in family.body.after.items()}
         factor = float(checkpoint.config.get(family.body.residual, 1.0))
         self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
         if self.mlp:
             self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"), factor)
-
-    def weight(self, name: str) -> Any:
-        """The weight of the module that holds a tensor."""
-        return self.layer.owner(name).weight
 
     def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
         """The attention on hidden states of the rows from `row` on."""

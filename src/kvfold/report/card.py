@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,10 @@ from kvfold.disk.manifest import read_lineage
 from kvfold.disk.output import read_json, replacing, written_by_kvfold
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, plain
-from kvfold.report import tables
+from kvfold.evaluate.gate import missed_line
+from kvfold.report import kept, tables
 from kvfold.report.folder import Folded, Run, commands, findings
+from kvfold.report.outcome import default_gate
 from kvfold.report.rows import Row, Study
 from kvfold.report.studies import studies
 
@@ -90,8 +93,12 @@ def card(checkpoint_dir: str | Path, records: Sequence[Record], *, names: Mappin
             steps=[(step["stage"], _step(step["settings"]), step.get("tokens")) for step in lineage["steps"]],
             numbers=[tables.markdown(_numbers(study, row), words=1) for study, row in measured],
             evaluated=[
-                {"tokens": known.get("tokens"), "data": _quoted(known.get("data", "the text"))}
-                for known in (row.records[0].settings for _, row in measured)
+                {
+                    "tokens": row.records[0].settings.get("tokens"),
+                    "data": _quoted(row.records[0].settings.get("data", "the text")),
+                    "missed": missed_line([] if row.records[0].settings.get("gate") else default_gate(study, row)),
+                }
+                for study, row in measured
             ],
             findings=[_inert(line) for line in findings(lineage)],
             commands=commands(Folded(folder, folder.resolve().name, lineage), names or {}),
@@ -146,5 +153,10 @@ def _numbers(study: Study, row: Row) -> tables.Table:
     for distance, value in row.keyed("copy_loss").items():
         other = teacher.keyed("copy_loss").get(distance) if teacher else None
         lines.append([f"copy loss over {int(distance):,} tokens", tables.cell(value, 3), tables.cell(other, 3)])
+    accuracies: dict[str, Callable[[Row], kept.Score | None]] = {"last words": kept.last_word}
+    accuracies |= {kept.title(task): partial(kept.accuracy, task=task) for task in kept.tasks_of([row])}
+    for name, of in accuracies.items():
+        own, theirs = (kept.percent(of(side) if side else None) for side in (row, teacher))
+        lines.append([f"accuracy on {name}", own, theirs])
     lines += [[f"decode speed at {c:,} × {b}", f"{speed:.2f}×", "1×"] for (c, b), speed in sorted(row.speedups.items())]
     return ["", "this model", "teacher"], [line for line in lines if line[1] != tables.NONE]

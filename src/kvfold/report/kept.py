@@ -46,7 +46,7 @@ def kept(study: Study) -> Table | None:
             "model": name,
             **_size(row),
             "loss": cell(row.metric("loss"), 3),
-            "last word": _percent(last_word(row)),
+            "last word": percent(last_word(row)),
             **{f"copy gain over {key:,}": cell(row.keyed("copy_gain").get(str(key)), 2) for key in distances},
             **_tasks(study, row, tasks),
             **_speed(study, row),
@@ -126,7 +126,7 @@ def _tasks(study: Study, row: Row, tasks: Sequence[str]) -> dict[str, str]:
     cells = {}
     for task in tasks:
         words = title(task) if [*map(title, tasks)].count(title(task)) == 1 else task
-        cells[words] = _percent(accuracy(row, task))
+        cells[words] = percent(accuracy(row, task))
         cells[f"{words} kept"] = NONE if row is study.teacher else _part(share(study, row, task))
     return cells
 
@@ -141,7 +141,7 @@ def _speed(study: Study, row: Row) -> dict[str, str]:
 
 def _quantised(study: Study, row: Row) -> str:
     """The quantised cache of the teacher that takes no more bytes than a student and has the lowest loss."""
-    if row.role == "teacher" or study.teacher is None or not row.cache_bytes:
+    if row.role != "student" or study.teacher is None or not row.cache_bytes:
         return NONE
     fitting = [
         (loss.mean, each.cached)
@@ -151,7 +151,8 @@ def _quantised(study: Study, row: Row) -> str:
     return "{1}: {0:.3f}".format(*min(fitting)) if fitting else NONE
 
 
-def _percent(score: Score | None) -> str:
+def percent(score: Score | None) -> str:
+    """An accuracy with its standard error."""
     return NONE if score is None else f"{score[0]:.1%}" + (f" ± {100 * score[1]:.1f}" if score[1] else "")
 
 

@@ -194,15 +194,15 @@ def _closing(study: Study, row: Row, run: Run) -> float | None:
 
     Without another, by the second half of its training log.
     """
-    loss, (unit, spent) = row.metric("loss"), _spent(row)
+    loss, (unit, own) = row.metric("loss"), spent(row)
     if not row.trained or loss is None:
         return None
     pairs = []
     for other in study.rows:
-        other_loss, (other_unit, other_spent) = other.metric("loss"), _spent(other)
-        if other_loss is None or unit != other_unit or min(spent, other_spent) <= 0:
+        other_loss, (other_unit, other_spent) = other.metric("loss"), spent(other)
+        if other_loss is None or unit != other_unit or min(own, other_spent) <= 0:
             continue
-        doublings = math.log2(other_spent) - math.log2(spent)
+        doublings = math.log2(other_spent) - math.log2(own)
         if abs(doublings) >= _APART and _same_but_for_tokens(row, other):
             pairs.append((doublings < 0, abs(doublings), (loss.mean - other_loss.mean) / doublings))
     if pairs:
@@ -211,15 +211,15 @@ def _closing(study: Study, row: Row, run: Run) -> float | None:
     return statistics.fmean(logged) if logged else None
 
 
-def _spent(row: Row) -> tuple[str, float]:
+def spent(row: Row) -> tuple[str, float]:
     """The training of a row: the tokens of its lineage, else its alpha, else its tokens; 0 if that is no number."""
     for record in row.records:
         steps = record.metrics.get("made_by") or ()
         if tokens := sum(step.get("tokens") or 0 for step in steps if step["stage"] == "uptrain"):
             return "tokens", float(tokens)
     unit = "alpha" if row.training.get("alpha") else "tokens"
-    spent = row.training.get(unit)
-    return unit, float(spent) if isinstance(spent, int | float) else 0.0
+    known = row.training.get(unit)
+    return unit, float(known) if isinstance(known, int | float) else 0.0
 
 
 def _same_but_for_tokens(row: Row, other: Row) -> bool:
