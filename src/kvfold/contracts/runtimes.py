@@ -333,7 +333,7 @@ LAYERS = Runtime(
 SHARING = replace(
     LAYERS,
     name="layers that share keys and values",
-    models=LAYERS.models - {"phi3", "gpt_bigcode"},
+    models=LAYERS.models - {"phi3", "gpt_bigcode", "stablelm"},  # whose layers hand nothing on to attention
     holds=lambda shape: bool(shape.owners),
 )
 LATENT = Runtime(

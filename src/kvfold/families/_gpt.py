@@ -13,6 +13,7 @@ from kvfold.contracts.config import (
     POSITIONS,
     SHARE,
     WIDTH,
+    YES_NO,
     Fields,
     Rule,
     Rules,
@@ -43,6 +44,14 @@ RULES: Rules = {
     "add_cross_attention": only(False, "false: cross-attention is not known here"),
     **dict.fromkeys(("head_dim", "rope_parameters", "rope_scaling", "rope_theta"), IGNORED),
 }
+
+SUMMARY: Rules = {
+    **dict.fromkeys(("summary_use_proj", "summary_proj_to_labels"), YES_NO),
+    "summary_type": Rule(str, "a word"),
+    "summary_activation": Rule(str, "a word").or_null,
+    "summary_first_dropout": SHARE,
+}
+"""Fields of GPT-2's heads for other tasks, which a language model does not use and transformers checks."""
 
 TINY: Mapping[str, Any] = {
     "vocab_size": 96,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from kvfold.contracts.config import (
     EPSILON,
     HEADS,
+    LAYERS,
     POSITIONS,
     SHARE,
     WIDTH,
@@ -27,7 +28,7 @@ from kvfold.contracts.family import Body, Json
 from kvfold.families._decoder import BODY, Layout, check_head_dim, decoder
 
 NO = only(False, "false: no such model is known here")
-FACTOR = number(1e-6, 1e6)
+FACTOR, SCALE = number(1e-6, 1e6), decimal(1e-6, 1e6)
 BIASES: Rules = dict.fromkeys(("attention_bias", "mlp_bias"), YES_NO)
 GROUPS: Rules = {"num_key_value_heads": HEADS.needed, "head_dim": WIDTH}  # where transformers has defaults of its own
 PLAIN = {"up": "mlp.up_proj", "act": "mlp.act_fn", "down": "mlp.down_proj"}
@@ -194,7 +195,7 @@ FAMILIES = (
         "Seed-OSS (biases on q, k and v)",
         "seed_oss",
         examples=("ByteDance-Seed/Seed-OSS-36B-Instruct",),
-        rules={**BIASES, **GROUPS, "attention_out_bias": YES_NO, "residual_dropout": SHARE},
+        rules={**BIASES, **GROUPS, "attention_out_bias": YES_NO, "residual_dropout": SHARE, "pretraining_tp": LAYERS},
         layout=lambda config: Layout(
             biases="qkv" * config.get("attention_bias", True) + "o" * config.get("attention_out_bias", False),
             mlp_biases=config.get("mlp_bias", False),
@@ -285,7 +286,7 @@ FAMILIES = (
             "attention_bias": YES_NO,
             "head_dim": WIDTH,
             "layer_norm_eps": EPSILON,
-            "logit_scale": FACTOR,
+            "logit_scale": SCALE,
             "use_qk_norm": only(False, "false: LayerNorms of q and k are not known here"),
         },
         layout=lambda config: _biased(config, theta=5e5, half_split=False, vectors=1, last=1),
@@ -297,7 +298,7 @@ FAMILIES = (
         "cohere2",
         examples=("CohereForAI/c4ai-command-r7b-12-2024", "CohereForAI/c4ai-command-a-03-2025"),
         rules={
-            **{"attention_bias": YES_NO, "head_dim": WIDTH, "layer_norm_eps": EPSILON, "logit_scale": FACTOR},
+            **{"attention_bias": YES_NO, "head_dim": WIDTH, "layer_norm_eps": EPSILON, "logit_scale": SCALE},
             **{"sliding_window": POSITIONS, "sliding_window_pattern": whole(1, 1 << 20)},
         },
         check=check_head_dim,

@@ -5,7 +5,7 @@ A model whose `sliding_window` is null has no windows, and rotates all layers.
 
 from __future__ import annotations
 
-from kvfold.contracts.config import Fields, Rule
+from kvfold.contracts.config import HEADS, Fields, Rule
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import AFTER, Layout, decoder
 from kvfold.families._layer_types import FULL, WINDOW, check_window, types_of, windows_of
@@ -41,6 +41,7 @@ FAMILY = decoder(
     "exaone4",
     examples=("LGAI-EXAONE/EXAONE-4.0-1.2B", "LGAI-EXAONE/EXAONE-4.0-32B"),
     rules={
+        "num_key_value_heads": HEADS.needed,
         "sliding_window": WINDOW,
         "sliding_window_pattern": Rule(int | str, "a whole number, or letters L and G").or_null,
     },

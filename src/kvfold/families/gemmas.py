@@ -152,6 +152,7 @@ def _check_whole(fields: Fields) -> None:
     fields.check(
         {
             "is_encoder_decoder": only(False, "false"),
+            "initializer_range": decimal(0, 1).or_null,
             **dict.fromkeys(("num_key_value_heads", "per_layer_config"), Rule(None, "absent: it is the text part's")),
             **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), whole(0, 1 << 24)),
             "mm_tokens_per_image": whole(1, 1 << 20),

@@ -6,7 +6,7 @@ are not folded: a student leaves them out, as transformers does when it loads th
 
 from __future__ import annotations
 
-from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Fields, Rule, number, whole
+from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Fields, Rule, decimal, whole
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, decoder
 from kvfold.families._experts import BODY, RULES, check_experts, experts_of, routed
@@ -53,7 +53,7 @@ FAMILY = decoder(
         **dict.fromkeys(("n_group", "topk_group"), whole(1, 1 << 16)),
         **dict.fromkeys(("use_qk_norm", "attention_bias"), YES_NO),
         **dict.fromkeys(_DRAFTS, whole(0, 16)),
-        "routed_scaling_factor": number(0, 1e6),
+        "routed_scaling_factor": decimal(0, 1e6),
         "sliding_window": Rule(None, "null: this architecture has no windows"),
     },
     check=_check,

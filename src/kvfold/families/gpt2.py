@@ -15,7 +15,7 @@ from kvfold.contracts.packed import Packed
 from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
 from kvfold.families._decoder import END, TENSORS, decoder
-from kvfold.families._gpt import BODY, IGNORED, RULES, TINY, check_gpt, gpt_layout, gpt_usual
+from kvfold.families._gpt import BODY, IGNORED, RULES, SUMMARY, TINY, check_gpt, gpt_layout, gpt_usual
 from kvfold.families._rehoused import GROUPS, Block, Map, bigcode
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ FAMILY = decoder(
     examples=("openai-community/gpt2", "openai-community/gpt2-xl"),
     rules={
         **RULES,
+        **SUMMARY,
         "num_key_value_heads": IGNORED,
         "scale_attn_weights": only(True, "true: logits without a scale are not known here"),
         "scale_attn_by_inverse_layer_idx": only(False, "false: another scale in each layer is not known here"),

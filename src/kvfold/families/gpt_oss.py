@@ -6,7 +6,9 @@ query head and stays as it is. Published checkpoints hold experts in MXFP4, whic
 
 from __future__ import annotations
 
-from kvfold.contracts.config import YES_NO, Fields, number
+from typing import Any
+
+from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Fields, Rule, decimal
 from kvfold.contracts.family import Body, Json
 from kvfold.families._decoder import Layout, decoder
 from kvfold.families._experts import RULES, check_experts, experts_of
@@ -54,7 +56,9 @@ FAMILY = decoder(
         **RULES,
         "sliding_window": WINDOW,
         "attention_bias": YES_NO,
-        **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), number(0, 1e6)),
+        **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), decimal(0, 1e6)),
+        **{"num_key_value_heads": HEADS.needed, "head_dim": WIDTH},
+        "rope_parameters": Rule(dict[str, Any], "a mapping").or_null,
     },
     check=_check,
     layout=_layout,

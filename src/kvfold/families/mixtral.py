@@ -31,7 +31,7 @@ FAMILY = decoder(
     examples=("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x22B-v0.1"),
     rules={
         **RULES,
-        "num_key_value_heads": HEADS.or_null,
+        "num_key_value_heads": HEADS.needed,
         "router_jitter_noise": SHARE,
         "sliding_window": POSITIONS.or_null,
     },

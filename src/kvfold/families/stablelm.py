@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvfold.contracts.config import EPSILON, SHARE, YES_NO, only
+from kvfold.contracts.config import EPSILON, HEADS, SHARE, YES_NO, only
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, check_head_dim, decoder
 
@@ -22,6 +22,7 @@ FAMILY = decoder(
     "stablelm",
     examples=("stabilityai/stablelm-3b-4e1t", "stabilityai/stablelm-2-1_6b"),
     rules={
+        "num_key_value_heads": HEADS.needed,
         "layer_norm_eps": EPSILON,
         "qk_layernorm": only(False, "false: norms with weights for each head are not known here"),
         **dict.fromkeys(("use_qkv_bias", "use_parallel_residual"), YES_NO),

@@ -24,12 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kvfold.contracts.family import Family
 from kvfold.contracts.runtimes import ADDED, stock_type
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import read_object
 from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
-from kvfold.families import all_families
+from kvfold.families import all_families, family_of
 from kvfold.hf.attention import NAME
 from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
 
@@ -52,8 +53,11 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     """
     kind = _dtype(dtype)
     source = Checkpoint.open(path)
-    attention = attention if source.family.interface else "eager"
-    options: dict[str, Any] = {"dtype": kind, "attn_implementation": attention, **_experts(dtype)}
+    options: dict[str, Any] = {
+        "dtype": kind,
+        "attn_implementation": _known(attention, source.family),
+        **_experts(dtype),
+    }
     config = without_negative_ids(source.config)
     try:
         with quiet():
@@ -236,7 +240,9 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         made = AutoConfig.for_model(**without_negative_ids(config))
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _auto(config).from_config(made, attn_implementation=attention, dtype=kind, **_experts(dtype))
+            model = _auto(config).from_config(
+                made, attn_implementation=_known(attention, family_of(config)), dtype=kind, **_experts(dtype)
+            )
             _untie(model, config)
     except KvfoldError:
         raise
@@ -244,6 +250,11 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         raise SettingError(f"no model can be built from the config: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _known(attention: str | None, family: Family) -> str | None:
+    """The attention that its classes take of the one that is wanted."""
+    return attention if attention is None or family.interface else "eager"
 
 
 def _auto(config: Mapping[str, Any]) -> Any:
