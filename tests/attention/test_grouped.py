@@ -195,3 +195,25 @@ def test_decoding_can_be_compiled_whole() -> None:
     q, k, v = _inputs((1, 4, 2, 1, 64, 8))
     compiled = torch.compile(grouped_attention, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), grouped_attention(q, k, v))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("kind", ["causal", "bool", "float"])
+def test_sinks_are_the_textbooks(kind: str, tokens: int, softcap: float | None) -> None:
+    inputs, sinks_H = _inputs((2, 8, 2, tokens, 9, 16)), torch.linspace(-3, 3, 8, dtype=torch.float64)
+    mask = torch.rand(2, 1, tokens, 9, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[..., 0] = True
+    options: dict[str, Any] = {"causal": True} if kind == "causal" else {"mask": mask}
+    if kind == "float":
+        options["mask"] = torch.where(mask, 0.5, -math.inf).double()
+    _agree(inputs, **options, softcap=softcap, sinks_H=sinks_H)
+
+
+def test_a_sink_takes_what_a_row_that_sees_nothing_has() -> None:
+    q, k, v = _inputs((1, 4, 2, 3, 5, 8))
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    mask[:, :, 1] = False
+    made = grouped_attention(q, k, v, mask=mask, sinks_H=torch.zeros(4, dtype=torch.float64))
+    assert bool((made[:, :, 1] == 0).all())
+    assert bool(made.isfinite().all())

@@ -158,7 +158,7 @@ def test_a_student_is_a_stock_phi_of_the_source_that_was_given(
     assert student.lineage is not None
     assert student.lineage["root"]["hash"] == Checkpoint.open(teacher).hash()
     assert student.lineage["root"]["config"]["model_type"] == "gpt_neox"
-    assert student.lineage["steps"][-1]["settings"]["repair"] == ["q", "o", "down"]
+    assert student.lineage["steps"][-1]["settings"]["repair"] == ["q", "o", "up", "down"]
     model, found = AutoModelForCausalLM.from_pretrained(student.path, output_loading_info=True)
     assert not any(found[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(model), logits(hf.load(student.path)), rtol=1e-5, atol=1e-5)

@@ -123,7 +123,9 @@ def test_eager_is_sdpa(fold: Fold) -> None:
 @pytest.mark.slow
 def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) -> None:
     """Every role that the method repairs is repaired, and lacks what float32 rounds."""
-    options = ConvertSettings(calibration=str(fold.text), calibration_tokens=600, calibration_length=64)
+    options = ConvertSettings(
+        calibration=str(fold.text), calibration_tokens=600, calibration_length=64, effort="thorough"
+    )
     student = Checkpoint.open(convert(fold.teacher.path, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options))
     assert student.lineage is not None
     if not student.family.encoder_decoder:

@@ -238,8 +238,8 @@ def test_the_recipes_plan_what_they_say(name: str, tmp_path: Path, monkeypatch: 
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     assert (recipe.name, recipe.source) == (name, "kvfold:smollm2")
     assert ("lm_eval" in recipe.evaluate) == (name == "smollm2-tasks")
-    planned = [plan(recipe.source, "gqa", {"kv_heads": row.convert["kv_heads"]}) for row in cells(recipe)]
+    names = ("kv_heads", "ratio")
+    chosen = [{name: row.convert[name] for name in names if name in row.convert} for row in cells(recipe)]
+    planned = [plan(recipe.source, "gqa" if "kv_heads" in each else "elitekv", each) for each in chosen]
     kept = [each.after.cache_bytes / each.before.cache_bytes for each in planned]
-    assert kept[0] == pytest.approx(1 / 3)
-    assert all(1 / 3 < each <= 0.5 for each in kept[1:])
-    assert len(kept) == 2
+    assert kept == pytest.approx([1 / 3, 0.489, 0.5, 1 / 3], abs=1e-3)

@@ -131,6 +131,14 @@ def test_a_bias_of_positions_is_added_to_the_logits(tokens: int, seen: str) -> N
     torch.testing.assert_close(made.transpose(1, 2), reference(q, k, v, mask=expected, scale=1.0))
 
 
+def test_sinks_of_transformers_are_honoured() -> None:
+    """Stock sdpa ignores `s_aux`."""
+    forward, q = AttentionInterface()["kvfold"], torch.randn(1, 4, 3, 8, generator=torch.Generator().manual_seed(0))
+    sinks_H = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    made, _ = forward(torch.nn.Module(), q, q, q, None, s_aux=sinks_H)
+    torch.testing.assert_close(made.transpose(1, 2), reference(q, q, q, causal=True, sinks_H=sinks_H))
+
+
 def test_dropout_acts_in_training_alone() -> None:
     model, ids = _model({**GROUPED, "attention_dropout": 0.5}), _ids()
     assert torch.equal(model(ids).logits, model(ids).logits)
@@ -313,7 +321,8 @@ def test_tensors_that_transformers_would_make_up_are_refused(
 ) -> None:
     folder = tiny_checkpoint()
     _drop(folder)
-    opened = type("Opened", (), {"path": folder, "config": json.loads((folder / "config.json").read_text())})
+    config = json.loads((folder / "config.json").read_text())
+    opened = type("Opened", (), {"path": folder, "config": config, "family": all_families()["llama"], "buffers": ()})
     monkeypatch.setattr("kvfold.hf.loading.Checkpoint.open", lambda path: opened)  # were its own check to miss it
     with pytest.raises(CheckpointError, match=r"missing tensors .*model\.norm\.weight"):
         hf.load(folder)
@@ -321,9 +330,9 @@ def test_tensors_that_transformers_would_make_up_are_refused(
 
 def test_an_architecture_without_a_family_is_refused(tiny_checkpoint: Maker) -> None:
     folder = tiny_checkpoint()
-    text = (folder / "config.json").read_text().replace('"llama"', '"gpt2"')
+    text = (folder / "config.json").read_text().replace('"llama"', '"mpt"')
     (folder / "config.json").write_text(text)
-    with pytest.raises(UnsupportedModel, match="gpt2"):
+    with pytest.raises(UnsupportedModel, match="mpt"):
         hf.load(folder)
 
 

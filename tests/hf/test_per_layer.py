@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
-from examples import CORE
+from examples import APART
 from kvfold import hf
-from kvfold.contracts.runtimes import LAYERS
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
@@ -25,7 +24,7 @@ from kvfold.predict.plan import PlanSettings, plan
 HEADS = (4, 2, 1, 2)
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in CORE if name in LAYERS.models},
+    **{name: (name, {}) for name in APART},
     "llama, biases": ("llama", {"attention_bias": True, "head_dim": 16}),
     "mistral": (
         "llama",

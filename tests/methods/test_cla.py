@@ -16,13 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples import CORE
+from examples import APART
 from kvfold import hf
 from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.sensitivity import measure
 from kvfold.contracts.requests import ConvertedKL, CrossGram, InputGram, QueryGram
-from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk import record
@@ -43,7 +42,7 @@ from pages.marks import END, START, with_tables
 ROOT = Path(__file__).parents[2]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 7
 
-TAKERS = [name for name in CORE if name in LAYERS.models]
+TAKERS = APART
 
 
 @pytest.fixture(autouse=True)

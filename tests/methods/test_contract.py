@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from examples import CORE, example
+from examples import CORE, example, read
 from kvfold import hf, methods
 from kvfold.calibrate.decoder import calibrate
 from kvfold.contracts.cache import CacheSpec, grouped_cache
@@ -37,7 +37,11 @@ from kvfold.train.uptrain import UptrainSettings, uptrain
 
 METHODS = methods.all_methods()
 AUTO = {
-    name: AutoModelForSeq2SeqLM if family.encoder_decoder else AutoModelForCausalLM
+    name: AutoModelForSpeechSeq2Seq
+    if family.audio
+    else AutoModelForSeq2SeqLM
+    if family.encoder_decoder
+    else AutoModelForCausalLM
     for name, family in all_families().items()
 }
 SIMPLE = (str, int, float, bool, type(None), PerSite)
@@ -167,7 +171,7 @@ def test_the_lossless_student_is_the_teacher(
 
 def inputs(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     """Ids as a model takes them; an encoder-decoder is given them twice."""
-    return {"input_ids": ids_BT, **({"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {})}
+    return {**read(model, ids_BT), **({"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {})}
 
 
 @pytest.mark.slow
@@ -180,12 +184,12 @@ def test_what_is_planned_is_what_a_student_caches(
     planned = plan(teacher, name, settings, options=PlanSettings(context=9, batch=2))
     student = convert(teacher, tmp_path / "student", name, settings)
     model: Any = hf.load(student)
-    read, kept = inputs(model, torch.arange(2 * 9).view(2, 9)), None
+    given, kept = inputs(model, torch.arange(2 * 9).view(2, 9)), None
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    written = read.pop(name)
+    written = given.pop(name)
     with torch.inference_mode():
         for ids_BT in written.split(8, dim=1):  # a window lets go of what lies before it in the step after the prompt
-            kept = model(**read, **{name: ids_BT}, past_key_values=kept, use_cache=True).past_key_values
+            kept = model(**given, **{name: ids_BT}, past_key_values=kept, use_cache=True).past_key_values
     assert hf.live_cache_bytes(kept) == planned.after.cache_bytes
     assert sum(parameter.numel() for parameter in model.parameters()) == planned.after.parameters
     folder = sum(file.stat().st_size for file in student.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kvfold.contracts.effort import EFFORTS, RepairSettings
 from kvfold.contracts.requests import FoldedKL, InputGram, QueryGram
-from kvfold.contracts.site import Site
+from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.predict.conversion_cost import ConversionCost, Speeds, Work, conversion_cost, directions
 
@@ -88,3 +88,12 @@ def test_tokens_follow_the_width_within_bounds() -> None:
     assert standard.tokens(10**6) == 65_536
     assert {EFFORTS["thorough"].tokens(width) for width in (1, 3000, 10**6)} == {65_536}
     assert all(EFFORTS["quick"].tokens(width) < standard.tokens(width) for width in (1, 1536, 4000))
+
+
+def test_gate_and_up_are_refitted_where_they_pay() -> None:
+    standard, parts = EFFORTS["standard"], ("gate", "up", "act", "down")
+    assert standard.repaired(REPAIRABLE, parts, 256) == REPAIRABLE
+    assert standard.repaired(REPAIRABLE, parts, 257) == ("q", "o", "down")
+    assert EFFORTS["thorough"].repaired(REPAIRABLE, parts, 4096) == REPAIRABLE
+    assert EFFORTS["thorough"].repaired(REPAIRABLE, ("up", "act", "down"), 4096) == ("q", "o", "up", "down")
+    assert EFFORTS["quick"].repaired(("q", "o"), parts, 64) == ("o",)

@@ -259,7 +259,8 @@ def test_a_plan_is_json_and_a_table(saved: Callable[..., Path]) -> None:
     plain = json.loads(json.dumps(made.as_dict()))
     assert plain["after"]["cache_bytes"] == made.after.cache_bytes
     assert plain["speedup"] == made.speedup > 1
-    assert plain["settings"] == {"kv_heads": "8", "init": "fit", "init_seed": 0, "budget": None}
+    plain_gqa = {"kv_heads": "8", "init": "fit", "init_seed": 0, "budget": None}
+    assert plain["settings"] == {**plain_gqa, "budget_metric": "kl", "weigh": "uniform"}
     rows = {label: (before, after) for label, before, after in made.rows()}
     assert rows["parameters"] == ("6.74B", "5.93B")
     assert rows["cache per token"] == ("512 KiB", "128 KiB")

@@ -36,8 +36,9 @@ CLASSES = [
 
 @pytest.mark.parametrize(("family", "model_type", "architecture"), CLASSES)
 def test_every_class_that_a_family_names_is_registered(family: str, model_type: str, architecture: str) -> None:
-    paired = all_families()[family].encoder_decoder
+    paired, audio = all_families()[family].encoder_decoder, all_families()[family].audio
     auto = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForSpeechSeq2Seq if audio else auto
     assert auto._model_mapping[transformers.CONFIG_MAPPING[model_type]].__name__ == architecture
 
 

@@ -174,7 +174,8 @@ def reference(
                 logits_BTS = logits_BTS.masked_fill(~mask_BTS, -math.inf)
             else:
                 logits_BTS = logits_BTS + mask_BTS
-        weights_BTS = logits_BTS.exp()
-        total_BT1 = weights_BTS.sum(-1, keepdim=True) + (0 if sinks_H is None else sinks_H[head].exp())
-        outputs.append(torch.einsum("bts,bse->bte", weights_BTS / total_BT1, v_BGSE[:, head // group]))
+        weights_BTS = logits_BTS.softmax(-1)
+        if sinks_H is not None:  # sum exp z / (sum exp z + exp s)
+            weights_BTS = weights_BTS * (logits_BTS.logsumexp(-1, keepdim=True) - sinks_H[head]).sigmoid()
+        outputs.append(torch.einsum("bts,bse->bte", weights_BTS, v_BGSE[:, head // group]))
     return torch.stack(outputs, dim=1)

@@ -38,10 +38,13 @@ class Effort:
     rows: int
     least: int
     most: int = 65_536
+    narrow: int | None = None  # gate and up are refitted in models of at most this width; None: in all
 
-    def repaired(self, roles: Iterable[str], mlp: Iterable[str]) -> tuple[str, ...]:
-        """Those of a method's repairs that it takes, where the MLP has these parts."""
-        return tuple(role for role in roles if role in self.roles and (role in ("q", "o") or role in mlp))
+    def repaired(self, roles: Iterable[str], mlp: Iterable[str], width: int) -> tuple[str, ...]:
+        """Those of a method's repairs that it takes, in a model of this width whose MLP has these parts."""
+        wide = self.narrow is not None and width > self.narrow
+        taken = [role for role in self.roles if not (wide and role in ("gate", "up"))]
+        return tuple(role for role in roles if role in taken and (role in ("q", "o") or role in mlp))
 
     def tokens(self, directions: int) -> int:
         """Tokens of calibration text for regressions on inputs of this width."""
@@ -51,10 +54,11 @@ class Effort:
 EFFORTS: Mapping[EffortName, Effort] = {
     "quick": Effort(("o", "down"), RepairSettings(), rows=8, least=8192),
     "standard": Effort(
-        ("q", "o", "down"),
-        RepairSettings(q_tokens=16_384, inner_tokens=8192, tolerance=0.05),
+        REPAIRABLE,
+        RepairSettings(q_tokens=16_384, inner_tokens=16_384, tolerance=0.05),
         rows=16,
         least=32_768,
+        narrow=256,
     ),
     "thorough": Effort(REPAIRABLE, RepairSettings(), rows=16, least=65_536),
 }

@@ -140,7 +140,7 @@ def _plan(
     elif repair is None:
         changed = options.calibration is not None and made.student.shape != made.shape
         roles = chosen.repairs(made.settings) if changed else ()
-        repair = EFFORTS[options.effort].repaired(roles, source.family.body.mlp)
+        repair = EFFORTS[options.effort].repaired(roles, source.family.body.mlp, source.shape.hidden_size)
     check_roles(source.family, repair)
     return source, made.settings, replace(options, repair=repair)
 

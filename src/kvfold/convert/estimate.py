@@ -22,23 +22,23 @@ def measured_speeds(source: Checkpoint, cost: ConversionCost, length: int) -> Sp
     with torch.inference_mode(), hf.Layers(source, device=device, lengths=[length] * count) as model:
         layer = model.open(0)
         hidden_BTD = model.embed(torch.zeros(count, length, dtype=torch.int64))
-        passes = cost.forward / cost.tokens / layers * count * length / _seconds(lambda: layer.run(hidden_BTD))
+        passes = cost.forward / cost.tokens / layers * count * length / _seconds(device, lambda: layer.run(hidden_BTD))
         hidden = source.shape.hidden_size
         wide = 2 * hidden  # of most inner maps of MLPs, about
         tall_TN = torch.randn(BATCH, wide, device=device)
-        products = 2 * BATCH * wide**2 / _seconds(lambda: tall_TN.T @ tall_TN)
+        products = 2 * BATCH * wide**2 / _seconds(device, lambda: tall_TN.T @ tall_TN)
         gram_NN = (tall_TN.T @ tall_TN).double()
-        solves = wide**3 / _seconds(lambda: torch.linalg.solve(gram_NN, gram_NN[:, :hidden]))
+        solves = wide**3 / _seconds(device, lambda: torch.linalg.solve(gram_NN, gram_NN[:, :hidden]))
     return Speeds(passes, products, solves)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(device: str, work: Callable[[], object]) -> float:
     """The mean of the runs after the first."""
     work()
     started, runs = time.perf_counter(), 0
     while (spent := time.perf_counter() - started) < SECONDS:
         work()
-        if torch.cuda.is_available():
+        if device == "cuda":
             torch.cuda.synchronize()
         runs += 1
     return spent / runs

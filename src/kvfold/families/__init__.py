@@ -54,6 +54,13 @@ def _quantised(config: Json) -> str | None:
     return next((kind for each in parts if (kind := _quantised(each))), None)
 
 
+MXFP4 = (
+    "write it in bfloat16 first: from_pretrained(SRC, quantization_config=Mxfp4Config(dequantize=True), "
+    "dtype='bfloat16').save_pretrained(OUT) with transformers, then convert OUT"
+)
+"""The remedy for checkpoints that exist in this format alone, such as gpt-oss."""
+
+
 def family_of(config: Json, where: object = "config.json") -> Family:
     """The family of a `config.json`, whose fields are checked; `where` names the file in errors.
 
@@ -65,7 +72,7 @@ def family_of(config: Json, where: object = "config.json") -> Family:
     if kind := _quantised(config):
         raise UnsupportedModel(
             f"the weights are quantised ({kind}); folding needs the numbers that quantising threw away",
-            next="convert the unquantised checkpoint, and quantise the student",
+            next=MXFP4 if kind == "mxfp4" else "convert the unquantised checkpoint, and quantise the student",
         )
     families = all_families()
     known = {kind: family for family in families.values() for kind in family.model_types}

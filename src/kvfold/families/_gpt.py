@@ -62,14 +62,14 @@ TINY: Mapping[str, Any] = {
 BODY = Body("transformer.wte", "transformer.h", "transformer.ln_f")
 
 
-def usual(config: Json) -> dict[str, Any]:
+def gpt_usual(config: Json) -> dict[str, Any]:
     """A config.json with these fields under their usual names too, and what transformers takes for those it lacks."""
     found = {**{name: config[own] for name, own in NAMES.items() if own in config}, **config}
     found["intermediate_size"] = config.get("n_inner") or 4 * config["n_embd"]
     return found
 
 
-def layout(config: Json) -> Layout:
+def gpt_layout(config: Json) -> Layout:
     """Learned positions, LayerNorms before attention and MLP, and biases everywhere: that of all but GPT-J."""
     return Layout(
         biases="qkvo",
@@ -82,7 +82,7 @@ def layout(config: Json) -> Layout:
     )
 
 
-def check(fields: Fields) -> None:
+def check_gpt(fields: Fields) -> None:
     """Refuse another value under the usual name of a field, and heads that do not divide the width."""
     for name, own in NAMES.items():
         fields.check_alias(name, own)

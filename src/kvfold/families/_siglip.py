@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvfold.contracts.config import ACTIVATION, EPSILON, HEADS, LAYERS, SHARE, WIDTH, Fields, only
 from kvfold.contracts.family import Json
 
-NAME = "siglip_vision_model"
+SIGLIP = "siglip_vision_model"
 
 _STATED = {
     **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -14,10 +14,10 @@ _STATED = {
 """What transformers takes where config.json is silent."""
 
 
-def check(fields: Fields) -> None:
+def check_siglip(fields: Fields) -> None:
     """Refuse another vision model, and fields that are not numbers, with UnsupportedModel."""
-    if fields.get("model_type", NAME) != NAME:
-        raise fields.refusal("model_type is not a vision model known here", got=fields.get("model_type"), allowed=NAME)
+    if (kind := fields.get("model_type", SIGLIP)) != SIGLIP:
+        raise fields.refusal("model_type is not a vision model known here", got=kind, allowed=SIGLIP)
     widths = ("hidden_size", "intermediate_size", "num_channels", "image_size", "patch_size")
     fields.check(
         {
@@ -32,7 +32,7 @@ def check(fields: Fields) -> None:
     )
 
 
-def parameters(config: Json) -> int:
+def siglip_parameters(config: Json) -> int:
     """The parameters of the vision model."""
     said = {**_STATED, **config}
     width, inner, patch = (int(said[name]) for name in ("hidden_size", "intermediate_size", "patch_size"))

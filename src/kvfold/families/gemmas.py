@@ -32,9 +32,9 @@ from kvfold.contracts.runtimes import DECODERS, architectures
 from kvfold.contracts.runtimes import HEADS as HEADS_FIELD
 from kvfold.contracts.runtimes import fields as fields_of
 from kvfold.contracts.site import Shape
-from kvfold.families import _siglip
 from kvfold.families._decoder import AFTER, END, TENSORS, Layout, decoder, dtype_of
 from kvfold.families._layer_types import WINDOW, check_rotations, check_window, rotations_of, types_of, windows_of
+from kvfold.families._siglip import SIGLIP, check_siglip, siglip_parameters
 
 CAP = decimal(1e-6, 1e6).or_null
 
@@ -166,14 +166,14 @@ def _check_whole(fields: Fields) -> None:
     TEXT.check(text)
     text.check({"final_logit_softcapping": Rule(None, "null: transformers ignores it beside images")})
     check_tokens(fields, text.config["vocab_size"])
-    _siglip.check(vision)
+    check_siglip(vision)
 
 
 def _shape_whole(config: Json) -> Shape:
     """The shape of the text part, with the parameters of the whole."""
     text, vision = TEXT.shape(_text(config)), config["vision_config"]
     width = vision.get("hidden_size", 768)
-    images = _siglip.parameters(vision) + width * text.hidden_size + width
+    images = siglip_parameters(vision) + width * text.hidden_size + width
     return replace(
         text,
         family="gemma3",
@@ -207,7 +207,7 @@ WHOLE = Family(
         "model_type": "gemma3",
         "text_config": {name: value for name, value in TEXT.tiny().items() if name not in ("architectures", "dtype")},
         "vision_config": {
-            **{"model_type": _siglip.NAME, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+            **{"model_type": SIGLIP, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
             **{"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_use_head": False},
         },
         **{"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},

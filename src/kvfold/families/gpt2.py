@@ -14,8 +14,8 @@ from kvfold.contracts.family import Expressed, Json, Rehoused
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
-from kvfold.families import _gpt
 from kvfold.families._decoder import END, TENSORS, decoder
+from kvfold.families._gpt import BODY, IGNORED, RULES, TINY, check_gpt, gpt_layout, gpt_usual
 from kvfold.families._rehoused import GROUPS, Block, Map, bigcode
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _turned(stored: Tensor) -> Tensor:
 def _as_bigcode(config: Json) -> Rehoused:
     """The same function as a GPT-BigCode."""
     known = {"n_positions": 1024, "tie_word_embeddings": True, **config}
-    known = _gpt.usual(known)
+    known = gpt_usual(known)
     hidden, heads, positions = (known[name] for name in ("n_embd", "n_head", "n_positions"))
     attention = Attention(hidden, heads, heads, hidden // heads)
 
@@ -65,17 +65,17 @@ FAMILY = decoder(
     "gpt2",
     examples=("openai-community/gpt2", "openai-community/gpt2-xl"),
     rules={
-        **_gpt.RULES,
-        "num_key_value_heads": _gpt.IGNORED,
+        **RULES,
+        "num_key_value_heads": IGNORED,
         "scale_attn_weights": only(True, "true: logits without a scale are not known here"),
         "scale_attn_by_inverse_layer_idx": only(False, "false: another scale in each layer is not known here"),
         "reorder_and_upcast_attn": YES_NO,
     },
     ties=True,
-    usual=_gpt.usual,
-    check=_gpt.check,
-    layout=_gpt.layout,
-    tiny=_gpt.TINY,
+    usual=gpt_usual,
+    check=check_gpt,
+    layout=gpt_layout,
+    tiny=TINY,
     attention={"self": "transformer.h.{layer}.attn"},
     tensors={
         **TENSORS,
@@ -83,7 +83,7 @@ FAMILY = decoder(
         **dict.fromkeys(("q_bias", "k_bias", "v_bias"), Packed("c_attn.bias")),
         **{"o": Packed("c_proj.weight", ("o",), in_out=True), "o_bias": "c_proj.bias"},
     },
-    body=replace(_gpt.BODY, mlp={**_MLP, "act": "mlp.act"}),
+    body=replace(BODY, mlp={**_MLP, "act": "mlp.act"}),
     fields=lambda shape: {"model_type": "gpt2", "architectures": [stock_class("gpt2", END)]},
     prefix="transformer.",
     buffers=r"\.attn\.(bias|masked_bias)$",

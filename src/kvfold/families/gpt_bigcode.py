@@ -14,8 +14,8 @@ from kvfold.contracts.family import Json
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.runtimes import DECODERS, fields
 from kvfold.contracts.site import Shape
-from kvfold.families import _gpt
 from kvfold.families._decoder import END, TENSORS, decoder
+from kvfold.families._gpt import BODY, RULES, TINY, check_gpt, gpt_layout, gpt_usual
 
 _GROUPS = {end: Packed(f"c_attn.{name}", blocks=None) for end, name in (("", "weight"), ("_bias", "bias"))}
 STOCK = "gpt_bigcode"
@@ -27,11 +27,11 @@ def _heads(config: Json) -> int:
 
 
 def _usual(config: Json) -> dict[str, Any]:
-    return {"num_key_value_heads": _heads(config), **_gpt.usual(config)}
+    return {"num_key_value_heads": _heads(config), **gpt_usual(config)}
 
 
 def _check(given: Fields) -> None:
-    _gpt.check(given)
+    check_gpt(given)
     groups = given.get("num_key_value_heads")
     if given.config["model_type"] == STOCK and groups != _heads(given.config):
         raise given.refusal(
@@ -51,7 +51,7 @@ FAMILY = decoder(
     STOCK,
     examples=("bigcode/gpt_bigcode-santacoder", "bigcode/starcoder"),
     rules={
-        **_gpt.RULES,
+        **RULES,
         "num_key_value_heads": HEADS,
         "scale_attn_weights": only(True, "true: logits without a scale are not known here"),
         **dict.fromkeys(("multi_query", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"), YES_NO),
@@ -59,15 +59,15 @@ FAMILY = decoder(
     ties=True,
     usual=_usual,
     check=_check,
-    layout=_gpt.layout,
-    tiny={**_gpt.TINY, "multi_query": False},
+    layout=gpt_layout,
+    tiny={**TINY, "multi_query": False},
     attention={"self": "transformer.h.{layer}.attn"},
     tensors={
         **TENSORS,
         **{f"{role}{end}": packed for role in "qkv" for end, packed in _GROUPS.items()},
         **{"o": "c_proj.weight", "o_bias": "c_proj.bias"},
     },
-    body=replace(_gpt.BODY, mlp={"up": "mlp.c_fc", "act": "mlp.act", "down": "mlp.c_proj"}),
+    body=replace(BODY, mlp={"up": "mlp.c_fc", "act": "mlp.act", "down": "mlp.c_proj"}),
     fields=_fields,
     prefix="transformer.",
     buffers=r"\.attn\.(bias|masked_bias)$|^transformer\.bias$",

@@ -16,8 +16,8 @@ from kvfold.contracts.family import Family, Json, Rehoused
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
-from kvfold.families import _gpt
 from kvfold.families._decoder import END, TENSORS, Layout, decoder
+from kvfold.families._gpt import BODY, IGNORED, RULES, TINY, check_gpt, gpt_usual
 from kvfold.families._rehoused import Block, Map, halves, phi
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _layout(config: Json) -> Layout:
 
 
 def _check(fields: Fields) -> None:
-    _gpt.check(fields)
+    check_gpt(fields)
     width = fields.config["n_embd"] // fields.config["n_head"]
     if _rotary(fields.config) > width:
         raise fields.refusal("rotary_dim is more than a head has", got=_rotary(fields.config), allowed=f"up to {width}")
@@ -50,7 +50,7 @@ def _check(fields: Fields) -> None:
 def _as_phi(config: Json) -> Rehoused:
     """The same function as a Phi."""
     known = {"n_positions": 2048, "tie_word_embeddings": False, **config}
-    known = _gpt.usual(known)
+    known = gpt_usual(known)
     hidden, heads = known["hidden_size"], known["num_attention_heads"]
     attention, packed = Attention(hidden, heads, heads, hidden // heads), config["model_type"] == "codegen"
 
@@ -86,13 +86,13 @@ def _family(name: str, about: str, **facts: Any) -> Family:
         name,
         about,
         name,
-        rules={**_gpt.RULES, "rotary_dim": whole(2, 1 << 20), "num_key_value_heads": _gpt.IGNORED},
-        usual=_gpt.usual,
+        rules={**RULES, "rotary_dim": whole(2, 1 << 20), "num_key_value_heads": IGNORED},
+        usual=gpt_usual,
         check=_check,
         layout=_layout,
-        tiny={**_gpt.TINY, "rotary_dim": 4},
+        tiny={**TINY, "rotary_dim": 4},
         attention={"self": "transformer.h.{layer}.attn"},
-        body=replace(_gpt.BODY, mlp=_MLP),
+        body=replace(BODY, mlp=_MLP),
         fields=lambda shape: {"model_type": name, "architectures": [stock_class(name, END)]},
         rehouse=_as_phi,
         interface=False,

@@ -42,6 +42,7 @@ class _Replacing:
 
     looked_at: str  # the stock attention's name for the encoder's output
     architecture: ModuleType  # the module of the stock class
+    scales_first: bool  # whether queries are scaled before attention, as Whisper rounds
 
     def __init__(self, stock: Any, shape: Attention, names: Mapping[str, str]) -> None:
         """Replace a stock attention; `names` maps the roles `q`, `k`, `v` and `o` to its modules."""
@@ -83,6 +84,8 @@ class GroupedAttention(_Replacing):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.architecture.eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         scale = self.shape.logit_scale
+        if self.scales_first:
+            q_BHTE, scale = q_BHTE * scale, 1.0
         o_BTHE, weights = attend(self, q_BHTE, k_BGSE, v_BGSE, attention_mask, dropout=dropout, scaling=scale, **kwargs)
         return getattr(self, self.names["o"])(o_BTHE.flatten(2)), weights
 
@@ -220,7 +223,7 @@ def _register(model_type: str, name: str) -> None:
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
     crossed = getattr(module, f"{name}Attention", None) or getattr(module, f"{name}CrossAttention")  # T5Gemma's
     looked_at = next(each for each in ENCODED if each in signature(crossed.forward).parameters)
-    named: dict[str, Any] = {"looked_at": looked_at, "architecture": module}
+    named: dict[str, Any] = {"looked_at": looked_at, "architecture": module, "scales_first": model_type == "whisper"}
     front = () if model_type in SHARING else (GroupedAttention,)
     classes: dict[str, Any] = {
         "config_class": config,

@@ -186,9 +186,10 @@ class Layer:
                 if self._shared is None:
                     return _forward(self._base, hidden_BTD)
                 states = self._shared.read(self.number, row, hidden_BTD)
-                above_BTD = _forward(self._base, hidden_BTD, **{STATES: states})
-            self._shared.write(self.number, row, states)
-            return above_BTD
+                try:
+                    return _forward(self._base, hidden_BTD, **{STATES: states})
+                finally:  # also of a run that ends with its attention
+                    self._shared.write(self.number, row, states)
         finally:
             self._layers[self.number] = through
 
@@ -280,7 +281,7 @@ class _Shared:
 
     def write(self, layer: int, row: int, states: Any) -> None:
         """Store an owner's keys and values of these rows."""
-        if layer in self.spools:
+        if layer in self.spools and layer in states:
             both_BGSE = torch.cat(states[layer], dim=1)
             self.spools[layer].write(row, both_BGSE.transpose(1, 2).flatten(2))
 

@@ -289,7 +289,9 @@ def _calibrated(
 ) -> Calibrated | None:
     asked, effort, family = list(questions), EFFORTS[options.effort], made.family
     changed = made.student.shape != made.shape and not family.encoder_decoder
-    roles = effort.repaired(made.method.repairs(made.settings), family.body.mlp) if changed else ()
+    roles = (
+        effort.repaired(made.method.repairs(made.settings), family.body.mlp, made.shape.hidden_size) if changed else ()
+    )
     if family.encoder_decoder or not (asked or roles):
         return None
     cost = conversion_cost(
