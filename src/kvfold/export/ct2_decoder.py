@@ -1,7 +1,7 @@
 """A decoder's specification for CTranslate2, filled from the loaded model by the roles of its family.
 
-The specification has a place for each fact in which the decoders of `DECODERS` differ. What it lacks goes into the
-weights without loss: factors of what is added to the residual stream, and of the logits.
+The specification has a place for almost every fact in which the decoders of `kvfold.predict.engines.DECODERS` differ.
+What it lacks goes into the weights: factors of what is added to the residual stream, and of the logits.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _attend(spec: Any, attention: Attention, roles: dict[str, Any], residual: fl
     if attention.scale is not None:
         spec.queries_scale = np.float32(attention.scale)
     for role in "qk" if attention.norms == "pre_rope" else "":
-        getattr(spec, f"{role}_norm").gamma = _shifted(roles[f"{role}_norm"], attention.norm_offset)
+        _gamma(getattr(spec, f"{role}_norm"), roles[f"{role}_norm"], attention.norm_offset)
 
 
 def _mlp(spec: Any, layer: Any, parts: Mapping[str, str | Packed], residual: float) -> None:
@@ -150,15 +150,18 @@ def _norms(spec: Any, layer: Any, family: Family, offset: float) -> None:
 def _norm(spec: Any, module: Any, offset: float) -> None:
     import torch
 
-    weight = getattr(module, "weight", None)
-    spec.gamma = torch.ones(module.normalized_shape) if weight is None else _shifted(weight, offset)
+    weight = getattr(module, "weight", None)  # an OLMo's has none
+    _gamma(spec, torch.ones(module.normalized_shape) if weight is None else weight, offset)
     if not _is_rms(module):
         bias = getattr(module, "bias", None)
         spec.beta = torch.zeros_like(spec.gamma) if bias is None else bias
 
 
-def _shifted(weight: Any, offset: float) -> Any:
-    return weight + offset if offset else weight
+def _gamma(spec: Any, weight: Any, offset: float) -> None:
+    """The weights of a norm; CTranslate2 adds the 1 of a Gemma's, which narrow weights would round off."""
+    spec.gamma = weight
+    if offset:
+        spec.layer_norm_use_residual = True
 
 
 def _is_rms(module: Any) -> bool:

@@ -1,4 +1,4 @@
-"""CTranslate2: the specification is built here, and CTranslate2's own loader reads the weights into it.
+"""CTranslate2: the specification is built here; CTranslate2's own loaders fill it for encoder-decoders.
 
 The converter of CTranslate2 4.8 gets several models wrong:
 
@@ -10,8 +10,9 @@ The converter of CTranslate2 4.8 gets several models wrong:
   for every T5, and T5.1.1 is not scaled.
 - It has one number of key/value heads for all layers. Here, each layer has its own.
 
-It knows Phi and Gemma too, and gets the class of transformers' Phi, Gemma 3's rotations and every head width that is not
-the usual one wrong, so kvfold fills the specification of all decoders itself (`kvfold.export.ct2_decoder`).
+- Its Phi is the class of Microsoft's own code, and not transformers'. Many decoders that its format can hold have no
+  loader: Granite, Cohere, GLM, StarCoder2, StableLM and others. kvfold fills the specification of every decoder itself
+  (`kvfold.export.ct2_decoder`).
 """
 
 from __future__ import annotations
