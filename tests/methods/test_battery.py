@@ -498,7 +498,8 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     model.zero_grad()
     model(**_inputs(model, _ids(2, 16)), labels=_ids(2, 16), use_cache=False).loss.backward()
     tables = [name for name, each in model.named_modules() if "Sinusoidal" in type(each).__name__]  # are constants
-    silent = (*tables, "model.vision_tower.", "model.multi_modal_projector.")  # there are no images
+    images = ("model.vision_tower.", "model.multi_modal_projector.")  # there are none
+    silent = (*tables, *images, "model.encoder.embed_positions.")  # Whisper's: constant, unless transformers loads them
     learns = {name: each for name, each in model.named_parameters() if each.requires_grad}
     return {name: each.grad.clone() for name, each in learns.items() if not name.startswith(silent)}  # None: no clone
 
