@@ -157,6 +157,10 @@ def test_a_missing_package_names_its_extra(
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "'dynamic' cannot be exported",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rotates whole heads",
+        ),
     ],
 )
 @needs_ct2

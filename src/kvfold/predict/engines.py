@@ -308,9 +308,6 @@ def _of_gguf(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     attention, model_type = next(iter(shape.sites.values())), shape.model_type
     if (name := activation(config, shape)) not in _SILU:
         return Refusal("the engine lacks the activation", name, "silu")
-    if attention.rope is None or attention.rope.dims != attention.head_dim:
-        dims = 0 if attention.rope is None else attention.rope.dims
-        return Refusal("the engine rotates whole heads", f"{dims} dimensions", f"{attention.head_dim} dimensions")
     if mixed(shape):
         problem = _of_deci(attention)
         what = f"deci, the architecture for layers that differ in their key/value heads, {problem}"
