@@ -13,8 +13,7 @@ import pytest
 from exports import LLAMA3, MISTRAL, QUICK, Heard, Make, found, needs_ct2
 from kvfold.contracts.site import Rope
 from kvfold.errors import DataError, Interrupted, OutputError, SettingError, UnsupportedModel
-from kvfold.export import agreement, limits
-from kvfold.export import ctranslate2 as ours_ctranslate2
+from kvfold.export import agreement, ct2_decoder, limits
 from kvfold.export.exporting import ENGINES, ExportSettings, export
 
 
@@ -48,7 +47,7 @@ def test_an_engine_that_computes_something_else_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = tiny_checkpoint("llama", rope_parameters=LLAMA3)
-    monkeypatch.setattr(ours_ctranslate2, "frequency_factors", lambda rope: None)
+    monkeypatch.setattr(ct2_decoder, "frequency_factors", lambda rope: None)
     with pytest.raises(UnsupportedModel, match="disagrees with transformers: logits differ"):
         export(teacher, tmp_path / "out", "ctranslate2", QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
@@ -153,7 +152,7 @@ def test_a_missing_package_names_its_extra(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_act": "gelu"}, "gates its MLP with silu"),
+        ({"hidden_act": "relu2"}, "lacks the activation"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "'dynamic' cannot be exported",

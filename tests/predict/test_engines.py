@@ -21,7 +21,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import UnsupportedModel
 from kvfold.export.exporting import ENGINES, ExportSettings, export
 from kvfold.families import all_families
-from kvfold.predict.engines import EXPORTED, refusal
+from kvfold.predict.engines import DECODERS, EXPORTED, refusal
 from kvfold.predict.plan import plan
 
 Make = Callable[..., Path]
@@ -35,7 +35,12 @@ def rope(kind: str, **numbers: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
 
 
-LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+STRETCHED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = rope("llama3", **STRETCHED)
+TWO = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
 BOTH, NEITHER, CT2 = {"llama.cpp", "CTranslate2"}, set[str](), {"CTranslate2"}
 
@@ -47,8 +52,9 @@ MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "yarn": ("llama", rope("yarn", factor=2.0, original_max_position_embeddings=64), NEITHER),
     "dynamic": ("llama", rope("dynamic", factor=2.0), NEITHER),
     "longrope": ("llama", rope("longrope", factor=2.0, **FACTORS), NEITHER),
-    "gelu": ("llama", {"hidden_act": "gelu"}, NEITHER),
-    "gelu_new": ("qwen3", {"hidden_act": "gelu_new"}, NEITHER),
+    "gelu": ("llama", {"hidden_act": "gelu"}, CT2),
+    "gelu_new": ("qwen3", {"hidden_act": "gelu_new"}, CT2),
+    "relu2": ("llama", {"hidden_act": "relu2"}, NEITHER),
     "swish": ("llama", {"hidden_act": "swish"}, BOTH),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, BOTH),
     "wide-biases": ("llama", {"head_dim": 16, "attention_bias": True}, BOTH),
@@ -74,17 +80,33 @@ MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "t5-tanh": ("t5", {"feed_forward_proj": "gated-tanh"}, NEITHER),
     "mt5": ("t5", {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}, CT2),
     "bart": ("bart", {}, CT2),
-    **{name: (*paired()[name], CT2) for name in ("mbart", "m2m_100", "marian", "pegasus")},
-    **{name: (*paired()[name], NEITHER) for name in ("plbart", "blenderbot", "umt5")},
+    **{name: (*paired()[name], CT2) for name in ("mbart", "plbart", "m2m_100", "marian", "pegasus", "blenderbot")},
+    "umt5": (*paired()["umt5"], CT2),
+    "blenderbot-small": (*paired()["blenderbot-small"], NEITHER),
     "bart-uneven": ("bart", {"encoder_attention_heads": 2}, NEITHER),
     "bart-tanh": ("bart", {"activation_function": "tanh"}, NEITHER),
     "whisper": ("whisper", {}, NEITHER),
     "t5gemma": ("t5gemma", {}, NEITHER),
+    **{name: (name, {}, CT2) for name in sorted(DECODERS["CTranslate2"] - DECODERS["llama.cpp"])},
+    **{
+        name: (name, {}, CT2) for name in ("gpt2", "opt", "gpt_neox", "gptj", "codegen", "falcon")
+    },  # as phi or gpt_bigcode
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}, CT2),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}, CT2),
+    "glm-biases": ("glm", {"attention_bias": False}, CT2),
+    "olmo-clipped": ("olmo", {"clip_qkv": 2.0}, NEITHER),
+    "phi-llama3": ("phi", rope("llama3", **STRETCHED, partial_rotary_factor=0.5), CT2),
+    "gemma3_text-scaled": ("gemma3_text", {"rope_parameters": TWO, "final_logit_softcapping": 3.0}, CT2),
 }
+MATRIX |= {name: (name, {}, NEITHER) for name in all_families() if all(name != case[0] for case in MATRIX.values())}
 METHODS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
     "mixed": ("llama", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
     "mixed-qwen2": ("qwen2", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
     "mixed-qwen3": ("qwen3", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
+    "mixed-phi": ("phi", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
+    "mixed-gemma3_text": ("gemma3_text", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
+    "mixed-gpt_bigcode": ("gpt_bigcode", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
+    "gpt_bigcode-mqa": ("gpt_bigcode", "gqa", {"kv_heads": 1}, CT2),
     "shared": ("llama", "cla", {"share": 2}, NEITHER),
     "latent": ("llama", "elitekv", {"rope_chunks": 2, "latent_dim": 8}, NEITHER),
     "hybrid": ("qwen3", "supra", {"preset": "hybrid", "window": 4, "sinks": 2}, NEITHER),
@@ -148,28 +170,28 @@ def test_what_a_plan_promises_is_written_and_agrees(
         assert json.loads((made / "kvfold.json").read_text())["steps"][-1]["check"]["engine"]
 
 
+LACKED = "the activation"
+
+
 @pytest.mark.parametrize(
-    ("scaling", "dims", "activation", "why"),
+    ("scaling", "activation", "why"),
     [
-        ({"rope_type": "linear"}, 8, "silu", "RoPE scaling 'linear' needs a positive factor"),
-        ({"rope_type": "linear", "factor": "2"}, 8, "silu", "needs a positive factor (got 2)"),
-        ({"rope_type": "linear", "factor": 0}, 8, "silu", "needs a positive factor (got 0)"),
-        ({"type": "llama3", "factor": 2.0}, 8, "silu", "needs a positive low_freq_factor"),
-        ({**LLAMA3["rope_parameters"], "high_freq_factor": 1.0}, 8, "silu", "two different frequency factors"),
-        ({"type": "su"}, 8, "silu", "RoPE scaling 'su' cannot be exported"),
-        (None, 4, "silu", "rotates whole heads (got 4 dimensions)"),
-        (None, 8, "\x1b[31mred" * 40, "gates its MLP with silu"),
-        (None, 8, ["silu"], "gates its MLP with silu (got ['silu'])"),
-        (None, 8, None, "gates its MLP with silu"),
+        ({"rope_type": "linear"}, "silu", "RoPE scaling 'linear' needs a positive factor"),
+        ({"rope_type": "linear", "factor": "2"}, "silu", "needs a positive factor (got 2)"),
+        ({"rope_type": "linear", "factor": 0}, "silu", "needs a positive factor (got 0)"),
+        ({"type": "llama3", "factor": 2.0}, "silu", "needs a positive low_freq_factor"),
+        ({**LLAMA3["rope_parameters"], "high_freq_factor": 1.0}, "silu", "two different frequency factors"),
+        ({"type": "su"}, "silu", "RoPE scaling 'su' cannot be exported"),
+        (None, "\x1b[31mred" * 40, LACKED),
+        (None, ["silu"], LACKED),
+        (None, None, LACKED),
     ],
 )
 @pytest.mark.parametrize("engine", EXPORTED)
-def test_a_refusal_is_one_line(
-    engine: str, scaling: dict[str, Any] | None, dims: int, activation: object, why: str
-) -> None:
+def test_a_refusal_is_one_line(engine: str, scaling: dict[str, Any] | None, activation: object, why: str) -> None:
     family = all_families()["llama"]
     shape = family.shape(family.tiny())
-    sites = {site: replace(each, rope=Rope(dims, 1e4, scaling=scaling)) for site, each in shape.sites.items()}
+    sites = {site: replace(each, rope=Rope(8, 1e4, scaling=scaling)) for site, each in shape.sites.items()}
     found = refusal(engine, {"hidden_act": activation}, shape.with_sites(sites))
     assert found is not None
     assert why in found.line
@@ -179,8 +201,8 @@ def test_a_refusal_is_one_line(
 
 def test_engines_whose_mlp_knows_silu_alone_do_not_load_another(tiny_checkpoint: Make) -> None:
     made = plan(tiny_checkpoint("llama", hidden_act="gelu"), "gqa", {"kv_heads": 2})
-    assert [each.name for each in made.engines if each.loads] == ["transformers"]
-    assert ("loads in", "", "transformers") in made.rows()
+    assert [each.name for each in made.engines if each.loads] == ["transformers", "CTranslate2"]
+    assert ("loads in", "", "transformers, CTranslate2") in made.rows()
 
 
 def test_the_check_of_exports_is_light() -> None:

@@ -60,5 +60,6 @@ def test_heads_by_layer_are_what_a_plan_takes(tmp_path: Path) -> None:
 
 def test_an_engine_that_was_not_run_is_said_so() -> None:
     assert {"transformers", "vLLM", "llama.cpp", "CTranslate2"} < set(FOUND["llama"].engines)
-    assert FOUND["gemma"].engines == ("transformers", "vLLM (not run)")
-    assert FOUND["helium"].engines == ("transformers",)
+    assert FOUND["gemma"].engines == ("transformers", "vLLM (not run)", "CTranslate2")
+    assert FOUND["helium"].engines == ("transformers", "CTranslate2")
+    assert FOUND["arcee"].engines == ("transformers",)

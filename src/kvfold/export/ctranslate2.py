@@ -1,4 +1,4 @@
-"""CTranslate2: the specification is built here, and CTranslate2's own loader reads the weights into it.
+"""CTranslate2: the specification is built here; CTranslate2's own loaders fill it for encoder-decoders.
 
 The converter of CTranslate2 4.8 gets several models wrong:
 
@@ -9,6 +9,10 @@ The converter of CTranslate2 4.8 gets several models wrong:
   head width, and scales the decoder's outputs whenever `tie_word_embeddings` is true. transformers 5 sets that field
   for every T5, and T5.1.1 is not scaled.
 - It has one number of key/value heads for all layers. Here, each layer has its own.
+
+- Its Phi is the class of Microsoft's own code, and not transformers'. Many decoders that its format can hold have no
+  loader: Granite, Cohere, GLM, StarCoder2, StableLM and others. kvfold fills the specification of every decoder itself
+  (`kvfold.export.ct2_decoder`).
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.finite import check_finite
 from kvfold.disk.output import read_json
 from kvfold.export.agreement import Logits, Reference
+from kvfold.export.ct2_decoder import decoder
 from kvfold.export.engine import Engine
-from kvfold.export.limits import common_attention, frequency_factors, kv_heads
 from kvfold.machine import multiplies_int8
-from kvfold.predict.engines import PAIRED_ACTIVATIONS, paired_activation
+from kvfold.predict.engines import ACTIVATIONS, paired_activation
 
 
 class CTranslate2(Engine):
@@ -53,7 +57,7 @@ class CTranslate2(Engine):
         for name in source.names():
             check_finite(source.read(name), "float32" if weights == "int8" else weights, name, source.path)
         with torch.no_grad():
-            loader, spec = (_encoder_decoder if source.family.encoder_decoder else _decoder)(source, model)
+            loader, spec = (_encoder_decoder if source.family.encoder_decoder else decoder)(source, model)
             loader.set_vocabulary(spec, loader.get_vocabulary(model, tokenizer))
             loader.set_config(spec.config, model, tokenizer)
             spec.config.unk_token = spec.config.unk_token or ""  # a tokenizer of bytes has none
@@ -104,46 +108,6 @@ class CTranslate2(Engine):
         return [rows[: len(answer)] for rows, answer in zip(logits, answers, strict=True)], answers
 
 
-def _decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
-    """The loader and the filled specification of a decoder."""
-    from ctranslate2.converters import transformers as loaders
-    from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
-    from ctranslate2.specs.attention_spec import RotaryScalingType
-
-    attention, heads = common_attention(source), kv_heads(source)
-    assert attention.rope is not None
-    factors, positions = frequency_factors(attention.rope), source.shape.max_positions
-    scaling: dict[str, Any] = {}
-    if factors is not None:
-        # "Su" holds one factor for each frequency; with equal lengths it scales nothing else
-        lengths = {"original_max_position_embeddings": positions, "max_position_embeddings": positions}
-        scaling = {"rotary_scaling_type": RotaryScalingType.Su, **lengths}
-    spec = TransformerDecoderModelSpec.from_config(
-        source.shape.num_layers,
-        attention.num_attention_heads,
-        activation=common_spec.Activation.SWISH,
-        pre_norm=True,
-        ffn_glu=True,
-        rms_norm=True,
-        rotary_dim=0,
-        rotary_interleave=False,
-        rotary_base=attention.rope.theta,
-        num_heads_kv=min(heads),
-        head_dim=attention.head_dim,
-        qk_norm=attention.norms == "pre_rope",
-        **scaling,
-    )
-    for layer, count in zip(spec.decoder.layer, heads, strict=True):
-        layer.self_attention.num_heads_kv = np.int32(count)
-        if factors is not None:
-            layer.self_attention.rotary_scaling_long_factor = factors
-            layer.self_attention.rotary_scaling_short_factor = factors
-    loader = loaders.Qwen3Loader() if source.shape.model_type == "qwen3" else loaders.LlamaLoader()
-    loader.set_decoder(spec.decoder, model.base_model)
-    loader.set_linear(spec.decoder.projection, model.get_output_embeddings())
-    return loader, spec
-
-
 def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
     """The loader and the filled specification of an encoder-decoder: a T5, or an architecture made from BART."""
     from ctranslate2.converters import transformers as loaders
@@ -153,9 +117,7 @@ def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
     sites, is_t5 = source.shape.sites, source.shape.family == "t5"
     first, stack = sites[Site(0)], model.get_decoder()
     common = {
-        "activation": getattr(
-            common_spec.Activation, PAIRED_ACTIVATIONS[paired_activation(source.config, source.shape)]
-        ),
+        "activation": getattr(common_spec.Activation, ACTIVATIONS[paired_activation(source.config, source.shape)]),
         "head_dim": first.head_dim,
     }
     if is_t5:
@@ -171,7 +133,8 @@ def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
         layer.self_attention.num_heads_kv = np.int32(sites[Site(number)].num_key_value_heads)
         layer.attention.num_heads_kv = np.int32(sites[Site(number, "cross")].num_key_value_heads)
     if is_t5:
-        loader = loaders.MT5Loader() if source.shape.model_type == "mt5" else loaders.T5Loader()
+        kinds = {"mt5": loaders.MT5Loader, "umt5": loaders.UMT5Loader}
+        loader = kinds.get(source.shape.model_type, loaders.T5Loader)()
         loader.set_stack(encoder, model.get_encoder())
         loader.set_stack(decoder, stack, is_decoder=True)
     else:
@@ -184,7 +147,7 @@ def _encoder_decoder(source: Checkpoint, model: Any) -> tuple[Any, Any]:
         if hasattr(model, "final_logits_bias"):
             decoder.projection.bias = model.final_logits_bias.squeeze(0)
     loader.set_linear(decoder.projection, model.get_output_embeddings())
-    if getattr(model.config, "scale_decoder_outputs", False):
+    if getattr(model.config, "scale_decoder_outputs", source.shape.model_type == "umt5"):
         decoder.scale_outputs = np.float32(model.config.d_model**-0.5)
     return loader, TransformerSpec(encoder, decoder)
 

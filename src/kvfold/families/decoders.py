@@ -97,7 +97,7 @@ FAMILIES = (
         "gemma",
         examples=("google/gemma-7b", "google/gemma-2b"),
         rules={**GROUPS, "attention_bias": YES_NO, "use_bidirectional_attention": NO.or_null},
-        layout=lambda config: _biased(config, head_dim=256),
+        layout=lambda config: _biased(config, head_dim=256, norm_offset=1.0),
         ties=True,
         tiny={"head_dim": 16},
     ),

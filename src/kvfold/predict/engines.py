@@ -47,6 +47,11 @@ class _Known:
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LLAMA = frozenset({"llama"})
+_CT2 = _LAYOUT | {
+    *("gemma", "gemma3_text", "granite", "internlm3", "starcoder2", "smollm3", "olmo", "ministral", "seed_oss"),
+    *("ernie4_5", "helium", "glm", "glm4", "cohere", "cohere2", "phi", "phi3", "stablelm", "gpt_bigcode"),
+}
+"""Decoders whose every fact has a place in CTranslate2, or in the weights."""
 
 _VLLM = _LAYOUT | {
     *("gemma", "granite", "ministral", "ministral3", "cohere", "cohere2", "glm4", "gemma2", "gemma3_text", "stablelm"),
@@ -60,21 +65,21 @@ _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
     _Known("vLLM", "its own class", _VLLM, _LLAMA, "0.32 on a CPU: same tokens as transformers", _VLLM_BACKEND),
     _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
-    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
+    _Known("CTranslate2", "kvfold export", _CT2, _CT2, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
 )
 
-_MIXED = (  # layers that differ in their key/value heads: `per_layer_config`
+_MIXED = (  # heads for which the stock class has no field, such as those that differ by layer: `per_layer_config`
     _Known("transformers", "with kvfold installed", LAYERS.models, LAYERS.models, "loaded in the tests"),
     _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
     _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, _LLAMA, "logits within 5e-5"),
-    _Known("CTranslate2", "kvfold export", _LAYOUT, _LAYOUT, "4.8: same tokens as transformers"),
+    _Known("CTranslate2", "kvfold export", _CT2, _CT2, "4.8: same tokens as transformers"),
     _Known("SGLang", "one number of key/value heads for all layers", frozenset(), frozenset(), ""),
 )
 
 
-_T5 = frozenset({"t5", "mt5"})
-_BART = frozenset({"bart", "mbart", "m2m_100", "marian", "pegasus"})
+_T5 = frozenset({"t5", "mt5", "umt5"})
+_BART = frozenset({"bart", "mbart", "plbart", "m2m_100", "marian", "pegasus", "blenderbot"})
 """Encoder-decoders with absolute positions that CTranslate2 has."""
 _T5GEMMA = frozenset({"t5gemma"})
 _PAIRED = PAIRS.models
@@ -110,7 +115,7 @@ def _table(student: Student) -> tuple[_Known, ...]:
         if student.shape.model_type in _T5GEMMA and len(counts) == 1:
             return _ONE_NUMBER
         return _GROUPED_T5 if any(attention.query_group > 1 for attention in sites.values()) else _PLAIN_T5
-    return _MIXED if mixed(student.shape) else _KNOWN
+    return _MIXED if LAYERS.holds(student.shape) else _KNOWN
 
 
 def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
@@ -118,8 +123,6 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
     shape = student.shape
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
     own = student.model_type
-    if LAYERS.holds(shape) and not mixed(shape):  # the stock class has no field for this number of heads
-        own = LAYERS.model_type(shape.model_type)
     if own is not None or kept is not None:
         what = own if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
@@ -138,8 +141,8 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
         problem = None if found is None else found.line
     elif shape.model_type not in known.model_types and shape.model_type not in known.others:
         problem = f"does not know {shape.model_type}"
-    elif known.name in _SILU_ALONE and shape.model_type in ARCHITECTURES and _activation(config) not in _SILU:
-        problem = f"its MLP supports only silu (got {_activation(config)})"
+    elif known.name in _SILU_ALONE and shape.model_type in _LAYOUT and activation(config, shape) not in _SILU:
+        problem = f"its MLP supports only silu (got {activation(config, shape)})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
         problem = known.how
     tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"
@@ -158,11 +161,20 @@ def _sharing() -> tuple[Engine, ...]:
 
 # --- what an export cannot write ------------------------------------------------------------------------------------
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Decoders that can be exported."""
+DECODERS = {"llama.cpp": _LAYOUT, "CTranslate2": _CT2}
+"""Engine -> the decoders that can be exported to it."""
 
-PAIRED_ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "silu": "SWISH", "swish": "SWISH"}
-"""Activation of an encoder-decoder -> its name in CTranslate2."""
+ACTIVATIONS = {
+    **{"relu": "RELU", "gelu": "GELU", "gelu_new": "GELUTanh", "gelu_pytorch_tanh": "GELUTanh"},
+    **{"silu": "SWISH", "swish": "SWISH"},
+}
+"""Activation of an MLP -> its name in CTranslate2."""
+
+_OTHER_ACTIVATIONS = {
+    **dict.fromkeys(("gemma", "gemma3_text", "starcoder2", "gpt_bigcode"), "gelu_pytorch_tanh"),
+    "phi": "gelu_new",
+}
+"""What transformers takes where config.json is silent, of architectures that do not take silu."""
 
 EXPORTED = ("llama.cpp", "CTranslate2")
 _SILU = ("silu", "swish")  # the same function
@@ -204,8 +216,12 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
         return _of_paired(config, shape)
-    found = _of_decoder(config, shape)
-    return found or (_of_gguf(shape) if engine == "llama.cpp" else None)
+    if shape.model_type not in DECODERS[engine]:
+        allowed = ", ".join(sorted(DECODERS[engine]))
+        return Refusal("its architecture is not supported", shape.model_type, allowed)
+    if shape.owners:
+        return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
+    return _kept(shape) or (_of_ct2 if engine == "CTranslate2" else _of_gguf)(config, shape) or _of_ropes(shape)
 
 
 def mixed(shape: Shape) -> bool:
@@ -219,8 +235,12 @@ def rope_kind(rope: Rope) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
-def _activation(config: Mapping[str, Any]) -> object:
-    return config.get("hidden_act", "silu")
+def activation(config: Mapping[str, Any], shape: Shape) -> object:
+    """The activation of a decoder's MLP by its name in transformers."""
+    names = {"gemma3_text": "hidden_activation", "gpt_bigcode": "activation_function"}
+    usual = _OTHER_ACTIVATIONS.get(shape.model_type, "silu")
+    found = config.get(names.get(shape.model_type, "hidden_act"), usual)
+    return usual if shape.model_type == "gemma" and found == "gelu" else found  # transformers too reads it so
 
 
 def _kept(shape: Shape) -> Refusal | None:
@@ -237,8 +257,8 @@ def _of_paired(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     if shape.model_type not in _T5 | _BART:
         return Refusal("its architecture is not supported", shape.model_type, ", ".join(sorted(_T5 | _BART)))
     name = paired_activation(config, shape)
-    if name not in PAIRED_ACTIVATIONS:
-        return Refusal("the engine lacks the activation", name, ", ".join(PAIRED_ACTIVATIONS))
+    if name not in ACTIVATIONS:
+        return Refusal("the engine lacks the activation", name, ", ".join(ACTIVATIONS))
     heads = {each.num_attention_heads for each in shape.sites.values()}
     if len(heads) > 1:
         what = "encoder and decoder have different numbers of heads, which was not tried"
@@ -254,23 +274,19 @@ def paired_activation(config: Mapping[str, Any], shape: Shape) -> str:
     return "gelu_new" if stated == "gated-gelu" else stated.removeprefix("gated-")
 
 
-def _of_decoder(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
-    """Refuse decoders that no engine supports."""
-    if shape.model_type not in ARCHITECTURES:
-        return Refusal("its architecture is not supported", shape.model_type, ", ".join(ARCHITECTURES))
-    if shape.owners:
-        return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
-    if kept := _kept(shape):
-        return kept
-    if _activation(config) not in _SILU:
-        return Refusal("the engine gates its MLP with silu", _activation(config), "silu")
-    first = next(iter(shape.sites.values()))
-    if any(each.softcap is not None or each.scale is not None for each in shape.sites.values()):
-        return Refusal("the engine scales logits by the head width, without a cap", "another scale, or a soft cap")
-    if first.rope is None or first.rope.dims != first.head_dim:
-        dims = 0 if first.rope is None else first.rope.dims
-        return Refusal("the engine rotates whole heads", f"{dims} dimensions", f"{first.head_dim} dimensions")
-    return _of_rope(first.rope)
+def _of_ct2(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
+    """Refuse decoders that CTranslate2 cannot express."""
+    if (name := activation(config, shape)) not in tuple(ACTIVATIONS):  # it may be of any type
+        return Refusal("the engine lacks the activation", name, ", ".join(ACTIVATIONS))
+    if config.get("clip_qkv") is not None:
+        return Refusal("the engine does not clip q, k and v", config["clip_qkv"], "clip_qkv null")
+    return None
+
+
+def _of_ropes(shape: Shape) -> Refusal | None:
+    """Refuse the first rotation that cannot be exported."""
+    ropes = (each.rope for each in shape.sites.values() if each.rope is not None)
+    return next((found for rope in ropes if (found := _of_rope(rope)) is not None), None)
 
 
 def _of_rope(rope: Rope) -> Refusal | None:
@@ -287,9 +303,11 @@ def _of_rope(rope: Rope) -> Refusal | None:
     return None
 
 
-def _of_gguf(shape: Shape) -> Refusal | None:
+def _of_gguf(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Refuse what the architectures of llama.cpp cannot express."""
     attention, model_type = next(iter(shape.sites.values())), shape.model_type
+    if (name := activation(config, shape)) not in _SILU:
+        return Refusal("the engine lacks the activation", name, "silu")
     if mixed(shape):
         problem = _of_deci(attention)
         what = f"deci, the architecture for layers that differ in their key/value heads, {problem}"
