@@ -53,14 +53,15 @@ def accepted(where: str, call: Callable[[], object]) -> bool:
 
 
 def built(config: dict[str, Any]) -> int:
-    """Parameters of the model that transformers makes of a config, without memory for them."""
+    """Parameters of the model that transformers makes of a config, without memory for them and without constants."""
     import torch
 
     from kvfold import hf
 
     with torch.device("meta"):
         model = hf.build(config, seed=0, attention="kvfold")
-    return sum(parameter.numel() for parameter in model.parameters())
+    constants = [each for each in model.modules() if hasattr(each, "create_weight")]  # positions that no one trains
+    return sum(each.numel() for each in model.parameters()) - sum(each.weight.numel() for each in constants)
 
 
 def try_configs(folder: Path, seed: int, count: int) -> list[tuple[str, dict[str, Any]]]:
