@@ -30,7 +30,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import read_object
 from kvfold.disk.source import locate
 from kvfold.errors import CheckpointError, DataError, KvfoldError, SettingError, choices
-from kvfold.families import all_families, family_of
+from kvfold.families import all_families
 from kvfold.hf.attention import NAME
 from kvfold.inputs import LARGE, check_regular, load_json, read_bytes
 
@@ -55,7 +55,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
     source = Checkpoint.open(path)
     options: dict[str, Any] = {
         "dtype": kind,
-        "attn_implementation": _known(attention, source.family),
+        "attn_implementation": _known(attention, source.config),
         **_experts(dtype),
     }
     config = without_negative_ids(source.config)
@@ -241,7 +241,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _auto(config).from_config(
-                made, attn_implementation=_known(attention, family_of(config)), dtype=kind, **_experts(dtype)
+                made, attn_implementation=_known(attention, config), dtype=kind, **_experts(dtype)
             )
             _untie(model, config)
     except KvfoldError:
@@ -252,14 +252,20 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
     return model.train()
 
 
-def _known(attention: str | None, family: Family) -> str | None:
+def _family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json that may be unchecked."""
+    kind = config.get("model_type")
+    return next((each for each in all_families().values() if kind in each.architectures), None)
+
+
+def _known(attention: str | None, config: Mapping[str, Any]) -> str | None:
     """The attention that its classes take of the one that is wanted."""
-    return attention if attention is None or family.interface else "eager"
+    family = _family(config)
+    return attention if attention is None or family is None or family.interface else "eager"
 
 
 def _auto(config: Mapping[str, Any]) -> Any:
-    kind = config.get("model_type")
-    family = next((each for each in all_families().values() if kind in each.architectures), None)
+    family = _family(config)
     if family is not None and family.audio:
         return AutoModelForSpeechSeq2Seq
     return AutoModelForSeq2SeqLM if family is not None and family.encoder_decoder else AutoModelForCausalLM
