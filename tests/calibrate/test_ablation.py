@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
-from kvfold.calibrate.recall import SPAN, copies
+from kvfold.calibrate.recall import copies
 from kvfold.calibrate.sensitivity import COPY_LENGTH, FOLD_TOKENS, HEAD_TOKENS, measure
 from kvfold.contracts.requests import FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.methods import gqa
+from kvfold.text.copies import SPAN
 from kvfold.text.tokens import TokenFile
 
 Make = Callable[..., Path]

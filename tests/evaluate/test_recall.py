@@ -15,6 +15,7 @@ from kvfold import hf
 from kvfold.errors import DataError, SettingError
 from kvfold.evaluate import recall
 from kvfold.evaluate.samples import decode
+from kvfold.text.copies import copy_rows
 
 
 class Copier(nn.Module):
@@ -49,30 +50,9 @@ def _ids() -> Tensor:
 # --- copy loss -----------------------------------------------------------------------------------------------------
 
 
-def test_copy_rows_are_a_span_some_text_and_the_span_again(ids_N: Tensor) -> None:
-    near_BT, far_BT = (recall.copy_rows(ids_N, distance, trials=5, seed=7) for distance in (0, 40))
-    assert near_BT.shape == (5, 2 * recall.SPAN)
-    assert far_BT.shape == (5, 40 + 2 * recall.SPAN)
-    text = ids_N.tolist()
-    for near, far in zip(near_BT.tolist(), far_BT.tolist(), strict=True):
-        assert far[: recall.SPAN] == far[-recall.SPAN :] == near[: recall.SPAN] == near[recall.SPAN :]
-        assert len(set(near)) == recall.SPAN
-        assert set(near) <= set(text)
-        between = far[recall.SPAN : -recall.SPAN]
-        assert any(text[start : start + 40] == between for start in range(len(text)))
-    assert torch.equal(far_BT, recall.copy_rows(ids_N, 40, trials=5, seed=7))
-    assert not torch.equal(far_BT, recall.copy_rows(ids_N, 40, trials=5, seed=8))
-
-
-def test_spans_hold_no_special_token(ids_N: Tensor) -> None:
-    special = list(range(4, 150))
-    rows_BT = recall.copy_rows(ids_N, 0, trials=20, seed=0, special=[*special, 999])
-    assert int(rows_BT.min()) >= 150
-
-
 def test_copy_loss_of_planted_induction(ids_N: Tensor) -> None:
     """By hand: log(V) where nothing can be known, -log softmax at the strength where the span comes again."""
-    rows_BT = recall.copy_rows(ids_N, 0, trials=6, seed=0)
+    rows_BT = copy_rows(ids_N, 0, trials=6, seed=0)
     for strength in (0.0, 3.0, 20.0):
         first, second = recall.copy_loss(Copier(200, strength=strength), rows_BT, batch_size=4)
         assert first == pytest.approx(math.log(200), rel=1e-6)
@@ -86,17 +66,11 @@ def test_copy_loss_says_at_which_distance_recall_ends(ids_N: Tensor) -> None:
             return SimpleNamespace(logits=torch.cat(parts, dim=1)[:, -logits_to_keep:])
 
     near, far = (
-        recall.copy_loss(Forgetful(200, match=2), recall.copy_rows(ids_N, d, trials=4, seed=0), batch_size=4)[1]
+        recall.copy_loss(Forgetful(200, match=2), copy_rows(ids_N, d, trials=4, seed=0), batch_size=4)[1]
         for d in (16, 64)
     )
     assert near < 1.0
     assert far > 5.0
-
-
-@pytest.mark.parametrize(("tokens", "distance"), [(30, 40), (10, 0)])
-def test_copy_refuses_a_text_that_is_too_short(ids_N: Tensor, tokens: int, distance: int) -> None:
-    with pytest.raises(DataError, match="too short to probe copying"):
-        recall.copy_rows(ids_N[:tokens], distance, trials=2, seed=0)
 
 
 # --- passkeys ------------------------------------------------------------------------------------------------------

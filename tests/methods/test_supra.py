@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold import hf
-from kvfold.calibrate.recall import SPAN, copies, measure_recall
+from kvfold.calibrate.recall import copies, measure_recall
 from kvfold.contracts.requests import RecallDrop
 from kvfold.contracts.site import Shape, Site
 from kvfold.convert.conversion import ConvertSettings, convert
@@ -26,6 +26,7 @@ from kvfold.hf.linear_cache import LinearLayer
 from kvfold.methods import supra
 from kvfold.predict.plan import plan
 from kvfold.report import report
+from kvfold.text.copies import SPAN
 from kvfold.text.tokens import token_file
 from kvfold.train.uptrain import UptrainSettings, uptrain
 from tolerance import assert_same

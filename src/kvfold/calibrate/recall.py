@@ -20,9 +20,9 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
+from kvfold.text.copies import SPAN, copy_rows
 from kvfold.text.tokens import TokenFile
 
-SPAN = 16  # repeated tokens
 BATCH = 4096  # tokens of one batch
 SEED = 0
 
@@ -52,18 +52,15 @@ def measure_recall(
 
 
 def copies(tokens: TokenFile, length: int, count: int) -> Tensor:
-    """Rows `ids_BT` of a text, about `count` tokens in all. The first and last `SPAN` tokens are equal and random."""
+    """Rows `ids_BT` of a text, about `count` tokens in all, whose last `SPAN` tokens are the first.
+
+    Raises DataError for a text that is too short.
+    """
     length = min(length, len(tokens))
     if length < 3 * SPAN:
         raise DataError("the text is too short to measure recall on", got=f"{length} tokens", allowed=f"{3 * SPAN}")
-    rows = max(1, count // length)
-    generator = torch.Generator().manual_seed(SEED)
     ids_N = torch.from_numpy(tokens.tokens[:].astype("int64"))
-    starts_B = torch.randint(len(ids_N) - length + 1, (rows,), generator=generator)
-    rows_BT = ids_N[starts_B[:, None] + torch.arange(length)]
-    span_BT = ids_N[torch.randint(len(ids_N), (rows, SPAN), generator=generator)]
-    rows_BT[:, :SPAN] = rows_BT[:, -SPAN:] = span_BT
-    return rows_BT
+    return copy_rows(ids_N, length - 2 * SPAN, trials=max(1, count // length), seed=SEED)
 
 
 @contextmanager

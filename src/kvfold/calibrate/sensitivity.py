@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
-from kvfold.calibrate.recall import SPAN, copied_loss, copies
+from kvfold.calibrate.recall import copied_loss, copies
 from kvfold.calibrate.resumed import Changed, Resumed
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
@@ -40,9 +40,10 @@ from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_c
 from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
+from kvfold.text.copies import SPAN
 from kvfold.text.tokens import TokenFile
 
-FORMAT = 3  # of the kept answers
+FORMAT = 4  # of the kept answers
 LENGTH = 256  # tokens of a row
 COPY_LENGTH = 96  # tokens of a row whose end repeats its beginning
 FOLD_TOKENS, HEAD_TOKENS = 768, 384  # of such rows in all, for a fold and for a head: a KL has less noise than a loss

@@ -13,8 +13,9 @@ from kvfold.disk.lineage import vocabulary_difference
 from kvfold.disk.output import read_json
 from kvfold.disk.record import Record
 from kvfold.errors import CheckpointError, SettingError, choices
-from kvfold.evaluate import gate, lm_eval, recall, samples
+from kvfold.evaluate import gate, lm_eval, samples
 from kvfold.evaluate.settings import EvaluateSettings
+from kvfold.text.copies import SPAN
 
 LONGEST = 1024  # of a window, by default
 SAME = ("sequence_length", "stride", "copy_trials", "last_words", "passkey_trials", "lm_eval_limit", "seed", "dtype")
@@ -39,7 +40,7 @@ def for_models(settings: EvaluateSettings, student: Checkpoint, teacher: Checkpo
     most = min(each.shape.max_positions for each in models)
     for setting, values, besides in (
         ("sequence_length", (length,), 0),
-        ("copy_distances", settings.copy_distances, 2 * recall.SPAN),
+        ("copy_distances", settings.copy_distances, 2 * SPAN),
         ("passkey_contexts", settings.passkey_contexts, 0),
         ("sample_tokens", (settings.sample_tokens,) if settings.samples else (), samples.PROMPT),
     ):
