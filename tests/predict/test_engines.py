@@ -88,9 +88,11 @@ MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "whisper": ("whisper", {}, NEITHER),
     "t5gemma": ("t5gemma", {}, NEITHER),
     **{name: (name, {}, CT2) for name in sorted(DECODERS["CTranslate2"] - DECODERS["llama.cpp"])},
-    **{
-        name: (name, {}, CT2) for name in ("gpt2", "opt", "gpt_neox", "gptj", "codegen", "falcon")
-    },  # as phi or gpt_bigcode
+    **{name: (name, {}, CT2) for name in ("gpt2", "opt")},  # as gpt_bigcode
+    **{name: (name, {}, BOTH) for name in ("phi", "gpt_neox", "gptj", "codegen", "falcon")},  # as phi
+    "phi-tied": ("phi", {"tie_word_embeddings": True}, BOTH),
+    "phi-relu": ("phi", {"hidden_act": "relu"}, CT2),
+    "phi-wide": ("phi", {"head_dim": 16}, CT2),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}, CT2),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}, CT2),
     "glm-biases": ("glm", {"attention_bias": False}, CT2),

@@ -83,6 +83,10 @@ class Engine(ABC):
                 f"{self.name} cannot run the model: {reason}", next="nothing was exported"
             ) from error
 
+    def precision(self, source: Checkpoint, weights: str) -> str:
+        """The dtype in which the engine computes with these weights, which sets the tolerance."""
+        return weights
+
     def advice(self, weights: str) -> str:
         """The end of the error when the engine disagrees with transformers."""
         return "nothing was exported"

@@ -124,6 +124,6 @@ def _make(
         found |= engine.inspect(source, folder, weights)
         if known is not None:
             found |= agreement.compare(known, *engine.answer(folder, known, weights))
-            agreement.require(found, engine.name, weights, engine.advice(weights))
+            agreement.require(found, engine.name, engine.precision(source, weights), engine.advice(weights))
         progress.advance(1, "compared")
     return found

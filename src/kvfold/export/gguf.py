@@ -3,7 +3,8 @@
 The layout is that of llama.cpp's own converter, which is the better choice where it knows the tokenizer; it refuses
 byte-level tokenizers that are not on its list, and every model with a vocabulary of its own has one. Architectures
 `llama` and `deci` rotate neighbouring pairs where transformers rotates halves, so the rows of each head of q and k
-change places. `deci` is the architecture whose layers may differ in their key/value heads.
+change places. `deci` is the architecture whose layers may differ in their key/value heads. For a Phi,
+`phi2`, that converter writes as many key/value heads as query heads and an MLP of four times the model's width.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ class LlamaCpp(Engine):
         return {"vocabulary": vocabulary}
 
     @override
+    def precision(self, source: Checkpoint, weights: str) -> str:
+        """`phi2` takes GELU from a table with float16 arguments and values."""
+        return "float16" if weights == "float32" and _architecture(source) == "phi2" else weights
+
+    @override
     def inspect(self, source: Checkpoint, folder: Path, weights: str) -> dict[str, Any]:
         """Read the file with gguf-py: the planned tensors with their shapes, the head counts, the vocabulary."""
         import gguf
@@ -176,7 +182,7 @@ class LlamaCpp(Engine):
 def _architecture(source: Checkpoint) -> str:
     """The architecture of the file, by llama.cpp's name."""
     model_type = source.shape.model_type
-    return "deci" if mixed(source.shape) else model_type if model_type.startswith("qwen") else "llama"
+    return "deci" if mixed(source.shape) else {"mistral": "llama", "phi": "phi2"}.get(model_type, model_type)
 
 
 def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
@@ -198,9 +204,12 @@ def _describe(writer: Any, source: Checkpoint, weights: str) -> None:
     writer.add_head_count_kv(_head_counts(source)["head_count_kv"])
     writer.add_key_length(attention.head_dim)
     writer.add_value_length(attention.head_dim)
-    writer.add_rope_dimension_count(attention.head_dim)
+    writer.add_rope_dimension_count(attention.rope.dims)
     writer.add_rope_freq_base(attention.rope.theta)
-    writer.add_layer_norm_rms_eps(float(source.config.get("rms_norm_eps", 1e-6)))
+    if _architecture(source) == "phi2":
+        writer.add_layer_norm_eps(float(source.config.get("layer_norm_eps", 1e-5)))
+    else:
+        writer.add_layer_norm_rms_eps(float(source.config.get("rms_norm_eps", 1e-6)))
     writer.add_vocab_size(shape.vocab_size)
 
 
@@ -224,10 +233,13 @@ def _tensors(source: Checkpoint, weights: str) -> Iterator[tuple[str, str, Any, 
     attention = common_attention(source)
     if frequency_factors(attention.rope) is not None:
         yield "rope_freqs.weight", "", gguf.GGMLQuantizationType.F32, (attention.head_dim // 2,)
-    for origin in source.names():
-        if origin.endswith("rotary_emb.inv_freq") or (origin == TIED and source.config.get("tie_word_embeddings")):
-            continue  # computed from the base; the embedding itself
-        name = names.get_name(origin, try_suffixes=(".weight", ".bias"))
+    origins = {each: each for each in source.names() if not each.endswith("rotary_emb.inv_freq")}  # by the base
+    if source.config.get("tie_word_embeddings"):
+        origins.pop(TIED, None)  # the embedding itself
+        if _architecture(source) == "phi2":  # which needs a projection of its own
+            origins[TIED] = f"{source.family.body.embedding}.weight"
+    for tensor, origin in origins.items():
+        name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UnsupportedModel(f"llama.cpp has no place for tensor {origin}", where=source.path)
         shape = source.spec(origin).shape

@@ -47,6 +47,9 @@ class _Known:
 
 _LAYOUT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LLAMA = frozenset({"llama"})
+_GGUF = _LAYOUT | {"phi"}
+_GGUF_CHECKED = "logits within 5e-5, a Phi's within 2e-3"
+_GGUF_ALONE = {"phi": "kvfold export; its own converter ignores the key/value heads"}
 _CT2 = _LAYOUT | {
     *("gemma", "gemma3_text", "granite", "internlm3", "starcoder2", "smollm3", "olmo", "ministral", "seed_oss"),
     *("ernie4_5", "helium", "glm", "glm4", "cohere", "cohere2", "phi", "phi3", "stablelm", "gpt_bigcode"),
@@ -64,7 +67,7 @@ _VLLM_BACKEND = dict.fromkeys(
 _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
     _Known("vLLM", "its own class", _VLLM, _LLAMA, "0.32 on a CPU: same tokens as transformers", _VLLM_BACKEND),
-    _Known("llama.cpp", "kvfold export, or its own converter", _LAYOUT, _LLAMA, "logits within 5e-5"),
+    _Known("llama.cpp", "kvfold export, or its own converter", _GGUF, _LLAMA | {"phi"}, _GGUF_CHECKED, _GGUF_ALONE),
     _Known("CTranslate2", "kvfold export", _CT2, _CT2, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
 )
@@ -161,7 +164,7 @@ def _sharing() -> tuple[Engine, ...]:
 
 # --- what an export cannot write ------------------------------------------------------------------------------------
 
-DECODERS = {"llama.cpp": _LAYOUT, "CTranslate2": _CT2}
+DECODERS = {"llama.cpp": _GGUF, "CTranslate2": _CT2}
 """Engine -> the decoders that can be exported to it."""
 
 ACTIVATIONS = {
@@ -178,6 +181,7 @@ _OTHER_ACTIVATIONS = {
 
 EXPORTED = ("llama.cpp", "CTranslate2")
 _SILU = ("silu", "swish")  # the same function
+_GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp computes all by tanh, in float16
 _SILU_ALONE = ("vLLM", "SGLang")
 _ROPE_KEYS = {
     "default": (),
@@ -306,8 +310,11 @@ def _of_rope(rope: Rope) -> Refusal | None:
 def _of_gguf(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     """Refuse what the architectures of llama.cpp cannot express."""
     attention, model_type = next(iter(shape.sites.values())), shape.model_type
-    if (name := activation(config, shape)) not in _SILU:
-        return Refusal("the engine lacks the activation", name, "silu")
+    own = _GELU if model_type == "phi" else _SILU
+    if (name := activation(config, shape)) not in own:
+        return Refusal("the engine lacks the activation", name, ", ".join(own))
+    if model_type == "phi":
+        return _of_phi2(attention, mixed(shape))
     if mixed(shape):
         problem = _of_deci(attention)
         what = f"deci, the architecture for layers that differ in their key/value heads, {problem}"
@@ -316,6 +323,16 @@ def _of_gguf(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
         return Refusal("qwen3 has no biases", ", ".join(sorted(attention.biases)))
     if attention.rope is not None and rope_kind(attention.rope) != "default" and model_type.startswith("qwen"):
         return Refusal(f"{model_type} has no scaled rotary frequencies", rope_kind(attention.rope))
+    return None
+
+
+def _of_phi2(attention: Attention, differing: bool) -> Refusal | None:
+    if differing:
+        return Refusal("phi2 has one number of key/value heads for all layers", next="export to ctranslate2")
+    if attention.num_attention_heads * attention.head_dim != attention.hidden_size:
+        return Refusal("phi2 has only heads that are together as wide as the model", f"head_dim {attention.head_dim}")
+    if attention.rope is not None and rope_kind(attention.rope) != "default":
+        return Refusal("phi2 has no scaled rotary frequencies", rope_kind(attention.rope))
     return None
 
 
