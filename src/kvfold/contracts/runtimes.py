@@ -17,6 +17,7 @@ import pydantic
 
 from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
 from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
+from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear
 from kvfold.errors import UnsupportedModel
 
 Json = Mapping[str, Any]
@@ -436,70 +437,3 @@ RUNTIMES = (*DECODERS, *ENCODER_DECODERS)
 
 ADDED = frozenset({name for each in DECODERS for name in each.rules} | {TYPES})
 """Fields of config.json that a decoder's runtimes add to the stock architecture's."""
-
-
-# --- shapes ---------------------------------------------------------------------------------------------------------
-
-
-def with_latent(attention: Attention, planes: int, width: int) -> Attention:
-    """The same site with latent keys and values: of each key head `planes` rotated planes, and one latent for the rest.
-
-    Roles: `k_rope` (2 planes G, D) makes the rotated coordinates; `kv_down` (R, D) the latent; `k_up` and `v_up` what
-    it says of unrotated keys and of values; `planes` (G, planes) names the frequencies that each key head keeps. Heads
-    of `q` begin with their rotated coordinates. There is no bias of unrotated keys, which would move all logits alike.
-    """
-    hidden, groups, rotated = attention.hidden_size, attention.num_key_value_heads, 2 * planes
-    free = attention.head_dim - rotated
-    extra: dict[str, tuple[int, ...]] = {"k_rope": (groups * rotated, hidden), "kv_down": (width, hidden)}
-    if "k" in attention.biases:
-        extra["k_rope_bias"] = (groups * rotated,)
-    if free:
-        extra["k_up"] = (groups * free, width)
-    extra |= {"v_up": (groups * attention.head_dim, width), "v_up_bias": (groups * attention.head_dim,)}
-    return replace(
-        attention,
-        extra={**extra, "planes": (groups, planes)},
-        without=frozenset({"k", "v", "k_bias", "v_bias"}),
-        kept={"rotated": groups * rotated, "latent": width},
-        read=rotated + 2 * width,
-        rope=attention.rope and replace(attention.rope, dims=rotated),
-    )
-
-
-def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attention:
-    """The same cross-attention over one latent of the encoder's output, which the first layer caches for all.
-
-    Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these, `k_bias` to those
-    whose logits are capped, which would else not feel it; `kv_down` (R, D), in
-    the first layer alone, makes it. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias beyond those
-    that there were.
-    """
-    rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.input_width
-    extra: dict[str, tuple[int, ...]] = {"k": (rows, width), "v": (rows, width)}
-    biased = attention.biases & {"k", "v"} | ({"v"} if narrow else set())
-    biased |= {"k"} if narrow and attention.softcap is not None else set()
-    extra |= {f"{role}_bias": (rows,) for role in sorted(biased)}
-    if narrow and layer == 0:
-        extra["kv_down"] = (width, attention.input_width)
-    kept = {"latent": width}
-    return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
-
-
-def with_linear(attention: Attention, linear: Linear) -> Attention:
-    """The same site with linear attention behind a window.
-
-    Roles: of `relu` one map for each key head, `phi` (G F, E) with `phi_bias`, which keys and their queries share; of
-    `hedgehog` one for each query head and one for each key head, `phi_q` (H F / 2, E) and `phi_k` (G F / 2, E); and
-    `window_gate` (H,), the logarithm of what the window counts, where both parts stand under one denominator.
-    """
-    width, heads, groups = attention.head_dim, attention.num_attention_heads, attention.num_key_value_heads
-    extra: dict[str, tuple[int, ...]] = {}
-    if linear.features == "relu":
-        extra = {"phi": (groups * linear.feature_dim, width), "phi_bias": (groups * linear.feature_dim,)}
-    if linear.features == "hedgehog":
-        half = linear.feature_dim // 2
-        extra = {"phi_q": (heads * half, width), "phi_k": (groups * half, width)}
-    if extra and linear.window:
-        extra["window_gate"] = (heads,)
-    kept = {"sums": 0, "window": 2 * groups * width * bool(linear.window + linear.sinks)}
-    return replace(attention, extra=extra, kept=kept, linear=linear)

@@ -32,8 +32,8 @@ from pydantic.dataclasses import dataclass
 
 from kvfold.contracts.method import Folded, Limit, Method, Student, refuse
 from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram, Question, Request
-from kvfold.contracts.runtimes import with_encoder_latent
 from kvfold.contracts.site import Shape, Site, SiteTensors
+from kvfold.contracts.student_site import with_encoder_latent
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 from kvfold.solve import Metric

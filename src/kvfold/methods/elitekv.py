@@ -38,8 +38,8 @@ from kvfold.contracts.cache import root_elements
 from kvfold.contracts.method import Folded, Limit, Method, Student, refuse, refuse_mixed_heads
 from kvfold.contracts.per_layer import PerSite
 from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question, SampledPairs
-from kvfold.contracts.runtimes import with_latent
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, SiteTensors
+from kvfold.contracts.student_site import with_latent
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 from kvfold.solve import Factor, Metric, Search

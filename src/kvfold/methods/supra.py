@@ -36,9 +36,9 @@ from pydantic.dataclasses import dataclass
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.method import Limit, Method, Student, refuse, refuse_mixed_heads
 from kvfold.contracts.requests import Answers, RecallDrop
-from kvfold.contracts.runtimes import with_linear
 from kvfold.contracts.site import DTYPE_BYTES, Attention, Linear, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
+from kvfold.contracts.student_site import with_linear
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 
