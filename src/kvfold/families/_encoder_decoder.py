@@ -31,7 +31,7 @@ from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read, stoc
 from kvfold.contracts.runtimes import architectures as architectures_of
 from kvfold.contracts.runtimes import fields as fields_of
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import dtype_of
+from kvfold.families._decoder import TENSORS, dtype_of
 
 END = "ForConditionalGeneration"
 
@@ -63,6 +63,14 @@ STACKS: Rules = {
     **dict.fromkeys(("scale_embedding", "is_decoder"), YES_NO),
 }
 """The fields of a BART and of a Whisper."""
+
+ATTENTIONS = {
+    "encoder": "model.encoder.layers.{layer}.self_attn",
+    "self": "model.decoder.layers.{layer}.self_attn",
+    "cross": "model.decoder.layers.{layer}.encoder_attn",
+}
+NAMES = {**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"}
+"""Where both keep their attentions, and the tensors of these."""
 
 _ALIASES = {
     "hidden_size": "d_model",
@@ -119,5 +127,41 @@ def paired_shape(
         dtype=dtype_of(config),
         max_positions=positions,
         encoder_parameters=read,
+        encoder_positions=encoder_positions,
+    )
+
+
+def stacked_shape(
+    config: Json,
+    family: str,
+    biases: str,
+    *,
+    encoder: int,
+    decoder: int,
+    positions: int,
+    encoder_positions: int | None = None,
+) -> Shape:
+    """The shape of a model with the fields `STACKS`; `encoder` and `decoder` count parameters outside of their layers.
+
+    The MLPs have no gate and two biases; layers of the encoder have two LayerNorms, those of the decoder three.
+    """
+    hidden, vocab = config["d_model"], config["vocab_size"]
+    layers, heads, inner = (
+        {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
+    )
+    alone = {part: Attention(hidden, n, n, hidden // n, biases=frozenset(biases)) for part, n in heads.items()}
+    sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
+    sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
+    forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
+    return paired_shape(
+        config,
+        family,
+        sites,
+        width=hidden,
+        vocab=vocab,
+        positions=positions,
+        embeddings=vocab * hidden,
+        encoder=layers["encoder"] * (forward["encoder"] + 4 * hidden) + encoder,
+        decoder=layers["decoder"] * (forward["decoder"] + 6 * hidden) + decoder,
         encoder_positions=encoder_positions,
     )

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from kvfold.contracts.config import POSITIONS, SHARE, VOCABULARY, Fields, Rule, Rules, decimal, only, whole
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import stock_type
-from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.contracts.site import Shape
 from kvfold.errors import UnsupportedModel
-from kvfold.families._decoder import TENSORS
 from kvfold.families._encoder_decoder import (
+    ATTENTIONS,
+    NAMES,
     PARTS,
     STACKS,
     architectures,
     check_stacks,
-    decoder_sites,
     fields,
-    paired_shape,
+    stacked_shape,
 )
 
 
@@ -78,27 +78,9 @@ def _check(fields: Fields) -> None:
 def _shape(config: Json) -> Shape:
     if config.get("tie_word_embeddings") is False:
         raise UnsupportedModel("config.json: tie_word_embeddings is false, and its embeddings are one here")
-    hidden, vocab, positions = (config[name] for name in ("d_model", "vocab_size", "max_position_embeddings"))
-    layers, heads, inner = (
-        {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
-    )
-    biases = frozenset("qkvo")
-    alone = {part: Attention(hidden, n, n, hidden // n, biases=biases) for part, n in heads.items()}
-    sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
-    sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
-    outside = TABLES[stock_type(config)].parameters(positions, hidden)
-    forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
-    return paired_shape(
-        config,
-        "bart",
-        sites,
-        width=hidden,
-        vocab=vocab,
-        positions=positions,
-        embeddings=vocab * hidden,
-        encoder=layers["encoder"] * (forward["encoder"] + 4 * hidden) + outside,
-        decoder=layers["decoder"] * (forward["decoder"] + 6 * hidden) + outside,
-    )
+    positions = config["max_position_embeddings"]
+    outside = TABLES[stock_type(config)].parameters(positions, config["d_model"])
+    return stacked_shape(config, "bart", "qkvo", encoder=outside, decoder=outside, positions=positions)
 
 
 FAMILY = Family(
@@ -106,12 +88,8 @@ FAMILY = Family(
     architectures=architectures(*TABLES),
     about="BART, mBART, PLBART, M2M-100 and NLLB-200, Marian, Pegasus, Blenderbot: decoder self- and cross-attention",
     examples=("facebook/bart-large-cnn", "facebook/nllb-200-distilled-600M", "Helsinki-NLP/opus-mt-en-de"),
-    attention={
-        "encoder": "model.encoder.layers.{layer}.self_attn",
-        "self": "model.decoder.layers.{layer}.self_attn",
-        "cross": "model.decoder.layers.{layer}.encoder_attn",
-    },
-    tensors={**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"},
+    attention=ATTENTIONS,
+    tensors=NAMES,
     check=_check,
     shape=_shape,
     fields=fields,

@@ -6,7 +6,9 @@ are not folded: a student leaves them out, as transformers does when it loads th
 
 from __future__ import annotations
 
-from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Fields, Rule, decimal, whole
+from functools import partial
+
+from kvfold.contracts.config import HEADS, WIDTH, YES_NO, Rule, decimal, whole
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, decoder
 from kvfold.families._experts import BODY, RULES, check_experts, experts_of, routed
@@ -34,10 +36,6 @@ def _drafting(config: Json) -> tuple[str, ...]:
     return tuple(f"model.layers.{first + each}." for each in range(more))
 
 
-def _check(fields: Fields) -> None:
-    check_experts(fields, NUMBER, chosen=8)
-
-
 FAMILY = decoder(
     "glm4_moe",
     "GLM-4.5, GLM-4.6 (experts, which stay as they are; part of each head rotated)",
@@ -56,7 +54,7 @@ FAMILY = decoder(
         "routed_scaling_factor": decimal(0, 1e6),
         "sliding_window": Rule(None, "null: this architecture has no windows"),
     },
-    check=_check,
+    check=partial(check_experts, default=NUMBER, chosen=8),
     layout=_layout,
     tiny={
         "n_routed_experts": 4,

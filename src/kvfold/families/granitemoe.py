@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvfold.contracts.config import YES_NO, Fields, Rule, number
+from functools import partial
+
+from kvfold.contracts.config import YES_NO, Rule, number
 from kvfold.contracts.family import Body, Json
 from kvfold.contracts.stacked import Stacked
 from kvfold.families._decoder import Layout, decoder
@@ -22,10 +24,6 @@ def _layout(config: Json) -> Layout:
     )
 
 
-def _check(fields: Fields) -> None:
-    check_experts(fields, NUMBER, chosen=2)
-
-
 FAMILY = decoder(
     "granitemoe",
     "Granite 3 MoE (experts, which stay as they are; factors of embeddings, logits and residuals)",
@@ -39,7 +37,7 @@ FAMILY = decoder(
         ),
         "sliding_window": Rule(None, "null: this architecture has no windows"),
     },
-    check=_check,
+    check=partial(check_experts, default=NUMBER, chosen=2),
     layout=_layout,
     tiny={
         "intermediate_size": 16,

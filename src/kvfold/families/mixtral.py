@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvfold.contracts.config import HEADS, POSITIONS, SHARE, Fields
+from functools import partial
+
+from kvfold.contracts.config import HEADS, POSITIONS, SHARE
 from kvfold.contracts.family import Body, Json
 from kvfold.contracts.stacked import Stacked
 from kvfold.families._decoder import Layout, decoder
@@ -11,10 +13,6 @@ from kvfold.families._experts import RULES, check_experts, experts_of, routed
 NUMBER = 8  # of experts where config.json is silent
 
 _BLOCK, _EXPERT = "block_sparse_moe", "block_sparse_moe.experts.{expert}"
-
-
-def _check(fields: Fields) -> None:
-    check_experts(fields, NUMBER, chosen=2)
 
 
 def _layout(config: Json) -> Layout:
@@ -35,7 +33,7 @@ FAMILY = decoder(
         "router_jitter_noise": SHARE,
         "sliding_window": POSITIONS.or_null,
     },
-    check=_check,
+    check=partial(check_experts, default=NUMBER, chosen=2),
     layout=_layout,
     tiny={"intermediate_size": 16, "num_local_experts": 4},
     body=Body(

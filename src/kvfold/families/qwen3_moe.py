@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from kvfold.contracts.config import HEADS, POSITIONS, WIDTH, YES_NO, Fields
+from functools import partial
+
+from kvfold.contracts.config import HEADS, POSITIONS, WIDTH, YES_NO
 from kvfold.contracts.family import Json
 from kvfold.families._decoder import Layout, decoder
 from kvfold.families._experts import BODY, SPARSE, check_experts, experts_of, sparse
 
 NUMBER, INNER = 128, 768  # experts and their width, where config.json is silent
-
-
-def _check(fields: Fields) -> None:
-    check_experts(fields, NUMBER, chosen=8)
 
 
 def _layout(config: Json) -> Layout:
@@ -37,7 +35,7 @@ FAMILY = decoder(
         **dict.fromkeys(("attention_bias", "use_sliding_window"), YES_NO),
         "sliding_window": POSITIONS.or_null,
     },
-    check=_check,
+    check=partial(check_experts, default=NUMBER, chosen=8),
     layout=_layout,
     tiny={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     body=BODY,

@@ -12,16 +12,16 @@ from __future__ import annotations
 from kvfold.contracts.config import POSITIONS, SHARE, WHOLES, WIDTH, YES_NO, Fields, Rule, Rules, whole
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import HEADS
-from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import TENSORS
+from kvfold.contracts.site import Shape
 from kvfold.families._encoder_decoder import (
+    ATTENTIONS,
+    NAMES,
     PARTS,
     STACKS,
     architectures,
     check_stacks,
-    decoder_sites,
     fields,
-    paired_shape,
+    stacked_shape,
 )
 
 _KERNEL = 3  # of both convolutions; the second halves the number of frames
@@ -51,27 +51,15 @@ def _check(fields: Fields) -> None:
 
 
 def _shape(config: Json) -> Shape:
-    hidden, vocab, read, written = (
-        config[name] for name in ("d_model", "vocab_size", "max_source_positions", "max_target_positions")
-    )
-    layers, heads, inner = (
-        {part: config[f"{part}_{name}"] for part in PARTS} for name in ("layers", "attention_heads", "ffn_dim")
-    )
-    alone = {part: Attention(hidden, n, n, hidden // n, biases=frozenset("qvo")) for part, n in heads.items()}
-    sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
-    sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
+    hidden, read, written = (config[name] for name in ("d_model", "max_source_positions", "max_target_positions"))
     convolutions = _KERNEL * hidden * (config["num_mel_bins"] + hidden) + 2 * hidden
-    forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
-    return paired_shape(
+    return stacked_shape(
         config,
         "whisper",
-        sites,
-        width=hidden,
-        vocab=vocab,
+        "qvo",
+        encoder=convolutions + (read + 2) * hidden,
+        decoder=(written + 2) * hidden,
         positions=written,
-        embeddings=vocab * hidden,
-        encoder=layers["encoder"] * (forward["encoder"] + 4 * hidden) + convolutions + (read + 2) * hidden,
-        decoder=layers["decoder"] * (forward["decoder"] + 6 * hidden) + (written + 2) * hidden,
         encoder_positions=read,
     )
 
@@ -80,12 +68,8 @@ FAMILY = Family(
     name="whisper",
     architectures=architectures("whisper"),
     about="Whisper (reads sound): decoder self- and cross-attention, the encoder as it is",
-    attention={
-        "encoder": "model.encoder.layers.{layer}.self_attn",
-        "self": "model.decoder.layers.{layer}.self_attn",
-        "cross": "model.decoder.layers.{layer}.encoder_attn",
-    },
-    tensors={**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"},
+    attention=ATTENTIONS,
+    tensors=NAMES,
     check=_check,
     shape=_shape,
     fields=fields,
