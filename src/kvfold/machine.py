@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,15 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def clock() -> float:
+    """Seconds on a clock, once the accelerator has finished."""
+    import torch
+
+    if best_device() == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def describe() -> str:

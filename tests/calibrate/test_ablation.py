@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.recall import copies
-from kvfold.calibrate.sensitivity import COPY_LENGTH, FOLD_TOKENS, HEAD_TOKENS, measure
-from kvfold.contracts.requests import FoldedRecall, HeadKL, Question
+from kvfold.calibrate.sensitivity import COPY_LENGTH, measure
+from kvfold.contracts.requests import COPIED, FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def token_file(vocabulary: int = 96) -> TokenFile:
     return TokenFile(Path("text"), ids, vocabulary, "text", "text")
 
 
-def copied_rows(vocabulary: int = 96, count: int = FOLD_TOKENS) -> Tensor:
+def copied_rows(vocabulary: int = 96, count: int = COPIED[FoldedRecall]) -> Tensor:
     rows_BT = copies(token_file(vocabulary), COPY_LENGTH, count)
     assert torch.equal(rows_BT[:, :SPAN], rows_BT[:, -SPAN:])
     return rows_BT
@@ -74,7 +74,7 @@ def test_the_kl_of_a_head_is_that_of_a_hooked_teacher(tiny_checkpoint: Make, fam
 
         return before
 
-    rows_BT = copied_rows(count=HEAD_TOKENS)
+    rows_BT = copied_rows(count=COPIED[HeadKL])
     with torch.inference_mode():
         p_BTV = model(rows_BT).logits.log_softmax(-1)
         for each in questions:

@@ -180,7 +180,7 @@ def test_every_fork_of_a_cache_starts_from_the_same_place(kind: str, tiny_checkp
 
 def test_works_take_turns_and_only_their_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, ran = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(TIMING, "_clock", lambda: clock.now)
+    monkeypatch.setattr(TIMING, "clock", lambda: clock.now)
 
     def work(name: str, seconds: float) -> Callable[[], Callable[[], None]]:
         def ready() -> Callable[[], None]:
@@ -206,7 +206,7 @@ def test_rows_and_ratios_are_medians_over_the_rounds_with_the_fastest_kernel(
     steps = {"teacher": [8.0, 80.0, 4.0], "fp8": [16.0] * 3, "student": [2.0, 1.0, 20.0]}
     best = {"teacher": "eager", "fp8": "sdpa", "student": "kvfold"}
     clock, seen, read = SimpleNamespace(now=0.0), [], hf.read
-    monkeypatch.setattr(TIMING, "_clock", lambda: clock.now)
+    monkeypatch.setattr(TIMING, "clock", lambda: clock.now)
 
     def timed_read(model: Any, ids_BT: torch.Tensor, cache: Any, encoded: Any = None) -> torch.Tensor:
         kernel = model.config._attn_implementation

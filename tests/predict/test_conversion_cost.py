@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from kvfold.contracts.effort import EFFORTS, RepairSettings
-from kvfold.contracts.requests import FoldedKL, InputGram, QueryGram
+from kvfold.contracts.requests import COPIED, FoldedKL, FoldedRecall, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import REPAIRABLE, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.predict.conversion_cost import ConversionCost, Speeds, Work, conversion_cost, directions
@@ -97,3 +97,15 @@ def test_gate_and_up_are_refitted_where_they_pay() -> None:
     assert EFFORTS["thorough"].repaired(REPAIRABLE, parts, 4096) == REPAIRABLE
     assert EFFORTS["thorough"].repaired(REPAIRABLE, ("up", "act", "down"), 4096) == ("q", "o", "up", "down")
     assert EFFORTS["quick"].repaired(("q", "o"), parts, 64) == ("o",)
+
+
+def test_every_change_of_one_site_is_counted_by_its_own_tokens(teacher: Checkpoint) -> None:
+    """The layers from the site on, and the logits: as many operations a token, whatever is compared."""
+
+    def passes(question: Any) -> float:
+        return cost(teacher, questions=(question,)).stages["measured sites"].passes
+
+    for layer in (0, 1):
+        token = passes(FoldedKL(Site(layer), 1)) / 8192
+        assert passes(HeadKL(Site(layer), 0)) == pytest.approx(COPIED[HeadKL] * token)
+        assert passes(FoldedRecall(Site(layer), 1)) == pytest.approx(COPIED[FoldedRecall] * token)

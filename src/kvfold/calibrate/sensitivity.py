@@ -33,7 +33,7 @@ from kvfold.calibrate.recall import copied_loss, copies
 from kvfold.calibrate.resumed import Changed, Resumed
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
-from kvfold.contracts.requests import Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
+from kvfold.contracts.requests import COPIED, Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -46,7 +46,6 @@ from kvfold.text.tokens import TokenFile
 FORMAT = 4  # of the kept answers
 LENGTH = 256  # tokens of a row
 COPY_LENGTH = 96  # tokens of a row whose end repeats its beginning
-FOLD_TOKENS, HEAD_TOKENS = 768, 384  # of such rows in all, for a fold and for a head: a KL has less noise than a loss
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
 
 
@@ -99,7 +98,7 @@ class _Measurement:
         asked: dict[int, list[Alone]] = {}
         for each in sorted(questions, key=_order):
             if _key(each) not in known:
-                asked.setdefault(_sites(each)[0].layer, []).append(each)
+                asked.setdefault(each.sites[0].layer, []).append(each)
         if asked:
             work = rows_BT.numel() * sum(map(len, asked.values()))
             rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * self.source.shape.vocab_size))
@@ -147,12 +146,8 @@ class _Measurement:
 # --- questions -----------------------------------------------------------------------------------------------------
 
 
-def _sites(question: Alone) -> tuple[Site, ...]:
-    return question.sites if isinstance(question, ConvertedKL) else (question.site,)
-
-
 def _order(question: Alone) -> tuple[tuple[Site, ...], int]:
-    return _sites(question), -question.heads if isinstance(question, FoldedKL | FoldedRecall) else 0
+    return question.sites, -question.heads if isinstance(question, FoldedKL | FoldedRecall) else 0
 
 
 def _key(question: Alone) -> str:
@@ -167,7 +162,7 @@ def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
     """The settings that convert these sites alone."""
     if isinstance(question, FoldedKL | FoldedRecall):
         return method.with_heads(config, question.heads)
-    return method.alone(config, shape, _sites(question))
+    return method.alone(config, shape, question.sites)
 
 
 def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:
@@ -187,7 +182,7 @@ def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alo
         columns = slice(question.head * width, (question.head + 1) * width)
         return Changed(averaged={family.tensor(question.site, "o").removesuffix(".weight"): columns})
     alone = _config(method, config, question, source.shape)
-    group = {site: source.roles(site) for site in _sites(question)}
+    group = {site: source.roles(site) for site in question.sites}
     student = method.student(alone, source.shape).shape
     found, reads = {}, {}
     for site, roles in method.convert(group, answers, alone).items():
@@ -256,7 +251,7 @@ class _Kind:
 
 
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
-    _Kind(HeadKL, "kl", partial(_copied, count=HEAD_TOKENS), _kl),
-    _Kind(FoldedRecall, "rise", partial(_copied, count=FOLD_TOKENS), _rise, SPAN),
+    _Kind(HeadKL, "kl", partial(_copied, count=COPIED[HeadKL]), _kl),
+    _Kind(FoldedRecall, "rise", partial(_copied, count=COPIED[FoldedRecall]), _rise, SPAN),
     _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
 )

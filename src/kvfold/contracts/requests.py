@@ -84,8 +84,17 @@ class _Number:
         return 8
 
 
+class _OneSite(_Number):
+    site: Site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The site that changes."""
+        return (self.site,)
+
+
 @dataclass(frozen=True)
-class FoldedKL(_Number):
+class FoldedKL(_OneSite):
     """KL to the teacher in nats per token with this site alone at `heads` key/value heads: `kl`. See `with_heads`."""
 
     site: Site
@@ -113,7 +122,7 @@ class RecallDrop(_Number):
 
 
 @dataclass(frozen=True)
-class HeadKL(_Number):
+class HeadKL(_OneSite):
     """KL to the teacher in nats per token without the query heads that read one key/value head: `kl`.
 
     Their outputs are replaced by their means. The text is one whose rows end in a copy of their beginning.
@@ -124,7 +133,7 @@ class HeadKL(_Number):
 
 
 @dataclass(frozen=True)
-class FoldedRecall(_Number):
+class FoldedRecall(_OneSite):
     """How much the loss of copying rises with this site alone at `heads` key/value heads: `rise`, nats per token."""
 
     site: Site
@@ -145,6 +154,9 @@ class Computed:
 
 Alone = FoldedKL | ConvertedKL | FoldedRecall | HeadKL
 """What is measured by changing a few sites of the teacher and no others."""
+
+COPIED: Mapping[type, int] = {HeadKL: 384, FoldedRecall: 768}  # a KL has less noise than a loss
+"""Tokens of the rows whose ends repeat their beginnings, on which these are measured."""
 
 Question = Request | Alone | Computed | RecallDrop
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.machine import best_device
+from kvfold.machine import clock
 from kvfold.predict.roofline import decode_step, hardware
 
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
@@ -38,17 +37,10 @@ def interleave(works: Mapping[K, Callable[[], Callable[[], object]]], rounds: in
         first = number % len(keys)
         for key in keys[first:] + keys[:first]:
             call = works[key]()
-            start = _clock()
+            start = clock()
             call()
-            seconds[key].append(_clock() - start)
+            seconds[key].append(clock() - start)
     return seconds
-
-
-def _clock() -> float:
-    """Seconds on a clock, once the accelerator has finished."""
-    if best_device() == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @dataclass(eq=False)

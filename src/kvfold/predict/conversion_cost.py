@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP, Family, Json
-from kvfold.contracts.requests import ConvertedKL, FoldedKL, Question, Request, SampledPairs
+from kvfold.contracts.requests import COPIED, Alone, Question, Request, SampledPairs
 from kvfold.contracts.site import Attention, Shape
 
 DOUBLE = 2  # a product in float64 takes as long as two in float32
@@ -149,11 +149,11 @@ def _answer(question: Question, shape: Shape, tokens: int) -> Work:
 
 def _measured(question: Question, shape: Shape, mlp: _Mlp, tokens: int) -> Work:
     """The layers from a site on, and the logits, for the cost of converting it alone."""
-    if not isinstance(question, FoldedKL | ConvertedKL):
+    if not isinstance(question, Alone):
         return Work()
-    first = question.site.layer if isinstance(question, FoldedKL) else min(site.layer for site in question.sites)
+    first = min(site.layer for site in question.sites)
     above = sum(_pass(attention, 0) + mlp.run for site, attention in shape.sites.items() if site.layer >= first)
-    return Work(passes=tokens * (above + 2 * shape.vocab_size * shape.hidden_size))
+    return Work(passes=COPIED.get(type(question), tokens) * (above + 2 * shape.vocab_size * shape.hidden_size))
 
 
 def _repair(

@@ -24,7 +24,7 @@ from kvfold.contracts.cache import CacheSpec
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
 from kvfold.errors import SettingError, choices
-from kvfold.machine import available, best_device, describe, device_memory
+from kvfold.machine import available, best_device, clock, describe, device_memory
 
 HardwareName = Literal["a100", "h100", "h200", "l4", "local"]
 
@@ -188,13 +188,9 @@ def measure() -> Hardware:
         """Seconds of the fastest run, which other processes disturb least; fewer runs where they take long."""
         times: list[float] = []
         while len(times) < repeats and sum(times) < ENOUGH:
-            if gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             work()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return min(times)
 
     with torch.inference_mode():
