@@ -25,10 +25,10 @@ from kvfold.contracts.config import (
     whole,
 )
 from kvfold.contracts.family import Body, Json
-from kvfold.families._decoder import BODY, Layout, check_head_dim, decoder
+from kvfold.families._decoder import BODY, FACTOR, Layout, check_head_dim, decoder
 
 NO = only(False, "false: no such model is known here")
-FACTOR, SCALE = number(1e-6, 1e6), decimal(1e-6, 1e6)
+SCALE = decimal(1e-6, 1e6)
 BIASES: Rules = dict.fromkeys(("attention_bias", "mlp_bias"), YES_NO)
 GROUPS: Rules = {"num_key_value_heads": HEADS.needed, "head_dim": WIDTH}  # where transformers has defaults of its own
 PLAIN = {"up": "mlp.up_proj", "act": "mlp.act_fn", "down": "mlp.down_proj"}

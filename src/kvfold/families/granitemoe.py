@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvfold.contracts.config import YES_NO, Rule, number
+from kvfold.contracts.config import YES_NO, Rule
 from kvfold.contracts.family import Body, Json
 from kvfold.contracts.stacked import Stacked
-from kvfold.families._decoder import Layout, decoder
+from kvfold.families._decoder import FACTOR, Layout, decoder
 from kvfold.families._experts import RULES, check_experts, experts_of, routed
 
 NUMBER = 8  # of experts where config.json is silent
 
-_BLOCK, _FACTOR = "block_sparse_moe", number(1e-6, 1e6)
+_BLOCK = "block_sparse_moe"
 
 
 def _layout(config: Json) -> Layout:
@@ -33,7 +33,7 @@ FAMILY = decoder(
         **RULES,
         "attention_bias": YES_NO,
         **dict.fromkeys(
-            ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), _FACTOR
+            ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), FACTOR
         ),
         "sliding_window": Rule(None, "null: this architecture has no windows"),
     },
