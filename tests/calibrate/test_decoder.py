@@ -237,7 +237,7 @@ def test_memory_is_bounded_and_checked_before_anything_is_loaded(
     alone = memory_bytes(shape, [], EXACT)
     assert memory_bytes(shape, [InputGram(Site(0))] * 2, EXACT) == alone + 8 * 33 * 32
     probabilities = memory_bytes(shape, [AttentionGram(Site(0))], EXACT) - alone - 8 * 33 * 32
-    assert probabilities >= 2 * 4 * 12 * 12 * 8  # logits and probabilities of one row: 4 heads of 12 x 12
+    assert probabilities >= 2 * 12 * 12 * 8  # logits and probabilities of one row, of one head at each token
     assert memory_bytes(shape, [AttentionGram(Site(0)), AttentionGram(Site(1))], EXACT) == (
         alone + probabilities + 2 * 8 * 33 * 32  # layers are read one after another
     )

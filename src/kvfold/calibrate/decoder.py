@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from kvfold.hf import Layers
 
 FORMAT = 4  # of the kept answers
-BATCH = 512  # tokens of one batch: neighbouring rows of one length
+BATCH = 2048  # tokens of one batch: neighbouring rows of one length
 MEMORY_SHARE = 0.8  # of the device's memory, unless the settings give a limit
 
 
@@ -141,11 +142,9 @@ def read(
             got=f"{total:,} tokens of text",
             next="give more text, or more calibration tokens",
         )
-    weights = any(isinstance(request, AttentionGram) for request in requests)
-    attention = "eager" if weights or not source.shape.fused else "sdpa"
     device, needed = best_device(), 1 + max(map(_layer, requests), default=-1)
     with (
-        hf.Layers(source, dtype=settings.dtype, device=device, attention=attention, lengths=lengths) as layers,
+        hf.Layers(source, dtype=settings.dtype, device=device, attention=hf.WATCHED, lengths=lengths) as layers,
         _Pass(layers, rows, settings) as work,
         torch.inference_mode(),
         task(progress, "calibrating", total * needed, "tokens"),
@@ -175,6 +174,8 @@ class _Pass(ExitStack):
 
         Raises CheckpointError if an answer is not finite.
         """
+        from kvfold import hf
+
         device, ahead = self.layers.device, [request for request in requests if _layer(request) > number]
         asked = [request for request in requests if _layer(request) == number]
         sums = Sums(asked, self.source.shape, str(device), self.lengths)
@@ -182,18 +183,22 @@ class _Pass(ExitStack):
         kept = {site: self._spool() for site in sorted(waiting) if site.layer == number}
         self.inputs |= kept
         seen: dict[Signal, Tensor] = {}
-        layer = self.layers.open(number)
+        layer, takers = self.layers.open(number), {}
         wanted = {signal for request in asked for signal in signals(request)} | {(site, "x") for site in kept}
         for signal in wanted:
             if signal[0].layer == number:
                 name, hook = watch(self.source, signal, seen)
-                layer.owner(name).register_forward_hook(hook)
+                if signal[1] == "p":
+                    takers[layer.owner(name)] = partial(seen.__setitem__, signal)
+                else:
+                    layer.owner(name).register_forward_hook(hook)
         for row, count in self.hidden.batches(BATCH):
             if number == 0:
                 hidden_BTD = self.layers.embed(torch.stack(list(self.rows[row : row + count])))
             else:
                 hidden_BTD = self.hidden.read(row, count)
-            hidden_BTD = layer.run(hidden_BTD, row)
+            with hf.probabilities(takers):
+                hidden_BTD = layer.run(hidden_BTD, row)
             for signal in wanted - seen.keys():
                 seen[signal] = self.inputs[signal[0]].read(row, count).to(device)
             sums.add(seen)
@@ -240,8 +245,7 @@ def memory_bytes(shape: Shape, requests: Iterable[Request], settings: Calibratio
     tokens = max(length, BATCH)
     batch = tokens * shape.hidden_size * (20 * itemsize + 16)  # activations, and inputs in float64
     if any(isinstance(request, AttentionGram) for request in asked):
-        heads = max(attention.num_attention_heads for attention in shape.sites.values())
-        batch += 3 * heads * tokens * length * itemsize  # logits, their float32 softmax, and the probabilities
+        batch += 3 * tokens * length * itemsize  # of one head at each token: logits, their softmax, and a mask
     return (embedding + layer) * itemsize + sum(request.bytes(shape) for request in asked) + batch
 
 

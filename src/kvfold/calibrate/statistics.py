@@ -20,7 +20,8 @@ from kvfold.errors import CheckpointError
 SEED = 0  # of the sampled tokens
 
 Signal = tuple[Site, str]
-"""What a request reads of a site: the input `x`, queries `q` and keys `k` before rotation, or the attention `p`."""
+"""What a request reads of a site: the input `x`, queries `q` and keys `k` before rotation, or the attention `p` of one
+head at each token."""
 
 
 def signals(request: Request) -> tuple[Signal, ...]:
@@ -39,7 +40,10 @@ def signals(request: Request) -> tuple[Signal, ...]:
 
 
 def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tuple[str, Callable[..., None]]:
-    """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on."""
+    """A forward hook that puts a signal into `seen`, and the tensor or module whose module it belongs on.
+
+    Attention `p` has only a module: its functions pass it on (`hf.probabilities`).
+    """
     (site, what), family = signal, source.family
     attention = source.shape.sites[site]
     normed = attention.norms != "none"
@@ -47,7 +51,7 @@ def watch(source: Checkpoint, signal: Signal, seen: dict[Signal, Tensor]) -> tup
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if what in ("q", "k") and normed and family.heads_first:
             output = output.transpose(1, 2)
-        seen[signal] = inputs[0] if what == "x" else output[1] if what == "p" else output
+        seen[signal] = inputs[0] if what == "x" else output
 
     if what == "p":
         return family.module(site), hook
@@ -143,15 +147,14 @@ def _rows(*inputs_BTD: Tensor) -> Sequence[Tensor]:
     return [each.flatten(0, 1) for each in inputs_BTD]
 
 
-def _averaged(x_BSD: Tensor, p_BHTS: Tensor) -> Sequence[Tensor]:
+def _averaged(x_BSD: Tensor, p_BTS: Tensor) -> Sequence[Tensor]:
     """Inputs averaged by attention: token t by that of head `t mod H`.
 
     All heads at all tokens would be `H` times the work, for sums that differ by the noise of a sample. The average is
     taken in the teacher's format, float32 at least, in which its attention is exact to begin with.
     """
     format = torch.promote_types(x_BSD.dtype, torch.float32)
-    token_T = torch.arange(p_BHTS.shape[2], device=p_BHTS.device)
-    return _rows(p_BHTS[:, token_T % p_BHTS.shape[1], token_T].to(format) @ x_BSD.to(format))
+    return _rows(p_BTS.to(format) @ x_BSD.to(format))
 
 
 def _heads(tensor: Tensor, head_dim: int) -> Tensor:

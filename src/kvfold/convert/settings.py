@@ -60,6 +60,11 @@ class ConvertSettings:
     repair_inner_tokens: int | None = setting(
         None, "Tokens on which gate and up are repaired. Default: by effort.", group=ADVANCED
     )
+    repair_step_tokens: int | None = setting(
+        None,
+        "Tokens of these that each step of the conjugate gradients of q, gate and up reads. Default: by effort.",
+        group=ADVANCED,
+    )
     repair_tolerance: float | None = setting(
         None,
         "Share of all gains below which one more step of q, gate and up is the last. Default: by effort.",
@@ -69,7 +74,7 @@ class ConvertSettings:
     def __post_init__(self) -> None:
         """Raise SettingError for sizes out of range and for roles that cannot be repaired."""
         sizes = ("calibration_tokens", "calibration_length", "sensitivity_tokens", "repair_length")
-        check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens")
+        check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens", "repair_step_tokens")
         check_range(self, "convert", 0, 1, "repair_tolerance")
         check_range(self, "convert", 1, float("inf"), "shard_size", "calibration_memory")
         check_range(self, "convert", 0, SEEDS - 1, "calibration_seed")
@@ -91,7 +96,7 @@ class ConvertSettings:
     @property
     def repairing(self) -> RepairSettings:
         """How much text a repair reads: as set, and the rest by effort."""
-        given = {name: getattr(self, f"repair_{name}") for name in ("length", "q_tokens", "inner_tokens", "tolerance")}
+        given = {each.name: getattr(self, f"repair_{each.name}") for each in fields(RepairSettings)}
         chosen = {name: value for name, value in given.items() if value is not None}
         return replace(EFFORTS[self.effort].repair, **chosen)
 

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -40,6 +41,11 @@ class Attended:
     output_BTD: Tensor
     softcap: float | None = None
     sinks_H: Tensor | None = None
+
+    def rows(self, first: int, count: int) -> Attended:
+        """Some of the rows. All rows have the same mask."""
+        by_row = ("input_BTD", "query_BHTE", "key_BGSE", "heads_BTN", "output_BTD")
+        return replace(self, **{name: getattr(self, name)[first : first + count] for name in by_row})
 
 
 class _Done(Exception):
@@ -108,9 +114,9 @@ def _by_coordinate(attention: nn.Module, rotation: Sequence[Tensor], rotated: in
 
 @contextmanager
 def probabilities(takers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Pass the probabilities `p_BHTS` of each of these attention modules to its function, as the modules run.
+    """Pass the probabilities `p_BTS` of each of these attention modules to its function, as the modules run.
 
-    The model must be loaded with the attention `WATCHED`.
+    At token t they are those of head `t mod H`. The model must be loaded with the attention `WATCHED`.
     """
     token = _LOOKS.set(takers)
     try:
@@ -128,17 +134,26 @@ def _probabilities(
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """The softmax over keys, in float32 or wider; sinks take a part of it."""
-    key_BHSE = key_BGSE.repeat_interleave(query_BHTE.shape[1] // key_BGSE.shape[1], dim=1)
-    logits_BHTS = scale * (query_BHTE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
+    """The softmax over keys at each token t of head `t mod H`, in float32 or wider; sinks take a part of it."""
+    heads, tokens = query_BHTE.shape[1:3]
+    key_BHSE = key_BGSE.repeat_interleave(heads // key_BGSE.shape[1], dim=1)
+    query_BHNE = _in_turn(query_BHTE, heads)  # N: the tokens of a head
+    logits_BHNS = scale * (query_BHNE @ key_BHSE.mT).to(torch.promote_types(query_BHTE.dtype, torch.float32))
     if softcap is not None:
-        logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
+        logits_BHNS = softcap * torch.tanh(logits_BHNS / softcap)
     if mask is not None:
-        logits_BHTS = logits_BHTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits_BHTS + mask
+        mask = _in_turn(mask, heads)
+        logits_BHNS = logits_BHNS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits_BHNS + mask
     if causal:
-        visible_TS = torch.ones(logits_BHTS.shape[2:], dtype=torch.bool, device=logits_BHTS.device).tril()
-        logits_BHTS = logits_BHTS.masked_fill(~visible_TS, -torch.inf)
-    return masked_softmax(logits_BHTS, None, sinks_H=sinks_H)
+        visible_TS = torch.ones(tokens, key_BHSE.shape[2], dtype=torch.bool, device=logits_BHNS.device).tril()
+        logits_BHNS = logits_BHNS.masked_fill(~_in_turn(visible_TS[None, None], heads), -torch.inf)
+    return masked_softmax(logits_BHNS, None, sinks_H=sinks_H).transpose(1, 2).flatten(1, 2)[:, :tokens]
+
+
+def _in_turn(rows_BHTN: Tensor, heads: int) -> Tensor:
+    """Of each head h the rows of the tokens t with `t mod H = h`, `(B, H, ceil(T / H), N)`."""
+    whole_BHTN = pad(rows_BHTN, (0, 0, 0, -rows_BHTN.shape[2] % heads)).expand(-1, heads, -1, -1)
+    return whole_BHTN.unflatten(2, (-1, heads)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _watched(

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvfold.text.tokens import TokenFile
 
 BATCH = 4096  # tokens that pass through a layer together
+INNER_BATCH = 1024  # tokens on which one thread applies the least squares of gate and up
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 DAMPING = 3e-2  # pulls o and down towards what they were
 MLP_ROLES = frozenset(MLP).intersection(REPAIRABLE)
@@ -201,9 +202,9 @@ class _Pass:
         student, found = half.student, dict[str, Tensor]()
         for row, count in self._batches():
             half.write(row, self.student.read(row, count))
-        for role in ("gate", "up"):
-            if role in wanted:
-                self._repair_inner(role, half)
+        if inner := [role for role in ("gate", "up") if role in wanted]:
+            self._repair_inner(inner, half)
+            for role in inner:
                 found |= self._saved(role, student)
         if "down" in wanted:
             _regress(student.mlp["down"], self._inner(half))
@@ -228,27 +229,40 @@ class _Pass:
         wanted_BTD = self.above.read(row, count) - half.middle.read(row, count)
         return half.student.added["mlp"].missing(down(inner_BTF), wanted_BTD.to(inner_BTF))
 
-    def _repair_inner(self, role: str, half: _Halfway) -> None:
-        student, length = half.student, self.lengths[0]
-        lengths = self.lengths[: max(1, self.settings.inner_tokens // length)]
-        batch = max(1, BATCH // length)
-        with InnerFit(student.mlp[role], student.mlp["down"], lengths) as fit:
-            for row in range(0, len(lengths), batch):
-                x_BTD = half.x.read(row, min(batch, len(lengths) - row))
-                lacks_BTD, share = self._lacks(half, row, student.inner(x_BTD))
-                fit.add(row, x_BTD, student.slope(x_BTD, role) * share, lacks_BTD * share)
-            fit.solve(steps=INNER_STEPS, tolerance=self.settings.tolerance, damping=INNER_DAMPING, batch=batch)
+    def _repair_inner(self, roles: Sequence[str], half: _Halfway) -> None:
+        student, length, settings = half.student, self.lengths[0], self.settings
+        lengths = self.lengths[: max(1, settings.inner_tokens // length)]
+        batch = max(1, INNER_BATCH // length)
+        with InnerFit([student.mlp[role] for role in roles], student.mlp["down"], lengths) as fit:
+            for row, count in fit.inputs.batches(BATCH):
+                x_BTD = half.x.read(row, count)
+                inner_BTF, slopes_BTF = student.inner_and_slopes(x_BTD, roles)
+                lacks_BTD, share = self._lacks(half, row, inner_BTF)
+                fit.add(row, x_BTD, [slope_BTF * share for slope_BTF in slopes_BTF], lacks_BTD * share)
+            fit.solve(
+                steps=INNER_STEPS,
+                tolerance=settings.tolerance,
+                damping=INNER_DAMPING,
+                batch=batch,
+                tokens=settings.step_tokens,
+            )
 
     def _repair_q(self, teacher: _Layer, student: _Layer) -> None:
-        length = self.lengths[0]
+        length, settings = self.lengths[0], self.settings
         batch = max(1, LOGIT_BATCH // (teacher.attention.num_attention_heads * length**2))
-        rows = max(1, min(len(self.lengths), self.settings.q_tokens // length))
+        rows = max(1, min(len(self.lengths), settings.q_tokens // length))
         with LogitFit(teacher.attention, student.attention, student.q, student.q_norm, [length] * rows) as fit:
-            for row in range(0, rows, batch):
-                count = min(batch, rows - row)
+            for row, count in fit.inputs.batches(BATCH):
                 theirs = teacher.attend(self.teacher.read(row, count), row)
-                fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
-            fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batch=batch)
+                ours = student.attend(self.student.read(row, count), row)
+                fit.add(row, theirs, ours, self.queries.get(student.site), batch=batch)
+            fit.solve(
+                steps=Q_STEPS,
+                tolerance=settings.tolerance,
+                damping=Q_DAMPING,
+                batch=batch,
+                tokens=settings.step_tokens,
+            )
 
 
 class _Layer:
@@ -312,12 +326,13 @@ class _Layer:
         inner_BTF: Tensor = mlp["act"](mlp["gate"](x_BTD)) * up_BTF if "gate" in mlp else mlp["act"](up_BTF)
         return inner_BTF
 
-    def slope(self, x_BTD: Tensor, role: str) -> Tensor:
-        """The factor of each output of up or gate on its way to `down`."""
-        up_BTF = self.mlp["up"](x_BTD)
+    def inner_and_slopes(self, x_BTD: Tensor, roles: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """The input of `down`, and of each of these roles the factor of its outputs on their way to `down`."""
+        act, up_BTF = self.mlp["act"], self.mlp["up"](x_BTD)
         if "gate" not in self.mlp:
-            return slope(self.mlp["act"], up_BTF, torch.ones_like(up_BTF), "gate")
-        return slope(self.mlp["act"], self.mlp["gate"](x_BTD), up_BTF, role)
+            return act(up_BTF), [slope(act, up_BTF, torch.ones_like(up_BTF), "gate")]
+        gate_BTF = self.mlp["gate"](x_BTD)
+        return act(gate_BTF) * up_BTF, [slope(act, gate_BTF, up_BTF, role) for role in roles]
 
 
 class _Halfway(ExitStack):

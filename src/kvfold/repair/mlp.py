@@ -21,74 +21,88 @@ import torch
 from torch import Tensor
 
 from kvfold.disk.spool import Spool, check_room, spool_bytes
+from kvfold.machine import summed
+from kvfold.settings import MOST
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
 
 FLOOR = 3e-2  # of the preconditioner's left factor: the rank of W^T W is at most the width of the model
 
 
 class InnerFit(ExitStack):
-    """Inputs of an MLP and what its output lacks, on disk, and the solution for one of its inner maps.
+    """Inputs of an MLP and the slopes of its inner maps, and the solution for these maps.
 
     A context manager. Raises OutputError if the disk has no room.
     """
 
-    def __init__(self, inner: Any, down: Any, lengths: Sequence[int]) -> None:
+    def __init__(self, inner: Sequence[Any], down: Any, lengths: Sequence[int]) -> None:
         super().__init__()
         self.inner, self.weight_DF = inner, down.weight
-        wide, hidden = inner.weight.shape
-        widths = (hidden, wide, len(self.weight_DF))
+        maps, (wide, hidden) = len(inner), inner[0].weight.shape
+        widths = (hidden, maps * wide)
         check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
-        self.inputs, self.slopes, self.missing = (self.enter_context(Spool(lengths, width)) for width in widths)
+        self.inputs, self.slopes = (self.enter_context(Spool(lengths, width)) for width in widths)
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
-        self.slopes_FF = torch.zeros(wide, wide, dtype=torch.float64)
+        self.slopes_MFF = torch.zeros(maps, wide, wide, dtype=torch.float64)
+        self.missing_MFD = torch.zeros(maps, wide, hidden, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, row: int, x_BTD: Tensor, slope_BTF: Tensor, missing_BTD: Tensor) -> None:
-        """Add the inputs of the MLP, the factor of each output of the inner map, and what the MLP's output lacks."""
-        for spool, rows in ((self.inputs, x_BTD), (self.slopes, slope_BTF), (self.missing, missing_BTD)):
-            spool.write(row, rows)
-        x_ND, slope_NF = x_BTD.flatten(0, 1), slope_BTF.flatten(0, 1)
+    def add(self, row: int, x_BTD: Tensor, slopes_BTF: Sequence[Tensor], missing_BTD: Tensor) -> None:
+        """Add the inputs of the MLP, the factor of each output of the inner maps, and what the MLP's output lacks."""
+        self.inputs.write(row, x_BTD)
+        self.slopes.write(row, torch.cat(list(slopes_BTF), dim=-1))
+        x_ND, pulled_NF = x_BTD.flatten(0, 1), missing_BTD.flatten(0, 1) @ self.weight_DF
         self.gram_DD += (x_ND.T @ x_ND).cpu()
-        self.slopes_FF += (slope_NF.T @ slope_NF).cpu()
+        for number, slope_NF in enumerate(each.flatten(0, 1) for each in slopes_BTF):
+            self.slopes_MFF[number] += (slope_NF.T @ slope_NF).cpu()
+            self.missing_MFD[number] += ((slope_NF * pulled_NF).T @ x_ND).cpu()
         self.tokens += len(x_ND)
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the inner map, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0, tokens: int = MOST) -> None:
+        """Add the change of at most `steps` conjugate gradients to the inner maps.
+
+        Each step reads about `tokens` tokens, `batch` rows at a time.
+        """
+        read = sampled(self.inputs, batch, tokens)
         gram_DD = self.gram_DD / self.tokens
-        left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
+        wired_FF = self.weight_DF.T @ self.weight_DF
+        left_MFF = self.slopes_MFF / self.tokens * wired_FF.cpu()
         # float32 is enough for a preconditioner, and these are the widest products of a repair
-        left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR).float(), damped_inverse(gram_DD, damping).float()
-        stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
+        left_inverse_MFF = damped_inverse(left_MFF, FLOOR).float()
+        inverse_DD = damped_inverse(gram_DD, damping).float()
+        stiff_N1 = damping * gram_DD.diagonal().mean() * left_MFF.diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
-        def apply(change_FD: Tensor) -> Tensor:
-            image_FD: Tensor = self._sweep(batch, change_FD) + stiff_F1 * change_FD
-            return image_FD
+        def precondition(residual_ND: Tensor) -> Tensor:
+            residual_MFD = residual_ND.float().unflatten(0, left_MFF.shape[:2])
+            return (left_inverse_MFF @ residual_MFD @ inverse_DD).double().flatten(0, 1)
 
-        change_FD = conjugate_gradients(
-            apply,
-            self._sweep(batch, None),
-            precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
+        change_ND = conjugate_gradients(  # of all maps together: N = M F
+            lambda change_ND: self._sweep(read, wired_FF, change_ND) + stiff_N1 * change_ND,
+            self.missing_MFD.flatten(0, 1) / self.tokens,
+            precondition=precondition,
             steps=steps,
             tolerance=tolerance,
         )
-        self.inner.weight += change_FD.to(self.inner.weight)
+        for linear, change_FD in zip(self.inner, change_ND.unflatten(0, left_MFF.shape[:2]), strict=True):
+            linear.weight += change_FD.to(linear.weight)
 
-    def _sweep(self, batch: int, change_FD: Tensor | None) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change, or their right side, per token."""
-        weight_DF = self.weight_DF
-        total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
-        change = None if change_FD is None else change_FD.to(weight_DF)
-        for row in range(0, len(self.inputs), batch):
-            count = min(batch, len(self.inputs) - row)
-            x_ND, slope_NF = (
-                spool.read(row, count).to(weight_DF).flatten(0, 1) for spool in (self.inputs, self.slopes)
-            )
-            if change is None:
-                output_ND = self.missing.read(row, count).to(weight_DF).flatten(0, 1)
-            else:
-                output_ND = (slope_NF * (x_ND @ change.T)) @ weight_DF.T
-            total_FD += (slope_NF.mul_(output_ND @ weight_DF).T @ x_ND).cpu()
-        return total_FD / self.tokens
+    def _sweep(self, read: Sequence[tuple[int, int]], wired_FF: Tensor, change_ND: Tensor) -> Tensor:
+        """One pass over batches of the text: the left side of the normal equations at a change, per token."""
+        change_DN, maps = change_ND.T.to(wired_FF), len(self.inner)
+
+        def moved(batch: tuple[int, int]) -> Sequence[Tensor]:
+            x_TD, slope_TN = (s.read(*batch).to(wired_FF).flatten(0, 1) for s in (self.inputs, self.slopes))
+            moved_TF = (slope_TN * (x_TD @ change_DN)).unflatten(1, (maps, -1)).sum(1)
+            pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
+            return [(pulled_TN.T @ x_TD).double().cpu()]
+
+        (total_ND,) = summed(moved, read)
+        return total_ND / sum(count * self.inputs.lengths[row] for row, count in read)
+
+
+def sampled(spool: Spool, batch: int, tokens: int) -> list[tuple[int, int]]:
+    """Every n-th batch (first row, number of rows) of a text, so that they have about `tokens` tokens."""
+    batches = [(row, min(batch, len(spool) - row)) for row in range(0, len(spool), batch)]
+    return batches[:: max(1, sum(spool.lengths) // tokens)]
 
 
 def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:

@@ -8,7 +8,7 @@ is a quadratic form in W. Its normal equations
     sum_t R_t^T C_t R_t W x_t x_t^T = sum_t R_t^T b_t x_t^T     C, b: covariances by p_t, of k' with k', of k' with l
 
 are never written out: conjugate gradients apply them in sweeps over the text, preconditioned by `E[x x^T]` on one side
-and the power of the keys on the other. The teacher's attention is computed once and kept on disk. If q is normed before
+and `E[R^T C R]` on the other. The teacher's attention is computed once and kept on disk. If q is normed before
 it is rotated, this is one Gauss-Newton step.
 """
 
@@ -25,9 +25,13 @@ from kvfold import hf
 from kvfold.attention.grouped import masked_softmax
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
-from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
-from kvfold.solve.rope import pairs, rotate
+from kvfold.machine import summed
+from kvfold.repair.mlp import sampled
+from kvfold.settings import MOST
+from kvfold.solve.linalg import conjugate_gradients, damped_inverse
+from kvfold.solve.rope import rotate
 
+SAMPLED_ROWS, SAMPLED_TOKENS = 8, 16  # of each row: where the coordinates of queries are weighed
 BLOCKS = 4  # of queries: each meets the keys up to its own end, and not those after it
 
 
@@ -48,14 +52,40 @@ class LogitFit(ExitStack):
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
-        self.spreads_HE = torch.zeros(heads, width, dtype=torch.float64)
         self.powers_G = torch.zeros(student.num_key_value_heads, dtype=torch.float64)
         self.tokens = 0
         self.seen: hf.Attended  # the last one that was added: scale and rotation are the same for all
 
-    def add(self, row: int, teacher: hf.Attended, student: hf.Attended, queries: Sequence[int] | None = None) -> None:
-        """Add both attentions on the rows from `row` on. `queries` are the teacher's heads in the student's order."""
-        x_BTD, key_BGSE, self.seen = student.input_BTD, student.key_BGSE, student
+    def add(
+        self,
+        row: int,
+        teacher: hf.Attended,
+        student: hf.Attended,
+        queries: Sequence[int] | None = None,
+        *,
+        batch: int | None = None,
+    ) -> None:
+        """Add both attentions on the rows from `row` on, `batch` at a time.
+
+        `queries` are the teacher's heads in the student's order.
+        """
+        rows, tokens = student.input_BTD.shape[:2]
+        batch, self.seen = batch or rows, student
+
+        def seen(at: int) -> Sequence[Tensor]:
+            return self._seen(row + at, teacher.rows(at, batch), student.rows(at, batch), queries)
+
+        gram_DD, missing_HED, powers_G = summed(seen, range(0, rows, batch))
+        self.gram_DD += gram_DD
+        self.missing_HED += missing_HED
+        self.powers_G += powers_G
+        self.tokens += rows * tokens
+
+    def _seen(
+        self, row: int, teacher: hf.Attended, student: hf.Attended, queries: Sequence[int] | None
+    ) -> Sequence[Tensor]:
+        """Store a batch. Its sums: inputs' second moment, the right side of the normal equations, power of the keys."""
+        x_BTD, key_BGSE = student.input_BTD, student.key_BGSE
         logits_BHTS = _meet(teacher.scale * teacher.query_BHTE, teacher.key_BGSE)
         if queries is not None:
             logits_BHTS = logits_BHTS[:, queries]
@@ -68,57 +98,75 @@ class LogitFit(ExitStack):
         self.keys.write(row, _rows(key_BGSE))
         self.means.write(row, _rows(mean_BHTE))
         self.attention.write(row, attention_BHTS.reshape(*x_BTD.shape[:2], -1))  # as it lies in memory, not by token
-        self.gram_DD += (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).cpu()
-        self.powers_G += key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
-        spread_BHTE = _look(attention_BHTS, key_BGSE.square()) - mean_BHTE.square()
-        self.spreads_HE += spread_BHTE.clamp_min(0).double().sum((0, 2)).cpu()
-        self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
         own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
         turn = Turn(student, self.student.rope, self.norm, own_BHTE)
         products_BHTE = _covariances(
             attention_BHTS, mean_BHTE, key_BGSE, student.scale * turn.whole(own_BHTE), logits_BHTS
         )
-        self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
+        gram_DD = (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).double().cpu()
+        return gram_DD, self._pull(products_BHTE, turn, x_BTD), key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0, tokens: int = MOST) -> None:
+        """Add the change of at most `steps` conjugate gradients to the student's q.
+
+        Each step reads about `tokens` tokens, `batch` rows at a time.
+        """
+        read = sampled(self.inputs, batch, tokens)
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
-        gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
-        inverse_DD = damped_inverse(gram_DD, damping)
-        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # 0 for a head that looks at one key
+        gram_DD = self.gram_DD / self.tokens
+        inverse_DD, inverse_HEE = damped_inverse(gram_DD, damping), damped_inverse(self._spread(), damping)
         # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
         power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
         stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
 
         def apply(change_HED: Tensor) -> Tensor:
-            return self._sweep(batch, change_HED) + stiff * change_HED
+            return self._sweep(read, change_HED) + stiff * change_HED
 
         change_HED = conjugate_gradients(
             apply,
             self.missing_HED / self.tokens,
-            precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
+            precondition=lambda r_HED: inverse_HEE @ r_HED @ inverse_DD,
             steps=steps,
             tolerance=tolerance,
         )
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
     def _spread(self) -> Tensor:
-        """The weight of each coordinate of a query: the variance of the keys under its attention, equal in a plane."""
-        spread_HE = self.spreads_HE.clone()
-        if self.student.rope:
-            real, imaginary = pairs(self.student.rope)
-            spread_HE[:, real] = spread_HE[:, imaginary] = (spread_HE[:, real] + spread_HE[:, imaginary]) / 2
-        return spread_HE[..., None]
+        """The weight `R^T C R` of the coordinates of a query, its mean over a sample of tokens, (H, E, E)."""
+        group, width = self.student.query_group, self.student.head_dim
+        rows = range(0, len(self.inputs), -(-len(self.inputs) // SAMPLED_ROWS))
+        total_HEE = torch.zeros(len(self.missing_HED), width, width, dtype=torch.float64)
+        for row in rows:
+            key_BGSE = _heads(self.keys.read(row), width)
+            tokens, key_BHSE = key_BGSE.shape[2], key_BGSE.repeat_interleave(group, dim=1)
+            at_Q = torch.arange(tokens - 1, -1, -max(1, tokens // SAMPLED_TOKENS))
+            attention_HTS = self.attention.read(row).view(-1, tokens, tokens)
+            attention_QHS = attention_HTS[:, at_Q].transpose(0, 1)
+            turned_QHSE = self._back(key_BHSE, at_Q)
+            mean_QHE = (attention_QHS[:, :, None] @ turned_QHSE)[:, :, 0]
+            second_HEE = ((turned_QHSE * attention_QHS[..., None]).mT @ turned_QHSE).double().mean(0)
+            total_HEE += second_HEE - torch.einsum("qhe,qhf->hef", mean_QHE, mean_QHE).double() / len(at_Q)
+        return self.seen.scale**2 * total_HEE / len(rows)
 
-    def _sweep(self, batch: int, change_HED: Tensor) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
-        total_HED = torch.zeros_like(change_HED)
-        for row in range(0, len(self.inputs), batch):
-            total_HED += self._change(row, min(batch, len(self.inputs) - row), change_HED)
-        return total_HED / self.tokens
+    def _back(self, key_BHSE: Tensor, at_Q: Tensor) -> Tensor:
+        """Keys as the queries at some positions meet them before their rotation, `(Q, H, S, E)`."""
+        rope, cos_TE, sin_TE = self.student.rope, self.seen.cos_TE, self.seen.sin_TE
+        key_QHSE = key_BHSE.expand(len(at_Q), -1, -1, -1)
+        if rope is None or cos_TE is None or sin_TE is None:
+            return key_QHSE
+        cos_QH1E, sin_QH1E = (
+            each.cpu()[..., at_Q, :].view(-1, len(at_Q), 1, each.shape[-1]).transpose(0, 1) for each in (cos_TE, sin_TE)
+        )
+        return rotate(key_QHSE, cos_QH1E, -sin_QH1E, half_split=rope.half_split)
 
-    def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
+    def _sweep(self, read: Sequence[tuple[int, int]], change_HED: Tensor) -> Tensor:
+        """One pass over batches of the text: the left side of the normal equations at a change of W_q, per token."""
+        change_DN = change_HED.flatten(0, 1).T.to(self.linear.weight)
+        (total_HED,) = summed(lambda batch: [self._change(*batch, change_DN)], read)
+        return total_HED / sum(count * self.inputs.lengths[row] for row, count in read)
+
+    def _change(self, row: int, count: int, change_DN: Tensor) -> Tensor:
         device, width = self.linear.weight.device, self.student.head_dim
         x_BTD, keys, means, attention = (
             spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
@@ -127,7 +175,7 @@ class LogitFit(ExitStack):
         attention_BHTS = attention.view(count, -1, tokens, tokens)
         # without a norm, the derivative does not depend on the output of q
         turn = Turn(self.seen, self.student.rope, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
-        moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
+        moved_BHTE = turn.change(_heads(x_BTD @ change_DN, width))
         products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
         return self._pull(products_BHTE, turn, x_BTD)
 
