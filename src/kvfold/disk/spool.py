@@ -44,14 +44,17 @@ def check_room(needed: int) -> None:
 class Spool:
     """Rows of hidden states, `width` numbers of type `dtype` per token; a context manager.
 
+    Rows are written from any device, and read onto `device`.
     Rows may differ in length; adjacent rows of one length are read and written together. Raises OutputError if the disk
     has no room for all rows or refuses to write. Threads may read at the same time.
     """
 
     _held: ClassVar[int] = 0  # bytes of the open spools in memory
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype: str = "float32") -> None:
-        self.lengths, self.width = tuple(lengths), width
+    def __init__(
+        self, lengths: Sequence[int], width: int, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> None:
+        self.lengths, self.width, self.device = tuple(lengths), width, device
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bytes = spool_bytes(sum(self.lengths), width, dtype)
         check_room(self.bytes)
@@ -102,13 +105,13 @@ class Spool:
         if not self._written.issuperset(range(row, row + count)):
             raise EOFError(f"rows {row} to {row + count - 1} of a spool were never written")
         if self._held_N is not None:
-            return self._held_N[self._place(row) : self._place(row + count)].view(size)
+            return self._held_N[self._place(row) : self._place(row + count)].view(size).to(self.device)
         hidden_BTD = torch.empty(size, dtype=self.dtype)
         left, place = _octets(hidden_BTD), self._place(row) * self.dtype.itemsize
         while left:
             got = os.preadv(self._file.fileno(), [left], place)  # may read less
             left, place = left[got:], place + got
-        return hidden_BTD
+        return hidden_BTD.to(self.device)
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
         """Write rows from `row` on, rounded to the spool's dtype."""

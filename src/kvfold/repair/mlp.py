@@ -40,7 +40,9 @@ class InnerFit(ExitStack):
         maps, (wide, hidden) = len(inner), inner[0].weight.shape
         widths = (hidden, maps * wide)
         check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
-        self.inputs, self.slopes = (self.enter_context(Spool(lengths, width)) for width in widths)
+        self.inputs, self.slopes = (
+            self.enter_context(Spool(lengths, width, device=self.weight_DF.device)) for width in widths
+        )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.slopes_MFF = torch.zeros(maps, wide, wide, dtype=torch.float64)
         self.missing_MFD = torch.zeros(maps, wide, hidden, dtype=torch.float64)
@@ -90,7 +92,7 @@ class InnerFit(ExitStack):
         change_DN, maps = change_ND.T.to(wired_FF), len(self.inner)
 
         def moved(batch: tuple[int, int]) -> Sequence[Tensor]:
-            x_TD, slope_TN = (s.read(*batch).to(wired_FF).flatten(0, 1) for s in (self.inputs, self.slopes))
+            x_TD, slope_TN = (spool.read(*batch).to(wired_FF).flatten(0, 1) for spool in (self.inputs, self.slopes))
             moved_TF = (slope_TN * (x_TD @ change_DN)).unflatten(1, (maps, -1)).sum(1)
             pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
             return [(pulled_TN.T @ x_TD).double().cpu()]

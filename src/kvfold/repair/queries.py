@@ -48,7 +48,7 @@ class LogitFit(ExitStack):
         widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths))
         check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(lengths, each)) for each in widths
+            self.enter_context(Spool(lengths, each, device=q.weight.device)) for each in widths
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
@@ -146,7 +146,8 @@ class LogitFit(ExitStack):
             turned_QHSE = self._back(key_BHSE, at_Q)
             mean_QHE = (attention_QHS[:, :, None] @ turned_QHSE)[:, :, 0]
             second_HEE = ((turned_QHSE * attention_QHS[..., None]).mT @ turned_QHSE).double().mean(0)
-            total_HEE += second_HEE - torch.einsum("qhe,qhf->hef", mean_QHE, mean_QHE).double() / len(at_Q)
+            square_HEE = torch.einsum("qhe,qhf->hef", mean_QHE, mean_QHE).double() / len(at_Q)
+            total_HEE += (second_HEE - square_HEE).cpu()
         return self.seen.scale**2 * total_HEE / len(rows)
 
     def _back(self, key_BHSE: Tensor, at_Q: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class LogitFit(ExitStack):
         if rope is None or cos_TE is None or sin_TE is None:
             return key_QHSE
         cos_QH1E, sin_QH1E = (
-            each.cpu()[..., at_Q, :].view(-1, len(at_Q), 1, each.shape[-1]).transpose(0, 1) for each in (cos_TE, sin_TE)
+            each[..., at_Q, :].view(-1, len(at_Q), 1, each.shape[-1]).transpose(0, 1) for each in (cos_TE, sin_TE)
         )
         return rotate(key_QHSE, cos_QH1E, -sin_QH1E, half_split=rope.half_split)
 
@@ -167,9 +168,9 @@ class LogitFit(ExitStack):
         return total_HED / sum(count * self.inputs.lengths[row] for row, count in read)
 
     def _change(self, row: int, count: int, change_DN: Tensor) -> Tensor:
-        device, width = self.linear.weight.device, self.student.head_dim
+        width = self.student.head_dim
         x_BTD, keys, means, attention = (
-            spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
+            spool.read(row, count) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)
