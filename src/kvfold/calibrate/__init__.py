@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvfold.settings import MOST
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -13,4 +15,5 @@ class CalibrationSettings:
     length: int = 512  # tokens of a row; each row starts at position 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_bytes: int | None = None  # memory for a layer and the answers; None: 80% of the device's
+    moment_tokens: int = MOST  # of the text on which moments are measured
     sensitivity_tokens: int = 8192  # read again for each site that is converted alone

@@ -49,7 +49,9 @@ def calibrate(
     *,
     progress: Progress = SILENT,
 ) -> Answers:
-    """Answer the requests by one pass of the teacher over all tokens, or from the cache folder.
+    """Answer the requests by one pass of the teacher over `moment_tokens` tokens, or from the cache folder.
+
+    An encoder-decoder reads all of its text.
 
     Raises SettingError if a layer (of an encoder-decoder: the model) and the answers do not fit into memory, or if a
     request cannot be answered; OutputError if the disk has no room for the hidden states; DataError if the text does
@@ -59,13 +61,19 @@ def calibrate(
     length, device = min(settings.length, source.known_length), best_device()
     paired = not isinstance(tokens, TokenFile)
     tokens.check(batch_size=1, length=length if paired else 1, vocab_size=source.shape.vocab_size)
-    identity = [FORMAT, source.hash(progress), calibration_hash(tokens, settings), device, [repr(r) for r in asked]]
+    text = [
+        calibration_hash(tokens, settings),
+        *([settings.moment_tokens] if settings.moment_tokens < len(tokens) else []),
+    ]
+    identity = [FORMAT, source.hash(progress), *text, device, [repr(r) for r in asked]]
     path = cache_folder() / "calibration" / f"{fingerprint(identity)[:32]}.safetensors"
     kept = _load(path, asked)
     if kept is None:
         _check_memory(source.shape, asked, settings, device)
         if isinstance(tokens, TokenFile):
-            rows = torch.split(torch.from_numpy(tokens.tokens[:].astype("int64")), length)
+            sampled = [request.count for request in asked if isinstance(request, SampledPairs)]
+            read_N = tokens.tokens[: max(settings.moment_tokens, *sampled, 0)]
+            rows = torch.split(torch.from_numpy(read_N.astype("int64")), length)
             kept = read(source, asked, rows, settings, progress=progress)
         else:
             from kvfold.calibrate import encoder_decoder

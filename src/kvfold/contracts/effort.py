@@ -37,6 +37,7 @@ class Effort:
     roles: tuple[str, ...]  # of those that the method repairs
     repair: RepairSettings
     rows: int
+    moment_tokens: int  # on which the moments of a fit are measured
     least: int
     most: int = 65_536
     narrow: int | None = None  # gate and up are refitted in models of at most this width; None: in all
@@ -53,13 +54,14 @@ class Effort:
 
 
 EFFORTS: Mapping[EffortName, Effort] = {
-    "quick": Effort(("o", "down"), RepairSettings(), rows=8, least=8192),
+    "quick": Effort(("o", "down"), RepairSettings(), rows=8, moment_tokens=16_384, least=8192),
     "standard": Effort(
         REPAIRABLE,
         RepairSettings(q_tokens=16_384, step_tokens=8_192, tolerance=0.05),
         rows=16,
+        moment_tokens=16_384,
         least=32_768,
         narrow=256,
     ),
-    "thorough": Effort(REPAIRABLE, RepairSettings(), rows=16, least=65_536),
+    "thorough": Effort(REPAIRABLE, RepairSettings(), rows=16, moment_tokens=MOST, least=65_536),
 }

@@ -50,6 +50,9 @@ class ConvertSettings:
         "Bytes (8G) of memory for one layer of the teacher and the statistics. Default: 80% of the device's.",
         group=ADVANCED,
     )
+    moment_tokens: int | None = setting(
+        None, "Tokens of the text on which the moments of a fit are measured. Default: by effort.", group=ADVANCED
+    )
     sensitivity_tokens: int = setting(
         CalibrationSettings.sensitivity_tokens,
         "Tokens on which the cost of converting each layer alone is measured.",
@@ -73,7 +76,7 @@ class ConvertSettings:
 
     def __post_init__(self) -> None:
         """Raise SettingError for sizes out of range and for roles that cannot be repaired."""
-        sizes = ("calibration_tokens", "calibration_length", "sensitivity_tokens", "repair_length")
+        sizes = ("calibration_tokens", "calibration_length", "moment_tokens", "sensitivity_tokens", "repair_length")
         check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens", "repair_step_tokens")
         check_range(self, "convert", 0, 1, "repair_tolerance")
         check_range(self, "convert", 1, float("inf"), "shard_size", "calibration_memory")
@@ -90,7 +93,11 @@ class ConvertSettings:
     def reading(self) -> CalibrationSettings:
         """How the teacher reads the calibration text."""
         return CalibrationSettings(
-            self.calibration_length, self.calibration_dtype, self.calibration_memory, self.sensitivity_tokens
+            self.calibration_length,
+            self.calibration_dtype,
+            self.calibration_memory,
+            self.moment_tokens or EFFORTS[self.effort].moment_tokens,
+            self.sensitivity_tokens,
         )
 
     @property
@@ -112,6 +119,8 @@ class ConvertSettings:
             f"repair_{each.name}": (getattr(made, each.name), getattr(first, each.name)) for each in fields(first)
         }
         younger["sensitivity_tokens"] = (self.sensitivity_tokens, CalibrationSettings.sensitivity_tokens)
+        read = self.reading.moment_tokens if self.calibration else CalibrationSettings.moment_tokens
+        younger["moment_tokens"] = (read, CalibrationSettings.moment_tokens)
         return known | {name: value for name, (value, usual) in younger.items() if value != usual}
 
 

@@ -153,7 +153,8 @@ def _probabilities(
 def _in_turn(rows_BHTN: Tensor, heads: int) -> Tensor:
     """Of each head h the rows of the tokens t with `t mod H = h`, `(B, H, ceil(T / H), N)`."""
     whole_BHTN = pad(rows_BHTN, (0, 0, 0, -rows_BHTN.shape[2] % heads)).expand(-1, heads, -1, -1)
-    return whole_BHTN.unflatten(2, (-1, heads)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    turns_BHRHN = whole_BHTN.reshape(len(rows_BHTN), heads, -1, heads, rows_BHTN.shape[3])
+    return turns_BHRHN.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _watched(

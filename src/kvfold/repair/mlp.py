@@ -74,8 +74,9 @@ class InnerFit(ExitStack):
         stiff_N1 = damping * gram_DD.diagonal().mean() * left_MFF.diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
         def precondition(residual_ND: Tensor) -> Tensor:
-            residual_MFD = residual_ND.float().unflatten(0, left_MFF.shape[:2])
-            return (left_inverse_MFF @ residual_MFD @ inverse_DD).double().flatten(0, 1)
+            residual_MFD = residual_ND.float().view(self.missing_MFD.shape)
+            found_MFD: Tensor = left_inverse_MFF @ residual_MFD @ inverse_DD
+            return found_MFD.double().flatten(0, 1)
 
         change_ND = conjugate_gradients(  # of all maps together: N = M F
             lambda change_ND: self._sweep(read, wired_FF, change_ND) + stiff_N1 * change_ND,
@@ -84,7 +85,7 @@ class InnerFit(ExitStack):
             steps=steps,
             tolerance=tolerance,
         )
-        for linear, change_FD in zip(self.inner, change_ND.unflatten(0, left_MFF.shape[:2]), strict=True):
+        for linear, change_FD in zip(self.inner, change_ND.view(self.missing_MFD.shape), strict=True):
             linear.weight += change_FD.to(linear.weight)
 
     def _sweep(self, read: Sequence[tuple[int, int]], wired_FF: Tensor, change_ND: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class InnerFit(ExitStack):
 
         def moved(batch: tuple[int, int]) -> Sequence[Tensor]:
             x_TD, slope_TN = (spool.read(*batch).to(wired_FF).flatten(0, 1) for spool in (self.inputs, self.slopes))
-            moved_TF = (slope_TN * (x_TD @ change_DN)).unflatten(1, (maps, -1)).sum(1)
+            moved_TF = (slope_TN * (x_TD @ change_DN)).view(len(x_TD), maps, -1).sum(1)
             pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
             return [(pulled_TN.T @ x_TD).double().cpu()]
 
