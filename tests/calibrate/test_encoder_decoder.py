@@ -132,9 +132,6 @@ def test_requests_that_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make,
     options = ConvertSettings(calibration=str(text))
     with pytest.raises(SettingError, match="measured on decoder-only models"):
         convert(source.path, text.parent / "auto", "gqa", {"kv_heads": "auto", "budget": 0.5}, options=options)
-    options = ConvertSettings(calibration=str(text), repair=("o",))
-    with pytest.raises(SettingError, match="repair does not support encoder-decoders"):
-        convert(source.path, text.parent / "repaired", "gqa", {"kv_heads": 2}, options=options)
 
 
 def _images(folder: Path, kind: str) -> None:
