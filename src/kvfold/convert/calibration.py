@@ -78,7 +78,7 @@ class Calibration:
         from kvfold.text.tokens import TokenFile
 
         if not isinstance(self.tokens, TokenFile):
-            raise SettingError("the cost of converting single sites is measured only for decoders", where="convert")
+            raise SettingError("what a window costs is measured only for decoders", where="convert")
         return self.tokens
 
     def announce(self, source: Checkpoint, student: Shape, progress: Progress) -> None:
@@ -118,7 +118,7 @@ class Calibration:
         reading = self.options.reading
         answers = dict(calibrate(source, moments, self.tokens, reading, progress=progress))
         if alone:
-            answers |= measure(source, method, config, alone, answers, self.text(), reading, progress=progress)
+            answers |= measure(source, method, config, alone, answers, self.tokens, reading, progress=progress)
         if recalls:
             from kvfold.calibrate.recall import measure_recall
 

@@ -6,12 +6,14 @@ cross-attentions find it by the number of the row. All layers but the open one r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.modeling_outputs import BaseModelOutput
 
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -74,12 +76,43 @@ class PairedLayers(ExitStack):
         """The output of a layer on hidden states of the rows from `row` on."""
         encoded_BSD = self.encoded.read(row, len(hidden_BTD)).to(self.device)
         hidden_BTD = hidden_BTD.to(encoded_BSD)
+        self._hand_on(number, hidden_BTD, encoded_BSD)
+        above_BTD: Tensor = self._outputs(number, hidden_BTD, encoded_BSD)[0]
+        return above_BTD
+
+    def logits(
+        self, first: int, hidden_BTD: Tensor, row: int, ids_BT: Tensor, tensors: Mapping[str, Tensor] = {}
+    ) -> Tensor:
+        """The model's logits from hidden states before layer `first`, with these tensors in place of its own.
+
+        `first` may be the number of layers: the hidden states are then those behind the last.
+        """
+        encoded_BSD = self.encoded.read(row, len(hidden_BTD)).to(self.device)
+        self._hand_on(first, hidden_BTD, encoded_BSD)
+        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD), "decoder_input_ids": ids_BT}
+        with self._showing(range(first, len(self))), entering(self._shown[min(first, len(self) - 1)], hidden_BTD):
+            run: Any = functional_call(self.model, dict(tensors), (), {**given, "use_cache": False})
+        logits_BTV: Tensor = run.logits
+        return logits_BTV
+
+    @contextmanager
+    def _showing(self, numbers: Sequence[int]) -> Iterator[None]:
+        """A context in which these layers run, and no others."""
+        before = {number: self._shown[number] for number in numbers}
+        for number in numbers:
+            self._shown[number] = self._layers[number]
+        try:
+            yield
+        finally:
+            for number, through in before.items():
+                self._shown[number] = through
+
+    def _hand_on(self, number: int, hidden_BTD: Tensor, encoded_BSD: Tensor) -> None:
+        """Prepare what a layer reads beside hidden states, which depends on the lengths of rows alone."""
         lengths = (hidden_BTD.shape[1], encoded_BSD.shape[1])
         if number and lengths != self._lengths:
             self._beside[:] = self._outputs(0, hidden_BTD, encoded_BSD)[1:]
             self._lengths = lengths
-        above_BTD: Tensor = self._outputs(number, hidden_BTD, encoded_BSD)[0]
-        return above_BTD
 
     def _outputs(self, number: int, hidden_BTD: Tensor, encoded_BSD: Tensor) -> tuple[Any, ...]:
         """All outputs of a layer. The model computes its masks and rotation, and stops behind it."""
@@ -89,14 +122,13 @@ class PairedLayers(ExitStack):
             seen.append(result)
             raise _Done
 
-        layer, through = self._layers[number], self._shown[number]
-        self._shown[number], handle = layer, layer.register_forward_hook(after)
+        layer = self._layers[number]
+        handle = layer.register_forward_hook(after)
         try:
-            with entering(layer, hidden_BTD), suppress(_Done):
+            with self._showing([number]), entering(layer, hidden_BTD), suppress(_Done):
                 self._stack(inputs_embeds=hidden_BTD, encoder_hidden_states=encoded_BSD, use_cache=False)
         finally:
             handle.remove()
-            self._shown[number] = through
         return seen[0] if isinstance(seen[0], tuple) else (seen[0],)
 
 

@@ -65,8 +65,7 @@ class Rows:
         if isinstance(model, hf.PairedLayers):
             assert not isinstance(self.tokens, TokenFile)
             batch = batched(self.tokens[row : row + count]).to(model.device)
-            given = {name: each for name, each in batch.read(torch.float32).items() if name != "attention_mask"}
-            return model.embed(row, given, batch.shifted(start_id(model.model.config)))
+            return model.embed(row, batch.alone(torch.float32), batch.shifted(start_id(model.model.config)))
         assert isinstance(self.tokens, TokenFile)
         length = self.lengths[0]
         ids_N = torch.from_numpy(self.tokens.tokens[row * length : (row + count) * length].astype("int64"))

@@ -79,6 +79,10 @@ class Pairs:
             return {"input_features": self.input_BS.to(dtype)}
         return {"input_ids": self.input_BS, "attention_mask": self.seen_BS}
 
+    def alone(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The input of rows of one length, of which nothing is padded, without a mask."""
+        return {name: each for name, each in self.read(dtype).items() if name != "attention_mask"}
+
     def shifted(self, start: int) -> Tensor:
         """The decoder's input `ids_BT`: the id `start`, then the target without its last token."""
         shifted_BT = self.target_BT.roll(1, dims=1)
