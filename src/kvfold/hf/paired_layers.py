@@ -33,7 +33,8 @@ class PairedLayers(ExitStack):
         super().__init__()
         self.source, self.device = source, torch.device(device)
         self.model: Any = filled(source, device=device, attention=attention).requires_grad_(False)
-        self.encoded = self.enter_context(Spool(encoded, source.shape.sites[Site(0, "cross")].input_width))
+        width = source.shape.sites[Site(0, "cross")].input_width
+        self.encoded = self.enter_context(Spool(encoded, width, device=self.device))
         body = source.family.body
         self._stack: Any = self.model.get_submodule(body.layers.rpartition(".")[0])
         self._shown = cast(nn.ModuleList, self.model.get_submodule(body.layers))
@@ -74,7 +75,7 @@ class PairedLayers(ExitStack):
 
     def run(self, number: int, hidden_BTD: Tensor, row: int) -> Tensor:
         """The output of a layer on hidden states of the rows from `row` on."""
-        encoded_BSD = self.encoded.read(row, len(hidden_BTD)).to(self.device)
+        encoded_BSD = self.encoded.read(row, len(hidden_BTD))
         hidden_BTD = hidden_BTD.to(encoded_BSD)
         self._hand_on(number, hidden_BTD, encoded_BSD)
         above_BTD: Tensor = self._outputs(number, hidden_BTD, encoded_BSD)[0]
@@ -87,7 +88,7 @@ class PairedLayers(ExitStack):
 
         `first` may be the number of layers: the hidden states are then those behind the last.
         """
-        encoded_BSD = self.encoded.read(row, len(hidden_BTD)).to(self.device)
+        encoded_BSD = self.encoded.read(row, len(hidden_BTD))
         self._hand_on(first, hidden_BTD, encoded_BSD)
         given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD), "decoder_input_ids": ids_BT}
         with self._showing(range(first, len(self))), entering(self._shown[min(first, len(self) - 1)], hidden_BTD):

@@ -34,6 +34,7 @@ from kvfold.disk.checkpoint import Checkpoint, Writer
 from kvfold.disk.output import REPAIRED, Output, damaged
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.errors import CheckpointError
+from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
 from kvfold.repair import check_roles
 from kvfold.repair.mlp import InnerFit
@@ -140,7 +141,7 @@ class _Pass:
         check_room((3 + attentions) * spool_bytes(sum(lengths), width))
         # before the layer, of teacher and student; the teacher's after the layer, and after each of its attentions
         self.teacher, self.student, self.above, *self.middles = (
-            stack.enter_context(Spool(lengths, width)) for _ in range(3 + attentions)
+            stack.enter_context(Spool(lengths, width, device=best_device())) for _ in range(3 + attentions)
         )
         for row, count in self._batches():
             for model, stream in zip(self.models, (self.teacher, self.student), strict=True):
@@ -264,7 +265,9 @@ class _Halfway(ExitStack):
         wide, hidden = student.mlp["up"].weight.shape
         check_room(spool_bytes(sum(lengths), 2 * hidden + wide))
         self.student = student
-        self.middle, self.x, self.inner = (self.enter_context(Spool(lengths, each)) for each in (hidden, hidden, wide))
+        self.middle, self.x, self.inner = (
+            self.enter_context(Spool(lengths, each, device=best_device())) for each in (hidden, hidden, wide)
+        )
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
         """Write the rows from `row` on, whose hidden states before the layer are given."""

@@ -58,7 +58,7 @@ class LogitFit(ExitStack):
         sizes.append((logits, heads))
         check_room(sum(spool_bytes(sum(rows), each) for rows, each in sizes))
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(rows, each)) for rows, each in sizes
+            self.enter_context(Spool(rows, each, device=q.weight.device)) for rows, each in sizes
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
@@ -142,9 +142,9 @@ class LogitFit(ExitStack):
         return total_HED / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
-        device, width = self.linear.weight.device, self.student.head_dim
+        width = self.student.head_dim
         x_BTD, keys, means, attention = (
-            spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
+            spool.read(row, count) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
         key_BGSE, mean_BHTE = _heads(keys, width), _heads(means, width)
         attention_BHTS = attention.view(count, -1, x_BTD.shape[1], keys.shape[1])
