@@ -22,7 +22,6 @@ from torch import Tensor
 
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.machine import summed
-from kvfold.settings import MOST
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
 
 FLOOR = 3e-2  # of the preconditioner's left factor: the rank of W^T W is at most the width of the model
@@ -59,12 +58,12 @@ class InnerFit(ExitStack):
             self.missing_MFD[number] += ((slope_NF * pulled_NF).T @ x_ND).cpu()
         self.tokens += len(x_ND)
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0, tokens: int = MOST) -> None:
+    def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
         """Add the change of at most `steps` conjugate gradients to the inner maps.
 
-        Each step reads about `tokens` tokens, `batch` rows at a time.
+        `batches` are what each step reads, all rows or a sample: rows of one length that are read together, as (first
+        row, number of rows).
         """
-        read = sampled(self.inputs, batch, tokens)
         gram_DD = self.gram_DD / self.tokens
         wired_FF = self.weight_DF.T @ self.weight_DF
         left_MFF = self.slopes_MFF / self.tokens * wired_FF.cpu()
@@ -79,7 +78,7 @@ class InnerFit(ExitStack):
             return found_MFD.double().flatten(0, 1)
 
         change_ND = conjugate_gradients(  # of all maps together: N = M F
-            lambda change_ND: self._sweep(read, wired_FF, change_ND) + stiff_N1 * change_ND,
+            lambda change_ND: self._sweep(batches, wired_FF, change_ND) + stiff_N1 * change_ND,
             self.missing_MFD.flatten(0, 1) / self.tokens,
             precondition=precondition,
             steps=steps,
@@ -88,7 +87,7 @@ class InnerFit(ExitStack):
         for linear, change_FD in zip(self.inner, change_ND.view(self.missing_MFD.shape), strict=True):
             linear.weight += change_FD.to(linear.weight)
 
-    def _sweep(self, read: Sequence[tuple[int, int]], wired_FF: Tensor, change_ND: Tensor) -> Tensor:
+    def _sweep(self, batches: Sequence[tuple[int, int]], wired_FF: Tensor, change_ND: Tensor) -> Tensor:
         """One pass over batches of the text: the left side of the normal equations at a change, per token."""
         change_DN, maps = change_ND.T.to(wired_FF), len(self.inner)
 
@@ -98,14 +97,8 @@ class InnerFit(ExitStack):
             pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
             return [(pulled_TN.T @ x_TD).double().cpu()]
 
-        (total_ND,) = summed(moved, read)
-        return total_ND / sum(count * self.inputs.lengths[row] for row, count in read)
-
-
-def sampled(spool: Spool, batch: int, tokens: int) -> list[tuple[int, int]]:
-    """Every n-th batch (first row, number of rows) of a text, so that they have about `tokens` tokens."""
-    batches = [(row, min(batch, len(spool) - row)) for row in range(0, len(spool), batch)]
-    return batches[:: max(1, sum(spool.lengths) // tokens)]
+        (total_ND,) = summed(moved, batches)
+        return total_ND / sum(count * self.inputs.lengths[row] for row, count in batches)
 
 
 def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:
