@@ -105,7 +105,8 @@ def test_answers_are_what_brute_force_finds(teacher: Checkpoint) -> None:
 
     def close(found: torch.Tensor, expected: Any) -> None:
         assert found.dtype == torch.float64
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-11, atol=1e-13)
+        # transformers' attention with weights has a softmax in float32, whatever the model's format
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
     for layer in (0, 3):
         close(answers[InputGram(Site(layer))]["gram_DD"], x[layer].T @ x[layer] / 41)
@@ -307,8 +308,8 @@ def test_attention_is_averaged_over_rows_of_any_length(tiny_checkpoint: Callable
         calibrate(source, [request], tokens, replace(EXACT, length=300, dtype=dtype))[request]
         for dtype in ("float64", "float32")
     )
-    np.testing.assert_allclose(exact["gram_DD"].numpy(), expected, rtol=1e-11, atol=1e-13)
-    np.testing.assert_allclose(exact["mean_D"].numpy(), mean, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(exact["gram_DD"].numpy(), expected, rtol=1e-5, atol=1e-6)  # a softmax in float32
+    np.testing.assert_allclose(exact["mean_D"].numpy(), mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rounded["gram_DD"].numpy(), expected, rtol=1e-4, atol=1e-6 * expected.max())
     np.testing.assert_allclose(rounded["mean_D"].numpy(), mean, rtol=1e-4, atol=1e-6 * np.abs(mean).max())
     assert bool((torch.linalg.eigvalsh(rounded["gram_DD"]) > -1e-12 * rounded["gram_DD"].trace()).all())

@@ -616,6 +616,8 @@ def test_settings_change_an_identity_only_where_they_differ_from_those_of_the_fi
     assert ConvertSettings(repair_length=128).identity() == {**before, "repair_length": 128}
     assert ConvertSettings(repair_q_tokens=1).identity() == {**before, "repair_q_tokens": 1}
     assert ConvertSettings(calibration_memory=1).identity() == before
+    assert ConvertSettings(calibration="text", effort="thorough").identity() == before
+    assert ConvertSettings(calibration="text", moment_tokens=5).identity() == {**before, "moment_tokens": 5}
 
 
 def test_the_effort_of_the_first_students_is_thorough() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from kvfold.contracts.site import Site
+from kvfold.disk import spool as spools
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool, spool_bytes
 from kvfold.errors import CheckpointError, OutputError, SettingError, UnsupportedModel
@@ -245,8 +247,16 @@ def test_a_model_that_scales_behind_its_layers_is_refused(
 # --- the spool ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No spool is small enough for memory."""
+    monkeypatch.setattr(spools, "MEMORY", 0)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_a_spool_gives_back_what_was_written(dtype: str) -> None:
+def test_a_spool_gives_back_what_was_written(dtype: str, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "MEMORY", memory)
     lengths = [4, 4, 4, 2]
     rows = [torch.randn(length, 3).to(getattr(torch, dtype)) for length in lengths]
     with Spool(lengths, 3, dtype) as spool:
@@ -267,6 +277,17 @@ def test_rows_of_one_length_make_a_batch() -> None:
         assert list(spool.batches(8)) == [(0, 2), (2, 1), (3, 2), (5, 1)]
         assert list(spool.batches(100)) == [(0, 3), (3, 2), (5, 1)]
         assert list(spool.batches(1)) == [(row, 1) for row in range(6)]
+
+
+def test_small_spools_are_in_memory_and_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "MEMORY", 2 * spool_bytes(4, 3))
+    monkeypatch.setattr(Spool, "_held", 0)
+    with Spool([4], 3), Spool([4], 3), Spool([4], 3) as third:
+        assert Spool._held == 2 * third.bytes
+        third.write(0, torch.ones(1, 4, 3))  # on disk
+        assert torch.equal(third.read(0), torch.ones(1, 4, 3))
+    third.close()  # twice
+    assert Spool._held == 0
 
 
 def test_a_spool_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,25 +324,17 @@ def test_what_a_spool_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Spool([2], 3)
 
 
-def test_a_disk_that_fills_up_is_an_error() -> None:
-    class Full:
-        """A file that takes three bytes at a time, and then no more."""
+def test_a_disk_that_fills_up_is_an_error(on_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
 
-        taken = 0
+    def put(descriptor: int, octets: memoryview, place: int) -> int:
+        """Take three bytes at a time, and then no more."""
+        if len(taken) == 2:
+            raise OSError(28, "No space left on device")
+        taken.append(place)
+        return 3
 
-        def seek(self, place: int) -> None: ...
-
-        def close(self) -> None: ...
-
-        def write(self, octets: memoryview) -> int:
-            if self.taken >= 6:
-                raise OSError(28, "No space left on device")
-            self.taken += 3
-            return 3
-
-    with Spool([4], 3) as spool:
-        spool._file.close()
-        spool._file = Full()  # type: ignore[assignment]
-        with pytest.raises(OutputError, match="the disk is full"):
-            spool.write(0, torch.ones(1, 4, 3))
-        assert spool._file.taken == 6  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "pwrite", put)
+    with Spool([4], 3) as spool, pytest.raises(OutputError, match="the disk is full"):
+        spool.write(0, torch.ones(1, 4, 3))
+    assert taken == [0, 3]

@@ -61,12 +61,7 @@ def calibrate(
     length, device = min(settings.length, source.known_length), best_device()
     paired = not isinstance(tokens, TokenFile)
     tokens.check(batch_size=1, length=length if paired else 1, vocab_size=source.shape.vocab_size)
-    text = [
-        calibration_hash(tokens, settings),
-        *([settings.moment_tokens] if settings.moment_tokens < len(tokens) else []),
-    ]
-    identity = [FORMAT, source.hash(progress), *text, device, [repr(r) for r in asked]]
-    path = cache_folder() / "calibration" / f"{fingerprint(identity)[:32]}.safetensors"
+    path = kept_at(source, asked, tokens, settings, progress)
     kept = _load(path, asked)
     if kept is None:
         _check_memory(source.shape, asked, settings, device)
@@ -82,6 +77,20 @@ def calibrate(
             kept = encoder_decoder.read(source, asked, pairs, dtype=settings.dtype, device=device, progress=progress)
         _save(path, asked, kept)
     return kept
+
+
+def kept_at(
+    source: Checkpoint,
+    requests: Iterable[Request],
+    tokens: TokenFile | Corpus,
+    settings: CalibrationSettings,
+    progress: Progress = SILENT,
+) -> Path:
+    """The file of the cache folder that has the answers to these requests, once they are measured."""
+    part = [settings.moment_tokens] if settings.moment_tokens < len(tokens) else []
+    text = [calibration_hash(tokens, settings), *part, best_device()]
+    identity = [FORMAT, source.hash(progress), *text, sorted({repr(each) for each in requests})]
+    return cache_folder() / "calibration" / f"{fingerprint(identity)[:32]}.safetensors"
 
 
 def calibration_hash(tokens: TokenFile | Corpus, settings: CalibrationSettings = CalibrationSettings()) -> str:

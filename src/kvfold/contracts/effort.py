@@ -24,7 +24,6 @@ class RepairSettings:
     length: int = 256  # tokens of a row; each row starts at position 0
     q_tokens: int = 49_152  # on which q is repaired, whose cost grows with the square of the length
     inner_tokens: int = MOST  # on which gate and up are repaired
-    step_tokens: int = MOST  # of these that each step of their conjugate gradients reads
     tolerance: float = 0.0  # they stop after a step that gains at most this share of all gains
 
 
@@ -60,7 +59,7 @@ EFFORTS: Mapping[EffortName, Effort] = {
     "quick": Effort(("o", "down"), RepairSettings(), rows=8, moment_tokens=16_384, least=8192),
     "standard": Effort(
         REPAIRABLE,
-        RepairSettings(q_tokens=16_384, step_tokens=8_192, tolerance=0.05),
+        RepairSettings(q_tokens=16_384, inner_tokens=16_384, tolerance=0.05),
         rows=16,
         moment_tokens=16_384,
         least=32_768,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.effort import EFFORTS
@@ -85,10 +86,16 @@ class Calibration:
             raise SettingError("what a window costs is measured only for decoders", where="convert")
         return self.tokens
 
-    def announce(self, source: Checkpoint, student: Shape, progress: Progress) -> None:
-        """Say how many tokens are read, and how long that will take."""
+    @property
+    def moments(self) -> Sequence[Request]:
+        """The requests that one pass over the text answers."""
+        return [each for each in self.questions if isinstance(each, Request)]
+
+    def announce(self, source: Checkpoint, student: Shape, started: float, progress: Progress) -> None:
+        """Say how many tokens are read, and how long the conversion takes that has `started` (`time.monotonic`)."""
         if progress is SILENT:
             return
+        from kvfold.calibrate.decoder import kept_at
         from kvfold.convert.estimate import measured_speeds
         from kvfold.text.tokens import TokenFile
 
@@ -107,9 +114,13 @@ class Calibration:
             tokens=text,
             encoded=encoded,
             length=options.calibration_length,
+            moment_tokens=options.reading.moment_tokens,
             sensitivity_tokens=options.sensitivity_tokens,
         )
+        if kept_at(source, self.moments, self.tokens, options.reading).exists():
+            cost = replace(cost, stages={name: work for name, work in cost.stages.items() if name != "calibration"})
         seconds = cost.seconds(measured_speeds(source, cost, options.repairing.length))
+        seconds += time.monotonic() - started
         progress.say(
             f"{text + encoded:,} tokens of text, {cost.forward_passes:.1f} forward passes of the teacher over it: "
             f"about {seconds:.0f} s and {size(cost.memory)} of memory"
@@ -120,12 +131,11 @@ class Calibration:
         from kvfold.calibrate.decoder import calibrate
         from kvfold.calibrate.sensitivity import measure
 
-        moments = [each for each in self.questions if isinstance(each, Request)]
         alone = [each for each in self.questions if isinstance(each, Alone)]
         recalls = [each for each in self.questions if isinstance(each, RecallDrop)]
         sites = sorted(each.site for each in self.questions if isinstance(each, Computed))
         reading = self.options.reading
-        answers = dict(calibrate(source, moments, self.tokens, reading, progress=progress))
+        answers = dict(calibrate(source, self.moments, self.tokens, reading, progress=progress))
         if alone:
             answers |= measure(source, method, config, alone, answers, self.tokens, reading, progress=progress)
         if recalls:

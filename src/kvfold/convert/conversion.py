@@ -86,7 +86,7 @@ def convert(
             output = open_output(dst, {**asked, "source": source.stamp}, overwrite=overwrite)
             until_done.enter_context(dropped_on_error(output, JOURNAL, futile=FUTILE))
             if calibration:
-                calibration.announce(source, chosen.student(config, source.shape).shape, progress)
+                calibration.announce(source, chosen.student(config, source.shape).shape, started, progress)
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)

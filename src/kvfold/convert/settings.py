@@ -63,11 +63,6 @@ class ConvertSettings:
     repair_inner_tokens: int | None = setting(
         None, "Tokens on which gate and up are repaired. Default: by effort.", group=ADVANCED
     )
-    repair_step_tokens: int | None = setting(
-        None,
-        "Tokens of these that each step of the conjugate gradients of q, gate and up reads. Default: by effort.",
-        group=ADVANCED,
-    )
     repair_tolerance: float | None = setting(
         None,
         "Share of all gains below which one more step of q, gate and up is the last. Default: by effort.",
@@ -77,7 +72,7 @@ class ConvertSettings:
     def __post_init__(self) -> None:
         """Raise SettingError for sizes out of range and for roles that cannot be repaired."""
         sizes = ("calibration_tokens", "calibration_length", "moment_tokens", "sensitivity_tokens", "repair_length")
-        check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens", "repair_step_tokens")
+        check_range(self, "convert", 1, MOST, *sizes, "repair_q_tokens", "repair_inner_tokens")
         check_range(self, "convert", 0, 1, "repair_tolerance")
         check_range(self, "convert", 1, float("inf"), "shard_size", "calibration_memory")
         check_range(self, "convert", 0, SEEDS - 1, "calibration_seed")

@@ -14,9 +14,11 @@ from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP, Family, Json
 from kvfold.contracts.requests import COPIED, Alone, InputGram, Question, Request, SampledPairs
 from kvfold.contracts.site import Attention, Shape, Site
+from kvfold.settings import MOST
 
 DOUBLE = 2  # a product in float64 takes as long as two in float32
 TOUCHES = 60  # operations in whose time one logit of q is made, weighed and moved in memory, beside its products
+STOPPED = 4  # steps of q after which its tolerance stops it
 FOLD = 70  # operations of a fit, over the cube of the width
 BASE_BYTES = 450 * 10**6  # of a process that has loaded PyTorch and transformers
 BATCH = 4096  # tokens that pass through a layer together
@@ -84,11 +86,13 @@ def conversion_cost(
     tokens: int,
     encoded: int = 0,
     length: int = 512,
+    moment_tokens: int = MOST,
     sensitivity_tokens: int = 8192,
 ) -> ConversionCost:
     """Count a conversion that reads `tokens` tokens, in calibration rows of `length`, and repairs these roles.
 
-    Of an encoder-decoder, `tokens` are those of the decoder, `encoded` those of the encoder, and `length` is of inputs.
+    Of an encoder-decoder, `tokens` are those of the decoder, `encoded` those of the encoder, and `length` is of inputs;
+    its moments are of all tokens.
     """
     asked, hidden = list(questions), source.hidden_size
     mlp, text = _mlp(family, config, source), _Text(tokens, encoded, source.encoder_positions or length)
@@ -104,8 +108,11 @@ def conversion_cost(
     read = Work(passes=whole + tokens * len(layers) * mlp.run + 2 * encoded * rest)
     changed = sum(before != after for layer in layers for _, before, after in layer)
     stages = {
-        "calibration": read * (1 if any(isinstance(each, Request) for each in asked) else 0)
-        + sum((_answer(each, source, text) for each in asked), Work()),
+        "calibration": (
+            read * (1 if any(isinstance(each, Request) for each in asked) else 0)
+            + sum((_answer(each, source, text) for each in asked), Work())
+        )
+        * (1.0 if encoded else min(1.0, moment_tokens / tokens)),
         "measured sites": sum((_measured(each, source, mlp, text, sensitivity_tokens) for each in asked), Work()),
         "fold": Work(solves=FOLD * hidden**3 * changed),
     }
@@ -227,15 +234,16 @@ def _repair(
             read, logits = min(tokens, settings.q_tokens), heads * text.keys(site)
             once = 8 * logits * after.head_dim + 2 * hidden**2 + 2 * width * hidden + 2 * TOUCHES * logits
             step = 3 * logits * after.head_dim + 4 * width * hidden + TOUCHES * logits
-            count("q", Work(both * read / tokens, read * (once + Q_STEPS * step), hidden**3))
+            steps = STOPPED if settings.tolerance else Q_STEPS
+            count("q", Work(both * read / tokens, read * (once + steps * step), hidden**3))
         if "o" in roles:
             count("o", Work(attend, 2 * tokens * width * (width + hidden), width**3))
     for role in ("gate", "up"):
         if role in roles:
             read, matrix = min(tokens, settings.inner_tokens), wide * hidden
-            run = mlp.run + 2 * (mlp.matrices - 1) * matrix  # and the slope
-            products = 2 * (wide**2 + hidden**2) + (4 + 8 * INNER_STEPS) * matrix
-            parts[role] = Work(read * run, read * products, wide**3 + 2 * INNER_STEPS * wide**2 * hidden / DOUBLE)
+            products = 2 * (wide**2 + hidden**2) + 4 * matrix + INNER_STEPS * (4 * matrix + wide**2)
+            fold = wide**3 + 2 * INNER_STEPS * wide**2 * hidden / DOUBLE
+            parts[role] = Work(read * mlp.run / 2, read * products, fold)  # half of what reads both
     if "down" in roles:
         parts["down"] = Work(tokens * 2 * wide * hidden, 2 * tokens * wide * (wide + hidden), wide**3)
     return parts

@@ -308,6 +308,7 @@ def _calibrated(
         effort.repair,
         tokens=tokens,
         encoded=text - tokens,
+        moment_tokens=effort.moment_tokens,
     )
     flops = cost.forward * cost.forward_passes
     return Calibrated(

@@ -230,13 +230,9 @@ class _Pass:
         output_BTD = student.mlp["down"](inner_BTF)
         return student.residual.missing(half.middle.read(row, count), output_BTD, self.above.read(row, count))
 
-    def _sampled(self, batches: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-        """What each step of conjugate gradients reads."""
-        return self.rows.sampled(batches, self.settings.step_tokens, self.teacher.width)
-
     def _repair_inner(self, roles: Sequence[str], half: _Halfway) -> None:
         student, rows = half.student, self.rows.first(self.settings.inner_tokens)
-        read = self._sampled(self.rows.batches(INNER_BATCH, rows=rows))
+        read = self.rows.batches(INNER_BATCH, rows=rows)
         with InnerFit([student.mlp[role] for role in roles], student.mlp["down"], self.rows.lengths[:rows]) as fit:
             for row, count in self.rows.batches(BATCH, rows=rows):
                 x_BTD = half.x.read(row, count)
@@ -254,7 +250,7 @@ class _Pass:
         def logits(tokens: int, encoded: int) -> int:
             return heads * tokens * (encoded if crosses else tokens)
 
-        read = self._sampled(self.rows.batches(LOGIT_BATCH, logits, rows))
+        read = self.rows.batches(LOGIT_BATCH, logits, rows)
         with LogitFit(own.shape, part.shape, part.q, part.q_norm, lengths, keys, causal=not crosses) as fit:
             for row, count in self.rows.batches(BATCH, rows=rows):
                 _, theirs = above.attend(own, self.teacher.read(row, count), row)

@@ -61,8 +61,7 @@ class InnerFit(ExitStack):
     def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
         """Add the change of at most `steps` conjugate gradients to the inner maps.
 
-        `batches` are what each step reads, all rows or a sample: rows of one length that are read together, as (first
-        row, number of rows).
+        `batches` are rows of one length that are read together, as (first row, number of rows).
         """
         gram_DD = self.gram_DD / self.tokens
         wired_FF = self.weight_DF.T @ self.weight_DF

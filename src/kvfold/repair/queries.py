@@ -127,8 +127,7 @@ class LogitFit(ExitStack):
     def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
         """Add the change of at most `steps` conjugate gradients to the student's q.
 
-        `batches` are what each step reads, all rows or a sample: rows of the same lengths that are read together, as
-        (first row, number of rows).
+        `batches` are rows of the same lengths that are read together, as (first row, number of rows).
         """
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)

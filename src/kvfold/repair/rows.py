@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 SEED = 0  # of span corruption
-DETERMINED = 16  # tokens for each direction of an input: fewer do not determine the left side of a least squares
 
 Model = hf.Layers | hf.PairedLayers
 
@@ -75,11 +74,6 @@ class Rows:
     def first(self, tokens: int) -> int:
         """How many rows from the first on have at most this number of tokens; at least 1."""
         return max(1, sum(seen <= tokens for seen in accumulate(self.lengths)))
-
-    def sampled(self, batches: Sequence[tuple[int, int]], tokens: int, width: int) -> list[tuple[int, int]]:
-        """Every n-th of some batches, so that they have `tokens` tokens, or as many as inputs of this width need."""
-        whole = sum(sum(self.lengths[row : row + count]) for row, count in batches)
-        return list(batches[:: max(1, whole // max(tokens, DETERMINED * width))])
 
     def batches(
         self, most: int, size: Callable[[int, int], int] = lambda tokens, encoded: tokens, rows: int | None = None
