@@ -211,3 +211,14 @@ def test_the_check_of_exports_is_light() -> None:
     code = "import sys, kvfold.predict.engines; print({'torch', 'numpy', 'transformers', 'gguf'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "set()\n"
+
+
+def test_vllm_does_not_clip_in_an_olmoe(tiny_checkpoint: Callable[..., Path]) -> None:
+    found = {
+        clip: {
+            each.name: each for each in plan(tiny_checkpoint("olmoe", clip_qkv=clip), "gqa", {"kv_heads": 2}).engines
+        }
+        for clip in (None, 2.0)
+    }
+    assert found[None]["vLLM"].loads and found[2.0]["transformers"].loads
+    assert found[2.0]["vLLM"].how == "its class does not clip q, k and v (got clip_qkv 2)"
