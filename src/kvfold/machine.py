@@ -59,14 +59,20 @@ def summed(work: Callable[[Item], Sequence[Tensor]], items: Iterable[Item]) -> l
         with torch.inference_mode(inference):
             return work(item)
 
-    totals: list[Tensor] = []
+    if best_device() != "cpu":
+        return _total(map(work, items))
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(1 if best_device() == "cuda" else threads) as pool:
-            for parts in pool.map(alone, items):
-                totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else list(parts)
+        with ThreadPoolExecutor(threads) as pool:
+            return _total(pool.map(alone, items))
     finally:
         torch.set_num_threads(threads)
+
+
+def _total(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    totals: list[Tensor] = []
+    for each in parts:
+        totals = [total + part for total, part in zip(totals, each, strict=True)] if totals else list(each)
     return totals
 
 

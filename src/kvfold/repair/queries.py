@@ -157,7 +157,7 @@ class LogitFit(ExitStack):
         for row in rows:
             key_BHSE = _heads(self.keys.read(row), width).repeat_interleave(group, dim=1)
             tokens = self.inputs.lengths[row]
-            at_Q = torch.arange(tokens - 1, -1, -max(1, tokens // SAMPLED_TOKENS))
+            at_Q = torch.arange(tokens - 1, -1, -max(1, tokens // SAMPLED_TOKENS), device=key_BHSE.device)
             attention_HTS = self.attention.read(row).view(len(total_HEE), tokens, -1)
             attention_QHS = attention_HTS[:, at_Q].transpose(0, 1)
             turned_QHSE = self._back(key_BHSE, at_Q)
