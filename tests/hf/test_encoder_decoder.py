@@ -44,6 +44,7 @@ def logits(model: Any, ids_BT: Tensor, attention: str) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_a_twin_of_repeated_heads_folds_without_loss(name: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = TYPES[name]

@@ -88,6 +88,7 @@ def test_whispers_that_cannot_be_taken(changes: dict[str, Any], line: str) -> No
         family_of(config).shape(config)
 
 
+@pytest.mark.slow
 def test_fit_and_training_come_closer_than_the_mean(
     tiny_checkpoint: Make, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -384,6 +384,7 @@ def regauged(source: Path, heads: int, *, equal: bool = False) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "heads"), HEADS)
 def test_gqa_fits_linear_images_without_loss(
     family: str, heads: int, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
@@ -580,6 +581,7 @@ def test_calibration_needs_a_text(toy: Toy, tiny_checkpoint: Callable[..., Path]
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.slow
 def test_stages_run_in_order_on_their_own_roles_and_end(
     toy: Toy, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
