@@ -52,6 +52,7 @@ def logits(model: Any, **more: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str) -> None:
     family, changes = KINDS[kind]

@@ -87,7 +87,35 @@ def twin(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.fixture(scope="module", params=all_families())
+def facts(name: str) -> set[object]:
+    """What tells the wiring of one family from another's, fact by fact."""
+    family = all_families()[name]
+    body, found = family.body, set[object]()
+    for site, each in family.shape(family.tiny()).sites.items():
+        rope = each.rope and (each.rope.half_split, each.rope.dims == each.head_dim)
+        found |= {(site.kind, each.norms), (site.kind, each.biases), (site.kind, "rope", rope)}
+        found |= {("window", each.window is None), ("softcap", each.softcap is None), ("scale", each.scale is None)}
+        found |= {("offset", each.norm_offset), ("sinks", each.sinks)}
+    found |= {(role, repr(place)) for role, place in family.tensors.items() if isinstance(place, Packed)}
+    found |= {("mlp", *((part, isinstance(place, Packed)) for part, place in body.mlp.items())), ("after", *body.after)}
+    found |= {("residual", body.residual), ("stacked", bool(body.stacked)), ("rehoused", family.rehouse is not None)}
+    return found | {("audio", family.audio), ("heads first", family.heads_first), ("interface", family.interface)}
+
+
+def unlike() -> list[str]:
+    """`CORE`, and each other family with a fact that none before it has."""
+    known, found = set[object](), []
+    for name in dict.fromkeys((*CORE, *all_families())):
+        if name in CORE or facts(name) - known:
+            found.append(name)
+        known |= facts(name)
+    return found
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in unlike() else pytest.mark.slow) for name in all_families()],
+)
 def fold(
     request: pytest.FixtureRequest,
     _built: Callable[..., Path],
@@ -127,31 +155,6 @@ def test_eager_is_sdpa(fold: Fold) -> None:
     names = ("eager", "sdpa" if fold.student.shape.fused else hf.ATTENTION)
     (eager, _), (other, _) = (fold.outputs(fold.student, name) for name in names)
     torch.testing.assert_close(other.logits, eager.logits, rtol=1e-5, atol=1e-5)
-
-
-def facts(name: str) -> set[object]:
-    """What tells the wiring of one family from another's, fact by fact."""
-    family = all_families()[name]
-    body, found = family.body, set[object]()
-    for site, each in family.shape(family.tiny()).sites.items():
-        rope = each.rope and (each.rope.half_split, each.rope.dims == each.head_dim)
-        found |= {(site.kind, each.norms), (site.kind, each.biases), (site.kind, "rope", rope)}
-        found |= {("window", each.window is None), ("softcap", each.softcap is None), ("scale", each.scale is None)}
-        found |= {("offset", each.norm_offset), ("sinks", each.sinks)}
-    found |= {(role, repr(place)) for role, place in family.tensors.items() if isinstance(place, Packed)}
-    found |= {("mlp", *((part, isinstance(place, Packed)) for part, place in body.mlp.items())), ("after", *body.after)}
-    found |= {("residual", body.residual), ("stacked", bool(body.stacked)), ("rehoused", family.rehouse is not None)}
-    return found | {("audio", family.audio), ("heads first", family.heads_first), ("interface", family.interface)}
-
-
-def unlike() -> list[str]:
-    """`CORE`, and each other family with a fact that none before it has."""
-    known, found = set[object](), []
-    for name in dict.fromkeys((*CORE, *all_families())):
-        if name in CORE or facts(name) - known:
-            found.append(name)
-        known |= facts(name)
-    return found
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_a_twin_of_repeated_heads_folds_without_loss(name: str, tiny_checkpoint:
         assert_same(logits(student, ids_BT, attention), expected, dtype=format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["marian", "pegasus"])
 def test_positions_that_a_checkpoint_lacks_are_computed(name: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = TYPES[name]

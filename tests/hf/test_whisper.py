@@ -41,6 +41,7 @@ def features(rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, BINS, FRAMES, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["kvfold", "sdpa", "eager"])
 def test_a_student_writes_and_caches_as_promised(attention: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     """Greedily, by beams, and into a static cache; the encoder's positions are the cache of cross-attention."""

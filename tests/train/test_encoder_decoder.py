@@ -61,6 +61,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
