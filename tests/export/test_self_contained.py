@@ -32,6 +32,7 @@ FORKS = """
 import os, runpy, sys
 sys.modules["kvfold"] = None
 import numpy, torch, transformers
+transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration  # are loaded when they are named
 for line in sys.stdin:
     if not (child := os.fork()):
         sys.argv = line.split()
