@@ -35,7 +35,7 @@ import numpy, torch, transformers
 transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration  # are loaded when they are named
 for line in sys.stdin:
     if not (child := os.fork()):
-        sys.argv = line.split()
+        sys.argv = line.rstrip("\\n").split("\\t")
         runpy.run_path(sys.argv[0], run_name="__main__")
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -55,7 +55,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         def run(command: list[str], **options: Any) -> Any:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(" ".join(command[2:]) + "\n")
+            process.stdin.write("\t".join(command[2:]) + "\n")
             process.stdin.flush()
             return SimpleNamespace(returncode=int(process.stdout.readline()), stderr="the child's, above")
 
