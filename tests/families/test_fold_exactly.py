@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from examples import clips, read
+from examples import SOURCES, clips, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import MLP
@@ -79,7 +79,7 @@ def twin(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.fixture(scope="module", params=all_families())
+@pytest.fixture(scope="module", params=SOURCES)
 def fold(
     request: pytest.FixtureRequest,
     _built: Callable[..., Path],

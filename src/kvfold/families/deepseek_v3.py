@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvfold.contracts.config import LAYERS, WIDTH, YES_NO, Fields, Rule, Rules, only, whole
+from kvfold.contracts.config import LAYERS, WIDTH, YES_NO, Fields, Rule, Rules, decimal, only, whole
 from kvfold.contracts.family import Json
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import TENSORS, Layout, decoder
@@ -16,6 +16,12 @@ _RULES: Rules = {
     "attention_bias": YES_NO,
     "first_k_dense_replace": LAYERS.needed,
     "num_nextn_predict_layers": whole(0, 0),
+    "num_mtp_layers": whole(0, 0),
+    **dict.fromkeys(("moe_intermediate_size", "n_shared_experts", "n_routed_experts"), WIDTH),
+    **dict.fromkeys(("n_group", "topk_group", "num_experts_per_tok", "pretraining_tp"), whole(0, 1 << 20).or_null),
+    "routed_scaling_factor": decimal(0, 1e6),
+    "norm_topk_prob": YES_NO.or_null,
+    "output_router_logits": only(False, "false"),
 }
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
-from kvfold.contracts.runtimes import ABSORBED, LATENT
+from kvfold.contracts.runtimes import ABSORBED, LATENT, stock_type
 from kvfold.hf.attention import NAME, ROUNDINGS, implementation
 from kvfold.hf.subclass import Replacement, attentions, register_decoders
 from kvfold.solve.rope import rotate
@@ -189,5 +189,17 @@ class _Latent:
         model.post_init()  # initialises the new weights
 
 
-register_decoders(__name__, "with latent keys and values", LATENT, _Latent, lambda stock: LatentAttention)
-register_decoders(__name__, "with latent keys and values", ABSORBED, _Latent, lambda stock: SharedLatentAttention)
+class _SavedAsStock:
+    """In front of a stock config class: what is saved is a checkpoint of the stock class."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the stock config.json."""
+        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        names = made.get("architectures") or []
+        stock = stock_type(made)
+        return {**made, "model_type": stock, "architectures": [name.removeprefix(ABSORBED.stem) for name in names]}
+
+
+ABOUT = "with latent keys and values"
+register_decoders(__name__, ABOUT, LATENT, _Latent, lambda stock: LatentAttention)
+register_decoders(__name__, ABOUT, ABSORBED, _Latent, lambda stock: SharedLatentAttention, config=(_SavedAsStock,))

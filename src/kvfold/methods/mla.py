@@ -124,7 +124,8 @@ def _check_ratio(config: Config, shape: Shape) -> None:
         if value is not None:
             raise SettingError(f"ratio {config.ratio:g} chooses {name}", where="mla", next="leave out one of them")
     if _counts(config, _first(shape)) is not None:
-        raise SettingError("planes by number need rope_dim and latent_dim", where="mla", next="leave out --ratio")
+        what = "planes by number need rope_dim and latent_dim"
+        raise SettingError(what, where="mla", got=config.planes, next="leave out --ratio")
     needed, whole = 4 * len(shape.sites), root_elements(shape)
     assert config.ratio is not None
     if not needed / whole <= config.ratio <= 1:
