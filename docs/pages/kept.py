@@ -97,7 +97,7 @@ def goal_tables(records: Sequence[Record]) -> Iterator[str]:
 
 def _best(study: Study, goal: Goal, tasks: Sequence[str]) -> Row | None:
     found = []
-    for row in study.students:
+    for row in [*study.students, *study.converted]:
         part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
         shares = [share[0] for task in tasks if (share := kept.share(study, row, task))]
         if goal.over < part <= goal.most and spent(row)[1] <= goal.tokens and len(shares) == len(tasks):
