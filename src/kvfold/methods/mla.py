@@ -245,13 +245,17 @@ class MLA(Method[Config]):
 
     def compute(self, site: Site, tensors: SiteTensors, answers: Answers, config: Config) -> Mapping[str, Tensor]:
         """What each component of each plane saves, `gain_PG`; for a ratio, the expected error of sizes, `error_CR`."""
-        from kvfold.solve.mla import gains, split_errors
+        from kvfold.solve.mla import chosen, counted, gains, spaced, split_errors
 
         source, found = _source(site, tensors, answers, config), {}
         found["gain_PG"] = gains(source)
         if _optimises(config):
-            widths = _candidates(config, tensors.attention)
-            found["error_CR"] = split_errors(source, widths, exact=config.norm == "exact")
+            pairs = [width // 2 for width in _candidates(config, tensors.attention)]
+            if config.planes == "chosen":
+                candidates = [counted(chosen([found["gain_PG"]], each)) for each in pairs]
+            else:
+                candidates = [spaced(source, each, always=config.planes == "folded") for each in pairs]
+            found["error_CR"] = split_errors(source, candidates, exact=config.norm == "exact")
         return found
 
     def resolve(self, config: Config, shape: Shape, answers: Answers) -> Config:

@@ -2,7 +2,7 @@
 
 A plane p of the key heads is one complex number per head, `k_p` in C^G. Under RoPE it can be mapped by any complex
 matrix without changing how it turns (`solve.rope`), so its best n shared components are its principal components, each
-head weighed by what an error of its logits costs behind `o`:
+head weighed by the power of its queries:
 
     k_gp ~ sum_n l_gpn u_n + r_gp,      u_n = s_n x,      q'_hn = conj(l_gpn) q_hp
 
@@ -79,7 +79,8 @@ class Source:
             seen_DD, attended_DD = moments.covariances()
             v_HED = v.rows_HED[..., :hidden].repeat_interleave(attention.query_group, 0)
             spread_H = spread_behind(output_columns(attention, roles), v_HED, seen_DD - attended_DD)
-            cost_HP = attention.logit_scale**2 * spread_H[:, None] * power_HP / 2  # half: the real part of a product
+            # half: the real part of a product. One spread for all heads: by their own, twice as much is lost (docs/log.md)
+            cost_HP = attention.logit_scale**2 * spread_H.mean() * power_HP / 2
             weight_GP = cost_HP.view(groups, attention.query_group, -1).sum(1)
         if gram_DD is None:
             gram_DD = torch.eye(hidden, dtype=torch.float64)
@@ -136,7 +137,7 @@ def spaced(source: Source, pairs: int, *, always: bool) -> list[Pool]:
     for angle in range(0, pairs * step, step):
         several = Pool(tuple(range(angle, min(angle + step, len(theta_P)))), angle, 1)
         alone = Pool((angle,), angle, 1)
-        folds = always or _saved(source, several, theta_P) > _saved(source, alone, theta_P)
+        folds = always or saved(source, several, theta_P) > saved(source, alone, theta_P)
         pools.append(several if folds else alone)
     return pools
 
@@ -146,12 +147,12 @@ def stride(planes: int, pairs: int) -> int:
     return max(1, planes // pairs)
 
 
-def _saved(source: Source, pool: Pool, theta_P: Tensor) -> float:
-    """What one component of a pool saves, each of its planes rotated by the pool's angle."""
-    shared_1X, lift_GJ1 = _components(source, pool)
+def saved(source: Source, pool: Pool, theta_P: Tensor) -> float:
+    """What the components of a pool save, each of its planes rotated by the pool's angle."""
+    shared_NX, lift_GJN = _components(source, pool)
     planes = torch.tensor(pool.planes)
-    power = float(((shared_1X @ source.key_gram_XX.to(shared_1X)) * shared_1X.conj()).real.sum())
-    costs_GJ = source.weight_GP[:, planes] * lift_GJ1[..., 0].abs().square() * power
+    power_N = ((shared_NX @ source.key_gram_XX.to(shared_NX)) * shared_NX.conj()).real.sum(-1)
+    costs_GJ = source.weight_GP[:, planes] * (lift_GJN.abs().square() * power_N).sum(-1)
     saved_J = missed(theta_P[planes]) - missed(theta_P[planes], theta_P[pool.angle])
     return float((costs_GJ * saved_J).sum())
 
@@ -285,20 +286,20 @@ def constants(width: int, dtype: str) -> tuple[float, Tensor, float]:
 # --- how much of each -------------------------------------------------------------------------------------------------
 
 
-def split_errors(source: Source, widths: Sequence[int], *, exact: bool) -> Tensor:
+def split_errors(source: Source, candidates: Sequence[Sequence[Pool]], *, exact: bool) -> Tensor:
     """The expected error behind `o`, as a part of the power of all values, `error_CR`.
 
-    C runs over these widths of the rotated key, R over latents of 0 to D + 1 numbers.
+    C runs over candidates for the rotated key, R over latents of 0 to D + 1 numbers.
     """
-    gain_PG, hidden, rows = gains(source), source.attention.hidden_size, []
-    for width in widths:
-        counts = chosen([gain_PG], width // 2)
-        weighed = latent_blocks(source, split(source, counted(counts)).rest, centred=exact)
+    hidden, rows = source.attention.hidden_size, []
+    whole_turned, theta_P = float(gains(source).sum()), frequencies(rope_of(source.attention))[0]
+    for pools in candidates:
+        weighed = latent_blocks(source, split(source, pools).rest, centred=exact)
         lost_R = torch.zeros(hidden + 2, dtype=torch.float64)
         lost_R[exact : hidden + exact] = spectrum(weighed).flip(0).cumsum(0).flip(0)
         if exact:
             lost_R[0] = torch.inf
-        turned = TURNED * sum(float(gain_G[kept:].sum()) for gain_G, kept in zip(gain_PG, counts, strict=True))
+        turned = TURNED * (whole_turned - sum(saved(source, pool, theta_P) for pool in pools))
         whole = weighed[1].power()
         rows.append((lost_R + turned) / whole if whole > 0 else lost_R + turned)
     return torch.stack(rows)
