@@ -242,11 +242,11 @@ def convert_site(source: Source, pools: Sequence[Pool], width: int, *, exact: bo
     q_HND = scale * torch.cat([parts.rest.q_HEX, parts.query_HPD], dim=1)
     new: Roles = {"q": q_HND.flatten(0, 1), "o": source.roles["o"]}
     key_PD = parts.key_PX[:, :hidden]
+    part = lost / whole if whole > 0 else 0.0
     if not exact:
         norm_R = torch.ones(width, dtype=torch.float64)
-        return {**new, "kv_down": torch.cat([down_RD, key_PD]), "kv_norm": norm_R, "kv_up": up_HNR.flatten(0, 1)}, (
-            lost / whole if whole > 0 else 0.0
-        )
+        new |= {"kv_down": torch.cat([down_RD, key_PD]), "kv_norm": norm_R, "kv_up": up_HNR.flatten(0, 1)}
+        return new, part
     constant, norm_R, gain = constants(width, dtype)
     up_HNR = torch.cat([up_HNR / gain, up_HNR.new_zeros(heads, 2 * head, 1)], dim=-1)
     key_bias_P = parts.key_PX[:, hidden] if parts.key_PX.shape[1] > hidden else key_PD.new_zeros(len(key_PD))
@@ -260,7 +260,7 @@ def convert_site(source: Source, pools: Sequence[Pool], width: int, *, exact: bo
     new |= {"o_bias": o_bias_D, "kv_norm": norm_R, "kv_up": up_HNR.flatten(0, 1)}
     new["kv_down"] = torch.cat([down_RD, down_RD.new_zeros(1, hidden), key_PD])
     new["kv_down_bias"] = torch.cat([down_RD.new_zeros(own), down_RD.new_tensor([constant]), key_bias_P])
-    return new, lost / whole if whole > 0 else 0.0
+    return new, part
 
 
 def _all_rotated(attention: Attention, pools: Sequence[Pool]) -> bool:
