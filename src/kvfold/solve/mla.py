@@ -79,7 +79,7 @@ class Source:
             seen_DD, attended_DD = moments.covariances()
             v_HED = v.rows_HED[..., :hidden].repeat_interleave(attention.query_group, 0)
             spread_H = spread_behind(output_columns(attention, roles), v_HED, seen_DD - attended_DD)
-            # half: the real part of a product. By the spread of each head, twice as much would be lost (docs/log.md)
+            # half: the real part of a product. The spread of each head makes it worse (docs/log.md)
             cost_HP = attention.logit_scale**2 * spread_H.mean() * power_HP / 2
             weight_GP = cost_HP.view(groups, attention.query_group, -1).sum(1)
         if gram_DD is None:
