@@ -17,7 +17,7 @@ import pydantic
 
 from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
 from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
-from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear
+from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear, with_mla
 from kvfold.errors import UnsupportedModel
 
 Json = Mapping[str, Any]
@@ -40,7 +40,7 @@ STEMS = {
     **{"gemma": "Gemma", "granite": "Granite", "starcoder2": "Starcoder2", "smollm3": "SmolLM3", "olmo": "Olmo"},
     **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
     **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
-    **{"cohere": "Cohere", "cohere2": "Cohere2"},
+    **{"cohere": "Cohere", "cohere2": "Cohere2", "deepseek_v3": "DeepseekV3"},
     **_PAIRED,
 }
 """Stock model types, and the first part of the names of transformers' classes for them."""
@@ -100,7 +100,7 @@ def architectures(runtimes: Sequence[Runtime], end: str, *stock: str) -> dict[st
 def read(config: Json, sites: Sites, runtimes: Iterable[Runtime]) -> Sites:
     """The sites of a config.json, from those of its stock architecture. Raises UnsupportedModel."""
     stock = stock_type(config)
-    runtime = next(each for each in runtimes if each.model_type(stock) == config["model_type"])
+    runtime = next(each for each in runtimes if each.model_type(stock) == config["model_type"] and stock in each.models)
     found = runtime.read(config, sites)
     for attention in found.values():
         if attention.num_attention_heads % attention.num_key_value_heads:
@@ -252,6 +252,34 @@ def _read_latent(config: Json, sites: Sites) -> Sites:
     return found
 
 
+def _mla_fields(shape: Shape) -> dict[str, Any]:
+    """The widths of heads and of the latent, in a model without experts."""
+    attention = next(iter(shape.sites.values()))
+    kept, heads, rope = attention.cached, attention.num_attention_heads, attention.rope
+    assert rope is not None
+    return {
+        HEADS: heads,
+        "kv_lora_rank": kept["latent"],
+        "q_lora_rank": None,
+        "qk_nope_head_dim": attention.head_dim - kept["rotated"],
+        "qk_rope_head_dim": kept["rotated"],
+        "head_dim": kept["rotated"],  # as transformers writes it: rotary frequencies are computed for this width
+        "v_head_dim": attention.extra["o"][1] // heads,
+        "attention_bias": "o_bias" in attention.extra,
+        "rope_interleave": True,
+        "rope_parameters": dict(rope.scaling or {"rope_type": "default", "rope_theta": rope.theta}),
+        "first_k_dense_replace": shape.num_layers,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _read_mla(config: Json, sites: Sites) -> Sites:
+    names = {"rotated": "qk_rope_head_dim", "free": "qk_nope_head_dim", "value": "v_head_dim", "width": "kv_lora_rank"}
+    sizes = {name: config[field] for name, field in names.items()}
+    biased = bool(config.get("attention_bias"))
+    return {site: with_mla(attention, biased=biased, **sizes) for site, attention in sites.items()}
+
+
 def _linear_fields(shape: Shape) -> dict[str, Any]:
     """The layers of linear attention, and its settings."""
     linear = next(each.linear for each in shape.sites.values() if each.linear is not None)
@@ -358,7 +386,19 @@ LINEAR = Runtime(
     _read_linear,
     {SETTINGS: Rule(dict[str, Any], "a mapping").or_null},
 )
-DECODERS = (LINEAR, LATENT, SHARING, LAYERS, STOCK)
+MLA = Runtime(
+    "multi-head latent attention",
+    "",
+    "",
+    frozenset({"deepseek_v3"}),
+    lambda shape: shape.model_type == "deepseek_v3",
+    _mla_fields,
+    _read_mla,
+)
+ABSORBED = replace(MLA, prefix=OWN, stem="Kvfold")
+"""kvfold's own classes for the same config.json, which attend to the latent as it is: for models in memory alone."""
+
+DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
