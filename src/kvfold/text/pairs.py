@@ -53,20 +53,27 @@ class Pairs:
     """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`.
 
     Of sound, the input is `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position.
+    `targets` is the number of tokens by which a sum over targets is divided: of a part of a batch the mean over all
+    parts, so that the mean of their losses is the loss of the whole batch.
     """
 
     input_BS: Tensor
     seen_BS: Tensor
     target_BT: Tensor
+    targets: float | None = None  # None: those of the batch itself
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
         """Move the batch to a device."""
-        return Pairs(*(each.to(device, non_blocking=non_blocking) for each in vars(self).values()))
+        moved = (each.to(device, non_blocking=non_blocking) for each in (self.input_BS, self.seen_BS, self.target_BT))
+        return Pairs(*moved, self.targets)
 
     def split(self, rows: int) -> list[Pairs]:
         """Split the batch into parts of `rows` rows."""
-        parts = zip(*(each.split(rows) for each in vars(self).values()), strict=True)
-        return [Pairs(*part) for part in parts]
+        parts = list(zip(*(each.split(rows) for each in (self.input_BS, self.seen_BS, self.target_BT)), strict=True))
+        if len(parts) == 1:
+            return [self]
+        targets = int((self.target_BT != UNSEEN).sum()) / len(parts)
+        return [Pairs(*part, targets) for part in parts]
 
     @property
     def sounds(self) -> bool:

@@ -52,6 +52,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled token file is mapped again."""
+        facts = (self.path, self.tokens.dtype.str, len(self), self.vocab_size, self.hash, self.source)
+        return _mapped, facts
+
     @property
     def read_tokens(self) -> int:
         """Number of tokens that a model reads."""
@@ -78,6 +83,11 @@ class TokenFile:
         places = batch_places(step, batch_size, self.windows(length), seed)
         rows = [self.tokens[place * length : (place + 1) * length + 1] for _, place in places]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def _mapped(path: Path, dtype: str, count: int, vocab_size: int, hashed: str, source: str) -> TokenFile:
+    """A token file of which the first `count` tokens are read."""
+    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r")[:count], vocab_size, hashed, source)
 
 
 def check_vocabulary(source: str, tokens: int, embeddings: int) -> None:
@@ -179,8 +189,8 @@ def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> T
         raise damaged from error
     if size != facts.tokens * np.dtype(facts.dtype).itemsize:
         raise damaged
-    tokens = np.memmap(path, dtype=facts.dtype, mode="r")
-    return TokenFile(path, tokens[:max_tokens], facts.vocab_size, facts.hash, source)
+    count = facts.tokens if max_tokens is None else min(facts.tokens, max_tokens)
+    return _mapped(path, facts.dtype, count, facts.vocab_size, facts.hash, source)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
