@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvfold.errors import SettingError
+from kvfold.machine import available
 from kvfold.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ R = TypeVar("R")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOINING = timedelta(minutes=10)  # until all ranks are there
 WAITING = timedelta(days=7)  # in a collective: rank 0 may read and hash for hours before it needs the others
+TRIED = 8  # ranks that a machine without GPUs starts, if it has fewer cores: to try what a cluster runs
+PRECEDENCE = timedelta(seconds=1)  # of rank 0, where several ranks report the same error
 FAILED = "failed"  # key of the store: the rank that reports the error of all
 
 
@@ -71,6 +74,17 @@ def of_environment() -> Ranks:
     return Ranks(rank, world, local_rank, local_world)
 
 
+def check_local(count: int) -> None:
+    """Raise SettingError for more ranks on this machine than GPUs; without GPUs, for more than `TRIED` or its cores."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    most = gpus or max(available(), TRIED)
+    if count > most:
+        what = "GPUs" if gpus else "processors"
+        raise SettingError(f"this machine has fewer {what}", where="ranks", got=count, allowed=f"at most {most}")
+
+
 # --- the process group -----------------------------------------------------------------------------------------------
 
 
@@ -96,26 +110,25 @@ def joined(ranks: Ranks) -> Iterator[None]:
     """A context in which the ranks form a process group: gloo for tensors of the CPU, and nccl for those of GPUs.
 
     Each rank uses the GPU of its local rank. One rank forms no group. After an error the group is left as it is: the
-    process must end. Raises SettingError for more ranks on a machine than GPUs, and if the ranks cannot connect.
+    process must end. Raises SettingError as `check_local` does, and if the ranks cannot connect.
     """
     if ranks.world == 1:
         yield
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
+    check_local(ranks.local_world)
     gpus = torch.cuda.device_count()
-    if gpus and ranks.local_world > gpus:
-        raise SettingError(
-            "there are fewer GPUs than ranks on this machine", where="ranks", got=ranks.local_world, allowed=gpus
-        )
     if gpus:
         torch.cuda.set_device(ranks.local_rank)
     try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=JOINING))
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=JOINING))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo",
-            store=dist.PrefixStore("ranks", store),
+            store=PrefixStore("ranks", store),
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=WAITING,
@@ -255,22 +268,12 @@ def reports() -> bool:
 
     own = str(current().rank)
     try:
-        if not current().main and _reported(timedelta(seconds=1)):
-            return False
+        if not current().main:
+            with suppress(dist.DistStoreError):  # rank 0 reports nothing
+                _joined.store.wait([FAILED], PRECEDENCE)
         return bool(_joined.store.compare_set(FAILED, "", own) == own.encode())
     except dist.DistError:  # rank 0 has ended, and with it the store
         return False
-
-
-def _reported(wait: timedelta) -> bool:
-    """Whether a rank has reported an error."""
-    import torch.distributed as dist
-
-    try:
-        _joined.store.wait([FAILED], wait)
-    except dist.DistStoreError:
-        return False
-    return True
 
 
 def lost(error: BaseException) -> bool:

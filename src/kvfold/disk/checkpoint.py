@@ -76,6 +76,10 @@ class Checkpoint:
         path = locate(source)
         return cls(path, path.resolve().name if Path(source).is_dir() else str(source))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it by its path: the process that unpickles it opens the same files."""
+        return Checkpoint, (self.path, self.name)
+
     def _named(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, str]]:
         """The tensors under the model's names, and the names in the files of those that have another there."""
         found: dict[str, Stored] = {}
@@ -88,10 +92,6 @@ class Checkpoint:
             if name != there:
                 spelled[name] = there
         return found, spelled
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled checkpoint is opened again."""
-        return Checkpoint, (self.path, self.name)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of this name."""

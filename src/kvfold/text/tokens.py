@@ -53,9 +53,8 @@ class TokenFile:
         return len(self.tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled token file is mapped again."""
-        facts = (self.path, self.tokens.dtype.str, len(self), self.vocab_size, self.hash, self.source)
-        return _mapped, facts
+        """Pickle it by its path: the process that unpickles it maps the same file."""
+        return open_token_file, (self.path, self.source, len(self))
 
     @property
     def read_tokens(self) -> int:
@@ -83,11 +82,6 @@ class TokenFile:
         places = batch_places(step, batch_size, self.windows(length), seed)
         rows = [self.tokens[place * length : (place + 1) * length + 1] for _, place in places]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-def _mapped(path: Path, dtype: str, count: int, vocab_size: int, hashed: str, source: str) -> TokenFile:
-    """A token file of which the first `count` tokens are read."""
-    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r")[:count], vocab_size, hashed, source)
 
 
 def check_vocabulary(source: str, tokens: int, embeddings: int) -> None:
@@ -189,8 +183,8 @@ def open_token_file(path: Path, source: str, max_tokens: int | None = None) -> T
         raise damaged from error
     if size != facts.tokens * np.dtype(facts.dtype).itemsize:
         raise damaged
-    count = facts.tokens if max_tokens is None else min(facts.tokens, max_tokens)
-    return _mapped(path, facts.dtype, count, facts.vocab_size, facts.hash, source)
+    tokens = np.memmap(path, dtype=facts.dtype, mode="r")
+    return TokenFile(path, tokens[:max_tokens], facts.vocab_size, facts.hash, source)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
