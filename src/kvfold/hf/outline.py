@@ -27,21 +27,24 @@ def outline(source: Checkpoint, *, device: str = "cpu", attention: str = NAME) -
         model: Any = build(source.config, seed=0, attention=attention)
     model.eval()
     there = set(source.names())
+    owners: dict[str, Any] = {"": model}
     for path, module in model.named_modules():
+        # parts with a vision tower or an encoder of their own know their own buffers
+        owner = owners[path] = module if hasattr(module, "_init_weights") else owners[path.rpartition(".")[0]]
         for name, tensor in module.named_buffers(recurse=False):
             if f"{path}.{name}".lstrip(".") in there:
                 read = source.read(f"{path}.{name}".lstrip("."))
                 module._buffers[name] = read.to(device, tensor.dtype, copy=True)
         if hasattr(module, "create_weight") and f"{path}.weight" not in there:  # constants, such as sinusoids
             module.weight = nn.Parameter(torch.empty_like(module.weight, device=device), requires_grad=False)
-            model._init_weights(module)
-        compute_buffers(model, module, device, source)
+            owner._init_weights(module)
+        _compute_buffers(owner, module, device, source)
     _verify(model, source)
     assert isinstance(model, nn.Module)
     return model
 
 
-def compute_buffers(model: Any, module: nn.Module, device: str | torch.device, source: Checkpoint) -> None:
+def _compute_buffers(owner: Any, module: nn.Module, device: str | torch.device, source: Checkpoint) -> None:
     """Compute the buffers of a module that are on the meta device, as transformers does after loading.
 
     Its parameters must be on the meta device too, or have none. Raises UnsupportedModel if one cannot be computed.
@@ -53,7 +56,7 @@ def compute_buffers(model: Any, module: nn.Module, device: str | torch.device, s
         made = torch.empty_like(tensor, device=device)
         # a buffer that is not computed is then detected
         module._buffers[name] = made.fill_(torch.nan) if made.is_floating_point() else made
-    model._init_weights(module)
+    owner._init_weights(module)
     if not all(bool(tensor.isfinite().all()) for tensor in module.buffers(recurse=False)):
         raise UnsupportedModel(
             f"buffers of {type(module).__name__} cannot be computed from config.json", where=source.path
