@@ -332,7 +332,7 @@ def torn(save):
 def child(kind, step):
     progress = At(step if kind == "step" else 0)
     if kind == "slot":
-        state.dcp.save = torn(state.dcp.save)
+        state.state_dict_saver.save = torn(state.state_dict_saver.save)
     elif kind == "marker":
         state.write_json = lambda path, value: die()
     elif kind == "commit":

@@ -55,7 +55,8 @@ def lora_products(model: nn.Module) -> dict[str, Callable[[Callable[[Tensor], Te
         (name,) = module.active_adapters
         a_RD, b_DR = whole(module.lora_A[name].weight.detach()), whole(module.lora_B[name].weight.detach())
         product_DD = b_DR @ a_RD
-        return (product_DD.T if module.fan_in_fan_out else product_DD) * module.scaling[name]
+        scale = float(module.scaling[name])
+        return (product_DD.T if module.fan_in_fan_out else product_DD) * scale
 
     return {
         f"{path}.weight": partial(product, module)

@@ -64,16 +64,22 @@ class Pairs:
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
         """Move the batch to a device."""
-        moved = (each.to(device, non_blocking=non_blocking) for each in (self.input_BS, self.seen_BS, self.target_BT))
-        return Pairs(*moved, self.targets)
+        moved = [each.to(device, non_blocking=non_blocking) for each in self.tensors]
+        return Pairs(moved[0], moved[1], moved[2], self.targets)
 
     def split(self, rows: int) -> list[Pairs]:
         """Split the batch into parts of `rows` rows."""
-        parts = list(zip(*(each.split(rows) for each in (self.input_BS, self.seen_BS, self.target_BT)), strict=True))
-        if len(parts) == 1:
+        if rows >= len(self.target_BT):
             return [self]
-        targets = int((self.target_BT != UNSEEN).sum()) / len(parts)
-        return [Pairs(*part, targets) for part in parts]
+        targets = int((self.target_BT != UNSEEN).sum()) * rows / len(self.target_BT)
+        starts = range(0, len(self.target_BT), rows)
+        parts = ([each[start : start + rows] for each in self.tensors] for start in starts)
+        return [Pairs(part[0], part[1], part[2], targets) for part in parts]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, mask and target."""
+        return self.input_BS, self.seen_BS, self.target_BT
 
     @property
     def sounds(self) -> bool:

@@ -206,6 +206,7 @@ class _Run:
         self.optimizer = make_optimizer(self.work.groups(), self.settings)
         self.saved = self.started = self.noted = time.monotonic()
         self.first = self.noted_step = self.position.step
+        self.asked = {"stop": False, "save": False}  # of all ranks, by any
 
     def all(self) -> None:
         """Run the remaining steps, then end the stretch."""

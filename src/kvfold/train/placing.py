@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +96,15 @@ def place(
     trained: Callable[[nn.Module], Iterable[nn.Parameter]],
     equal: Collection[str],
     fixed: bool,
+    matched: Collection[str] = (),
 ) -> Root:
     """Student and teacher on this rank, read from their checkpoints.
 
     `adapt` adds factors to the student, and `trained` are the parameters that some stage trains. `equal` names tensors
     that both checkpoints hold; modules of them that stay frozen are in memory once. With `fixed`, no stage changes
-    what it does not train: frozen weights may then be rounded to the format of the products.
+    what it does not train: frozen weights may then be rounded to the format of the products. `matched` are the paths of
+    attentions whose outputs enter a loss: they are sharded by themselves, as FSDP2 gathers for the gradient of a
+    sharded module's output.
     """
     device = best_device()
     student = hf.outline(source, device=device)
@@ -120,7 +123,7 @@ def place(
         if fixed:
             both = _share(student, teacher, lambda name, form: source.forms(name, form).keys() <= set(equal))
         blocks += blocks_of(teacher, guide.family, guide.shape)
-    shard(root, blocks, settings, both)
+    shard(root, blocks, settings, both, [student.get_submodule(path) for path in matched])
     hf.fill(student, source, device=device)
     if teacher is not None and guide is not None:
         hf.fill(teacher, guide, device=device)
@@ -202,8 +205,14 @@ def mesh_of(settings: TrainSettings) -> DeviceMesh:
     return init_device_mesh(best_device(), (replicas, world // replicas), mesh_dim_names=("replicas", "shard"))
 
 
-def shard(root: Root, blocks: Sequence[nn.Module], settings: TrainSettings, both: Sequence[nn.Module] = ()) -> None:
-    """Shard a root over the ranks: `both`, what student and teacher share, then `blocks`, then what is left."""
+def shard(
+    root: Root,
+    blocks: Sequence[nn.Module],
+    settings: TrainSettings,
+    both: Sequence[nn.Module] = (),
+    alone: Sequence[nn.Module] = (),
+) -> None:
+    """Shard a root over the ranks: of each of `blocks` what is in `both` models, what stands `alone`, and the rest."""
     if ranks.current().world == 1:
         return
     mesh, narrow = mesh_of(settings), settings.precision == "bf16"
@@ -212,13 +221,14 @@ def shard(root: Root, blocks: Sequence[nn.Module], settings: TrainSettings, both
         reduce_dtype=torch.float32 if narrow else None,
         cast_forward_inputs=False,  # autocast does it
     )
-    shared, done = set(map(id, both)), set[int]()
+    shared, single, done = set(map(id, both)), set(map(id, alone)), set[int]()
     for block in blocks:
         common = [module for module in block.modules() if id(module) in shared - done]
         done |= set(map(id, common))
         if common:
             fully_shard(common if len(common) > 1 else common[0], mesh=mesh, mp_policy=policy)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        for module in (*(each for each in block.modules() if id(each) in single), block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh)
 
 
@@ -229,4 +239,4 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank: all ranks call it."""
-    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

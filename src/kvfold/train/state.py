@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import FiniteFloat, NonNegativeInt
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kvfold import ranks
 from kvfold.disk.output import damaged, disk_errors, flush, read_json, replacing, write_json
@@ -98,7 +100,7 @@ class State:
                 (self.folder / slot).mkdir()
             ranks.barrier()
             with _single(), _own_errors():
-                dcp.save(
+                state_dict_saver.save(
                     content, storage_writer=HuggingFaceStorageWriter(str(self.folder / slot), save_distributed=True)
                 )
             if ranks.current().main:
@@ -140,12 +142,12 @@ class State:
         trained = _trained(model, optimizer)
         for key, found in reader.read_metadata().state_dict_metadata.items():
             name, apart, moment = key.partition(MOMENT)
-            if apart:
+            if apart and isinstance(found, TensorStorageMetadata):
                 like = trained[name]
                 made = torch.zeros_like(like) if found.size == like.shape else torch.zeros(found.size)
                 moments.setdefault(name, {})[moment] = content[key] = made.detach()
         with _single():
-            dcp.load(content, storage_reader=reader)
+            state_dict_loader.load(content, storage_reader=reader)
         model.load_state_dict({name: content[name] for name in self._weights(model)}, strict=False)
         numbers = {name: number for number, name in enumerate(trained)}
         optimizer.load_state_dict(

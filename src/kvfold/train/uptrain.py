@@ -153,7 +153,17 @@ def _train(
             yield from _trained(source, model, stage, settings).values()
 
     fixed = not any(stage.finish for stage in run.stages)
-    root = place(source, run.teacher, settings, adapt=adapt, trained=trained, equal=equal, fixed=fixed)
+    matching = any("attention" in stage.losses for stage in run.stages)
+    root = place(
+        source,
+        run.teacher,
+        settings,
+        adapt=adapt,
+        trained=trained,
+        equal=equal,
+        fixed=fixed,
+        matched=_attentions(source) if matching else (),
+    )
     model = root.student
     works = _works(source, model, root.teacher, run.stages, settings, run.amount)
     kept = {id(each) for each in model.parameters() if fixed and not each.requires_grad}
@@ -274,6 +284,11 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     return found
 
 
+def _attentions(source: Checkpoint) -> list[str]:
+    """The paths of all attentions."""
+    return [source.family.module(site) for site in source.shape.sites]
+
+
 def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
     """The modules that get LoRA factors: q, k, v and o, with `converted_only` those of converted sites."""
     sites = converted_sites(source) if settings.converted_only else source.shape.sites
@@ -298,7 +313,7 @@ def _works(
 ) -> list[Work]:
     """Stages as stretches of the loop."""
     steps = math.ceil(amount / settings.step_tokens)
-    paths = [source.family.module(site) for site in source.shape.sites]
+    paths = _attentions(source)
     works, done, share = [], 0, 0.0
     for stage in stages:
         share += stage.share
