@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from kvfold.convert.conversion import convert
+from kvfold.errors import Interrupted
+from kvfold.progress import Silent
 from kvfold.train.uptrain import UptrainSettings, uptrain
-from processes import on_ranks
+from processes import on_ranks, start_ranks
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -83,3 +87,70 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3), (name, ours["step"])
         there = {path.name for path in (tmp_path / f"{name} two").iterdir()}
         assert there == {path.name for path in (tmp_path / f"{name} one").iterdir()}, "no file of a rank is left"
+
+
+STOPPED = """
+from kvfold.progress import Silent
+from kvfold.train.uptrain import UptrainSettings, uptrain
+
+class At(Silent):
+    left = 4
+
+    def advance(self, amount, note=""):
+        self.left -= note.startswith("loss")
+        if self.left == 0:
+            os._exit(0)
+
+def command():
+    student, settings, out = arguments[0], UptrainSettings(**json.loads(arguments[1])), Path(arguments[2])
+    uptrain(student, out / "whole", settings)
+    uptrain(student, out / "cut", settings, progress=At())
+"""
+
+
+@pytest.mark.slow
+def test_a_state_continues_on_as_many_ranks_bit_for_bit_and_on_others_within_rounding(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 1})
+    options = {
+        "data": str(text),
+        "sequence_length": 16,
+        "batch_size": 4,
+        "tokens": 8 * 64,
+        "log_every": 1,
+        "checkpoint_steps": 3,
+        "converted_only": True,
+        "precision": "fp32",
+    }
+    for each in start_ranks(STOPPED, [student, json.dumps(options), tmp_path]):
+        each.communicate()
+    kept = {path.name: load_file(path) for path in (tmp_path / "cut.partial" / "state-a").iterdir()}
+    assert len(kept) == 2, "a file of each rank"
+    names = {name for each in kept.values() for name in each if "/" not in name}
+    assert names == {name for name in load_file(student / "model.safetensors") if "self_attn" in name}
+    shutil.copytree(tmp_path / "cut.partial", tmp_path / "one.partial")
+    with pytest.raises(Interrupted):
+        uptrain(student, tmp_path / "back", UptrainSettings(**options), progress=_Stop(4))
+    jobs = [[str(student), str(tmp_path / name), options] for name in ("cut", "back")]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"])
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    last = _lines(tmp_path / "whole")[-1]["loss"]
+    assert _lines(tmp_path / "cut")[-1]["loss"] == last
+    uptrain(student, tmp_path / "one", UptrainSettings(**options))  # one rank, from the state of two
+    for name in ("one", "back"):  # and two ranks, from the state of one
+        assert _lines(tmp_path / name)[-1]["loss"] == pytest.approx(last, rel=1e-5)
+
+
+class _Stop(Silent):
+    """Stop after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.left -= note.startswith("loss")
+        if self.left == 0:
+            raise Interrupted("pulled the plug")
