@@ -152,10 +152,8 @@ class _Pass:
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
         length = min(settings.length, teacher.known_length, len(tokens))
-        # this rank's rows are dealt one by one: of q, gate and up, the first rows are fitted, and all ranks have some
-        this, self.length, self.rows = ranks.current(), length, len(tokens) // length
-        own = range(this.rank, self.rows, this.world)
-        width, self.lengths = teacher.shape.hidden_size, [length] * len(own)
+        self.length, self.own = length, _dealt(len(tokens) // length, max(1, BATCH // length))
+        width, self.lengths = teacher.shape.hidden_size, [length] * len(self.own)
         self.models = [
             stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
             for each in (teacher, student)
@@ -166,7 +164,7 @@ class _Pass:
             stack.enter_context(Spool(self.lengths, width)) for _ in range(4)
         )
         for row, count in self._batches():
-            texts = [tokens.tokens[each * length : (each + 1) * length] for each in own[row : row + count]]
+            texts = [tokens.tokens[each * length : (each + 1) * length] for each in self.own[row : row + count]]
             ids_BT = torch.from_numpy(np.stack(texts).astype("int64"))
             for model, stream in zip(self.models, (self.teacher, self.student), strict=True):
                 stream.write(row, model.embed(ids_BT))
@@ -254,8 +252,8 @@ class _Pass:
 
     def _first(self, tokens: int) -> Sequence[int]:
         """The lengths of this rank's rows among the first `tokens` tokens of the text, which has a row at least."""
-        rows, this = min(self.rows, max(1, tokens // self.length)), ranks.current()
-        return self.lengths[: len(range(this.rank, rows, this.world))]
+        rows = max(1, tokens // self.length)
+        return self.lengths[: sum(row < rows for row in self.own)]
 
     def _repair_inner(self, role: str, half: _Halfway) -> None:
         student, lengths = half.student, self._first(self.settings.inner_tokens)
@@ -276,6 +274,12 @@ class _Pass:
                 theirs = teacher.attend(self.teacher.read(row, count), row)
                 fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
             fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batch=batch)
+
+
+def _dealt(rows: int, batch: int) -> list[int]:
+    """The rows of this rank, in whole batches as one rank would read them; every rank has some of the first rows."""
+    this = ranks.current()
+    return [row for row in range(rows) if row // batch % this.world == this.rank]
 
 
 class _Layer:
