@@ -161,7 +161,7 @@ class _Pass:
         check_room(4 * spool_bytes(sum(self.lengths), width))
         # before the layer, of teacher and student; the teacher's after attention, and after the layer
         self.teacher, self.student, self.middle, self.above = (
-            stack.enter_context(Spool(self.lengths, width)) for _ in range(4)
+            stack.enter_context(Spool(self.lengths, width, device=best_device())) for _ in range(4)
         )
         for row, count in self._batches():
             texts = [tokens.tokens[each * length : (each + 1) * length] for each in self.own[row : row + count]]
@@ -359,7 +359,9 @@ class _Halfway(ExitStack):
         wide, hidden = student.mlp["up"].weight.shape
         check_room(spool_bytes(sum(lengths), 2 * hidden + wide))
         self.student = student
-        self.middle, self.x, self.inner = (self.enter_context(Spool(lengths, each)) for each in (hidden, hidden, wide))
+        self.middle, self.x, self.inner = (
+            self.enter_context(Spool(lengths, each, device=best_device())) for each in (hidden, hidden, wide)
+        )
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
         """Write the rows from `row` on, whose hidden states before the layer are given."""

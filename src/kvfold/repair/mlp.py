@@ -39,7 +39,9 @@ class InnerFit(ExitStack):
         wide, hidden = inner.weight.shape
         widths = (hidden, wide, len(self.weight_DF))
         check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
-        self.inputs, self.slopes, self.missing = (self.enter_context(Spool(lengths, width)) for width in widths)
+        self.inputs, self.slopes, self.missing = (
+            self.enter_context(Spool(lengths, width, device=inner.weight.device)) for width in widths
+        )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.slopes_FF = torch.zeros(wide, wide, dtype=torch.float64)
         self.tokens = 0

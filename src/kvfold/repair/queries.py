@@ -44,7 +44,7 @@ class LogitFit(ExitStack):
         widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths, default=0))
         check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(lengths, each)) for each in widths
+            self.enter_context(Spool(lengths, each, device=q.weight.device)) for each in widths
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
@@ -130,9 +130,9 @@ class LogitFit(ExitStack):
         return ranks.sum_to_main(total_HED) / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
-        device, width = self.linear.weight.device, self.student.head_dim
+        width = self.student.head_dim
         x_BTD, keys, means, attention = (
-            spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
+            spool.read(row, count) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)
