@@ -53,16 +53,29 @@ def kept_tables(records: Sequence[Record]) -> Iterator[str]:
 
 
 def short_tables(records: Sequence[Record]) -> Iterator[str]:
-    """The same of studies with tasks, in the columns that a newcomer needs."""
+    """The same of studies with tasks, for a newcomer: few columns, and no student that another beats in all of them."""
     for study in studies(records):
         table = kept.kept(study)
         if table is None or not kept.tasks_of(study.everyone):
             continue
         columns, rows = table
-        wanted = ("model", "cache", "loss", "last word", "the same bytes, quantised")
-        at = [place for place, name in enumerate(columns) if name in wanted or name.endswith(" kept")]
-        yield markdown(([columns[each] for each in at], [[row[each] for each in at] for row in rows]))
+        first = f"{kept.title(kept.tasks_of(study.everyone)[0])} kept"
+        at = [
+            columns.index(each) for each in ("model", "cache", "loss", "last word", first, "the same bytes, quantised")
+        ]
+        front = [line for row, line in zip(kept.shown(study), rows, strict=True) if not _beaten(row, study)]
+        yield markdown(([columns[each] for each in at], [[row[each] for each in at] for row in front]))
         yield f"{kept.ABOUT} {_measured(study)}"
+
+
+def _beaten(row: Row, study: Study) -> bool:
+    """Whether another student of no more bytes has a lower loss."""
+    loss = row.metric("loss")
+    return row.role == "student" and any(
+        (other.cache_bytes or 0) <= (row.cache_bytes or 0) and found.mean < loss.mean
+        for other in [*study.students, *study.converted]
+        if loss and (found := other.metric("loss"))
+    )
 
 
 def _measured(study: Study) -> str:
@@ -97,10 +110,12 @@ def goal_tables(records: Sequence[Record]) -> Iterator[str]:
 
 def _best(study: Study, goal: Goal, tasks: Sequence[str]) -> Row | None:
     found = []
-    for row in study.students:
+    for row in [*study.students, *study.converted]:
         part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
         shares = [share[0] for task in tasks if (share := kept.share(study, row, task))]
-        if goal.over < part <= goal.most and spent(row)[1] <= goal.tokens and len(shares) == len(tasks):
+        tokens = spent(row)[1]
+        trained_so = tokens == 0 if goal.tokens == 0 else 0 < tokens <= goal.tokens
+        if goal.over < part <= goal.most and trained_so and len(shares) == len(tasks):
             found.append((sum(shares), row))
     return max(found, key=lambda each: each[0])[1] if found else None
 

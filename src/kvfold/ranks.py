@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kvfold.errors import SettingError
 from kvfold.machine import available
@@ -28,7 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-JOINING = timedelta(minutes=10)  # until all ranks are there
+JOINING = timedelta(minutes=5)  # until all ranks are there
 WAITING = timedelta(days=7)  # in a collective: rank 0 may read and hash for hours before it needs the others
 TRIED = 8  # ranks that a machine without GPUs starts, if it has fewer cores: to try what a cluster runs
 PRECEDENCE = timedelta(seconds=1)  # of rank 0, where several ranks report the same error
@@ -81,7 +81,7 @@ def check_local(count: int) -> None:
     gpus = torch.cuda.device_count()
     most = gpus or max(available(), TRIED)
     if count > most:
-        what = "GPUs" if gpus else "processors"
+        what = "GPUs" if gpus else "processors, and no GPU"
         raise SettingError(f"this machine has fewer {what}", where="ranks", got=count, allowed=f"at most {most}")
 
 
@@ -223,8 +223,8 @@ def any_rank(flag: bool) -> bool:
     return any(gather_in_order(flag))
 
 
-def sum_in_order(total: Tensor) -> Tensor:
-    """The sum of a contiguous tensor over all ranks, in their order and in place: every rank has the same bits."""
+def sum_to_main(total: Tensor) -> Tensor:
+    """The sum of a contiguous tensor over all ranks, added in their order, on rank 0; others keep their own part."""
     if current().world > 1:
         import torch
         import torch.distributed as dist
@@ -236,8 +236,44 @@ def sum_in_order(total: Tensor) -> Tensor:
                 total += part
         else:
             dist.send(total, 0)
-        dist.broadcast(total, 0)
     return total
+
+
+def sum_in_order(total: Tensor) -> Tensor:
+    """The sum of a contiguous tensor over all ranks, added in their order and in place: all have the same bits."""
+    return spread(sum_to_main(total))
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Replace a contiguous tensor by that of rank 0."""
+    if current().world > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def solved(solve: Callable[[Callable[[Tensor], Tensor]], Tensor], apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """`solve(apply)` by rank 0, for tensors of the CPU: each call of `apply` runs on all ranks, with its argument.
+
+    Rank 0 alone decides when it ends, and gives the solution to all.
+    """
+    if current().world == 1:
+        return solve(apply)
+    if current().main:
+
+        def together(argument: Tensor) -> Tensor:
+            broadcast_object((argument, None))
+            return apply(argument)
+
+        solution = solve(together)
+        broadcast_object((None, solution))
+        return solution
+    argument, found = broadcast_object(None)
+    while argument is not None:
+        apply(argument)
+        argument, found = broadcast_object(None)
+    return cast("Tensor", found)
 
 
 def each(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kept_records import records, tasks
+from kept_records import evaluated, records, tasks
 from kvfold.report import kept
 from kvfold.report.rows import setting_words
 from kvfold.report.studies import studies
@@ -36,6 +36,22 @@ def test_the_table_has_what_is_kept_per_byte_and_the_same_bytes_quantised() -> N
     # (0.3 - 0) / (0.4 - 0), (0.45 - 0.25) / (0.5 - 0.25), (0.55 - 0.5) / (0.6 - 0.5)
     assert [half[f"{task} kept"].partition(" ")[0] for task in ("LAMBADA", "ARC-Easy", "PIQA")] == ["75%", "80%", "50%"]
     assert eighth["PIQA kept"].startswith("0%")
+
+
+def test_a_student_that_was_trained_stands_there_as_it_was_converted_too() -> None:
+    trained = evaluated(
+        "third", {"role": "student", "method": "elitekv", "cache_ratio": 0.5, "tokens": 1_000_000}, 3.1,
+        lm_eval=tasks(0.36, 0.48, 0.58),
+    )  # fmt: skip
+    trained = replace(trained, metrics={**trained.metrics, "cache": records()[1].metrics["cache"]})
+    (study,) = studies([*records(), trained])
+    assert [row.trained for row in study.students] == [True, False]
+    assert [row.trained for row in study.converted] == [False]
+    table = kept.kept(study)
+    assert table is not None
+    assert [row[0] for row in table[1]][-3:] == [
+        "elitekv, cache ratio 0.5", "elitekv, 1M tokens", "gqa, kv heads 1",
+    ]  # fmt: skip
 
 
 def test_the_error_of_a_share_is_that_of_a_ratio() -> None:

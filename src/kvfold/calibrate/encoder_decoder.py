@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfold import ranks
 from kvfold.calibrate.statistics import Signal, Sums, signals, watch
 from kvfold.contracts.requests import Answers, AttentionGram, Request, SampledPairs
 from kvfold.disk.checkpoint import Checkpoint
@@ -37,8 +38,8 @@ def read(
 ) -> Answers:
     """Answer the requests by one pass of the teacher over rows of input and target, without the cache.
 
-    Raises SettingError for requests of single tokens, or of encoder tokens with decoder tokens, and CheckpointError if
-    an answer is not finite.
+    Each rank reads its share of the batches; rank 0 has the answers. Raises SettingError for requests of single tokens,
+    or of encoder tokens with decoder tokens, and CheckpointError if an answer is not finite.
     """
     from kvfold import hf  # loads transformers, which answers from the cache do not need
 
@@ -52,18 +53,20 @@ def read(
     work = _Pass(source, model, requests, device)
     made = sorted(rows, key=lambda row: (len(row[0]), len(row[1])))
     total = sum(len(given) + len(wanted) for given, wanted in made)
+    batches, world = list(_batches(made)), ranks.current().world
     with task(progress, "calibrating", total, "tokens"), work.watching(), torch.inference_mode():
-        for batch in _batches(made):
-            progress.advance(work.add(batch.to(device)))
+        for rows in batches[ranks.current().rank :: world]:
+            progress.advance(work.add(batched(rows).to(device)) * world)
+    work.gather()
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Pairs]:
+def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """Rows of equal lengths together, without padding, so that every token counts."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
         waiting, count = list(same), max(1, BATCH // max(lengths))
         for first in range(0, len(waiting), count):
-            yield batched(waiting[first : first + count])
+            yield waiting[first : first + count]
 
 
 class _Pass:
@@ -108,6 +111,11 @@ class _Pass:
         self.tokens["encoder"] += batch.seen_BS.numel()
         self.tokens["decoder"] += batch.target_BT.numel()
         return batch.seen_BS.numel() + batch.target_BT.numel()
+
+    def gather(self) -> None:
+        """Count the tokens of all ranks."""
+        counts = ranks.gather_in_order(self.tokens)
+        self.tokens = {side: sum(each[side] for each in counts) for side in self.tokens}
 
     def tokens_of(self, request: Request) -> int:
         """The number of tokens over which a request sums: those of the encoder, or those of the decoder."""

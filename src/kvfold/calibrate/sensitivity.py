@@ -21,19 +21,31 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
 from kvfold.calibrate.recall import copied_loss, copies
 from kvfold.calibrate.resumed import Changed, Resumed
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
-from kvfold.contracts.requests import COPIED, Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
+from kvfold.contracts.requests import (
+    COPIED,
+    Alone,
+    Answers,
+    ConvertedKL,
+    CrossGram,
+    FoldedKL,
+    FoldedRecall,
+    HeadKL,
+    Question,
+)
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -100,16 +112,12 @@ class _Measurement:
             if _key(each) not in known:
                 asked.setdefault(each.sites[0].layer, []).append(each)
         if asked:
-            work = rows_BT.numel() * sum(map(len, asked.values()))
-            rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * self.source.shape.vocab_size))
-            with task(progress, "measuring sensitivity", work, "tokens"), torch.inference_mode():
-                teacher = Resumed(self.source, torch.split(rows_BT, rows), device)
-                for layer, here in asked.items():
-                    known |= self._costs(teacher, layer, here, progress)
-                    with disk_errors(path):
-                        prepare_cache(path.parent)
-                        write_json(path, known)
+            known = ranks.everywhere(_measure, self, asked, rows_BT, known, path, progress=progress)
         return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle it without the answers, which may be gigabytes: other ranks get those of a layer at a time."""
+        return {**vars(self), "given": {}}
 
     def _identity(
         self,
@@ -125,22 +133,51 @@ class _Measurement:
         how = [type(self.config).__module__, *same, self.kind.name]
         return fingerprint([FORMAT, self.source.hash(), text, device, how])[:32]
 
-    def _costs(
+    def costs(
         self, teacher: Resumed, layer: int, questions: Sequence[Alone], progress: Progress
     ) -> Mapping[str, float]:
-        """The mean cost per token of changes from a layer on, by the key of each question."""
-        changes = {each: _changed(self.source, self.method, self.config, each, self.given) for each in questions}
+        """The mean cost per token of changes from a layer on, by the key of each question; all ranks' batches."""
+        sites = {site for each in questions for site in each.sites}
+        given = ranks.broadcast_object({each: self.given[each] for each in self.given if sites & _sites(each)})
+        changes = {each: _changed(self.source, self.method, self.config, each, given) for each in questions}
         sums = dict.fromkeys(questions, 0.0)
         teacher.advance(layer)
         for ids_BT, hidden_BTD, final_BTD in zip(teacher.ids, teacher.hidden, teacher.final, strict=True):
             cost = self.kind.cost(teacher.own(final_BTD, self.kind.last), ids_BT)
             for each, change in changes.items():
                 sums[each] += cost(teacher.changed(hidden_BTD, change, self.kind.last)) * len(ids_BT)
-                progress.advance(ids_BT.numel(), f"layer {layer}")
-        for each, total in sums.items():
-            if not math.isfinite(total):
+                progress.advance(ids_BT.numel() * ranks.current().world, f"layer {layer}")
+        of_ranks = ranks.gather_in_order((sum(map(len, teacher.ids)), sums))
+        rows, costs = sum(count for count, _ in of_ranks), {}
+        for each in questions:
+            costs[_key(each)] = sum(part[each] for _, part in of_ranks) / rows
+            if not math.isfinite(costs[_key(each)]):
                 raise CheckpointError("logits are not finite", where=self.source.path, got=each)
-        return {_key(each): total / sum(map(len, teacher.ids)) for each, total in sums.items()}
+        return costs
+
+
+def _measure(
+    work: _Measurement,
+    asked: Mapping[int, Sequence[Alone]],
+    rows_BT: Tensor,
+    known: dict[str, float],
+    path: Path,
+    *,
+    progress: Progress,
+) -> dict[str, float]:
+    """The answers to the questions of each layer beside the `known` ones, on all ranks; rank 0 keeps them in a file."""
+    this, device = ranks.current(), best_device()
+    rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * work.source.shape.vocab_size))
+    total = rows_BT.numel() * sum(map(len, asked.values()))
+    with task(progress, "measuring sensitivity", total, "tokens"), torch.inference_mode():
+        teacher = Resumed(work.source, torch.split(rows_BT, rows)[this.rank :: this.world], device)
+        for layer, here in asked.items():
+            known |= work.costs(teacher, layer, here, progress)
+            if this.main:
+                with disk_errors(path):
+                    prepare_cache(path.parent)
+                    write_json(path, known)
+    return known
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
@@ -156,6 +193,13 @@ def _key(question: Alone) -> str:
     if isinstance(question, ConvertedKL):
         return " with ".join(map(str, question.sites))
     return f"{question.site}, {question.heads} heads"
+
+
+def _sites(question: Question) -> set[Site]:
+    """The sites that a question is about."""
+    if isinstance(question, CrossGram):
+        return {question.first, question.second}
+    return set(question.sites) if isinstance(question, ConvertedKL) else {question.site}
 
 
 def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:

@@ -24,6 +24,7 @@ from kvfold.ranks import check_local, joined, lead, of_environment
 LAUNCHER = "KVFOLD_LAUNCHER"  # in the environment of a rank: the pipe that closes when the launcher ends
 LOST = 75  # exit status of a rank that lost another one, which is the cause
 PATIENCE = 20.0  # seconds for the cause of a lost rank to end, and for all to end after a signal
+ORPHANED = 120.0  # seconds in which ranks without a launcher save and end
 POLL = 0.05  # seconds between two looks at the processes
 
 
@@ -195,5 +196,7 @@ def _watch_launcher() -> None:
     def watch() -> None:
         os.read(descriptor, 1)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHANED)
+        os._exit(LOST)
 
     threading.Thread(target=watch, daemon=True).start()

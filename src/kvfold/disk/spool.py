@@ -39,12 +39,15 @@ def check_room(needed: int) -> None:
 class Spool:
     """Rows of hidden states on disk, `width` numbers of type `dtype` per token; a context manager.
 
+    Rows are written from any device, and read onto `device`.
     Rows may differ in length; adjacent rows of one length are read and written together. Raises OutputError if the disk
     has no room for all rows or refuses to write.
     """
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype: str = "float32") -> None:
-        self.lengths, self.width = tuple(lengths), width
+    def __init__(
+        self, lengths: Sequence[int], width: int, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> None:
+        self.lengths, self.width, self.device = tuple(lengths), width, device
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bytes = spool_bytes(sum(self.lengths), width, dtype)
         check_room(self.bytes)
@@ -89,7 +92,7 @@ class Spool:
             if not got:
                 raise EOFError(f"rows {row} to {row + count - 1} of a spool were never written")
             left = left[got:]
-        return hidden_BTD
+        return hidden_BTD.to(self.device)
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
         """Write rows from `row` on, rounded to the spool's dtype."""

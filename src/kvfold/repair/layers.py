@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
@@ -65,6 +67,8 @@ def repair(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the repaired tensors of each layer by name. The checkpoints are not written.
 
+    On several ranks, each reads its share of the rows, and all of them have the tensors.
+
     `queries` are the teacher's query heads in the student's order, at sites where it differs. The tensors of the first
     layers may be `done`: a repair continues after them.
 
@@ -99,22 +103,38 @@ def repair_in_place(
     folder = output.work / REPAIRED
     folder.mkdir(exist_ok=True)
     writer.index()
+    student = Checkpoint(output.work, output.path.name)
+    ranks.everywhere(_repair_into, folder, source, student, roles, tokens, settings, queries, progress=progress)
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            writer.replace(name, tensor)
+
+
+def _repair_into(
+    folder: Path,
+    source: Checkpoint,
+    student: Checkpoint,
+    roles: Sequence[str],
+    tokens: TokenFile,
+    settings: RepairSettings,
+    queries: Mapping[Site, Sequence[int]],
+    *,
+    progress: Progress,
+) -> None:
+    """Repair the layers that have no file in the folder yet, on all ranks; rank 0 writes the files."""
     done: list[dict[str, Tensor]] = []
     while (path := folder / f"{len(done):05d}.safetensors").exists():
         try:
             done.append(load_file(path))
         except SafetensorError as error:
             raise damaged(path) from error
-    student = Checkpoint(output.work, output.path.name)
+    ranks.barrier()  # before rank 0 writes the next one
     layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
-        if number >= len(done):
+        if number >= len(done) and ranks.current().main:
             path = folder / f"{number:05d}.safetensors"
             save_file(tensors, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            writer.replace(name, tensor)
 
 
 class _Pass:
@@ -132,7 +152,8 @@ class _Pass:
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
         length = min(settings.length, teacher.known_length, len(tokens))
-        width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
+        self.length, self.own = length, _dealt(len(tokens) // length, max(1, BATCH // length))
+        width, self.lengths = teacher.shape.hidden_size, [length] * len(self.own)
         self.models = [
             stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
             for each in (teacher, student)
@@ -140,12 +161,13 @@ class _Pass:
         check_room(4 * spool_bytes(sum(self.lengths), width))
         # before the layer, of teacher and student; the teacher's after attention, and after the layer
         self.teacher, self.student, self.middle, self.above = (
-            stack.enter_context(Spool(self.lengths, width)) for _ in range(4)
+            stack.enter_context(Spool(self.lengths, width, device=best_device())) for _ in range(4)
         )
         for row, count in self._batches():
-            ids_N = torch.from_numpy(tokens.tokens[row * length : (row + count) * length].astype("int64"))
+            texts = [tokens.tokens[each * length : (each + 1) * length] for each in self.own[row : row + count]]
+            ids_BT = torch.from_numpy(np.stack(texts).astype("int64"))
             for model, stream in zip(self.models, (self.teacher, self.student), strict=True):
-                stream.write(row, model.embed(ids_N.view(count, length)))
+                stream.write(row, model.embed(ids_BT))
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         return self.teacher.batches(BATCH)
@@ -228,10 +250,14 @@ class _Pass:
         wanted_BTD = self.above.read(row, count) - half.middle.read(row, count)
         return half.student.added["mlp"].missing(down(inner_BTF), wanted_BTD.to(inner_BTF))
 
+    def _first(self, tokens: int) -> Sequence[int]:
+        """The lengths of this rank's rows among the first `tokens` tokens of the text, which has a row at least."""
+        rows = max(1, tokens // self.length)
+        return self.lengths[: sum(row < rows for row in self.own)]
+
     def _repair_inner(self, role: str, half: _Halfway) -> None:
-        student, length = half.student, self.lengths[0]
-        lengths = self.lengths[: max(1, self.settings.inner_tokens // length)]
-        batch = max(1, BATCH // length)
+        student, lengths = half.student, self._first(self.settings.inner_tokens)
+        batch = max(1, BATCH // self.length)
         with InnerFit(student.mlp[role], student.mlp["down"], lengths) as fit:
             for row in range(0, len(lengths), batch):
                 x_BTD = half.x.read(row, min(batch, len(lengths) - row))
@@ -240,15 +266,20 @@ class _Pass:
             fit.solve(steps=INNER_STEPS, tolerance=self.settings.tolerance, damping=INNER_DAMPING, batch=batch)
 
     def _repair_q(self, teacher: _Layer, student: _Layer) -> None:
-        length = self.lengths[0]
-        batch = max(1, LOGIT_BATCH // (teacher.attention.num_attention_heads * length**2))
-        rows = max(1, min(len(self.lengths), self.settings.q_tokens // length))
-        with LogitFit(teacher.attention, student.attention, student.q, student.q_norm, [length] * rows) as fit:
-            for row in range(0, rows, batch):
-                count = min(batch, rows - row)
+        lengths = self._first(self.settings.q_tokens)
+        batch = max(1, LOGIT_BATCH // (teacher.attention.num_attention_heads * self.length**2))
+        with LogitFit(teacher.attention, student.attention, student.q, student.q_norm, lengths) as fit:
+            for row in range(0, len(lengths), batch):
+                count = min(batch, len(lengths) - row)
                 theirs = teacher.attend(self.teacher.read(row, count), row)
                 fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
             fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batch=batch)
+
+
+def _dealt(rows: int, batch: int) -> list[int]:
+    """The rows of this rank, in whole batches as one rank would read them; every rank has some of the first rows."""
+    this = ranks.current()
+    return [row for row in range(rows) if row // batch % this.world == this.rank]
 
 
 class _Layer:
@@ -328,7 +359,9 @@ class _Halfway(ExitStack):
         wide, hidden = student.mlp["up"].weight.shape
         check_room(spool_bytes(sum(lengths), 2 * hidden + wide))
         self.student = student
-        self.middle, self.x, self.inner = (self.enter_context(Spool(lengths, each)) for each in (hidden, hidden, wide))
+        self.middle, self.x, self.inner = (
+            self.enter_context(Spool(lengths, each, device=best_device())) for each in (hidden, hidden, wide)
+        )
 
     def write(self, row: int, hidden_BTD: Tensor) -> None:
         """Write the rows from `row` on, whose hidden states before the layer are given."""
@@ -361,4 +394,9 @@ def _regress(linear: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
         cross_NM += z_TN.T @ lacks.flatten(0, -2)
         tokens += len(z_TN)
-    linear.weight += ridge(gram_NN / tokens, cross_NM / tokens, DAMPING).T
+    tokens = sum(ranks.gather_in_order(tokens))
+    for total in (gram_NN, cross_NM):
+        ranks.sum_to_main(total)
+    if ranks.current().main:
+        cross_NM = ridge(gram_NN / tokens, cross_NM / tokens, DAMPING).contiguous()
+    linear.weight += ranks.spread(cross_NM).T

@@ -14,14 +14,14 @@ it is rotated, this is one Gauss-Newton step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.attention.grouped import masked_softmax
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
@@ -41,10 +41,10 @@ class LogitFit(ExitStack):
         super().__init__()
         self.student, self.linear, self.norm = student, q, q_norm
         heads, width, hidden = student.num_attention_heads, student.head_dim, student.hidden_size
-        widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths))
+        widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths, default=0))
         check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(lengths, each)) for each in widths
+            self.enter_context(Spool(lengths, each, device=q.weight.device)) for each in widths
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
@@ -81,26 +81,34 @@ class LogitFit(ExitStack):
         self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
 
     def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
+        """Add the change of at most `steps` conjugate gradients to the student's q, reading `batch` rows at a time.
+
+        On several ranks, each reads its own rows, and rank 0 has the sums.
+        """
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
-        gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
-        inverse_DD = damped_inverse(gram_DD, damping)
-        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # 0 for a head that looks at one key
-        # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
-        power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
-        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
+        self.tokens = sum(ranks.gather_in_order(self.tokens))
+        for total in (self.gram_DD, self.missing_HED, self.spreads_HE, self.powers_G):
+            ranks.sum_to_main(total)
 
-        def apply(change_HED: Tensor) -> Tensor:
-            return self._sweep(batch, change_HED) + stiff * change_HED
+        def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
+            gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
+            inverse_DD = damped_inverse(gram_DD, damping)
+            floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(
+                LEAST
+            )  # 0 for a head that looks at one key
+            # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
+            power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
+            stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
+            return conjugate_gradients(
+                lambda change_HED: sweep(change_HED) + stiff * change_HED,
+                self.missing_HED / self.tokens,
+                precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
+                steps=steps,
+                tolerance=tolerance,
+            )
 
-        change_HED = conjugate_gradients(
-            apply,
-            self.missing_HED / self.tokens,
-            precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
-            steps=steps,
-            tolerance=tolerance,
-        )
+        change_HED = ranks.solved(solve, lambda change_HED: self._sweep(batch, change_HED))
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
     def _spread(self) -> Tensor:
@@ -112,16 +120,19 @@ class LogitFit(ExitStack):
         return spread_HE[..., None]
 
     def _sweep(self, batch: int, change_HED: Tensor) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
+        """One pass over the text: the left side of the normal equations at a change of W_q, per token.
+
+        Rank 0 has that of all rows.
+        """
         total_HED = torch.zeros_like(change_HED)
         for row in range(0, len(self.inputs), batch):
             total_HED += self._change(row, min(batch, len(self.inputs) - row), change_HED)
-        return total_HED / self.tokens
+        return ranks.sum_to_main(total_HED) / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
-        device, width = self.linear.weight.device, self.student.head_dim
+        width = self.student.head_dim
         x_BTD, keys, means, attention = (
-            spool.read(row, count).to(device) for spool in (self.inputs, self.keys, self.means, self.attention)
+            spool.read(row, count) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
         key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
         attention_BHTS = attention.view(count, -1, tokens, tokens)

@@ -59,15 +59,20 @@ def kept(study: Study) -> Table | None:
 
 
 def shown(study: Study) -> list[Row]:
-    """The teacher, the teacher with quantised caches, the controls and the students."""
-    return [*([study.teacher, *study.teacher.quantised] if study.teacher else []), *study.rows]
+    """The teacher, the teacher with quantised caches, the controls, and the students before and after training."""
+    return [*([study.teacher, *study.teacher.quantised] if study.teacher else []), *_others(study)]
+
+
+def _others(study: Study) -> list[Row]:
+    return sorted([*study.rows, *study.converted], key=lambda row: row.place)
 
 
 def names(study: Study) -> list[str]:
     """A short name for each row that is shown."""
-    first, *rest = short_names(study.everyone)
-    caches = [f"teacher, {row.cached} cache" for row in study.teacher.quantised] if study.teacher else []
-    return [first, *caches, *rest]
+    if study.teacher is None:
+        return short_names(_others(study))
+    first, *rest = short_names([study.teacher, *_others(study)])
+    return [first, *(f"teacher, {row.cached} cache" for row in study.teacher.quantised), *rest]
 
 
 def tasks_of(rows: Sequence[Row]) -> list[str]:

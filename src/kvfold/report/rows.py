@@ -93,6 +93,13 @@ class Row:
         words = f"{self.name}; {self.schooling}" if self.trained else self.name
         return f"{words}; without its {self.left_out}" if self.left_out else words
 
+    @property
+    def place(self) -> tuple[bool, float, str, float]:
+        """What rows are sorted by: controls first, then by bytes, name, and how long they were trained."""
+        alpha, tokens = self.training.get("alpha"), self.training.get("tokens")
+        spent = alpha or (tokens if isinstance(tokens, int | float) else 0)
+        return self.role != "control", -(self.cache_bytes or 0), self.name, float(spent)
+
     def metric(self, name: str) -> Spread | None:
         """A metric with one value, over seeds."""
         return spread(record.metrics.get(name) for record in self.records)
@@ -168,7 +175,8 @@ class Study:
     """One teacher with its students and controls, all evaluated alike: only rows of one study are compared."""
 
     teacher: Row | None
-    rows: tuple[Row, ...]  # controls, then students by bytes and loss
+    rows: tuple[Row, ...]  # controls, then students
+    converted: tuple[Row, ...] = ()  # students that were also trained, as they were before
 
     @property
     def everyone(self) -> tuple[Row, ...]:

@@ -101,14 +101,17 @@ def _study(found: Sequence[_Evaluation], records: Sequence[Record]) -> Study:
             group.append(each)
     trained = {each.student for each in found if each.training}
     made = [_row(group, found, records) for group in groups.values()]
-    rows = [
-        _with_gap(row, made)
-        for row, group in zip(made, groups.values(), strict=True)
-        if row.role != "teacher" and (row.trained or group[0].student not in trained)
-    ]
-    rows.sort(key=lambda row: (row.role != "control", -(row.cache_bytes or 0), row.name, _spent(row.training)))
+    rows: list[Row] = []
+    converted: list[Row] = []
+    for row, group in zip(made, groups.values(), strict=True):
+        if row.role != "teacher":
+            (rows if row.trained or group[0].student not in trained else converted).append(_with_gap(row, made))
     teacher = next((row for row in made if row.role == "teacher"), None)
-    return Study(teacher or _measured_beside(found, records), tuple(rows))
+    return Study(
+        teacher or _measured_beside(found, records),
+        tuple(sorted(rows, key=lambda row: row.place)),
+        tuple(sorted(converted, key=lambda row: row.place)),
+    )
 
 
 def _measured_beside(found: Sequence[_Evaluation], records: Sequence[Record]) -> Row | None:
@@ -119,11 +122,6 @@ def _measured_beside(found: Sequence[_Evaluation], records: Sequence[Record]) ->
             own = replace(each.record, name="teacher", metrics={**metrics, "cache": cache})
             return _row([_Evaluation(own, {"role": "teacher", "method": "identity"})], found, records)
     return None
-
-
-def _spent(training: Mapping[str, Any]) -> float:
-    tokens = training.get("tokens", 0)
-    return float(training.get("alpha") or (tokens if not isinstance(tokens, str) else 0))
 
 
 def _row(group: Sequence[_Evaluation], found: Sequence[_Evaluation], records: Sequence[Record]) -> Row:
