@@ -69,19 +69,23 @@ def test_a_run_on_two_ranks_has_the_numbers_of_one(
     stages = {"convert": {**convert, **lengths}, "evaluate": {**evaluate, "samples": 1}}
     recipe.write_text(json.dumps({"name": "tiny", **texts, **stages}))
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run_command(["run", str(recipe), "--out", str(one)]) == 0
+    for folder in (one, two):
+        folder.mkdir()
+    monkeypatch.chdir(one)
+    assert run_command(["run", str(recipe)]) == 0
+    monkeypatch.chdir(two)
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))  # without the answers of one rank
-    done = started(*KVFOLD, "run", recipe, "--out", two, "--gpus", "2")
+    done = started(*KVFOLD, "run", recipe, "--gpus", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("repairing: 2 layers\n") == 1  # one rank shows progress
     for name in ("kvfold.json", "config.json"):
-        known = [json.loads(next(folder.glob(f"converted/*/{name}")).read_text()) for folder in (one, two)]
+        known = [json.loads(next(folder.glob(f"runs/tiny/converted/*/{name}")).read_text()) for folder in (one, two)]
         assert known[0].get("inputs") == known[1].get("inputs")
-    mine, theirs = (tensors(next(folder.glob("converted/*"))) for folder in (one, two))
+    mine, theirs = (tensors(next(folder.glob("runs/tiny/converted/*"))) for folder in (one, two))
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert (theirs[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
-    records = [record.read_all(folder / "records") for folder in (one, two)]
+    records = [record.read_all(folder / "runs/tiny/records") for folder in (one, two)]
     assert len(records[0]) == 3  # the plan, the teacher and the student
     for own, other in zip(*records, strict=True):
         assert other.identity == own.identity
