@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvfold import ranks
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.rehoused import Rehoused
 from kvfold.errors import SettingError
 from kvfold.progress import SILENT, Progress
 from kvfold.ranks import VARIABLES, Ranks
+from kvfold.text.tokens import token_file
 
 TORCHRUN = {
     "RANK": "5",
@@ -108,3 +113,19 @@ def test_an_error_of_the_command_is_raised() -> None:
 
     with pytest.raises(SettingError, match="x: wrong"):
         ranks.lead(fail)
+
+
+def test_what_other_ranks_are_given_is_read_from_the_same_files(
+    tiny_checkpoint: Callable[..., Path], text: Path
+) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gpt_neox"))
+    view = Rehoused(source)
+    tokens = token_file(text, source.path, max_tokens=100)
+    for_others = pickle.dumps((source, view, tokens))
+    assert len(for_others) < 2000
+    other, other_view, other_tokens = pickle.loads(for_others)
+    assert other.hash() == source.hash()
+    assert other_view.names() == view.names()
+    assert torch.equal(other_view.read(view.names()[1]), view.read(view.names()[1]))
+    assert other_tokens.tokens.tolist() == tokens.tokens.tolist()
+    assert (other_tokens.hash, len(other_tokens)) == (tokens.hash, 100)

@@ -21,29 +21,7 @@ from kvfold.disk import record
 from kvfold.ranks import VARIABLES
 
 KVFOLD = [sys.executable, "-m", "kvfold"]
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--master-port",
-    "0",
-    "-m",
-    "kvfold",
-]
-SHORT = [
-    "--tokens",
-    "600",
-    "--sequence-length",
-    "64",
-    "--copy-distances",
-    "16",
-    "--copy-trials",
-    "8",
-    "--batch-size",
-    "2",
-]
+TORCHRUN = [*KVFOLD[:2], "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kvfold"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,52 +51,55 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_an_evaluation_on_two_ranks_has_the_numbers_of_one(
-    tiny_checkpoint: Callable[..., Path], story: Path, tmp_path: Path
+def test_a_run_on_two_ranks_has_the_numbers_of_one(
+    tiny_checkpoint: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["evaluate", tiny_checkpoint(), "--data", story, *SHORT, "--samples", "1", "--last-words", "5"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_command([*map(str, words), "--records", str(one)]) == 0
-    done = started(*KVFOLD, *words, "--records", two, "--gpus", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    (mine,), (theirs,) = record.read_all(one), record.read_all(two)  # one record
-    assert theirs.identity == mine.identity
-    assert theirs.hashes == mine.hashes
-    assert _close(theirs.metrics, mine.metrics) == []
-    assert json.loads(done.stdout)["metrics"] == theirs.metrics  # printed once
-    assert len([line for line in done.stderr.splitlines() if line.startswith("loss: 600 tokens")]) == 2  # and in fp8
-
-
-def _close(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two records differ by more than rounding: another number of threads adds in another order."""
-    if isinstance(one, dict):
-        return [line for key in one.keys() | other.keys() for line in _close(one[key], other[key], f"{at}/{key}")]
-    same = one == pytest.approx(other, rel=1e-6) if isinstance(one, float) else one == other
-    return [] if same else [f"{at}: {one} and {other}"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [KVFOLD, TORCHRUN], ids=["gpus", "torchrun"])
-def test_a_conversion_on_two_ranks_is_that_of_one(
-    start: list[str], tiny_checkpoint: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calibration, sensitivity and repair share the rows. Sums are float64, and all else is what one rank computes."""
+    """Calibration, sensitivity, repair and evaluation share the rows, and compute what one rank does."""
     source = tiny_checkpoint(num_hidden_layers=2)
-    words = ["convert", source, "OUT", "--kv-heads", "auto", "--budget", "0.75", "--calibration", story]
-    words += ["--calibration-length", "64", "--repair-length", "32", "--repair", "q,o,gate,up,down"]
-    words += ["--calibration-tokens", "8000", "--sensitivity-tokens", "512"]
+    convert = {
+        "kv_heads": "auto",
+        "budget": 0.75,
+        "calibration": str(story),
+        "repair": ["q", "o", "gate", "up", "down"],
+    }
+    lengths = {"calibration_length": 64, "repair_length": 32, "calibration_tokens": 8000, "sensitivity_tokens": 512}
+    evaluate = {"tokens": 600, "sequence_length": 64, "copy_distances": [16], "batch_size": 2, "last_words": 5}
+    recipe = tmp_path / "tiny.yaml"
+    texts = {"source": str(source), "data": str(story), "heldout": str(story)}
+    stages = {"convert": {**convert, **lengths}, "evaluate": {**evaluate, "samples": 1}}
+    recipe.write_text(json.dumps({"name": "tiny", **texts, **stages}))
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run_command([str(one) if word == "OUT" else str(word) for word in words]) == 0
-    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))  # whose answers are not those of one rank
-    gpus = ["--gpus", "2"] if start is KVFOLD else []
-    done = started(*start, *[two if word == "OUT" else word for word in words], *gpus)
+    for folder in (one, two):
+        folder.mkdir()
+    monkeypatch.chdir(one)
+    assert run_command(["run", str(recipe)]) == 0
+    monkeypatch.chdir(two)
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))  # without the answers of one rank
+    done = started(*KVFOLD, "run", recipe, "--gpus", "2")
     assert done.returncode == 0, done.stderr
-    lineages = [json.loads((folder / "kvfold.json").read_text()) for folder in (one, two)]
-    assert lineages[0]["inputs"] == lineages[1]["inputs"]
-    mine, theirs = tensors(one), tensors(two)
+    assert done.stderr.count("repairing: 2 layers\n") == 1  # one rank shows progress
+    for name in ("kvfold.json", "config.json"):
+        known = [json.loads(next(folder.glob(f"runs/tiny/converted/*/{name}")).read_text()) for folder in (one, two)]
+        assert known[0].get("inputs") == known[1].get("inputs")
+    mine, theirs = (tensors(next(folder.glob("runs/tiny/converted/*"))) for folder in (one, two))
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert (theirs[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+    records = [record.read_all(folder / "runs/tiny/records") for folder in (one, two)]
+    assert len(records[0]) == 3  # the plan, the teacher and the student
+    for own, other in zip(*records, strict=True):
+        assert other.identity == own.identity
+        assert _differences(other.metrics, own.metrics) == []
+
+
+def _differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two records differ by more than rounding: another number of threads adds in another order."""
+    if isinstance(one, dict):
+        return [line for key in one.keys() | other.keys() for line in _differences(one[key], other[key], f"{at}/{key}")]
+    if at.endswith(("seconds", "versions")):
+        return []
+    same = one == pytest.approx(other, rel=1e-5, abs=1e-8) if isinstance(one, float) else one == other
+    return [] if same else [f"{at}: {one} and {other}"]
 
 
 @pytest.mark.slow
@@ -133,6 +114,24 @@ def test_an_encoder_decoder_on_two_ranks(tiny_checkpoint: Callable[..., Path], t
     assert run_command([*map(str, words[:2]), str(tmp_path / "one"), *map(str, words[3:])]) == 0
     for name, tensor in tensors(tmp_path / "one").items():
         assert (tensors(out)[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+@pytest.mark.slow
+def test_torchrun_uptrains_as_one_process_does(
+    tiny_checkpoint: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    source, one, two = tiny_checkpoint(), tmp_path / "one", tmp_path / "two"
+    words = ["--data", story, "--tokens", "1024", "--sequence-length", "32", "--batch-size", "4", "--log-every", "1"]
+    words += ["--precision", "fp32", "--loss", "ce"]
+    assert run_command(["uptrain", str(source), str(one), *map(str, words)]) == 0
+    done = started(*TORCHRUN, "uptrain", source, two, *words)
+    assert done.returncode == 0, done.stderr
+    logs = [[json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()] for out in (one, two)]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert tensors(one).keys() == tensors(two).keys()
+    assert len([line for line in done.stderr.splitlines() if line.startswith("train: ")]) == 2  # its begin and its end
 
 
 # --- endings ---------------------------------------------------------------------------------------------------------
