@@ -49,8 +49,8 @@ def start(student: Path, out: Path) -> list[int]:
                 status = 0
             except KvfoldError as error:
                 print(f"rank {rank}: {error}", flush=True)
-            except RuntimeError:  # the other rank has ended
-                pass
+            except RuntimeError as error:  # the other rank has ended
+                print(f"rank {rank}: {str(error).splitlines()[0][:200]}", flush=True)
             finally:
                 os._exit(status)
         started.append(pid)
@@ -109,6 +109,7 @@ def main() -> None:
                 print(f"kill {kills}: rank {victim}", flush=True)
             assert bytes_of(out) == whole, f"run {runs} ended with other weights"
             runs += 1
+            print(f"run {runs} ended with the bytes of the whole run", flush=True)
         print(f"{kills} kills in {runs} runs: all ended with the bytes of the whole run")
 
 

@@ -27,6 +27,7 @@ APART = {"stages": "attention:0.5,kl:0.5", "attention_inputs": "teacher"}
 STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
     # source and its changes, method and its settings, settings of the training
     "grouped": ("llama", {}, "gqa", {"kv_heads": 1}, {}),
+    "two copies": ("llama", {}, "gqa", {"kv_heads": 1}, {"replicas": 2}),
     "attention apart": ("llama", {}, "gqa", {"kv_heads": 1}, APART),
     "tied and frozen": ("qwen2", TIED, "gqa", {"kv_heads": 1}, {"converted_only": True, "micro_batch": 1}),
     "checkpointed": ("llama", {}, "gqa", {"kv_heads": 1}, {"checkpointing": "block", "loss": "kl"}),
@@ -74,7 +75,8 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
             **options,
         }
         settings["data"] = str({"pairs": pairs}.get(settings["data"], text))
-        uptrain(student, tmp_path / f"{name} one", UptrainSettings(**settings))
+        plain = {**settings, "replicas": 1, "checkpointing": "none"}
+        uptrain(student, tmp_path / f"{name} one", UptrainSettings(**plain))
         jobs.append([str(student), str(tmp_path / f"{name} two"), settings])
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     on_ranks(TRAIN, [tmp_path / "jobs.json"])

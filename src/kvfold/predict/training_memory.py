@@ -6,8 +6,8 @@ frozen weights once. Of a token, a block keeps for its gradient (D hidden, H and
     fp32    4 (6 D + 3 H E + 2 G E + m I)            norms: input, normed, output; q, k, v and output of attention twice
     bf16    26 D + 6 H E + 4 G E + 2 m I             the residual stream stays fp32; each product has a copy in bf16
 
-with m = 4 of a gated MLP and 2 of another. Checkpointing keeps of each block its input alone (4 D, on the host with
-`offload`), or with it the outputs of products, and computes one block again.
+with m = 4 of a gated MLP and 2 of another. Checkpointing keeps of each block its input alone (4 D), or with it the
+outputs of products, and computes one block again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32, as in train/losses
 CHUNKS = 7  # of them at a time: logits of both models, their logarithms, probabilities, the gradient
 ACCUMULATED = 8  # as in train/placing
 
-Checkpointing = Literal["none", "selective", "block", "offload"]
+Checkpointing = Literal["none", "selective", "block"]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,6 @@ def _memory(student: _Model, teacher: _Model, rank: Rank) -> RankMemory:
         "none": whole * shape.num_layers,
         "selective": (4 * shape.hidden_size + student.product_bytes(rank.bf16)) * shape.num_layers + whole,
         "block": 4 * shape.hidden_size * shape.num_layers + whole,
-        "offload": whole,
     }[rank.checkpointing]
     ends = 5 * 4 * shape.hidden_size  # hidden states of both models behind their last norm, and a gradient
     chunk = min(tokens, max(1, CHUNK_BYTES // (4 * shape.vocab_size)))

@@ -81,7 +81,7 @@ def prepare(model: nn.Module, settings: TrainSettings, blocks: Sequence[nn.Modul
         if settings.checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT))
         whole: Any = model
-        whole.activation_checkpointing_enable(options, offload=settings.checkpointing == "offload")
+        whole.activation_checkpointing_enable(options)
     if settings.compile:
         for block in blocks:
             block.compile()

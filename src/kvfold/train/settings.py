@@ -67,10 +67,10 @@ class TrainSettings:
         "auto", "Format of matrix products; auto is bf16 where the hardware multiplies it natively."
     )
     compile: bool = setting(False, "Compile each block with torch.compile.")
-    checkpointing: Literal["none", "selective", "block", "offload"] = setting(
+    checkpointing: Literal["none", "selective", "block"] = setting(
         "none",
-        "Activations that are computed again in the backward pass: all but the outputs of matrix products, or all of a "
-        "block but its input, which offload keeps in the host's memory.",
+        "Activations that are computed again in the backward pass: those of a block, without or with the outputs of its "
+        "matrix products.",
     )
     replicas: int = setting(1, "Copies of the model; each is sharded over ranks / replicas ranks.")
     checkpoint_minutes: float = setting(5.0, "Minutes between two saved states.")
