@@ -69,8 +69,8 @@ class TrainSettings:
     compile: bool = setting(False, "Compile each block with torch.compile.")
     checkpointing: Literal["none", "selective", "block"] = setting(
         "none",
-        "Activations that are computed again in the backward pass: those of a block, without or with the outputs of its "
-        "matrix products.",
+        "Activations that are computed again in the backward pass: those of a block, with or without the outputs of "
+        "its matrix products.",
     )
     replicas: int = setting(1, "Copies of the model; each is sharded over ranks / replicas ranks.")
     checkpoint_minutes: float = setting(5.0, "Minutes between two saved states.")
