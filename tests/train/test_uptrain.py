@@ -469,6 +469,18 @@ def test_invalid_settings(changes: dict[str, Any], what: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_ranks_share_a_batch_in_equal_parts() -> None:
+    settings = UptrainSettings(data="t.txt", tokens=1, batch_size=8)
+    assert [settings.pass_rows(world) for world in (1, 2, 8)] == [8, 4, 1]
+    assert dataclasses.replace(settings, micro_batch=2).pass_rows(2) == 2
+    assert dataclasses.replace(settings, micro_batch=4).pass_rows(8) == 1
+    for world in (3, 16):
+        with pytest.raises(SettingError, match="the ranks must share a batch in equal parts"):
+            settings.pass_rows(world)
+    with pytest.raises(SettingError, match=r"replicas must divide the ranks \(got 2 replicas of 1 ranks\)"):
+        dataclasses.replace(settings, replicas=2).pass_rows(1)
+
+
 def test_an_unknown_setting_has_a_hint() -> None:
     with pytest.raises(SettingError, match="did you mean 'learning_rate'"):
         decode(UptrainSettings, {"data": "t", "tokens": "1M", "learning_rte": 1}, "uptrain")

@@ -25,7 +25,6 @@ from kvfold import hf, ranks
 from kvfold.contracts.family import Family
 from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.errors import SettingError
 from kvfold.machine import best_device, device_memory
 from kvfold.train.settings import TrainSettings
 
@@ -53,11 +52,6 @@ class Root(nn.Module):
     def forward(self, function: Callable[[], T]) -> T:
         """The result of the function."""
         return function()
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the parameters lie on several ranks."""
-        return isinstance(self, FSDPModule)
 
     def accumulate(self, last: bool) -> None:
         """Before each pass of a step: gradients are summed over the ranks in the last, or in all if they are large."""
@@ -198,8 +192,6 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 def mesh_of(settings: TrainSettings) -> DeviceMesh:
     """The ranks as a mesh: one row of them, or `replicas` rows that each hold a whole model."""
     world, replicas = ranks.current().world, settings.replicas
-    if world % replicas:
-        raise SettingError("replicas must divide the ranks", got=f"{replicas} replicas of {world} ranks")
     if replicas == 1:
         return init_device_mesh(best_device(), (world,))
     return init_device_mesh(best_device(), (replicas, world // replicas), mesh_dim_names=("replicas", "shard"))

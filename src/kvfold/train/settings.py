@@ -100,7 +100,9 @@ class TrainSettings:
         return self.batch_size * self.sequence_length
 
     def pass_rows(self, world: int) -> int:
-        """Sequences in one forward pass of a rank. Raises SettingError if the ranks cannot share a batch."""
+        """Sequences in one forward pass of a rank. Raises SettingError if the ranks cannot share batch and model."""
+        if world % self.replicas:
+            raise SettingError("replicas must divide the ranks", got=f"{self.replicas} replicas of {world} ranks")
         rows = min(self.micro_batch or self.batch_size, max(1, self.batch_size // world))
         if self.batch_size % (rows * world):
             raise SettingError(
