@@ -277,7 +277,7 @@ class _Pass:
 
 
 def _dealt(rows: int, batch: int) -> list[int]:
-    """The rows of this rank, in whole batches as one rank would read them; every rank has some of the first rows."""
+    """The rows of this rank: the batches of one rank are dealt in turn, because q is fitted on the first rows alone."""
     this = ranks.current()
     return [row for row in range(rows) if row // batch % this.world == this.rank]
 
