@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,21 +52,20 @@ def read(
     model: Any = hf.load(source.path, dtype=dtype, device=device, attention=hf.WATCHED)
     work = _Pass(source, model, requests, device)
     made = sorted(rows, key=lambda row: (len(row[0]), len(row[1])))
-    total = sum(len(given) + len(wanted) for given, wanted in made)
-    batches, world = list(_batches(made)), ranks.current().world
+    total, this = sum(len(given) + len(wanted) for given, wanted in made), ranks.current()
     with task(progress, "calibrating", total, "tokens"), work.watching(), torch.inference_mode():
-        for rows in batches[ranks.current().rank :: world]:
-            progress.advance(work.add(batched(rows).to(device)) * world)
+        for batch in islice(batches_of(made, BATCH), this.rank, None, this.world):
+            progress.advance(work.add(batch.to(device)) * this.world)
     work.gather()
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """Rows of equal lengths together, without padding, so that every token counts."""
+def batches_of(rows: Sequence[Row], tokens: int) -> Iterator[Pairs]:
+    """Adjacent rows of equal lengths together, up to this number of tokens on the longer side; nothing is padded."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
-        waiting, count = list(same), max(1, BATCH // max(lengths))
+        waiting, count = list(same), max(1, tokens // max(lengths))
         for first in range(0, len(waiting), count):
-            yield waiting[first : first + count]
+            yield batched(waiting[first : first + count])
 
 
 class _Pass:
@@ -102,10 +101,7 @@ class _Pass:
     def add(self, batch: Pairs) -> int:
         """Read a batch and return its number of tokens."""
         begun_BT = batch.shifted(start_id(self.model.config))
-        given = {
-            name: each for name, each in batch.read(self.model.dtype).items() if name != "attention_mask"
-        }  # nothing is padded
-        self.model(**given, decoder_input_ids=begun_BT, use_cache=False)
+        self.model(**batch.alone(self.model.dtype), decoder_input_ids=begun_BT, use_cache=False)
         self.sums.add(self.seen)
         self.seen.clear()
         self.tokens["encoder"] += batch.seen_BS.numel()

@@ -23,7 +23,7 @@ from kvfold.ranks import check_local, joined, lead, of_environment
 
 LAUNCHER = "KVFOLD_LAUNCHER"  # in the environment of a rank: the pipe that closes when the launcher ends
 LOST = 75  # exit status of a rank that lost another one, which is the cause
-PATIENCE = 20.0  # seconds for the cause of a lost rank to end, and for all to end after a signal
+PATIENCE = 60.0  # seconds for the cause of a lost rank to end, and for all to end after a signal
 ORPHANED = 120.0  # seconds in which ranks without a launcher save and end
 POLL = 0.05  # seconds between two looks at the processes
 
@@ -100,7 +100,8 @@ def _launch(words: Sequence[str], count: int) -> None:
         "MASTER_PORT": str(_free_port()),
         LAUNCHER: str(reading),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    if environment.get("OMP_NUM_THREADS", str(cores())) == str(cores()):  # not set, or by `prepare_threads`
+        environment["OMP_NUM_THREADS"] = str(max(1, cores() // count))
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarded(processes) as signalled:
         try:

@@ -17,6 +17,7 @@ from kvfold.hf.loading import build, load, load_extractor, load_source, load_tok
 from kvfold.hf.lora import add_lora, lora_factor, lora_parameters, lora_products, unadapted
 from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
 from kvfold.hf.outline import fill, outline
+from kvfold.hf.paired_layers import PairedLayers
 
 __all__ = [
     "ATTENTION",
@@ -26,6 +27,7 @@ __all__ = [
     "CacheKind",
     "Layer",
     "Layers",
+    "PairedLayers",
     "Through",
     "add_lora",
     "attend",

@@ -55,15 +55,15 @@ class InnerFit(ExitStack):
         self.slopes_FF += (slope_NF.T @ slope_NF).cpu()
         self.tokens += len(x_ND)
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the inner map, reading `batch` rows at a time.
+    def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
+        """Add the change of at most `steps` conjugate gradients to the inner map.
 
-        On several ranks, each reads its own rows, and rank 0 has the sums.
+        `batches` are rows of one length that are read together, as (first row, number of rows).
         """
         self.tokens = sum(ranks.gather_in_order(self.tokens))
         for total in (self.gram_DD, self.slopes_FF):
             ranks.sum_to_main(total)
-        missing_FD = self._sweep(batch, None)
+        missing_FD = self._sweep(batches, None)
 
         def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
             gram_DD = self.gram_DD / self.tokens
@@ -80,10 +80,10 @@ class InnerFit(ExitStack):
                 tolerance=tolerance,
             )
 
-        change_FD = ranks.solved(solve, lambda change_FD: self._sweep(batch, change_FD))
+        change_FD = ranks.solved(solve, lambda change_FD: self._sweep(batches, change_FD))
         self.inner.weight += change_FD.to(self.inner.weight)
 
-    def _sweep(self, batch: int, change_FD: Tensor | None) -> Tensor:
+    def _sweep(self, batches: Sequence[tuple[int, int]], change_FD: Tensor | None) -> Tensor:
         """One pass over the text: the left side of the normal equations at a change, or their right side, per token.
 
         Rank 0 has that of all rows.
@@ -91,8 +91,7 @@ class InnerFit(ExitStack):
         weight_DF = self.weight_DF
         total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
         change = None if change_FD is None else change_FD.to(weight_DF)
-        for row in range(0, len(self.inputs), batch):
-            count = min(batch, len(self.inputs) - row)
+        for row, count in batches:
             x_ND, slope_NF = (
                 spool.read(row, count).to(weight_DF).flatten(0, 1) for spool in (self.inputs, self.slopes)
             )
