@@ -174,7 +174,8 @@ def _without(names: Iterable[str], why: str, config: Json, sites: Sites) -> Site
     return sites
 
 
-def _mixed(shape: Shape) -> bool:
+def mixed(shape: Shape) -> bool:
+    """Whether layers differ in their key/value heads."""
     return len({each.num_key_value_heads for each in shape.sites.values()}) > 1
 
 
@@ -323,7 +324,7 @@ LAYERS = Runtime(
     OWN,
     "Kvfold",
     _APART | _EXPERTS | _NORMED | {"phi", "phi3", "gpt_bigcode"},
-    lambda shape: _mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
+    lambda shape: mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
     _heads_by_layer,
     _read_layers,
     {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.contracts.method import Student
-from kvfold.contracts.runtimes import LAYERS, PAIRS, STOCK
+from kvfold.contracts.runtimes import LAYERS, PAIRS, STOCK, mixed
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
 
@@ -228,11 +228,6 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     if shape.owners:
         return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
     return _kept(shape) or (_of_ct2 if engine == "CTranslate2" else _of_gguf)(config, shape) or _of_ropes(shape)
-
-
-def mixed(shape: Shape) -> bool:
-    """Whether layers differ in their key/value heads."""
-    return len({attention.num_key_value_heads for attention in shape.sites.values()}) > 1
 
 
 def rope_kind(rope: Rope) -> str:
