@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from examples import CORE, clips, read
+from examples import CORE, SOURCES, clips, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import MLP
@@ -105,7 +105,7 @@ def facts(name: str) -> set[object]:
 def unlike() -> list[str]:
     """`CORE`, and each other family with a fact that none before it has."""
     known, found = set[object](), []
-    for name in dict.fromkeys((*CORE, *all_families())):
+    for name in dict.fromkeys((*CORE, *SOURCES)):
         if name in CORE or facts(name) - known:
             found.append(name)
         known |= facts(name)
@@ -114,7 +114,7 @@ def unlike() -> list[str]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in unlike() else pytest.mark.slow) for name in all_families()],
+    params=[pytest.param(name, marks=() if name in unlike() else pytest.mark.slow) for name in SOURCES],
 )
 def fold(
     request: pytest.FixtureRequest,

@@ -147,7 +147,7 @@ def test_convert_is_pure_deterministic_and_keeps_its_promise_of_shapes(name: str
             assert {role: tuple(tensor.shape) for role, tensor in once[site].items()} == student.sites[site].roles()
             for role, tensor in once[site].items():
                 assert torch.equal(tensor, twice[site][role])
-                if role in before[site]:  # lossless
+                if role in before[site] and student.family == shape.family:  # lossless
                     assert torch.equal(tensor.to(before[site][role].dtype), before[site][role])
             assert all(torch.equal(given[site].roles[role], before[site][role]) for role in before[site])
 
@@ -158,15 +158,18 @@ def test_the_lossless_student_is_the_teacher(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = Checkpoint.open(tiny_checkpoint(family, tokenizer=False))
-    settings = spelled(METHODS[name].lossless(teacher.shape))
-    student = convert(teacher.path, tmp_path / "student", name, settings)
+    lossless = METHODS[name].lossless(teacher.shape)
+    student = convert(teacher.path, tmp_path / "student", name, spelled(lossless))
     ids_BT = torch.arange(14).view(2, 7)
     with torch.inference_mode():
         expected, found = (
             model(**inputs(model, ids_BT)).logits
             for model in map(AUTO[family].from_pretrained, (teacher.path, student))
         )
-    assert torch.equal(expected, found)
+    if METHODS[name].student(lossless, teacher.shape).shape.family == family:
+        assert torch.equal(expected, found)
+    else:  # another architecture multiplies in another order
+        torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-4)
 
 
 def inputs(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:

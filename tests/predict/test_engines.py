@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from examples import paired
+from examples import SOURCES, paired
 from kvfold.contracts.site import Rope
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -100,9 +100,10 @@ MATRIX: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "phi-llama3": ("phi", rope("llama3", **STRETCHED, partial_rotary_factor=0.5), CT2),
     "gemma3_text-scaled": ("gemma3_text", {"rope_parameters": TWO, "final_logit_softcapping": 3.0}, CT2),
 }
-MATRIX |= {name: (name, {}, NEITHER) for name in all_families() if all(name != case[0] for case in MATRIX.values())}
+MATRIX |= {name: (name, {}, NEITHER) for name in SOURCES if all(name != case[0] for case in MATRIX.values())}
 METHODS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
     "mixed": ("llama", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
+    "mla": ("llama", "mla", {"rope_dim": 4, "latent_dim": 12}, NEITHER),
     "mixed-qwen2": ("qwen2", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
     "mixed-qwen3": ("qwen3", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
     "mixed-phi": ("phi", "gqa", {"kv_heads": "4/2/1/2"}, CT2),

@@ -110,7 +110,7 @@ def solve(made: Case, *, steps: int, batch: int = ROWS, parts: int = ROWS, dampi
         for row in range(0, ROWS, parts):
             fit.add(row, *made.part(row, row + parts))
         batches = [(row, min(batch, ROWS - row)) for row in range(0, ROWS, batch)]
-        fit.solve(steps=steps, damping=damping, batches=batches)
+        fit.solve(steps=steps, damping=damping, batches=batches, sampled=range(ROWS))
     if made.q.bias is not None:
         assert torch.equal(q.bias, made.q.bias)
     return q.weight.double().view(4, WIDTH, HIDDEN)

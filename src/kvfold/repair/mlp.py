@@ -13,13 +13,14 @@ x^T]`. Conjugate gradients apply them in sweeps over the text. If s were indepen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.machine import summed
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
@@ -63,31 +64,41 @@ class InnerFit(ExitStack):
 
         `batches` are rows of one length that are read together, as (first row, number of rows).
         """
-        gram_DD = self.gram_DD / self.tokens
+        self.tokens = sum(ranks.gather_in_order(self.tokens))
+        for total in (self.gram_DD, self.slopes_MFF, self.missing_MFD):
+            ranks.sum_to_main(total)
         wired_FF = self.weight_DF.T @ self.weight_DF
-        left_MFF = self.slopes_MFF / self.tokens * wired_FF.cpu()
-        # float32 is enough for a preconditioner, and these are the widest products of a repair
-        left_inverse_MFF = damped_inverse(left_MFF, FLOOR).float()
-        inverse_DD = damped_inverse(gram_DD, damping).float()
-        stiff_N1 = damping * gram_DD.diagonal().mean() * left_MFF.diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
-        def precondition(residual_ND: Tensor) -> Tensor:
-            residual_MFD = residual_ND.float().view(self.missing_MFD.shape)
-            found_MFD: Tensor = left_inverse_MFF @ residual_MFD @ inverse_DD
-            return found_MFD.double().flatten(0, 1)
+        def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
+            gram_DD = self.gram_DD / self.tokens
+            left_MFF = self.slopes_MFF / self.tokens * wired_FF.cpu()
+            # float32 is enough for a preconditioner, and these are the widest products of a repair
+            left_inverse_MFF = damped_inverse(left_MFF, FLOOR).float()
+            inverse_DD = damped_inverse(gram_DD, damping).float()
+            stiff_N1 = damping * gram_DD.diagonal().mean() * left_MFF.diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
-        change_ND = conjugate_gradients(  # of all maps together: N = M F
-            lambda change_ND: self._sweep(batches, wired_FF, change_ND) + stiff_N1 * change_ND,
-            self.missing_MFD.flatten(0, 1) / self.tokens,
-            precondition=precondition,
-            steps=steps,
-            tolerance=tolerance,
-        )
+            def precondition(residual_ND: Tensor) -> Tensor:
+                residual_MFD = residual_ND.float().view(self.missing_MFD.shape)
+                found_MFD: Tensor = left_inverse_MFF @ residual_MFD @ inverse_DD
+                return found_MFD.double().flatten(0, 1)
+
+            return conjugate_gradients(  # of all maps together: N = M F
+                lambda change_ND: sweep(change_ND) + stiff_N1 * change_ND,
+                self.missing_MFD.flatten(0, 1) / self.tokens,
+                precondition=precondition,
+                steps=steps,
+                tolerance=tolerance,
+            )
+
+        change_ND = ranks.solved(solve, lambda change_ND: self._sweep(batches, wired_FF, change_ND))
         for linear, change_FD in zip(self.inner, change_ND.view(self.missing_MFD.shape), strict=True):
             linear.weight += change_FD.to(linear.weight)
 
     def _sweep(self, batches: Sequence[tuple[int, int]], wired_FF: Tensor, change_ND: Tensor) -> Tensor:
-        """One pass over batches of the text: the left side of the normal equations at a change, per token."""
+        """One pass over the text: the left side of the normal equations at a change, per token.
+
+        Rank 0 has that of all rows.
+        """
         change_DN, maps = change_ND.T.to(wired_FF), len(self.inner)
 
         def moved(batch: tuple[int, int]) -> Sequence[Tensor]:
@@ -96,8 +107,8 @@ class InnerFit(ExitStack):
             pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
             return [(pulled_TN.T @ x_TD).double().cpu()]
 
-        (total_ND,) = summed(moved, batches)
-        return total_ND / sum(count * self.inputs.lengths[row] for row, count in batches)
+        found = summed(moved, batches)
+        return ranks.sum_to_main(found[0] if found else torch.zeros_like(change_ND)) / self.tokens
 
 
 def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:

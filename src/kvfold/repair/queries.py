@@ -14,14 +14,14 @@ it is rotated, this is one Gauss-Newton step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.attention.grouped import masked_softmax
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
@@ -29,7 +29,7 @@ from kvfold.machine import summed
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
 from kvfold.solve.rope import rotate
 
-SAMPLED_ROWS, SAMPLED_TOKENS = 8, 16  # of each row: where the coordinates of queries are weighed
+SAMPLED_ROWS, SAMPLED_TOKENS = 8, 16  # tokens of each row: where the coordinates of queries are weighed
 BLOCKS = 4  # of queries: under a causal mask, each meets the keys up to its own end, and not those after it
 
 
@@ -124,35 +124,48 @@ class LogitFit(ExitStack):
         gram_DD = (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).double().cpu()
         return gram_DD, self._pull(products_BHTE, turn, x_BTD), key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
 
-    def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
+    def solve(
+        self,
+        *,
+        steps: int,
+        damping: float,
+        batches: Sequence[tuple[int, int]],
+        sampled: Sequence[int],
+        tolerance: float = 0.0,
+    ) -> None:
         """Add the change of at most `steps` conjugate gradients to the student's q.
 
-        `batches` are rows of the same lengths that are read together, as (first row, number of rows).
+        `batches` are rows of the same lengths that are read together, as (first row, number of rows), and `sampled` the
+        rows on which coordinates of queries are weighed.
         """
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
-        gram_DD = self.gram_DD / self.tokens
-        inverse_DD, inverse_HEE = damped_inverse(gram_DD, damping), damped_inverse(self._spread(), damping)
-        # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
-        power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
-        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.student.logit_scale**2
+        self.tokens = sum(ranks.gather_in_order(self.tokens))
+        rows, spread_HEE = sum(ranks.gather_in_order(len(sampled))), self._spread(sampled)
+        for total in (self.gram_DD, self.missing_HED, self.powers_G, spread_HEE):
+            ranks.sum_to_main(total)
 
-        def apply(change_HED: Tensor) -> Tensor:
-            return self._sweep(batches, change_HED) + stiff * change_HED
+        def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
+            gram_DD = self.gram_DD / self.tokens
+            inverse_DD = damped_inverse(gram_DD, damping)
+            inverse_HEE = damped_inverse(spread_HEE / rows, damping)
+            # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
+            power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
+            stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.student.logit_scale**2
+            return conjugate_gradients(
+                lambda change_HED: sweep(change_HED) + stiff * change_HED,
+                self.missing_HED / self.tokens,
+                precondition=lambda r_HED: inverse_HEE @ r_HED @ inverse_DD,
+                steps=steps,
+                tolerance=tolerance,
+            )
 
-        change_HED = conjugate_gradients(
-            apply,
-            self.missing_HED / self.tokens,
-            precondition=lambda r_HED: inverse_HEE @ r_HED @ inverse_DD,
-            steps=steps,
-            tolerance=tolerance,
-        )
+        change_HED = ranks.solved(solve, lambda change_HED: self._sweep(batches, change_HED))
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
-    def _spread(self) -> Tensor:
-        """The weight `R^T C R` of the coordinates of a query, its mean over a sample of tokens, (H, E, E)."""
+    def _spread(self, rows: Sequence[int]) -> Tensor:
+        """The weight `R^T C R` of the coordinates of a query, its mean over tokens of each row, summed: HEE."""
         group, width = self.student.query_group, self.student.head_dim
-        rows = range(0, len(self.inputs), -(-len(self.inputs) // SAMPLED_ROWS))
         total_HEE = torch.zeros(len(self.missing_HED), width, width, dtype=torch.float64)
         for row in rows:
             key_BHSE = _heads(self.keys.read(row), width).repeat_interleave(group, dim=1)
@@ -165,7 +178,7 @@ class LogitFit(ExitStack):
             centred_QHSE = (turned_QHSE - mean_QHE[:, :, None]) * attention_QHS.sqrt()[..., None]
             rows_HNE = centred_QHSE.transpose(0, 1).flatten(1, 2).double()  # a product of them is semidefinite
             total_HEE += (rows_HNE.mT @ rows_HNE / len(at_Q)).cpu()
-        return self.student.logit_scale**2 * total_HEE / len(rows)
+        return self.student.logit_scale**2 * total_HEE
 
     def _back(self, key_BHSE: Tensor, at_Q: Tensor) -> Tensor:
         """Keys as the queries at some positions meet them before their rotation, `(Q, H, S, E)`."""
@@ -180,10 +193,13 @@ class LogitFit(ExitStack):
         return rotate(key_QHSE, cos_QH1E, -sin_QH1E, half_split=rope.half_split)
 
     def _sweep(self, batches: Sequence[tuple[int, int]], change_HED: Tensor) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
+        """One pass over the text: the left side of the normal equations at a change of W_q, per token.
+
+        Rank 0 has that of all rows.
+        """
         change_DN = change_HED.flatten(0, 1).T.to(self.linear.weight)
-        (total_HED,) = summed(lambda batch: [self._change(*batch, change_DN)], batches)
-        return total_HED / sum(count * self.inputs.lengths[row] for row, count in batches)
+        found = summed(lambda batch: [self._change(*batch, change_DN)], batches)
+        return ranks.sum_to_main(found[0] if found else torch.zeros_like(change_HED)) / self.tokens
 
     def _change(self, row: int, count: int, change_DN: Tensor) -> Tensor:
         width = self.student.head_dim
