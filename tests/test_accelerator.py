@@ -92,3 +92,23 @@ def test_every_stage_of_a_decoder(
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_conversions_of_an_encoder_decoder(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").symlink_to(tiny_checkpoint("t5"))
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    commands = {
+        "gqa": f"convert source {{}} --kv-heads 2 {CALIBRATED} --effort thorough",
+        "mixed": f"convert source {{}} --kv-heads auto --budget 0.5 {CALIBRATED} --repair q,o",
+    }
+    run_script(SCRIPT, tmp_path, "\n".join(line.format(name) for name, line in commands.items()))
+    for name, line in commands.items():
+        assert run_command(line.format(f"{name}-cpu").split()) == 0
+        ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, f"{name}-cpu"))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-4, atol=1e-5)

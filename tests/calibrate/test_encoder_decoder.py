@@ -129,12 +129,9 @@ def test_requests_that_an_encoder_decoder_does_not_answer(tiny_checkpoint: Make,
     with pytest.raises(SettingError, match="do not fit into memory"):
         calibrate(source, [InputGram(Site(0))], spans, CalibrationSettings(length=48, max_bytes=10_000))
     assert memory_bytes(source.shape, [], EXACT) > 8 * source.shape.parameters
-    options = ConvertSettings(calibration=str(text))
-    with pytest.raises(SettingError, match="measured on decoder-only models"):
-        convert(source.path, text.parent / "auto", "gqa", {"kv_heads": "auto", "budget": 0.5}, options=options)
-    options = ConvertSettings(calibration=str(text), repair=("o",))
-    with pytest.raises(SettingError, match="repair does not support encoder-decoders"):
-        convert(source.path, text.parent / "repaired", "gqa", {"kv_heads": 2}, options=options)
+    options, asked_for = ConvertSettings(calibration=str(text)), {"kv_heads": "auto", "budget": 0.5}
+    with pytest.raises(SettingError, match=r"copying is measured on decoders.*\(got --budget-metric both\)"):
+        convert(source.path, text.parent / "auto", "gqa", {**asked_for, "budget_metric": "both"}, options=options)
 
 
 def _images(folder: Path, kind: str) -> None:

@@ -28,6 +28,7 @@ from kvfold.errors import CheckpointError, Interrupted
 from kvfold.methods import gqa
 from kvfold.progress import Silent
 from kvfold.report.card import card
+from kvfold.text.pairs import PairFile, batched
 from kvfold.text.tokens import TokenFile
 
 Make = Callable[..., Path]
@@ -96,6 +97,58 @@ def test_it_is_the_kl_of_a_student_with_one_layer_folded(tiny_checkpoint: Make, 
         assert expected > 1e-5  # or the comparison would say little
         assert answer["kl"].dtype == torch.float64
         assert answer["kl"].item() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def textbook_pairs_kl(teacher: Path, student: Path, pairs: PairFile) -> float:
+    """The same of an encoder-decoder, one pair after the other."""
+    models = [hf.load(path, dtype="float64") for path in (teacher, student)]
+    total, tokens = 0.0, 0
+    for given, target in pairs.pairs:
+        begun_BT = batched([(given, target)]).shifted(models[0].config.decoder_start_token_id or 0)  # type: ignore[union-attr]
+        ids_BS = torch.from_numpy(np.asarray(given))[None]
+        with torch.inference_mode():
+            p, q = (model(input_ids=ids_BS, decoder_input_ids=begun_BT).logits[0].softmax(-1) for model in models)
+        total, tokens = total + float((p * (p / q).log()).sum()), tokens + len(target)
+    return total / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_it_is_the_kl_of_an_encoder_decoder_with_one_attention_folded(
+    tiny_checkpoint: Make, tmp_path: Path, family: str
+) -> None:
+    """Of each kind, self and cross, in each layer; pairs of two lengths, all of which the sample takes."""
+    teacher = tiny_checkpoint(family, tokenizer=False)
+    source, draw = Checkpoint.open(teacher), np.random.default_rng(0)
+    rows = [tuple(draw.integers(3, 96, length) for length in ((9, 7), (12, 5))[each % 2]) for each in range(6)]
+    pairs = PairFile(rows, [], "text", "text", 96)  # type: ignore[arg-type]
+    found = measure(source, METHOD, AUTO, folds(source), {}, pairs, SETTINGS)
+    assert {question.site for question in found if isinstance(question, FoldedKL)} == set(source.shape.cached_sites)
+    for question in (FoldedKL(Site(0), 1), FoldedKL(Site(2), 2), FoldedKL(Site(0, "cross"), 1), FoldedKL(Site(3), 1)):
+        heads = {kind: [4] * 4 for kind in ("self", "cross")}
+        heads[question.site.kind][question.site.layer] = question.heads
+        spelled = ",".join(f"{kind}={'/'.join(map(str, row))}" for kind, row in heads.items())
+        made = convert(teacher, tmp_path / f"{question}", "gqa", {"kv_heads": spelled, "init": "mean"})
+        expected = textbook_pairs_kl(teacher, made, pairs)
+        assert expected > 1e-6
+        assert found[question]["kl"].item() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_within_a_budget(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    """A budget counts a token of the decoder and one of the encoder; the mix is the cheapest by its own prices."""
+    source = Checkpoint.open(tiny_checkpoint("t5"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ConvertSettings(calibration=str(tmp_path / "text.txt"), calibration_length=48, repair=("o",))
+    student = convert(source.path, tmp_path / "out", "gqa", {"kv_heads": "auto", "budget": 0.5}, options=options)
+    made = Checkpoint.open(student)
+    assert made.lineage is not None
+    step = made.lineage["steps"][-1]
+    counts = [made.shape.sites[site].num_key_value_heads for site in source.shape.cached_sites]
+    assert sum(counts) <= 0.5 * 4 * len(counts)
+    assert step["found"]["mix"]["kl"] <= step["found"]["uniform"]["kl"]
+    assert set(step["found"]["kl"]) == {str(site) for site in source.shape.cached_sites}
+    assert "self=" in step["settings"]["kv_heads"]
 
 
 def test_moments_and_seeds_are_used(tiny_checkpoint: Make, tmp_path: Path) -> None:

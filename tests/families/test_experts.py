@@ -60,7 +60,8 @@ def test_experts_are_not_repaired(role: str, tiny_checkpoint: Callable[..., Path
     [
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is more than there are (got 5); allowed: 1 to 4"),
         ("mixtral", {"num_experts": 8}, "num_experts and num_local_experts are names of one number and differ"),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null"),
+        ("olmoe", {"clip_qkv": 0.0}, "clip_qkv must be a number"),
+        ("olmoe", {"clip_qkv": 8.0, "model_type": "kvfold_linear_olmoe"}, "clip_qkv is not null, and linear attention"),
         ("olmoe", {"head_dim": 16}, "head_dim is not that of this architecture (got 16); allowed: 8"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 0}, "use_sliding_window needs a sliding_window"),
         ("granitemoe", {"sliding_window": 6}, "sliding_window must be null"),

@@ -128,10 +128,8 @@ def test_what_is_fitted_and_repaired_is_the_teacher(fold: Fold, tmp_path: Path) 
     )
     student = Checkpoint.open(convert(fold.teacher.path, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options))
     assert student.lineage is not None
-    if not student.family.encoder_decoder:
-        body = student.family.body
-        roles = [role for role in REPAIRABLE if role not in MLP or role in body.mlp]
-        assert student.lineage["steps"][-1]["settings"]["repair"] == roles
+    roles = [role for role in REPAIRABLE if role not in MLP or role in student.family.body.mlp]
+    assert student.lineage["steps"][-1]["settings"]["repair"] == roles
     (found, _), (expected, _) = (fold.outputs(which, "eager") for which in (student, fold.teacher))
     # where keys are normed by head, a fitted one has another length, to which the norm adds its epsilon; those of a
     # tiny exaone4 are short, because nothing norms the inputs of its first layer

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from kvfold import hf
 from kvfold.contracts.effort import EFFORTS, RepairSettings
 from kvfold.contracts.requests import COPIED, FoldedKL, FoldedRecall, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import REPAIRABLE, Site
@@ -47,6 +48,28 @@ def test_a_forward_pass_is_what_torch_counts(teacher: Checkpoint) -> None:
     attention = teacher.shape.sites[Site(0)]
     unseen = 2 * 2 * attention.num_attention_heads * attention.head_dim * TOKENS * LENGTH / 2 * 2
     assert cost(teacher).forward == pytest.approx(counted - unseen, rel=0.02)  # norms have parameters, but no products
+
+
+def test_a_forward_pass_of_an_encoder_decoder_is_what_torch_counts(tiny_checkpoint: Make) -> None:
+    """The keys and values of cross-attention are made of encoder tokens, all else in the decoder of its own."""
+    teacher = Checkpoint.open(tiny_checkpoint("t5", tokenizer=False, num_layers=3, num_decoder_layers=2))
+    rows, read, written = 4, 16, 6
+    model: Any = hf.load(teacher.path, attention="eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        encoded_BSD = model.encoder(torch.zeros(rows, read, dtype=torch.int64)).last_hidden_state
+        model.decoder(torch.zeros(rows, written, dtype=torch.int64), encoder_hidden_states=encoded_BSD)
+    found = conversion_cost(
+        *(teacher.family, teacher.config, teacher.shape, teacher.shape, (), ("q", "o", "down"), RepairSettings()),
+        tokens=rows * written,
+        encoded=rows * read,
+        length=read,
+    )
+    own = teacher.shape.sites[Site(0)]
+    unseen = 2 * 2 * 2 * own.num_attention_heads * own.head_dim * rows * written * (written - written // 2)
+    assert found.forward == pytest.approx(counter.get_total_flops() - unseen, rel=0.02)
+    wide = own.num_attention_heads * own.head_dim
+    assert found.stages["o"].products == 2 * 2 * 2 * rows * written * wide * (wide + own.hidden_size)
+    assert found.memory > 2 * 4 * teacher.shape.parameters  # both models whole
 
 
 def test_requests_and_regressions_are_their_products(teacher: Checkpoint) -> None:

@@ -211,3 +211,12 @@ def test_the_check_of_exports_is_light() -> None:
     code = "import sys, kvfold.predict.engines; print({'torch', 'numpy', 'transformers', 'gguf'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "set()\n"
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_vllm_does_not_clip_in_an_olmoe(clip: float | None, tiny_checkpoint: Callable[..., Path]) -> None:
+    planned = plan(tiny_checkpoint("olmoe", clip_qkv=clip), "gqa", {"kv_heads": 2})
+    found = {each.name: each for each in planned.engines}
+    assert found["transformers"].loads
+    assert found["vLLM"].loads == (clip is None)
+    assert clip is None or found["vLLM"].how == "its class does not clip q, k and v (got clip_qkv 2)"

@@ -340,7 +340,7 @@ def test_rows_are_no_longer_than_the_model_or_the_text(
     monkeypatch.setattr(
         spool.Spool,
         "__init__",
-        lambda self, lengths, *given: (made.append(tuple(lengths)), init(self, lengths, *given))[1],
+        lambda self, lengths, *given, **how: (made.append(tuple(lengths)), init(self, lengths, *given, **how))[1],
     )
     both = pair(max_position_embeddings=12)
     repaired(both, ("o",), tokens(40))

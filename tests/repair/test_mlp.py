@@ -53,7 +53,8 @@ class Case:
                 gate, up = self.gate(x_BTD), self.up(x_BTD)
                 missing_BTD = self.wanted_BTD[row : row + batch] - self.down(self.act(gate) * up)
                 fit.add(row, x_BTD, slope(self.act, gate, up, role), missing_BTD)
-            fit.solve(steps=steps, damping=damping, batch=batch)
+            batches = [(row, min(batch, ROWS - row)) for row in range(0, ROWS, batch)]
+            fit.solve(steps=steps, damping=damping, batches=batches)
         assert torch.equal(inner.bias, getattr(self, role).bias)
         return inner.weight.double()
 

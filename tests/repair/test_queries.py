@@ -109,7 +109,8 @@ def solve(made: Case, *, steps: int, batch: int = ROWS, parts: int = ROWS, dampi
     ):
         for row in range(0, ROWS, parts):
             fit.add(row, *made.part(row, row + parts))
-        fit.solve(steps=steps, damping=damping, batch=batch)
+        batches = [(row, min(batch, ROWS - row)) for row in range(0, ROWS, batch)]
+        fit.solve(steps=steps, damping=damping, batches=batches)
     if made.q.bias is not None:
         assert torch.equal(q.bias, made.q.bias)
     return q.weight.double().view(4, WIDTH, HIDDEN)

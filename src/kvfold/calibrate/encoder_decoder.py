@@ -53,15 +53,15 @@ def read(
     made = sorted(rows, key=lambda row: (len(row[0]), len(row[1])))
     total = sum(len(given) + len(wanted) for given, wanted in made)
     with task(progress, "calibrating", total, "tokens"), work.watching(), torch.inference_mode():
-        for batch in _batches(made):
+        for batch in batches_of(made, BATCH):
             progress.advance(work.add(batch.to(device)))
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Pairs]:
-    """Rows of equal lengths together, without padding, so that every token counts."""
+def batches_of(rows: Sequence[Row], tokens: int) -> Iterator[Pairs]:
+    """Adjacent rows of equal lengths together, up to this number of tokens on the longer side; nothing is padded."""
     for lengths, same in groupby(rows, key=lambda row: (len(row[0]), len(row[1]))):
-        waiting, count = list(same), max(1, BATCH // max(lengths))
+        waiting, count = list(same), max(1, tokens // max(lengths))
         for first in range(0, len(waiting), count):
             yield batched(waiting[first : first + count])
 
@@ -99,10 +99,7 @@ class _Pass:
     def add(self, batch: Pairs) -> int:
         """Read a batch and return its number of tokens."""
         begun_BT = batch.shifted(start_id(self.model.config))
-        given = {
-            name: each for name, each in batch.read(self.model.dtype).items() if name != "attention_mask"
-        }  # nothing is padded
-        self.model(**given, decoder_input_ids=begun_BT, use_cache=False)
+        self.model(**batch.alone(self.model.dtype), decoder_input_ids=begun_BT, use_cache=False)
         self.sums.add(self.seen)
         self.seen.clear()
         self.tokens["encoder"] += batch.seen_BS.numel()

@@ -1,17 +1,24 @@
-"""The teacher on a few rows, resumed at a layer: hidden states before it do not change, so they are kept."""
+"""The teacher on a few rows, resumed at a layer: hidden states before it do not change, so they are kept.
+
+`Resumed` reads rows of a decoder, `ResumedPairs` inputs and targets of an encoder-decoder. Both have batches of ids
+`ids_BT`, each with the hidden states before a layer and after the last, which are not normed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from kvfold.disk.checkpoint import Checkpoint
+from kvfold.text.pairs import Pairs, start_id
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,13 @@ class Changed:
     averaged: Mapping[str, slice] = field(default_factory=dict)  # columns of a module's input -> their means
 
 
-class Resumed:
-    """The teacher in float32 on batches `ids_BT`: hidden states before a layer, and after the last, not normed."""
+class Resumed(ExitStack):
+    """A decoder in float32; a context manager."""
 
     def __init__(self, source: Checkpoint, batches: Sequence[Tensor], device: str) -> None:
         from kvfold import hf  # loads transformers, which answers from the cache do not need
 
+        super().__init__()
         self.through, self.entering = hf.Through, hf.entering
         model: Any = hf.load_source(source, device=device)
         self.model, self.body = model, source.family.body
@@ -48,13 +56,13 @@ class Resumed:
             self.hidden = [self._run(hidden_BTD) for hidden_BTD in self.hidden]
             self.at = layer
 
-    def own(self, final_BTD: Tensor, last: int) -> Tensor:
-        """The teacher's logits of the last tokens of each row (0: of all), from hidden states after the last layer."""
-        return self._logits(len(self.layers), final_BTD, Changed(), last)
+    def own(self, batch: int, last: int) -> Tensor:
+        """The teacher's logits of the last tokens (0: of all) of each row of a batch."""
+        return self._logits(len(self.layers), self.final[batch], Changed(), last)
 
-    def changed(self, hidden_BTD: Tensor, change: Changed, last: int) -> Tensor:
-        """Logits of the last tokens of each row (0: of all), from hidden states before the layer where it stands."""
-        return self._logits(self.at, hidden_BTD, change, last)
+    def changed(self, batch: int, change: Changed, last: int) -> Tensor:
+        """The same with a change in the layer where it stands, or above."""
+        return self._logits(self.at, self.hidden[batch], change, last)
 
     def _logits(self, layer: int, hidden_BTD: Tensor, change: Changed, last: int) -> Tensor:
         self._show(layer, len(self.layers), self.norm)
@@ -99,6 +107,44 @@ class Resumed:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class ResumedPairs(ExitStack):
+    """An encoder-decoder in float32, resumed at a layer of its decoder; a context manager."""
+
+    def __init__(self, source: Checkpoint, batches: Sequence[Pairs], device: str) -> None:
+        from kvfold import hf  # loads transformers, which answers from the cache do not need
+
+        super().__init__()
+        encoded = [batch.seen_BS.shape[1] for batch in batches for _ in batch.seen_BS]
+        self.layers = self.enter_context(hf.PairedLayers(source, encoded, device=device, attention=hf.ATTENTION))
+        self.rows = [0, *accumulate(len(batch.target_BT) for batch in batches)]
+        start = start_id(self.layers.model.config)
+        self.ids, self.hidden = [batch.shifted(start).to(device) for batch in batches], list[Tensor]()
+        for row, ids_BT, batch in zip(self.rows, self.ids, batches, strict=False):
+            self.hidden.append(self.layers.embed(row, batch.to(device).alone(torch.float32), ids_BT))
+        self.final, self.at = self._through(0, len(self.layers)), 0
+
+    def advance(self, layer: int) -> None:
+        """Go to a layer of the decoder, which `hidden` enters then. Layers come in ascending order."""
+        self.hidden, self.at = self._through(self.at, layer), layer
+
+    def own(self, batch: int, last: int) -> Tensor:
+        """The teacher's logits of the rows of a batch; `last` is 0, all of them."""
+        return self.layers.logits(len(self.layers), self.final[batch], self.rows[batch], self.ids[batch])
+
+    def changed(self, batch: int, change: Changed, last: int) -> Tensor:
+        """The same with other tensors in the layer where it stands, or above."""
+        at = (self.at, self.hidden[batch], self.rows[batch], self.ids[batch])
+        return self.layers.logits(*at, {name: tensor.to(self.hidden[batch]) for name, tensor in change.tensors.items()})
+
+    def _through(self, first: int, end: int) -> list[Tensor]:
+        """Hidden states behind the layers from `first` to before `end`."""
+        states = self.hidden
+        for number in range(first, end):
+            layer = self.layers.open(number)
+            states = [layer.run(hidden_BTD, row) for row, hidden_BTD in zip(self.rows, states, strict=False)]
+        return states
 
 
 def _average(_: nn.Module, given: tuple[Tensor], columns: slice) -> tuple[Tensor]:

@@ -11,7 +11,8 @@ the first ones (`kvfold.calibrate.recall`). On it, the rise of the loss of the r
 sites, and a KL is measured without the query heads that read one key/value head: their outputs are replaced by their
 means over a row (zeros would take a bias away too).
 
-The hidden states before a changed site do not change, so only its layer and those above it run again. Answers are
+The hidden states before a changed site do not change, so only its layer and those above it run again; of an
+encoder-decoder, those of the decoder, on inputs and targets. Answers are
 kept in kvfold's cache folder as they come, whatever the budget for which they are requested.
 """
 
@@ -29,8 +30,10 @@ from torch import Tensor
 
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
+from kvfold.calibrate.encoder_decoder import batches_of
 from kvfold.calibrate.recall import copied_loss, copies
-from kvfold.calibrate.resumed import Changed, Resumed
+from kvfold.calibrate.resumed import Changed, Resumed, ResumedPairs
+from kvfold.calibrate.statistics import SEED
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import COPIED, Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
@@ -41,6 +44,7 @@ from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
 from kvfold.text.copies import SPAN
+from kvfold.text.pairs import Corpus, Row
 from kvfold.text.tokens import TokenFile
 
 FORMAT = 4  # of the kept answers
@@ -55,7 +59,7 @@ def measure(
     config: Any,
     questions: Sequence[Alone],
     answers: Answers,
-    tokens: TokenFile,
+    tokens: TokenFile | Corpus,
     settings: CalibrationSettings = CalibrationSettings(),
     *,
     progress: Progress = SILENT,
@@ -87,11 +91,11 @@ class _Measurement:
     given: Answers
 
     def answers(
-        self, questions: Sequence[Alone], tokens: TokenFile, settings: CalibrationSettings, progress: Progress
+        self, questions: Sequence[Alone], tokens: TokenFile | Corpus, settings: CalibrationSettings, progress: Progress
     ) -> Mapping[str, float]:
         """The answers by the key of each question, and those that were measured before."""
-        device, rows_BT = best_device(), self.kind.rows(tokens, self.source.known_length, settings)
-        path = cache_folder() / "sensitivity" / f"{self._identity(questions, tokens, settings, rows_BT, device)}.json"
+        device, sample = best_device(), self._sample(tokens, settings)
+        path = cache_folder() / "sensitivity" / f"{self._identity(questions, tokens, settings, sample, device)}.json"
         kept = read_json(path)
         sound = isinstance(kept, dict) and all(type(cost) is float and math.isfinite(cost) for cost in kept.values())
         known: dict[str, float] = kept if sound else {}
@@ -100,10 +104,12 @@ class _Measurement:
             if _key(each) not in known:
                 asked.setdefault(each.sites[0].layer, []).append(each)
         if asked:
-            work = rows_BT.numel() * sum(map(len, asked.values()))
-            rows = max(1, LOGITS_BYTES // (4 * rows_BT.shape[1] * self.source.shape.vocab_size))
-            with task(progress, "measuring sensitivity", work, "tokens"), torch.inference_mode():
-                teacher = Resumed(self.source, torch.split(rows_BT, rows), device)
+            work = sample.tokens * sum(map(len, asked.values()))
+            with (
+                task(progress, "measuring sensitivity", work, "tokens"),
+                torch.inference_mode(),
+                sample.resumed(self.source, device) as teacher,
+            ):
                 for layer, here in asked.items():
                     known |= self._costs(teacher, layer, here, progress)
                     with disk_errors(path):
@@ -114,33 +120,45 @@ class _Measurement:
     def _identity(
         self,
         questions: Sequence[Alone],
-        tokens: TokenFile,
+        tokens: TokenFile | Corpus,
         settings: CalibrationSettings,
-        rows_BT: Tensor,
+        sample: _Sample,
         device: str,
     ) -> str:
         common = (_common(self.method, self.config, each, self.source.shape) for each in questions)
         same = {repr(spelled(config)) for config in common if config is not None}
-        text = [calibration_hash(tokens, settings), rows_BT.tolist()]
+        text = [calibration_hash(tokens, settings), sample.listed]
         how = [type(self.config).__module__, *same, self.kind.name]
         return fingerprint([FORMAT, self.source.hash(), text, device, how])[:32]
 
     def _costs(
-        self, teacher: Resumed, layer: int, questions: Sequence[Alone], progress: Progress
+        self, teacher: Resumed | ResumedPairs, layer: int, questions: Sequence[Alone], progress: Progress
     ) -> Mapping[str, float]:
         """The mean cost per token of changes from a layer on, by the key of each question."""
         changes = {each: _changed(self.source, self.method, self.config, each, self.given) for each in questions}
         sums = dict.fromkeys(questions, 0.0)
         teacher.advance(layer)
-        for ids_BT, hidden_BTD, final_BTD in zip(teacher.ids, teacher.hidden, teacher.final, strict=True):
-            cost = self.kind.cost(teacher.own(final_BTD, self.kind.last), ids_BT)
+        for batch, ids_BT in enumerate(teacher.ids):
+            cost = self.kind.cost(teacher.own(batch, self.kind.last), ids_BT)
             for each, change in changes.items():
-                sums[each] += cost(teacher.changed(hidden_BTD, change, self.kind.last)) * len(ids_BT)
+                sums[each] += cost(teacher.changed(batch, change, self.kind.last)) * ids_BT.numel()
                 progress.advance(ids_BT.numel(), f"layer {layer}")
         for each, total in sums.items():
             if not math.isfinite(total):
                 raise CheckpointError("logits are not finite", where=self.source.path, got=each)
-        return {_key(each): total / sum(map(len, teacher.ids)) for each, total in sums.items()}
+        return {_key(each): total / sum(map(Tensor.numel, teacher.ids)) for each, total in sums.items()}
+
+    def _sample(self, tokens: TokenFile | Corpus, settings: CalibrationSettings) -> _Sample:
+        """The rows of a text on which these questions are answered, in batches whose logits fit into memory."""
+        longest, most = self.source.known_length, LOGITS_BYTES // (4 * self.source.shape.vocab_size)
+        if isinstance(tokens, TokenFile):
+            rows_BT = self.kind.rows(tokens, longest, settings)
+            batches = torch.split(rows_BT, max(1, most // rows_BT.shape[1]))
+            return _Sample(rows_BT.tolist(), rows_BT.numel(), lambda *where: Resumed(where[0], batches, where[1]))
+        pairs = _spread_pairs(tokens, longest, settings)
+        ids = [target.tolist() for _, target in pairs]
+        batched = list(batches_of(pairs, most))
+        return _Sample(ids, sum(map(len, ids)), lambda *where: ResumedPairs(where[0], batched, where[1]))
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
@@ -206,6 +224,16 @@ def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alo
 
 # --- samples, and what a change costs on them -----------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of a text: their ids, which identify it, the number of these, and the teacher on them."""
+
+    listed: Sequence[Sequence[int]]
+    tokens: int
+    resumed: Callable[[Checkpoint, str], Resumed | ResumedPairs]
+
+
 Cost = Callable[[Tensor], float]
 
 
@@ -215,6 +243,14 @@ def _spread(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> T
     rows = max(1, min(settings.sensitivity_tokens, len(tokens)) // length)
     starts = [row * (len(tokens) - length) // max(1, rows - 1) for row in range(rows)]
     return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
+
+
+def _spread_pairs(tokens: Corpus, longest: int, settings: CalibrationSettings) -> list[Row]:
+    """Inputs and targets with about `sensitivity_tokens` tokens of targets, spread evenly over a text, by length."""
+    rows = list(tokens.rows(min(LENGTH, longest), SEED))
+    count = max(1, round(len(rows) * min(1, settings.sensitivity_tokens / sum(len(target) for _, target in rows))))
+    chosen = [rows[number * (len(rows) - 1) // max(1, count - 1)] for number in range(count)]
+    return sorted(chosen, key=lambda row: (len(row[0]), len(row[1])))
 
 
 def _copied(tokens: TokenFile, longest: int, settings: CalibrationSettings, *, count: int) -> Tensor:

@@ -11,6 +11,8 @@ from kvfold.settings import MOST
 
 EffortName = Literal["quick", "standard", "thorough"]
 
+CORRUPTED = 0.15  # the share of a text that span corruption makes targets of: T5's value
+
 Q_STEPS, INNER_STEPS = 6, 3
 """Conjugate gradients of a repair at most: of q, and of gate and up. Each step rereads their tokens."""
 
@@ -30,7 +32,8 @@ class Effort:
     """What a conversion takes where its settings leave it open.
 
     It reads `rows` tokens for each direction of the widest input that is regressed on, within `least` and `most`: on N
-    tokens, a regression on F directions fits about `F / N` of what it cannot explain.
+    tokens, a regression on F directions fits about `F / N` of what it cannot explain. A repair of an encoder-decoder
+    regresses on tokens of the decoder.
     """
 
     roles: tuple[str, ...]  # of those that the method repairs

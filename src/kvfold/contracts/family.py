@@ -26,10 +26,11 @@ class Body:
     """Module paths of what is not attention, as `named_modules` of transformers spells them.
 
     `embedding` names the tensor that a tied output projection equals; it is empty where transformers ties more than
-    these two. `layers` and `norm` are those of a decoder alone. Paths of `mlp` and `after` are relative to a layer:
-    `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP that is not known, and
-    of parts that share a tensor that tensor;
-    `after` has the norms of what `attention` and `mlp` add to the residual stream, for architectures that norm there.
+    these two. `layers` are those of the decoder, and `norm` is that of a decoder alone. Paths of `mlp` and `after` are
+    relative to a layer: `mlp` has the parts of `MLP` that the architecture has, none where it has experts or an MLP
+    that is not known, and of parts that share a tensor that tensor;
+    `after` has the norms of what the attentions, by kind, and `mlp` add to the residual stream, for architectures that
+    norm there; with `post_norm`, they norm the stream with what was added.
     `stacked` has the parameters of a layer that checkpoints store in other tensors.
     """
 
@@ -38,6 +39,7 @@ class Body:
     norm: str = "model.norm"
     mlp: Mapping[str, str | Packed] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
+    post_norm: bool = False
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
 
@@ -90,6 +92,7 @@ class Family:
     spellings: Mapping[str, str] = field(default_factory=dict)  # first part of a name in older files -> in the model
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
+    body_of: Callable[[Json], Body] | None = None  # where the body depends on config.json; None: `body`
 
     @property
     def model_types(self) -> tuple[str, ...]:

@@ -54,16 +54,20 @@ class Calibration:
             )
         # these load transformers: only for conversions that need calibration
         from kvfold.calibrate.decoder import calibration_hash, check_enough, directions
-        from kvfold.text.pairs import check_text, read_tokens
+        from kvfold.text.pairs import check_text, read_tokens, text_tokens
 
-        check_text(options.calibration, paired=source.family.encoder_decoder)
+        paired = source.family.encoder_decoder
+        check_text(options.calibration, paired=paired)
         source.require_finite(progress)  # before the teacher reads or writes a text
         needed, sampled = directions(source, questions, options.repair or ())
-        chosen = options.calibration_tokens or max(EFFORTS[options.effort].tokens(needed), sampled)
+        least = EFFORTS[options.effort].tokens(needed)
+        if paired and options.repair:
+            least = text_tokens(least, options.calibration)
+        chosen = options.calibration_tokens or max(least, sampled)
         tokens = read_tokens(
             options.calibration,
             source.path,
-            paired=source.family.encoder_decoder,
+            paired=paired,
             max_tokens=chosen,
             spread=True,
             seed=options.calibration_seed,
@@ -78,16 +82,20 @@ class Calibration:
         from kvfold.text.tokens import TokenFile
 
         if not isinstance(self.tokens, TokenFile):
-            raise SettingError("the cost of converting single sites is measured only for decoders", where="convert")
+            raise SettingError("what a window costs is measured only for decoders", where="convert")
         return self.tokens
 
     def announce(self, source: Checkpoint, student: Shape, progress: Progress) -> None:
-        """Say how many tokens are read, and how long that will take; only a decoder's time is estimated."""
-        if progress is SILENT or source.family.encoder_decoder:
+        """Say how many tokens are read, and how long that will take."""
+        if progress is SILENT:
             return
         from kvfold.convert.estimate import measured_speeds
+        from kvfold.text.tokens import TokenFile
 
-        options, text = self.options, len(self.tokens)
+        options = self.options
+        text, encoded = len(self.tokens), 0
+        if not isinstance(self.tokens, TokenFile):
+            text, encoded = self.tokens.read_tokens, self.tokens.encoded_tokens
         cost = conversion_cost(
             source.family,
             source.config,
@@ -97,12 +105,13 @@ class Calibration:
             options.repair or (),
             options.repairing,
             tokens=text,
+            encoded=encoded,
             length=options.calibration_length,
             sensitivity_tokens=options.sensitivity_tokens,
         )
         seconds = cost.seconds(measured_speeds(source, cost, options.repairing.length))
         progress.say(
-            f"{text:,} tokens of text, {cost.forward_passes:.1f} forward passes of the teacher over it: "
+            f"{text + encoded:,} tokens of text, {cost.forward_passes:.1f} forward passes of the teacher over it: "
             f"about {seconds:.0f} s and {size(cost.memory)} of memory"
         )
 
@@ -118,7 +127,7 @@ class Calibration:
         reading = self.options.reading
         answers = dict(calibrate(source, moments, self.tokens, reading, progress=progress))
         if alone:
-            answers |= measure(source, method, config, alone, answers, self.text(), reading, progress=progress)
+            answers |= measure(source, method, config, alone, answers, self.tokens, reading, progress=progress)
         if recalls:
             from kvfold.calibrate.recall import measure_recall
 

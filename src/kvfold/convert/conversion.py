@@ -127,21 +127,22 @@ def _plan(
         settings = {**chosen.without_text, **settings}
     made = draft(source.config, source.family, source.shape, method, settings)
     student_config(made.config, made.family, made.shape, made.student, method=method, dtype=options.dtype)
-    if made.family is not source.family:
+    if made.family.name != source.family.name:
         source = Rehoused(source)
     carried(source.path)  # raises for a link out of its folder
     repair = options.repair
-    if source.family.encoder_decoder:
-        if repair:
-            raise SettingError(
-                "repair does not support encoder-decoders", where="convert", got=repair, next="omit --repair"
-            )
-        repair = ()
-    elif repair is None:
+    if repair is None:
         changed = options.calibration is not None and made.student.shape != made.shape
         roles = chosen.repairs(made.settings) if changed else ()
         repair = EFFORTS[options.effort].repaired(roles, source.family.body.mlp, source.shape.hidden_size)
     check_roles(source.family, repair)
+    if repair and source.family.encoder_decoder and any(each.kept for each in made.student.shape.sites.values()):
+        raise SettingError(
+            "layers of the student share a latent of the encoder's output, and a repair runs layers alone",
+            where="convert",
+            got=f"--repair {','.join(repair)}",
+            next="omit --repair",
+        )
     return source, made.settings, replace(options, repair=repair)
 
 
@@ -182,7 +183,7 @@ def _write(
         if calibration and options.repair:
             from kvfold.repair.layers import repair_in_place  # loads transformers
 
-            text, queries = calibration.text(), job.queries()
+            text, queries = calibration.tokens, job.queries()
             repair_in_place(source, output, options.repair, text, options.repairing, writer, queries, progress)
         writer.close()
     return content_hash(config, job.specs, writer.digests)

@@ -137,7 +137,7 @@ def _norms(spec: Any, layer: Any, family: Family, offset: float) -> None:
     before_mlp = _before_mlp(layer)
     if after:
         _norm(spec.input_layer_norm, before, offset)
-        _norm(spec.post_attention_layer_norm, layer.get_submodule(after["attention"]), offset)
+        _norm(spec.post_attention_layer_norm, layer.get_submodule(after["self"]), offset)
         _norm(spec.pre_feedforward_layer_norm, before_mlp, offset)
         _norm(spec.post_feedforward_layer_norm, layer.get_submodule(after["mlp"]), offset)
     elif before_mlp is None:

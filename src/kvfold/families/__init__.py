@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -82,10 +83,10 @@ def family_of(config: Json, where: object = "config.json") -> Family:
             allowed=", ".join(sorted(known)),
             next=did_you_mean(model_type, known),
         )
-    fields = Fields(config, where)
+    fields, family = Fields(config, where), known[model_type]
     check_common(fields)
-    known[model_type].check(fields)
-    return known[model_type]
+    family.check(fields)
+    return family if family.body_of is None else replace(family, body=family.body_of(config))
 
 
 def source_family(config: Json, where: object = None) -> Family:

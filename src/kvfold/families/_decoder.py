@@ -62,7 +62,7 @@ TENSORS: Mapping[str, str | Packed] = {
 GATED = {**{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}, "act": "mlp.act_fn"}
 BODY = Body(mlp=GATED)
 FACTOR = number(1e-6, 1e6)  # of embeddings, logits or the residual
-AFTER = Body(mlp=GATED, after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"})
+AFTER = Body(mlp=GATED, after={"self": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"})
 
 MODEL: Rules = {
     "hidden_size": WIDTH.needed,

@@ -26,7 +26,7 @@ from kvfold.contracts.config import (
     only,
 )
 from kvfold.contracts.config import HEADS as COUNT
-from kvfold.contracts.family import Json
+from kvfold.contracts.family import Body, Json
 from kvfold.contracts.runtimes import ENCODER_DECODERS, HEADS, PAIRS, read, stock_type
 from kvfold.contracts.runtimes import architectures as architectures_of
 from kvfold.contracts.runtimes import fields as fields_of
@@ -71,6 +71,8 @@ ATTENTIONS = {
 }
 NAMES = {**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"}
 """Where both keep their attentions, and the tensors of these."""
+
+BODY = Body(layers="model.decoder.layers", norm="", mlp={"up": "fc1", "act": "activation_fn", "down": "fc2"})
 
 _ALIASES = {
     "hidden_size": "d_model",

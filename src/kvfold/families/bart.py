@@ -9,7 +9,7 @@ key/value heads is a `kvfold_bart`, `kvfold_marian` and so on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfold.contracts.config import POSITIONS, SHARE, VOCABULARY, Fields, Rule, Rules, decimal, only, whole
 from kvfold.contracts.family import Body, Family, Json
@@ -18,6 +18,7 @@ from kvfold.contracts.site import Shape
 from kvfold.errors import UnsupportedModel
 from kvfold.families._encoder_decoder import (
     ATTENTIONS,
+    BODY,
     NAMES,
     PARTS,
     STACKS,
@@ -83,6 +84,15 @@ def _shape(config: Json) -> Shape:
     return stacked_shape(config, "bart", "qkvo", encoder=outside, decoder=outside, positions=positions)
 
 
+def _body(config: Json) -> Body:
+    """Those without a last norm have norms behind attention and MLP, over the residual stream too."""
+    body = replace(BODY, embedding="model.shared")
+    if TABLES[stock_type(config)].last_norm:
+        return body
+    behind = {"self": "self_attn_layer_norm", "cross": "encoder_attn_layer_norm", "mlp": "final_layer_norm"}
+    return replace(body, after=behind, post_norm=True)
+
+
 FAMILY = Family(
     name="bart",
     architectures=architectures(*TABLES),
@@ -111,6 +121,7 @@ FAMILY = Family(
         "forced_eos_token_id": None,
         "dtype": "float32",
     },
-    body=Body(embedding="model.shared"),
+    body=_body({"model_type": "bart"}),
+    body_of=_body,
     encoder_decoder=True,
 )

@@ -275,7 +275,7 @@ FAMILIES = (
             half_split=False,
             vectors=4,
         ),
-        body=replace(BODY, mlp={}, after={"attention": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}),
+        body=replace(BODY, mlp={}, after={"self": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}),
     ),
     decoder(
         "cohere",

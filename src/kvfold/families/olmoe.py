@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvfold.contracts.config import WIDTH, YES_NO, Fields, Rule
+from kvfold.contracts.config import WIDTH, YES_NO, Fields, Rule, decimal
 from kvfold.contracts.family import Json
+from kvfold.contracts.runtimes import LINEAR
 from kvfold.families._decoder import Layout, check_head_dim, decoder
 from kvfold.families._experts import BODY, RULES, check_experts, experts_of, routed
 
@@ -13,6 +14,8 @@ NUMBER = 64  # of experts where config.json is silent
 def _check(fields: Fields) -> None:
     check_experts(fields, NUMBER, chosen=8)
     check_head_dim(fields)
+    if fields.config["model_type"] == LINEAR.model_type("olmoe") and fields.get("clip_qkv") is not None:
+        raise fields.refusal("clip_qkv is not null, and linear attention clips nothing", got=fields.get("clip_qkv"))
 
 
 def _layout(config: Json) -> Layout:
@@ -33,7 +36,7 @@ FAMILY = decoder(
         **RULES,
         "attention_bias": YES_NO,
         "head_dim": WIDTH,
-        "clip_qkv": Rule(None, "null: clipped queries, keys and values are not known here"),
+        "clip_qkv": decimal(1e-6, 1e6).or_null,
         "sliding_window": Rule(None, "null: this architecture has no windows"),
     },
     check=_check,

@@ -94,6 +94,12 @@ def _gated(config: Json) -> bool:
     return str(config.get("feed_forward_proj", silent)).startswith("gated-")
 
 
+def _body(config: Json) -> Body:
+    inner = {"gate": "wi_0", "up": "wi_1"} if _gated(config) else {"up": "wi"}
+    path, parts = "layer.2.DenseReluDense", {**inner, "act": "act", "down": "wo"}
+    return Body("", "decoder.block", mlp={part: f"{path}.{name}" for part, name in parts.items()})
+
+
 def _shape(config: Json) -> Shape:
     hidden, width, heads, layers, inner, vocab = (
         config[name] for name in ("d_model", "d_kv", "num_heads", "num_layers", "d_ff", "vocab_size")
@@ -153,6 +159,7 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
-    body=Body(embedding=""),
+    body=Body("", "decoder.block"),
+    body_of=_body,
     encoder_decoder=True,
 )

@@ -34,7 +34,7 @@ from kvfold.contracts.config import (
 from kvfold.contracts.family import Body, Family, Json
 from kvfold.contracts.runtimes import ENCODER_DECODERS, fields
 from kvfold.contracts.site import Attention, Shape, Site
-from kvfold.families._decoder import MODEL, TENSORS, check_layers, rope_of
+from kvfold.families._decoder import GATED, MODEL, TENSORS, check_layers, rope_of
 from kvfold.families._encoder_decoder import END, PAIRED, architectures, decoder_sites, paired_shape
 
 STATED = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0}
@@ -126,6 +126,7 @@ def _attention(part: Json) -> Attention:
         rope=replace(rope_of(part, width), dims=width),  # whole heads
         scale=part["query_pre_attn_scalar"] ** -0.5,
         softcap=part["attn_logit_softcapping"],
+        norm_offset=1.0,
     )
 
 
@@ -200,6 +201,14 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
-    body=Body(embedding=""),
+    body=Body(
+        "",
+        "model.decoder.layers",
+        mlp=GATED,
+        after={
+            **{kind: f"post_{kind}_attn_layernorm" for kind in ("self", "cross")},
+            "mlp": "post_feedforward_layernorm",
+        },
+    ),
     encoder_decoder=True,
 )

@@ -9,12 +9,15 @@ BART, with norms before attention and MLP and at the end; q, v and o have biases
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvfold.contracts.config import POSITIONS, SHARE, WHOLES, WIDTH, YES_NO, Fields, Rule, Rules, whole
-from kvfold.contracts.family import Body, Family, Json
+from kvfold.contracts.family import Family, Json
 from kvfold.contracts.runtimes import HEADS
 from kvfold.contracts.site import Shape
 from kvfold.families._encoder_decoder import (
     ATTENTIONS,
+    BODY,
     NAMES,
     PARTS,
     STACKS,
@@ -91,7 +94,7 @@ FAMILY = Family(
         "begin_suppress_tokens": None,
         "dtype": "float32",
     },
-    body=Body(embedding="model.decoder.embed_tokens"),
+    body=replace(BODY, embedding="model.decoder.embed_tokens"),
     examples=("openai/whisper-small", "openai/whisper-large-v3-turbo", "distil-whisper/distil-large-v3"),
     encoder_decoder=True,
     audio=True,

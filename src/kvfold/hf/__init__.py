@@ -16,6 +16,7 @@ from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
 from kvfold.hf.lora import add_lora, lora_parameters, merge_lora
 from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
+from kvfold.hf.paired_layers import PairedLayers
 
 __all__ = [
     "ATTENTION",
@@ -25,6 +26,7 @@ __all__ = [
     "CacheKind",
     "Layer",
     "Layers",
+    "PairedLayers",
     "Through",
     "add_lora",
     "attend",

@@ -66,10 +66,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
             model, found = _auto(config).from_pretrained(source.path, output_loading_info=True, **options)
     except Exception as error:  # transformers wraps no errors
         raise CheckpointError(f"cannot be loaded: {_first_line(error)}", where=path) from error
-    constants = {
-        f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")
-    }  # positions
-    known = constants.union(source.buffers)
+    known = _constants(model).union(source.buffers)
     check_tensors(path, **{problem: set(found.get(f"{problem}_keys", ())) - known for problem in PROBLEMS})
     model.to(device).eval()
     for name, value in without_negative_ids(vars(model.generation_config)).items():
@@ -80,14 +77,22 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
 
 def load_source(source: Checkpoint, *, device: str = "cpu") -> nn.Module:
     """Load an opened checkpoint as `load` does; a view of another is loaded in its own architecture."""
-    if source.origin is source:
-        return load(source.path, device=device)
-    model = build(source.config, seed=0, attention=NAME).eval()
+    return load(source.path, device=device) if source.origin is source else filled(source, device=device)
+
+
+def filled(source: Checkpoint, *, device: str = "cpu", attention: str = NAME) -> nn.Module:
+    """A model in float32 with the tensors of an opened checkpoint, which may be unfinished or a view of another."""
+    model = build(source.config, seed=0, attention=attention).eval()
     found = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    missing = set(found.missing_keys) - tied
+    there = set(getattr(model, "all_tied_weights_keys", {})) | _constants(model)
+    missing = set(found.missing_keys) - there
     check_tensors(source.path, missing=missing, unexpected=found.unexpected_keys, mismatched=())
     return model.to(device)
+
+
+def _constants(model: nn.Module) -> set[str]:
+    """Tables of positions that are computed, by name: not all checkpoints hold them."""
+    return {f"{name}.weight" for name, each in model.named_modules() if hasattr(each, "create_weight")}
 
 
 def check_tensors(where: object, **problems: Iterable[object]) -> None:

@@ -27,7 +27,10 @@ _LOOKS: ContextVar[Mapping[nn.Module, Callable[[Tensor], None]]] = ContextVar("l
 
 @dataclass(frozen=True)
 class Attended:
-    """The tensors of one attention on rows of text. `mask` is boolean (True: visible), or None for causal."""
+    """The tensors of one attention on rows of text.
+
+    `mask` is boolean (True: visible); None is causal in self-attention, and every key in cross-attention.
+    """
 
     input_BTD: Tensor
     query_BHTE: Tensor  # normed and rotated
@@ -40,6 +43,7 @@ class Attended:
     output_BTD: Tensor
     softcap: float | None = None
     sinks_H: Tensor | None = None
+    bias_1HTS: Tensor | None = None  # of the distance, added to the logits
 
 
 class _Done(Exception):
@@ -93,7 +97,7 @@ def attend(
     if turns is not None:
         cos, sin = turns(cos, sin)
     query, key, mask, scale = (seen[name] for name in ("query", "key", "mask", "scale"))
-    more = (seen["heads"], seen["output"], seen["softcap"], seen["sinks"])
+    more = (seen["heads"], seen["output"], seen["softcap"], seen["sinks"], seen["bias"])
     return Attended(seen["input"], query, key, mask, scale, cos, sin, *more)
 
 
@@ -155,7 +159,7 @@ def _watched(
         scaling = kwargs.get("scaling")
         scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
         seen |= {"query": query_BHTE, "key": key_BGSE, "mask": attention_mask, "scale": scale}
-        seen |= {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        seen |= {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux"), "bias": kwargs.get("position_bias")}
     taker = _LOOKS.get({}).get(module)
     if taker is not None:
         mask, bias = attention_mask, kwargs.get("position_bias")

@@ -48,7 +48,7 @@ from kvfold.contracts.requests import (
     QueryGram,
     Question,
 )
-from kvfold.contracts.runtimes import LAYERS
+from kvfold.contracts.runtimes import LAYERS, PAIRS
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
 from kvfold.errors import SettingError, choices
 from kvfold.settings import setting
@@ -99,17 +99,18 @@ class Config:
                 next="fold heads first and share layers then: cla takes a student of gqa",
             )
         if self.kv_heads == AUTO:
-            if any(site.kind == "cross" for site in shape.sites):
+            if any(site.kind == "cross" for site in shape.sites) and self.budget_metric != "kl":
                 raise SettingError(
-                    "kv_heads auto is measured on decoder-only models",
+                    "copying is measured on decoders, and this is an encoder-decoder",
                     where="gqa",
-                    next="give each kind its number of heads",
+                    got=f"--budget-metric {self.budget_metric}",
+                    next="set --budget-metric kl",
                 )
-            if shape.model_type not in LAYERS.models:
+            if shape.model_type not in LAYERS.models | PAIRS.models:
                 raise SettingError(
                     f"kv_heads auto gives each layer its own heads, and {shape.model_type} has no classes for that",
                     where="gqa",
-                    allowed=choices(sorted(LAYERS.models)),
+                    allowed=choices(sorted(LAYERS.models | PAIRS.models)),
                     next="give one number for all layers",
                 )
             least = budgets.elements(shape, dict.fromkeys(shape.cached_sites, 1))

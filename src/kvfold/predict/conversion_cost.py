@@ -1,4 +1,4 @@
-"""The cost of a conversion of a decoder: floating-point operations by stage, and memory, from shapes alone.
+"""The cost of a conversion: floating-point operations by stage, and memory, from shapes alone.
 
 Three kinds of operations run at different speeds: `passes` of text through layers, `products` of tall matrices, and
 `solves` in float64. `kvfold.convert.estimate` measures these speeds.
@@ -6,13 +6,14 @@ Three kinds of operations run at different speeds: `passes` of text through laye
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP, Family, Json
-from kvfold.contracts.requests import COPIED, Alone, Question, Request, SampledPairs
-from kvfold.contracts.site import Attention, Shape
+from kvfold.contracts.requests import COPIED, Alone, InputGram, Question, Request, SampledPairs
+from kvfold.contracts.site import Attention, Shape, Site
 
 DOUBLE = 2  # a product in float64 takes as long as two in float32
 TOUCHES = 60  # operations in whose time one logit of q is made, weighed and moved in memory, beside its products
@@ -51,6 +52,7 @@ class ConversionCost:
 
     tokens: int
     forward: float  # operations of one forward pass of the teacher's layers over the tokens
+    encoded: int = field(default=0, kw_only=True)  # tokens that an encoder reads for those of the decoder
     stages: Mapping[str, Work]  # by name: what is asked of the teacher, and each part of a repair
     memory: int  # bytes, about
 
@@ -80,27 +82,67 @@ def conversion_cost(
     repair: RepairSettings,
     *,
     tokens: int,
+    encoded: int = 0,
     length: int = 512,
     sensitivity_tokens: int = 8192,
 ) -> ConversionCost:
-    """Count a conversion that reads `tokens` tokens, in calibration rows of `length`, and repairs these roles."""
+    """Count a conversion that reads `tokens` tokens, in calibration rows of `length`, and repairs these roles.
+
+    Of an encoder-decoder, `tokens` are those of the decoder, `encoded` those of the encoder, and `length` is of inputs.
+    """
     asked, hidden = list(questions), source.hidden_size
-    mlp = _mlp(family, config, source)
-    pairs = [(source.sites[site], student.sites[site]) for site in source.sites if site.kind == "self"]
-    read = Work(passes=tokens * sum(_pass(before, length) + mlp.run for before, _ in pairs))
+    mlp, text = _mlp(family, config, source), _Text(tokens, encoded, source.encoder_positions or length)
+    repaired = replace(text, length=source.encoder_positions or repair.length)
+    layers = [
+        [(site, source.sites[site], student.sites[site]) for site in source.cached_sites if site.layer == number]
+        for number in range(source.num_layers)
+    ]
+    rest = source.encoder_parameters - sum(
+        attention.parameters for site, attention in source.sites.items() if site.kind == "encoder"
+    )
+    whole = sum(text.run(site, attention) for site, attention in source.sites.items())
+    read = Work(passes=whole + tokens * len(layers) * mlp.run + 2 * encoded * rest)
+    changed = sum(before != after for layer in layers for _, before, after in layer)
     stages = {
         "calibration": read * (1 if any(isinstance(each, Request) for each in asked) else 0)
-        + sum((_answer(each, source, tokens) for each in asked), Work()),
-        "measured sites": sum((_measured(each, source, mlp, sensitivity_tokens) for each in asked), Work()),
-        "fold": Work(solves=FOLD * hidden**3 * sum(before != after for before, after in pairs)),
+        + sum((_answer(each, source, text) for each in asked), Work()),
+        "measured sites": sum((_measured(each, source, mlp, text, sensitivity_tokens) for each in asked), Work()),
+        "fold": Work(solves=FOLD * hidden**3 * changed),
     }
     if roles:
-        parts = [_repair(before, after, mlp, roles, repair, tokens) for before, after in pairs]
+        parts = [_repair(layer, mlp, roles, repair, repaired) for layer in layers]
         stages |= {name: sum((each[name] for each in parts), Work()) for name in parts[0]}
-    attention = max(before.parameters for before, _ in pairs)
-    memory = BASE_BYTES + 2 * 4 * round(attention + mlp.parameters) + sum(each.bytes(source) for each in asked)
+    attention = max(before.parameters for layer in layers for _, before, _ in layer)
+    held = source.parameters if encoded else round(attention + mlp.parameters)  # of each model
+    memory = BASE_BYTES + 2 * 4 * held + sum(each.bytes(source) for each in asked)
     memory += 4 * BATCH * (8 * hidden + 6 * mlp.wide) + 8 * 6 * max(mlp.wide, hidden) ** 2
-    return ConversionCost(tokens, read.passes, {name: work for name, work in stages.items() if work != Work()}, memory)
+    counted = {name: work for name, work in stages.items() if work != Work()}
+    return ConversionCost(tokens, read.passes, counted, memory, encoded=encoded)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens of a decoder, and those that an encoder reads for them, 0 without one; `length` is of an input's row."""
+
+    tokens: int
+    encoded: int
+    length: int
+
+    def keys(self, site: Site) -> int:
+        """Tokens of the row that an attention looks at."""
+        paired = site.kind == "self" and self.encoded
+        return self.length * self.tokens // self.encoded if paired else self.length
+
+    def run(self, site: Site, attention: Attention) -> float:
+        """Operations of an attention on the text."""
+        keys = self.keys(site)
+        if site.kind == "self":
+            return self.tokens * _pass(attention, keys)
+        looked = 2 * attention.num_attention_heads * attention.multiplied(keys)
+        if site.kind == "encoder":
+            return self.encoded * (2 * attention.parameters + looked)
+        made = sum(math.prod(shape) for role, shape in attention.roles().items() if role[0] in "kv")
+        return self.tokens * (2 * (attention.parameters - made) + looked) + 2 * self.encoded * made
 
 
 @dataclass(frozen=True)
@@ -135,42 +177,59 @@ def directions(family: Family, config: Json, shape: Shape, roles: Iterable[str])
 
 def _mlp(family: Family, config: Json, shape: Shape) -> _Mlp:
     heads = shape.vocab_size * shape.hidden_size * (1 if family.tied(config) else 2)  # embedding and output matrix
-    rest = shape.parameters - sum(site.parameters for site in shape.sites.values()) - heads
+    attentions = sum(shape.sites[site].parameters for site in shape.cached_sites)
+    rest = shape.parameters - shape.encoder_parameters - attentions - heads
     matrices = max(1, len(family.body.mlp.keys() & (set(MLP) - {"act"})))
     return _Mlp(shape.hidden_size, rest / shape.num_layers, matrices)
 
 
-def _answer(question: Question, shape: Shape, tokens: int) -> Work:
+def _answer(question: Question, shape: Shape, text: _Text) -> Work:
     """The sums of a request: a multiply-add for each number of its answer and each token."""
     if not isinstance(question, Request) or isinstance(question, SampledPairs):
         return Work()
+    crosses = isinstance(question, InputGram) and question.site.kind == "cross"
+    tokens = text.encoded if crosses else text.tokens
     return Work(products=2 * DOUBLE * tokens * question.bytes(shape) / 8)
 
 
-def _measured(question: Question, shape: Shape, mlp: _Mlp, tokens: int) -> Work:
+def _measured(question: Question, shape: Shape, mlp: _Mlp, text: _Text, tokens: int) -> Work:
     """The layers from a site on, and the logits, for the cost of converting it alone."""
     if not isinstance(question, Alone):
         return Work()
     first = min(site.layer for site in question.sites)
-    above = sum(_pass(attention, 0) + mlp.run for site, attention in shape.sites.items() if site.layer >= first)
-    return Work(passes=COPIED.get(type(question), tokens) * (above + 2 * shape.vocab_size * shape.hidden_size))
+    tokens = COPIED.get(type(question), tokens)
+    read = _Text(tokens, tokens * text.encoded // text.tokens, 0)
+    above = sum(read.run(site, shape.sites[site]) for site in shape.cached_sites if site.layer >= first)
+    rest = (shape.num_layers - first) * mlp.run + 2 * shape.vocab_size * shape.hidden_size
+    return Work(passes=above + tokens * rest)
 
 
 def _repair(
-    before: Attention, after: Attention, mlp: _Mlp, roles: Sequence[str], settings: RepairSettings, tokens: int
+    layer: Sequence[tuple[Site, Attention, Attention]],
+    mlp: _Mlp,
+    roles: Sequence[str],
+    settings: RepairSettings,
+    text: _Text,
 ) -> dict[str, Work]:
     """The parts of a layer's repair, in their order (`kvfold.repair.layers`)."""
-    hidden, wide, length = mlp.hidden, mlp.wide, settings.length
-    heads, width = after.num_attention_heads, after.num_attention_heads * after.head_dim
-    attend = _pass(after, length)
-    parts = {"both models": Work(passes=tokens * (_pass(before, length) + attend + mlp.run))}
-    if "q" in roles:
-        read, logits = min(tokens, settings.q_tokens), heads * length
-        once = 8 * logits * after.head_dim + 2 * hidden**2 + 2 * width * hidden + 2 * TOUCHES * logits
-        step = 3 * logits * after.head_dim + 4 * width * hidden + TOUCHES * logits
-        parts["q"] = Work(read * (_pass(before, length) + attend), read * (once + Q_STEPS * step), hidden**3)
-    if "o" in roles:
-        parts["o"] = Work(tokens * attend, 2 * tokens * width * (width + hidden), width**3)
+    hidden, wide, tokens = mlp.hidden, mlp.wide, text.tokens
+    parts, both, attend = {"both models": Work(passes=tokens * mlp.run)}, 0.0, 0.0
+
+    def count(name: str, work: Work) -> None:
+        parts[name] = parts.get(name, Work()) + work
+
+    for site, before, after in layer:
+        heads, width = after.num_attention_heads, after.num_attention_heads * after.head_dim
+        own = text.run(site, after)
+        both, attend = both + text.run(site, before) + own, attend + own  # this attention, and those before it
+        count("both models", Work(passes=text.run(site, before) + own))
+        if "q" in roles:
+            read, logits = min(tokens, settings.q_tokens), heads * text.keys(site)
+            once = 8 * logits * after.head_dim + 2 * hidden**2 + 2 * width * hidden + 2 * TOUCHES * logits
+            step = 3 * logits * after.head_dim + 4 * width * hidden + TOUCHES * logits
+            count("q", Work(both * read / tokens, read * (once + Q_STEPS * step), hidden**3))
+        if "o" in roles:
+            count("o", Work(attend, 2 * tokens * width * (width + hidden), width**3))
     for role in ("gate", "up"):
         if role in roles:
             read, matrix = min(tokens, settings.inner_tokens), wide * hidden

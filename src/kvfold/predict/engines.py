@@ -149,6 +149,8 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
         problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in _LAYOUT and activation(config, shape) not in _SILU:
         problem = f"its MLP supports only silu (got {activation(config, shape)})"
+    elif known.name == "vLLM" and shape.model_type == "olmoe" and config.get("clip_qkv") is not None:
+        problem = f"its class does not clip q, k and v (got clip_qkv {config['clip_qkv']:g})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
         problem = known.how
     tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvfold.contracts.cache import default_context, grouped_cache
-from kvfold.contracts.effort import EFFORTS, EffortName
+from kvfold.contracts.effort import CORRUPTED, EFFORTS, EffortName
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import Question
 from kvfold.contracts.site import DTYPE_BYTES, Shape
@@ -288,12 +288,16 @@ def _calibrated(
     options: PlanSettings, device: Hardware, made: Draft, questions: Iterable[Question]
 ) -> Calibrated | None:
     asked, effort, family = list(questions), EFFORTS[options.effort], made.family
-    changed = made.student.shape != made.shape and not family.encoder_decoder
+    changed = made.student.shape != made.shape
     roles = (
         effort.repaired(made.method.repairs(made.settings), family.body.mlp, made.shape.hidden_size) if changed else ()
     )
-    if family.encoder_decoder or not (asked or roles):
+    if family.audio or not (asked or roles):  # how much is said in a clip is not known
         return None
+    text = tokens = effort.tokens(directions(family, made.config, made.shape, roles))
+    if family.encoder_decoder:
+        text = round(tokens / CORRUPTED) if roles else tokens
+        tokens = round(text * CORRUPTED)
     cost = conversion_cost(
         family,
         made.config,
@@ -302,12 +306,13 @@ def _calibrated(
         asked,
         roles,
         effort.repair,
-        tokens=effort.tokens(directions(family, made.config, made.shape, roles)),
+        tokens=tokens,
+        encoded=text - tokens,
     )
     flops = cost.forward * cost.forward_passes
     return Calibrated(
         effort=options.effort,
-        tokens=cost.tokens,
+        tokens=text,
         forward_passes=cost.forward_passes,
         flops=flops,
         seconds=flops / (device.peak("float32") * options.utilisation),

@@ -11,22 +11,22 @@ the layers above read the repaired layer:
     down  the same, in W_down
 
 `h'` and `a'` are the student's own residual stream, so that a repair also corrects the errors of the layers below.
-o and down are ridge regressions; `queries` has the least squares of q, and `mlp` that of gate and up.
+o and down are ridge regressions; `queries` has the least squares of q, and `mlp` that of gate and up. In the decoder of
+an encoder-decoder, q and o of self-attention come before those of cross-attention, which reads the output of the
+student's own encoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from kvfold import hf
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
@@ -37,12 +37,14 @@ from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
 from kvfold.repair import check_roles
-from kvfold.repair.mlp import InnerFit, slope
+from kvfold.repair.mlp import InnerFit
+from kvfold.repair.parts import AttentionPart, LayerParts
 from kvfold.repair.queries import LogitFit
-from kvfold.repair.residual import Norm, Residual
+from kvfold.repair.rows import Rows
 from kvfold.solve.linalg import ridge
 
 if TYPE_CHECKING:
+    from kvfold.text.pairs import Corpus
     from kvfold.text.tokens import TokenFile
 
 BATCH = 4096  # tokens that pass through a layer together
@@ -56,7 +58,7 @@ def repair(
     teacher: Checkpoint,
     student: Checkpoint,
     roles: Sequence[str],
-    tokens: TokenFile,
+    tokens: TokenFile | Corpus,
     settings: RepairSettings = RepairSettings(),
     *,
     queries: Mapping[Site, Sequence[int]] = {},
@@ -68,9 +70,10 @@ def repair(
     `queries` are the teacher's query heads in the student's order, at sites where it differs. The tensors of the first
     layers may be `done`: a repair continues after them.
 
-    Memory: one layer of each model, the Gram matrix of its widest input, one batch. Disk: six hidden states per token,
-    and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises SettingError for roles that cannot
-    be repaired, OutputError if the disk has no room, CheckpointError if a repaired tensor is not finite.
+    Memory: one layer of each model (of encoder-decoders: both models), the Gram matrix of its widest input, one batch.
+    Disk: six hidden states per token, and the inner width of the MLP, or the teacher's attention on `q_tokens`. Raises
+    SettingError for roles that cannot be repaired, OutputError if the disk has no room, CheckpointError if a repaired
+    tensor is not finite.
     """
     check_roles(teacher.family, roles)
     layers = teacher.shape.num_layers
@@ -85,7 +88,7 @@ def repair_in_place(
     source: Checkpoint,
     output: Output,
     roles: Sequence[str],
-    tokens: TokenFile,
+    tokens: TokenFile | Corpus,
     settings: RepairSettings,
     writer: Writer,
     queries: Mapping[Site, Sequence[int]],
@@ -125,52 +128,50 @@ class _Pass:
         teacher: Checkpoint,
         student: Checkpoint,
         roles: Sequence[str],
-        tokens: TokenFile,
+        tokens: TokenFile | Corpus,
         settings: RepairSettings,
         queries: Mapping[Site, Sequence[int]],
         stack: ExitStack,
     ) -> None:
         self.roles, self.settings, self.queries, self.target = roles, settings, queries, student
-        length = min(settings.length, teacher.known_length, len(tokens))
-        width, self.lengths = teacher.shape.hidden_size, [length] * (len(tokens) // length)
-        self.models = [
-            stack.enter_context(hf.Layers(each, device=best_device(), attention=hf.WATCHED, lengths=self.lengths))
-            for each in (teacher, student)
-        ]
-        check_room(4 * spool_bytes(sum(self.lengths), width))
-        # before the layer, of teacher and student; the teacher's after attention, and after the layer
-        self.teacher, self.student, self.middle, self.above = (
-            stack.enter_context(Spool(self.lengths, width, device=best_device())) for _ in range(4)
+        self.rows = Rows.of(tokens, teacher, settings)
+        self.models = [stack.enter_context(self.rows.open(each)) for each in (teacher, student)]
+        width, lengths = teacher.shape.hidden_size, self.rows.lengths
+        attentions = len({site.kind for site in teacher.shape.cached_sites})
+        check_room((3 + attentions) * spool_bytes(sum(lengths), width))
+        # before the layer, of teacher and student; the teacher's after the layer, and after each of its attentions
+        self.teacher, self.student, self.above, *self.middles = (
+            stack.enter_context(Spool(lengths, width, device=best_device())) for _ in range(3 + attentions)
         )
         for row, count in self._batches():
-            ids_N = torch.from_numpy(tokens.tokens[row * length : (row + count) * length].astype("int64"))
             for model, stream in zip(self.models, (self.teacher, self.student), strict=True):
-                stream.write(row, model.embed(ids_N.view(count, length)))
+                stream.write(row, self.rows.embed(model, row, count))
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        return self.teacher.batches(BATCH)
+    def _batches(self) -> list[tuple[int, int]]:
+        return self.rows.batches(BATCH)
 
     @torch.inference_mode()
     def layer(self, number: int, done: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Repair one layer, or take it as it is `done`, and pass the rows of both models through it."""
-        site = Site(number)
-        teacher, student = (_Layer(model.open(number), model.source, site) for model in self.models)
+        teacher, student = (LayerParts(model.open(number), model.source) for model in self.models)
         for row, count in self._batches():
-            middle_BTD, above_BTD = teacher.streams(self.teacher.read(row, count), row)
-            self.middle.write(row, middle_BTD)
+            *middles, above_BTD = teacher.streams(self.teacher.read(row, count), row)
             self.above.write(row, above_BTD)
+            for spool, middle_BTD in zip(self.middles, middles, strict=True):
+                spool.write(row, middle_BTD)
         found = dict(done or {})
         for name, tensor in found.items():
             student.layer.write(name, tensor)
         wanted = [role for role in REPAIRABLE if role in self.roles] if done is None else []
-        if "q" in wanted:
-            self._repair_q(teacher, student)
-            found |= self._saved("q", student)
-        if "o" in wanted:
-            _regress(student.o, self._heads(student))
-            found |= self._saved("o", student)
+        for own, part, middle in zip(teacher.attentions, student.attentions, self.middles, strict=True):
+            if "q" in wanted:
+                self._repair_q((teacher, own), (student, part))
+                found |= self._saved("q", student, part.site)
+            if "o" in wanted:
+                _regress(part.o, self._heads(student, part, middle))
+                found |= self._saved("o", student, part.site)
         if MLP_ROLES.intersection(self.roles):
-            with _Halfway(self.lengths, student) as half:
+            with _Halfway(self.rows.lengths, student) as half:
                 found |= self._pass_mlp(half, wanted)
         else:
             for row, count in self._batches():
@@ -178,40 +179,40 @@ class _Pass:
         self.teacher, self.above = self.above, self.teacher
         return found
 
-    def _saved(self, role: str, student: _Layer) -> dict[str, Tensor]:
+    def _saved(self, role: str, student: LayerParts, site: Site) -> dict[str, Tensor]:
         """A repaired tensor by name, as it is saved; the layers above read it so. Raises CheckpointError for NaN."""
-        name = self.target.family.tensor(student.site, role)
+        name = self.target.family.tensor(site, role)
         saved = student.layer.weight(name).to(getattr(torch, self.target.spec(name).dtype))
         student.layer.write(name, saved)
         if not bool(saved.isfinite().all()):
             raise CheckpointError("the repaired tensor is not finite", where=name, next="repair fewer roles")
         return {name: saved.cpu()}
 
-    def _heads(self, student: _Layer) -> Iterator[tuple[Tensor, Tensor]]:
+    def _heads(self, student: LayerParts, part: AttentionPart, middle: Spool) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the input of o, and of what its output lacks; both weighted."""
         for row, count in self._batches():
-            hidden_BTD = self.student.read(row, count)
-            heads_BTN = student.attend(hidden_BTD, row).heads_BTN
-            wanted_BTD = self.middle.read(row, count) - hidden_BTD
-            lacks_BTD, share = student.added["attention"].missing(student.o(heads_BTN), wanted_BTD)
-            yield heads_BTN * share, lacks_BTD * share
+            before_BTD, seen = student.attend(part, self.student.read(row, count), row)
+            output_BTD = part.o(seen.heads_BTN)
+            lacks_BTD, share = part.residual.missing(before_BTD, output_BTD, middle.read(row, count))
+            yield seen.heads_BTN * share, lacks_BTD * share
 
     def _pass_mlp(self, half: _Halfway, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Repair the MLP, and pass the student's rows through the layer. Its attention runs once, for all of it."""
         student, found = half.student, dict[str, Tensor]()
+        site = student.attentions[0].site
         for row, count in self._batches():
             half.write(row, self.student.read(row, count))
         for role in ("gate", "up"):
             if role in wanted:
                 self._repair_inner(role, half)
-                found |= self._saved(role, student)
+                found |= self._saved(role, student, site)
         if "down" in wanted:
             _regress(student.mlp["down"], self._inner(half))
-            found |= self._saved("down", student)
+            found |= self._saved("down", student, site)
         for row, count in self._batches():
             inner_BTF = half.inner.read(row, count) if "down" in wanted else student.inner(half.x.read(row, count))
-            added_BTD = student.added["mlp"].added(student.mlp["down"](inner_BTF))
-            self.student.write(row, half.middle.read(row, count).to(added_BTD) + added_BTD)
+            output_BTD = student.mlp["down"](inner_BTF)
+            self.student.write(row, student.residual.joined(half.middle.read(row, count), output_BTD))
         return found
 
     def _inner(self, half: _Halfway) -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,106 +225,42 @@ class _Pass:
 
     def _lacks(self, half: _Halfway, row: int, inner_BTF: Tensor) -> tuple[Tensor, Tensor | float]:
         """What the output of down lacks, and the weight of each token."""
-        count, down = len(inner_BTF), half.student.mlp["down"]
-        wanted_BTD = self.above.read(row, count) - half.middle.read(row, count)
-        return half.student.added["mlp"].missing(down(inner_BTF), wanted_BTD.to(inner_BTF))
+        count, student = len(inner_BTF), half.student
+        output_BTD = student.mlp["down"](inner_BTF)
+        return student.residual.missing(half.middle.read(row, count), output_BTD, self.above.read(row, count))
 
     def _repair_inner(self, role: str, half: _Halfway) -> None:
-        student, length = half.student, self.lengths[0]
-        lengths = self.lengths[: max(1, self.settings.inner_tokens // length)]
-        batch = max(1, BATCH // length)
-        with InnerFit(student.mlp[role], student.mlp["down"], lengths) as fit:
-            for row in range(0, len(lengths), batch):
-                x_BTD = half.x.read(row, min(batch, len(lengths) - row))
+        student, rows = half.student, self.rows.first(self.settings.inner_tokens)
+        batches = self.rows.batches(BATCH, rows=rows)
+        with InnerFit(student.mlp[role], student.mlp["down"], self.rows.lengths[:rows]) as fit:
+            for row, count in batches:
+                x_BTD = half.x.read(row, count)
                 lacks_BTD, share = self._lacks(half, row, student.inner(x_BTD))
                 fit.add(row, x_BTD, student.slope(x_BTD, role) * share, lacks_BTD * share)
-            fit.solve(steps=INNER_STEPS, tolerance=self.settings.tolerance, damping=INNER_DAMPING, batch=batch)
+            fit.solve(steps=INNER_STEPS, tolerance=self.settings.tolerance, damping=INNER_DAMPING, batches=batches)
 
-    def _repair_q(self, teacher: _Layer, student: _Layer) -> None:
-        length = self.lengths[0]
-        batch = max(1, LOGIT_BATCH // (teacher.attention.num_attention_heads * length**2))
-        rows = max(1, min(len(self.lengths), self.settings.q_tokens // length))
-        with LogitFit(teacher.attention, student.attention, student.q, student.q_norm, [length] * rows) as fit:
-            for row in range(0, rows, batch):
-                count = min(batch, rows - row)
-                theirs = teacher.attend(self.teacher.read(row, count), row)
-                fit.add(row, theirs, student.attend(self.student.read(row, count), row), self.queries.get(student.site))
-            fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batch=batch)
+    def _repair_q(self, teacher: tuple[LayerParts, AttentionPart], student: tuple[LayerParts, AttentionPart]) -> None:
+        (above, own), (layer, part) = teacher, student
+        rows, crosses = self.rows.first(self.settings.q_tokens), part.site.kind == "cross"
+        lengths, heads = self.rows.lengths[:rows], own.shape.num_attention_heads
+        keys = self.rows.encoded[:rows] if crosses else lengths
 
+        def logits(tokens: int, encoded: int) -> int:
+            return heads * tokens * (encoded if crosses else tokens)
 
-class _Layer:
-    """One layer of one model, and the modules in it that a repair reads or changes."""
-
-    def __init__(self, layer: hf.Layer, checkpoint: Checkpoint, site: Site) -> None:
-        family = checkpoint.family
-        self.layer, self.site, self.attention = layer, site, checkpoint.shape.sites[site]
-        self._module = layer.owner(family.module(site))
-        self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
-        offset, normed = self.attention.norm_offset, self.attention.norms != "none"
-        self.q_norm = Norm(layer.owner(family.tensor(site, "q_norm")), offset) if normed else None
-        self.mlp: dict[str, Any] = {
-            part: layer.owner(family.alone(site, part)) if part in REPAIRABLE else layer.module(str(path))
-            for part, path in family.body.mlp.items()
-        }
-        after = {part: Norm(layer.module(path), offset) for part, path in family.body.after.items()}
-        factor = float(checkpoint.config.get(family.body.residual, 1.0))
-        self.added = {"attention": Residual(self._module, after.get("attention"), factor)}
-        if self.mlp:
-            self.added["mlp"] = Residual(self.mlp["down"], after.get("mlp"), factor)
-
-    def attend(self, hidden_BTD: Tensor, row: int) -> hf.Attended:
-        """The attention on hidden states of the rows from `row` on."""
-        rotated = self.attention.rope.dims if self.attention.rope else 0
-        return hf.attend(self.layer, self._module, self.o, hidden_BTD, row, rotated)
-
-    def streams(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and after the layer."""
-        seen: dict[str, Tensor] = {}
-        with _hooked(self._joined(seen)):
-            above_BTD = self.layer.run(hidden_BTD, row)
-        return hidden_BTD.to(above_BTD) + seen["added"], above_BTD
-
-    def before_mlp(self, hidden_BTD: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and the input of the MLP, which does not run."""
-        seen: dict[str, Tensor] = {}
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen["x"] = args[0]
-            raise _Done
-
-        first = self.mlp.get("gate", self.mlp["up"])
-        with _hooked(self._joined(seen), first.register_forward_pre_hook(stop)), suppress(_Done):
-            self.layer.run(hidden_BTD, row)
-        return hidden_BTD.to(seen["x"]) + seen["added"], seen["x"]
-
-    def _joined(self, seen: dict[str, Tensor]) -> RemovableHandle:
-        """A hook that puts what attention adds to the residual stream into `seen`."""
-
-        def see(module: nn.Module, args: Any, result: Any) -> None:
-            added_BTD: Tensor = result[0] if isinstance(result, tuple) else result
-            seen["added"] = self.added["attention"].factor * added_BTD
-
-        return self.added["attention"].last.register_forward_hook(see)
-
-    def inner(self, x_BTD: Tensor) -> Tensor:
-        """The input of `down`."""
-        x_BTD, mlp = x_BTD.to(self.mlp["up"].weight), self.mlp
-        up_BTF: Tensor = mlp["up"](x_BTD)
-        inner_BTF: Tensor = mlp["act"](mlp["gate"](x_BTD)) * up_BTF if "gate" in mlp else mlp["act"](up_BTF)
-        return inner_BTF
-
-    def slope(self, x_BTD: Tensor, role: str) -> Tensor:
-        """The factor of each output of up or gate on its way to `down`."""
-        up_BTF = self.mlp["up"](x_BTD)
-        if "gate" not in self.mlp:
-            return slope(self.mlp["act"], up_BTF, torch.ones_like(up_BTF), "gate")
-        return slope(self.mlp["act"], self.mlp["gate"](x_BTD), up_BTF, role)
+        batches = self.rows.batches(LOGIT_BATCH, logits, rows)
+        with LogitFit(own.shape, part.shape, part.q, part.q_norm, lengths, keys, causal=not crosses) as fit:
+            for row, count in batches:
+                _, theirs = above.attend(own, self.teacher.read(row, count), row)
+                _, ours = layer.attend(part, self.student.read(row, count), row)
+                fit.add(row, theirs, ours, self.queries.get(part.site))
+            fit.solve(steps=Q_STEPS, tolerance=self.settings.tolerance, damping=Q_DAMPING, batches=batches)
 
 
 class _Halfway(ExitStack):
     """The student's rows between attention and MLP, on disk: the residual stream, the inputs of MLP and down."""
 
-    def __init__(self, lengths: Sequence[int], student: _Layer) -> None:
+    def __init__(self, lengths: Sequence[int], student: LayerParts) -> None:
         super().__init__()
         wide, hidden = student.mlp["up"].weight.shape
         check_room(spool_bytes(sum(lengths), 2 * hidden + wide))
@@ -337,20 +274,6 @@ class _Halfway(ExitStack):
         middle_BTD, x_BTD = self.student.before_mlp(hidden_BTD, row)
         self.middle.write(row, middle_BTD)
         self.x.write(row, x_BTD)
-
-
-class _Done(Exception):
-    """What is looked for has been seen: the rest of the layer need not be computed."""
-
-
-@contextmanager
-def _hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Remove these hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _regress(linear: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

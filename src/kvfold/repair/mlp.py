@@ -54,8 +54,11 @@ class InnerFit(ExitStack):
         self.slopes_FF += (slope_NF.T @ slope_NF).cpu()
         self.tokens += len(x_ND)
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the inner map, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
+        """Add the change of at most `steps` conjugate gradients to the inner map.
+
+        `batches` are rows of one length that are read together, as (first row, number of rows).
+        """
         gram_DD = self.gram_DD / self.tokens
         left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
         # float32 is enough for a preconditioner, and these are the widest products of a repair
@@ -63,25 +66,24 @@ class InnerFit(ExitStack):
         stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
 
         def apply(change_FD: Tensor) -> Tensor:
-            image_FD: Tensor = self._sweep(batch, change_FD) + stiff_F1 * change_FD
+            image_FD: Tensor = self._sweep(batches, change_FD) + stiff_F1 * change_FD
             return image_FD
 
         change_FD = conjugate_gradients(
             apply,
-            self._sweep(batch, None),
+            self._sweep(batches, None),
             precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
             steps=steps,
             tolerance=tolerance,
         )
         self.inner.weight += change_FD.to(self.inner.weight)
 
-    def _sweep(self, batch: int, change_FD: Tensor | None) -> Tensor:
+    def _sweep(self, batches: Sequence[tuple[int, int]], change_FD: Tensor | None) -> Tensor:
         """One pass over the text: the left side of the normal equations at a change, or their right side, per token."""
         weight_DF = self.weight_DF
         total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
         change = None if change_FD is None else change_FD.to(weight_DF)
-        for row in range(0, len(self.inputs), batch):
-            count = min(batch, len(self.inputs) - row)
+        for row, count in batches:
             x_ND, slope_NF = (
                 spool.read(row, count).to(weight_DF).flatten(0, 1) for spool in (self.inputs, self.slopes)
             )

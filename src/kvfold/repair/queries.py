@@ -28,7 +28,7 @@ from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import LEAST, conjugate_gradients, damped_inverse
 from kvfold.solve.rope import pairs, rotate
 
-BLOCKS = 4  # of queries: each meets the keys up to its own end, and not those after it
+BLOCKS = 4  # of queries: under a causal mask, each meets the keys up to its own end, and not those after it
 
 
 class LogitFit(ExitStack):
@@ -37,37 +37,58 @@ class LogitFit(ExitStack):
     A context manager. Raises OutputError if the disk has no room.
     """
 
-    def __init__(self, teacher: Attention, student: Attention, q: Any, q_norm: Any, lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        teacher: Attention,
+        student: Attention,
+        q: Any,
+        q_norm: Any,
+        lengths: Sequence[int],
+        keys: Sequence[int] | None = None,
+        *,
+        causal: bool = True,
+    ) -> None:
+        """Rows have `lengths` tokens, and `keys` that they look at; None: themselves, and those before them."""
         super().__init__()
-        self.student, self.linear, self.norm = student, q, q_norm
+        self.student, self.linear, self.norm, self.causal = student, q, q_norm, causal
         heads, width, hidden = student.num_attention_heads, student.head_dim, student.hidden_size
-        widths = (hidden, student.num_key_value_heads * width, heads * width, heads * max(lengths))
-        check_room(sum(spool_bytes(sum(lengths), each) for each in widths))
+        looked = lengths if keys is None else keys
+        logits = [tokens * others for tokens, others in zip(lengths, looked, strict=True)]
+        sizes = [(lengths, hidden), (looked, student.num_key_value_heads * width), (lengths, heads * width)]
+        sizes.append((logits, heads))
+        check_room(sum(spool_bytes(sum(rows), each) for rows, each in sizes))
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(lengths, each, device=q.weight.device)) for each in widths
+            self.enter_context(Spool(rows, each, device=q.weight.device)) for rows, each in sizes
         )
         self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
         self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
         self.spreads_HE = torch.zeros(heads, width, dtype=torch.float64)
         self.powers_G = torch.zeros(student.num_key_value_heads, dtype=torch.float64)
         self.tokens = 0
-        self.seen: hf.Attended  # the last one that was added: scale and rotation are the same for all
+        self.seen: hf.Attended | None = None  # one of the longest rows: shorter ones rotate as its beginning does
 
     def add(self, row: int, teacher: hf.Attended, student: hf.Attended, queries: Sequence[int] | None = None) -> None:
         """Add both attentions on the rows from `row` on. `queries` are the teacher's heads in the student's order."""
-        x_BTD, key_BGSE, self.seen = student.input_BTD, student.key_BGSE, student
+        x_BTD, key_BGSE = student.input_BTD, student.key_BGSE
+        if self.seen is None or x_BTD.shape[1] > self.seen.input_BTD.shape[1]:
+            self.seen = student
         logits_BHTS = _meet(teacher.scale * teacher.query_BHTE, teacher.key_BGSE)
         if queries is not None:
             logits_BHTS = logits_BHTS[:, queries]
         sinks_H = teacher.sinks_H
         if sinks_H is not None and queries is not None:
             sinks_H = sinks_H[queries]
-        attention_BHTS = _attention(logits_BHTS, student.mask, teacher.softcap, sinks_H)
+        bias_1HTS = teacher.bias_1HTS
+        if bias_1HTS is not None and queries is not None:
+            bias_1HTS = bias_1HTS[:, queries]
+        shown_BHTS = logits_BHTS if bias_1HTS is None else logits_BHTS + bias_1HTS
+        attention_BHTS = _attention(shown_BHTS, student.mask, teacher.softcap, sinks_H, causal=self.causal)
         mean_BHTE = _look(attention_BHTS, key_BGSE)
         self.inputs.write(row, x_BTD)
         self.keys.write(row, _rows(key_BGSE))
         self.means.write(row, _rows(mean_BHTE))
-        self.attention.write(row, attention_BHTS.reshape(*x_BTD.shape[:2], -1))  # as it lies in memory, not by token
+        # as it lies in memory, not by token
+        self.attention.write(row, attention_BHTS.reshape(len(x_BTD), -1, attention_BHTS.shape[1]))
         self.gram_DD += (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).cpu()
         self.powers_G += key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
         spread_BHTE = _look(attention_BHTS, key_BGSE.square()) - mean_BHTE.square()
@@ -75,13 +96,15 @@ class LogitFit(ExitStack):
         self.tokens += x_BTD.shape[0] * x_BTD.shape[1]
         own_BHTE = _heads(self.linear(x_BTD), self.student.head_dim)
         turn = Turn(student, self.student.rope, self.norm, own_BHTE)
-        products_BHTE = _covariances(
-            attention_BHTS, mean_BHTE, key_BGSE, student.scale * turn.whole(own_BHTE), logits_BHTS
-        )
+        query_BHTE = self.student.logit_scale * turn.whole(own_BHTE)
+        products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, query_BHTE, logits_BHTS, causal=self.causal)
         self.missing_HED += self._pull(products_BHTE, turn, x_BTD)
 
-    def solve(self, *, steps: int, damping: float, batch: int, tolerance: float = 0.0) -> None:
-        """Add the change of at most `steps` conjugate gradients to the student's q, reading `batch` rows at a time."""
+    def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
+        """Add the change of at most `steps` conjugate gradients to the student's q.
+
+        `batches` are rows of the same lengths that are read together, as (first row, number of rows).
+        """
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
         gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
@@ -89,10 +112,10 @@ class LogitFit(ExitStack):
         floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # 0 for a head that looks at one key
         # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
         power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
-        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.seen.scale**2
+        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.student.logit_scale**2
 
         def apply(change_HED: Tensor) -> Tensor:
-            return self._sweep(batch, change_HED) + stiff * change_HED
+            return self._sweep(batches, change_HED) + stiff * change_HED
 
         change_HED = conjugate_gradients(
             apply,
@@ -111,11 +134,11 @@ class LogitFit(ExitStack):
             spread_HE[:, real] = spread_HE[:, imaginary] = (spread_HE[:, real] + spread_HE[:, imaginary]) / 2
         return spread_HE[..., None]
 
-    def _sweep(self, batch: int, change_HED: Tensor) -> Tensor:
+    def _sweep(self, batches: Sequence[tuple[int, int]], change_HED: Tensor) -> Tensor:
         """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
         total_HED = torch.zeros_like(change_HED)
-        for row in range(0, len(self.inputs), batch):
-            total_HED += self._change(row, min(batch, len(self.inputs) - row), change_HED)
+        for row, count in batches:
+            total_HED += self._change(row, count, change_HED)
         return total_HED / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
@@ -123,39 +146,50 @@ class LogitFit(ExitStack):
         x_BTD, keys, means, attention = (
             spool.read(row, count) for spool in (self.inputs, self.keys, self.means, self.attention)
         )
-        key_BGSE, mean_BHTE, tokens = _heads(keys, width), _heads(means, width), x_BTD.shape[1]
-        attention_BHTS = attention.view(count, -1, tokens, tokens)
+        key_BGSE, mean_BHTE = _heads(keys, width), _heads(means, width)
+        attention_BHTS = attention.view(count, -1, x_BTD.shape[1], keys.shape[1])
         # without a norm, the derivative does not depend on the output of q
+        assert self.seen is not None
         turn = Turn(self.seen, self.student.rope, self.norm, _heads(self.linear(x_BTD), width) if self.norm else None)
         moved_BHTE = turn.change(_heads(x_BTD @ change_HED.flatten(0, 1).T.to(x_BTD), width))
-        products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, self.seen.scale * moved_BHTE)
+        moved_BHTE = self.student.logit_scale * moved_BHTE
+        products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, moved_BHTE, causal=self.causal)
         return self._pull(products_BHTE, turn, x_BTD)
 
     def _pull(self, products_BHTE: Tensor, turn: Turn, x_BTD: Tensor) -> Tensor:
         """The gradient by W_q of a gradient by the queries."""
-        pulled_BTN = _rows(turn.back(self.seen.scale * products_BHTE))
+        pulled_BTN = _rows(turn.back(self.student.logit_scale * products_BHTE))
         change_ND = pulled_BTN.flatten(0, 1).T @ x_BTD.flatten(0, 1)
         return change_ND.cpu().double().view_as(self.missing_HED)
 
 
 def _covariances(
-    attention_BHTS: Tensor, mean_BHTE: Tensor, key_BGSE: Tensor, query_BHTE: Tensor, wanted_BHTS: Tensor | None = None
+    attention_BHTS: Tensor,
+    mean_BHTE: Tensor,
+    key_BGSE: Tensor,
+    query_BHTE: Tensor,
+    wanted_BHTS: Tensor | None = None,
+    *,
+    causal: bool,
 ) -> Tensor:
     """Covariances `(B, H, T, E)`, under the attention, of the keys with the logits of queries, or with their error."""
     products = []
     for start, end in _blocks(query_BHTE.shape[2]):
-        seen_BGSE = key_BGSE[:, :, :end]
+        last = end if causal else key_BGSE.shape[2]
+        seen_BGSE = key_BGSE[:, :, :last]
         error_BHQS = _meet(query_BHTE[:, :, start:end], seen_BGSE)
         if wanted_BHTS is not None:
-            error_BHQS = wanted_BHTS[:, :, start:end, :end] - error_BHQS
-        weighed_BHQS = error_BHQS.mul_(attention_BHTS[:, :, start:end, :end])
+            error_BHQS = wanted_BHTS[:, :, start:end, :last] - error_BHQS
+        weighed_BHQS = error_BHQS.mul_(attention_BHTS[:, :, start:end, :last])
         # the mean of the products, less the product of the means
         mean_error_BHQ1 = weighed_BHQS.sum(-1, keepdim=True)
         products.append(_look(weighed_BHQS, seen_BGSE) - mean_error_BHQ1 * mean_BHTE[:, :, start:end])
     return torch.cat(products, dim=2)
 
 
-def _attention(logits_BHTS: Tensor, visible: Tensor | None, softcap: float | None, sinks_H: Tensor | None) -> Tensor:
+def _attention(
+    logits_BHTS: Tensor, visible: Tensor | None, softcap: float | None, sinks_H: Tensor | None, *, causal: bool
+) -> Tensor:
     """The teacher's attention. It is 0 at masked keys, so that an error there costs nothing.
 
     A sink takes a part of it. As a key without error, it makes an error that all others share cost something.
@@ -163,8 +197,8 @@ def _attention(logits_BHTS: Tensor, visible: Tensor | None, softcap: float | Non
     if softcap is not None:
         logits_BHTS = softcap * torch.tanh(logits_BHTS / softcap)
     if visible is None:
-        length = logits_BHTS.shape[-1]
-        visible = torch.ones(length, length, dtype=torch.bool, device=logits_BHTS.device).tril()[None, None]
+        visible = torch.ones(logits_BHTS.shape[2:], dtype=torch.bool, device=logits_BHTS.device)[None, None]
+        visible = visible.tril() if causal else visible
     return masked_softmax(logits_BHTS, visible[:1].to(logits_BHTS.device), sinks_H=sinks_H)
 
 
@@ -233,7 +267,8 @@ class Turn:
     def _rotate(self, heads_BHTE: Tensor, *, back: bool = False) -> Tensor:
         if self.rope is None or self.cos_TE is None or self.sin_TE is None:
             return heads_BHTE
-        return rotate(heads_BHTE, self.cos_TE, -self.sin_TE if back else self.sin_TE, half_split=self.rope.half_split)
+        cos_TE, sin_TE = (each[..., : heads_BHTE.shape[2], :] for each in (self.cos_TE, self.sin_TE))
+        return rotate(heads_BHTE, cos_TE, -sin_TE if back else sin_TE, half_split=self.rope.half_split)
 
     def _normed(self, change_BHTE: Tensor) -> Tensor:
         """The derivative of `u / rms(u)`, which is its own transpose."""

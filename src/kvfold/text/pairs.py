@@ -17,6 +17,7 @@ The batch of step `n` is a function of (seed, n).
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvfold.contracts.effort import CORRUPTED
 from kvfold.disk.output import fingerprint
 from kvfold.errors import DataError, KvfoldError, SettingError
 from kvfold.inputs import check_regular, read_bytes
@@ -38,7 +40,7 @@ from kvfold.text.files import ROWS, kind_of, opened, rows
 from kvfold.text.sound import Clip, Reader
 from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
-DENSITY, SPAN = 0.15, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
+DENSITY, SPAN = CORRUPTED, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
 UNSEEN = -100  # the label of padding in a target
 PREFIX = "pairs:"
 SIDES = ("input", "target")  # the keys of a pair
@@ -78,6 +80,10 @@ class Pairs:
         if self.sounds:
             return {"input_features": self.input_BS.to(dtype)}
         return {"input_ids": self.input_BS, "attention_mask": self.seen_BS}
+
+    def alone(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The input of rows of one length, of which nothing is padded, without a mask."""
+        return {name: each for name, each in self.read(dtype).items() if name != "attention_mask"}
 
     def shifted(self, start: int) -> Tensor:
         """The decoder's input `ids_BT`: the id `start`, then the target without its last token."""
@@ -183,6 +189,11 @@ class Spans:
         """Number of tokens that both encoder and decoder read: the decoder's, which are fewer."""
         return int(DENSITY * len(self.tokens))
 
+    @property
+    def encoded_tokens(self) -> int:
+        """Number of tokens that the encoder reads, about."""
+        return len(self.tokens) - self.read_tokens
+
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
         """Raise DataError if inputs of `length` tokens need more text, sentinels or embeddings than there are."""
         if length < 4:
@@ -248,6 +259,11 @@ class PairFile:
     def read_tokens(self) -> int:
         """Number of tokens that both encoder and decoder read: those of the shorter side."""
         return min(sum(len(pair[side]) for pair in self.pairs) for side in (0, 1))
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Number of positions of the encoder's output."""
+        return sum(len(given) for given, _ in self.pairs)
 
     def check(self, *, batch_size: int, length: int, vocab_size: int) -> None:
         """Raise DataError for fewer pairs than a batch, and for ids without an embedding in the model."""
@@ -371,6 +387,11 @@ def check_text(source: str | Path, *, paired: bool) -> None:
         check_regular(Path(str(source).removeprefix(PREFIX)), error=DataError)
     elif str(source) not in ("self", "stdlib", "stdlib:heldout"):
         local_files(str(source))
+
+
+def text_tokens(read: int, source: str | Path) -> int:
+    """The tokens of a text, or of both sides of pairs, of which a decoder reads about `read`."""
+    return 2 * read if are_pairs(source) else math.ceil(read / DENSITY)
 
 
 def read_tokens(source: str | Path, tokenizer_dir: str | Path, *, paired: bool, **how: Any) -> TokenFile | Corpus:

@@ -1,0 +1,93 @@
+"""The rows of text that a repair reads, without padding: those of a decoder, or inputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvfold import hf
+from kvfold.contracts.effort import RepairSettings
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.machine import best_device
+from kvfold.text.pairs import Corpus, batched, start_id
+from kvfold.text.pairs import Row as Pair
+from kvfold.text.tokens import TokenFile
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+SEED = 0  # of span corruption
+
+Model = hf.Layers | hf.PairedLayers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows by their number of tokens in the decoder, and of positions of the encoder's output, 0 in a decoder."""
+
+    lengths: Sequence[int]
+    encoded: Sequence[int]
+    tokens: TokenFile | Sequence[Pair]
+
+    @classmethod
+    def of(cls, text: TokenFile | Corpus, teacher: Checkpoint, settings: RepairSettings) -> Rows:
+        """The rows of a text. Pairs lie with others of their lengths, within parts of the size that q reads."""
+        length = min(settings.length, teacher.known_length)
+        if isinstance(text, TokenFile):
+            length = min(length, len(text))
+            count = len(text) // length
+            return cls([length] * count, [0] * count, text)
+        parts: list[list[Pair]] = [[]]
+        room = most = min(settings.q_tokens, settings.inner_tokens)
+        for pair in text.rows(length, SEED):
+            if parts[-1] and len(pair[1]) > room:
+                parts.append([])
+                room = most
+            parts[-1].append(pair)
+            room -= len(pair[1])
+        pairs = [pair for part in parts for pair in sorted(part, key=lambda pair: (len(pair[0]), len(pair[1])))]
+        return cls([len(target) for _, target in pairs], [len(given) for given, _ in pairs], pairs)
+
+    def open(self, source: Checkpoint) -> AbstractContextManager[Model]:
+        """A model whose layers run one by one on these rows."""
+        device = best_device()
+        if isinstance(self.tokens, TokenFile):
+            return hf.Layers(source, device=device, attention=hf.WATCHED, lengths=self.lengths)
+        return hf.PairedLayers(source, self.encoded, device=device, attention=hf.WATCHED)
+
+    def embed(self, model: Model, row: int, count: int) -> Tensor:
+        """The input of layer 0, `hidden_BTD`, of `count` rows from `row` on."""
+        if isinstance(model, hf.PairedLayers):
+            assert not isinstance(self.tokens, TokenFile)
+            batch = batched(self.tokens[row : row + count]).to(model.device)
+            return model.embed(row, batch.alone(torch.float32), batch.shifted(start_id(model.model.config)))
+        assert isinstance(self.tokens, TokenFile)
+        length = self.lengths[0]
+        ids_N = torch.from_numpy(self.tokens.tokens[row * length : (row + count) * length].astype("int64"))
+        return model.embed(ids_N.view(count, length))
+
+    def first(self, tokens: int) -> int:
+        """How many rows from the first on have at most this number of tokens; at least 1."""
+        return max(1, sum(seen <= tokens for seen in accumulate(self.lengths)))
+
+    def batches(
+        self, most: int, size: Callable[[int, int], int] = lambda tokens, encoded: tokens, rows: int | None = None
+    ) -> list[tuple[int, int]]:
+        """Adjacent rows of the same lengths as (first row, number of rows), of at most `most` together.
+
+        `size` is that of a row of these lengths; a row that is larger comes alone. `rows` limits them to the first.
+        """
+        return list(self._batches(most, size, rows))
+
+    def _batches(self, most: int, size: Callable[[int, int], int], rows: int | None) -> Iterator[tuple[int, int]]:
+        first = 0
+        for lengths, same in groupby(zip(self.lengths[:rows], self.encoded[:rows], strict=True)):
+            count, each = len(list(same)), max(1, most // max(1, size(*lengths)))
+            for row in range(0, count, each):
+                yield first + row, min(each, count - row)
+            first += count
