@@ -61,6 +61,7 @@ class EngineProcess:
     module: str
     install: str
     script: str  # a file beside this one
+    advice: str | None = None  # where it cannot run a model
 
     def ask(self, model: Path, known: Reference, dtype: str, threads: int, python: str | None = None) -> Answered:
         """Continue the prompts of `known` in `python`, by default this one.
@@ -96,7 +97,8 @@ class EngineProcess:
         if "answers" not in found:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             reason = " ".join(str(found.get("error", f"it stopped: {last}")).split())
-            raise UnsupportedModel(f"{self.name} cannot run the model: {reason}", next=f"see the log of {self.name}")
+            reason = reason.partition(" Supported architectures: ")[0]  # vLLM lists all
+            raise UnsupportedModel(f"{self.name} cannot run the model: {reason[-300:]}", next=self.advice)
         if [len(each) for each in found["answers"]] != [len(each) for each in known.answers]:
             raise UnsupportedModel(f"{self.name} answers with another number of tokens")
         logits = [

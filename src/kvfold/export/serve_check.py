@@ -34,7 +34,8 @@ to cook. The committee met on Tuesday and decided, by seven votes to two, to rep
 a new one, because the stones of the piers were found to be sound."""
 
 _BOOKKEEPING = 0.01  # of the cache, that an engine may allocate besides keys and values
-_VLLM = EngineProcess("vLLM", "vllm", "pip install vllm", "ask_vllm.py")
+_PLUGIN = "students of kvfold's own model types need kvfold beside vLLM: pip install --no-deps kvfold"
+_VLLM = EngineProcess("vLLM", "vllm", "pip install vllm", "ask_vllm.py", _PLUGIN)
 _LLAMA_CPP = EngineProcess("llama.cpp", "llama_cpp", "pip install llama-cpp-python", "ask_llama_cpp.py")
 
 
