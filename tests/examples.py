@@ -20,6 +20,9 @@ from kvfold.families import all_families
 CORE = ("llama", "qwen2", "qwen3", "olmo2", "phi", "gpt_neox", "smollm3", "cohere", "t5", "bart", "t5gemma")
 """Families that differ most. Checks that cost run on all of these, and on each of the others only now and then."""
 
+SOURCES = tuple(name for name, family in all_families().items() if family.adopt is None)
+"""Families that are converted: not those in which students alone are written."""
+
 APART = ("llama", "qwen2", "qwen3", "olmo2")
 """Families that the textbook models of the tests of layers are written for."""
 

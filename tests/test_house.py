@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,33 +37,41 @@ def _part(path: Path) -> str:
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
 
-def _imports(path: Path) -> set[tuple[str, str]]:
-    """(module below kvfold, whole dotted name) of every import in a file, also inside functions."""
-    found = set()
+@cache
+def _imported(path: Path) -> tuple[str, ...]:
+    """The dotted name of every import in a file, also inside functions."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [node.module] if node.module != "kvfold" else [f"kvfold.{alias.name}" for alias in node.names]
+            found += [node.module] if node.module != "kvfold" else [f"kvfold.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "kvfold":
-                below = parts[1] if len(parts) > 1 and parts[1] in LEVEL else ""
-                found.add((below, name))
+            found += [alias.name for alias in node.names]
+    return tuple(found)
+
+
+def _imports(path: Path) -> set[tuple[str, str]]:
+    """(module below kvfold, whole dotted name) of every import of kvfold in a file."""
+    found = set()
+    for name in _imported(path):
+        parts = name.split(".")
+        if parts[0] == "kvfold":
+            below = parts[1] if len(parts) > 1 and parts[1] in LEVEL else ""
+            found.add((below, name))
     return found
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_package_imports_only_its_own_row_or_rows_below(path: Path) -> None:
-    part = _part(path)
-    assert part in LEVEL, f"{part} has no row: give it one here, on purpose"
-    for below, name in _imports(path):
-        assert LEVEL[below] <= LEVEL[part], f"{part} (row {LEVEL[part]}) imports {name} (row {LEVEL[below]})"
+def test_a_package_imports_only_its_own_row_or_rows_below() -> None:
+    assert {_part(path) for path in SOURCES} <= set(LEVEL), "a package has no row: give it one here, on purpose"
+    wrong = [
+        f"{path.relative_to(PACKAGE)} (row {LEVEL[_part(path)]}) imports {name} (row {LEVEL[below]})"
+        for path in SOURCES
+        for below, name in _imports(path)
+        if LEVEL[below] > LEVEL[_part(path)]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", ["methods", "families"])
@@ -98,10 +107,7 @@ def test_only_hf_imports_transformers() -> None:
     for path in SOURCES:
         if _part(path) == "hf":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not any(name.split(".")[0] == "transformers" for name in names), path
+        assert not any(name.split(".")[0] == "transformers" for name in _imported(path)), path
 
 
 def test_import_kvfold_is_light() -> None:

@@ -165,6 +165,7 @@ def test_a_limit_of_the_environment_is_seen_by_a_fresh_process() -> None:
 # --- a run keeps its precision ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_and_what_it_stands_for_are_one_run(
     student: Path, text: Path, tmp_path: Path, native: Callable[[bool], None]
 ) -> None:
@@ -185,6 +186,7 @@ def test_auto_and_what_it_stands_for_are_one_run(
     assert _precision(out) == "bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_run_goes_on_in_its_own_precision_on_another_kind_of_machine(
     student: Path, text: Path, tmp_path: Path, native: Callable[[bool], None], begun: bool

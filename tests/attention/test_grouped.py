@@ -191,6 +191,7 @@ def test_a_capped_query_that_sees_nothing_gets_nothing() -> None:
     torch.testing.assert_close(made[:, :, ::2], reference(q, k, v, softcap=2.0)[:, :, ::2])
 
 
+@pytest.mark.slow
 def test_decoding_can_be_compiled_whole() -> None:
     q, k, v = _inputs((1, 4, 2, 1, 64, 8))
     compiled = torch.compile(grouped_attention, backend="eager", fullgraph=True)

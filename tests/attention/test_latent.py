@@ -99,6 +99,21 @@ def test_gradients_are_the_textbooks(shape: str) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 63), (7, 7), (5, 12)])
+def test_one_rotated_key_for_all_heads_is_that_key_in_each(tokens: int, keys: int) -> None:
+    """DeepSeek's layout, with values of another width, against heads that have a rotated key each, in front."""
+    q_BHTE, _, latent_BSR, k_up_GNR, v_up_GER, bias_GE = drawn("multi-head", tokens, keys)
+    key_BSP = torch.randn(2, keys, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    given = (latent_BSR, k_up_GNR, v_up_GER[:, :6], bias_GE[:, :6])
+    expected = reference(q_BHTE.roll(4, -1), key_BSP.repeat(1, 1, 4), *given)
+    assert expected.shape[-1] == 6
+    torch.testing.assert_close(absorbed_attention(q_BHTE, key_BSP, *given, shared=True), expected)
+    torch.testing.assert_close(reference(q_BHTE, key_BSP, *given, shared=True), expected)
+    if tokens == keys:
+        written = written_out(key_BSP, *given, shared=True)
+        torch.testing.assert_close(grouped.reference(q_BHTE, *written, causal=True), expected)
+
+
 def test_fewer_operations_decide() -> None:
     """Counted by hand for 4 heads of 8, 4 rotated, a latent of 12: 48 more a query and key, against 576 a key."""
     assert absorbs(1, False, 4, 4, 8, 4, 12)

@@ -158,6 +158,7 @@ def planted(tiny_checkpoint: Make) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_planted_circuit_is_found_and_kept(tiny_checkpoint: Make) -> None:
     source = Checkpoint.open(planted(tiny_checkpoint))
     with torch.inference_mode():

@@ -280,6 +280,7 @@ def logits(folder: Path) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_heads_that_are_one_already_are_merged_without_loss(
     tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings
 ) -> None:
@@ -318,6 +319,7 @@ def test_rounding_to_a_narrow_format_is_no_loss(tiny_checkpoint: Make, tmp_path:
     assert all(1e-9 < lost < 1e-5 for lost in sites["layer 2"]["lost"])
 
 
+@pytest.mark.slow
 def test_the_mix_is_what_a_list_by_hand_would_be(tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings) -> None:
     teacher = tiny_checkpoint("qwen2")
     auto = {"kv_heads": "auto", "budget": 0.5}
@@ -339,6 +341,7 @@ def test_the_mix_is_what_a_list_by_hand_would_be(tiny_checkpoint: Make, tmp_path
     assert "is complete" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_budget_spent_on_recall_with_weighed_heads(
     tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings
 ) -> None:
@@ -354,6 +357,7 @@ def test_a_budget_spent_on_recall_with_weighed_heads(
     assert Checkpoint.open(uniform).hash() != Checkpoint.open(student).hash()
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_student_counts_from_its_root(
     tiny_checkpoint: Make, tmp_path: Path, text: ConvertSettings
 ) -> None:

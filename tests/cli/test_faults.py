@@ -210,6 +210,7 @@ sys.exit(kvfold.cli.commands.run_command(["convert", sys.argv[1], str(Path(sys.a
 """
 
 
+@pytest.mark.slow
 def test_a_small_file_system_that_fills_up_is_one_line(tiny_checkpoint: Make, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -226,6 +227,7 @@ def test_a_small_file_system_that_fills_up_is_one_line(tiny_checkpoint: Make, tm
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_a_second_ctrl_c_during_a_save_loses_nothing(
     tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,7 @@ def test_a_finished_output_is_never_dropped(tmp_path: Path) -> None:
     assert (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_calibration_that_fails_is_mended(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
     teacher, out = tiny_checkpoint("llama"), tmp_path / "out"
     options = ConvertSettings(calibration=str(text), calibration_tokens=100)
@@ -60,6 +61,7 @@ def test_a_calibration_that_fails_is_mended(tiny_checkpoint: Make, text: Path, t
     assert convert(teacher, out, "elitekv", {"ratio": 0.5, "samples": 64}, options=options).exists()
 
 
+@pytest.mark.slow
 def test_a_repair_that_fails_is_mended(
     tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.contracts.cache import CacheSpec, Slot, grouped_cache
@@ -83,6 +83,7 @@ def test_the_spelling_of_a_file_is_kept() -> None:
     assert spelled(Numbers(decoded("8"))) == {"heads": "8"}, "a hash of settings tells them apart, as it always did"
 
 
+@settings(max_examples=50)
 @given(st.text(alphabet="selfcroind=,/0123456789 -.²٣x") | st.text() | st.integers() | st.booleans() | st.floats())
 def test_any_value_is_read_or_refused_in_one_line(value: Any) -> None:
     try:
@@ -148,6 +149,7 @@ def test_bytes_are_constant_and_per_token_and_per_encoder_token(
     assert spec.bytes(seen, batch=batch, itemsize=itemsize, encoder_tokens=encoded) == expected * batch * itemsize
 
 
+@pytest.mark.slow
 @given(specs, tokens, tokens)
 def test_a_shared_storage_is_counted_once(spec: CacheSpec, seen: int, encoded: int) -> None:
     twice = CacheSpec((*spec.slots, *spec.slots))

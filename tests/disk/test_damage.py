@@ -131,6 +131,7 @@ def test_names_are_text_in_the_page(tmp_path: Path) -> None:
     assert not any(letter in page for letter in "\x1b\u202e\x00")
 
 
+@pytest.mark.slow
 def test_a_part_of_a_training_log_names_no_tag(tmp_path: Path) -> None:
     folder = in_folder(tmp_path, evaluation())
     root = {"name": "r", "hash": "h", "parameters": 1}

@@ -52,6 +52,7 @@ def logits(model: Any, **more: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_view_computes_what_the_source_does(tiny_checkpoint: Make, kind: str) -> None:
     family, changes = KINDS[kind]
@@ -84,6 +85,7 @@ def test_nothing_is_lost_in_float64(tiny_checkpoint: Make, kind: str) -> None:
     torch.testing.assert_close(logits(ours), logits(teacher), rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "prefix", "masks"),
     [
@@ -144,6 +146,7 @@ def test_maps_are_rounded_once_to_the_format_of_the_source(tiny_checkpoint: Make
     assert torch.equal(view.read("model.layers.1.self_attn.k_proj.weight"), exact.to(getattr(torch, dtype)))
 
 
+@pytest.mark.slow
 def test_a_student_is_a_stock_phi_of_the_source_that_was_given(
     tiny_checkpoint: Make, text: Path, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ TRAINED: Mapping[tuple[str, str], tuple[float, float]] = {
 }
 
 
+@pytest.mark.slow
 def test_loss_over_tokens_is_a_table_a_figure_and_sentences() -> None:
     made = conversion_pages([*_recovery()])
     page, figure = made["conversion.md"], made["loss-over-tokens.svg"]
@@ -276,6 +277,7 @@ def test_a_repaired_mean_is_no_mean_pooling_and_a_calibration_seed_no_other_row(
 # --- the recipes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_conversion_recipe_says_every_start_once() -> None:
     rows = cells(read_recipe(ROOT / "recipes" / "conversion.yaml", ["name=conversion-other", "source=elsewhere"]))
     options = [

@@ -97,6 +97,7 @@ def test_what_models_cache_is_known_without_the_plans(runs: Path, tmp_path: Path
         assert sizes == [("teacher", 8.0, 8.0), ("student", 2.0, 8.0)]
 
 
+@pytest.mark.slow
 def test_a_report_shows_records_of_before_and_of_one_file(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     keep(runs, tmp_path / "results")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from kept_records import records
 from kvfold.disk.record import Record
 from pages.kept import GOALS, goal_tables, short_tables, task_figure
@@ -52,6 +54,7 @@ def test_a_mark_takes_the_first_runs_that_have_records() -> None:
     assert with_tables(with_tables(page, demo), [*demo, *named("real")]) == both
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_share_of_a_task_that_is_lost() -> None:
     drawn = task_figure(named("r"))
     assert drawn is not None

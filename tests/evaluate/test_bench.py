@@ -96,6 +96,7 @@ def test_measured_bytes_are_those_of_the_plan(case: str, tiny_checkpoint: Make, 
     assert ratios == [1 / changes.get("num_key_value_heads", 4)] * 2
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_measured_from_its_input_on(tiny_checkpoint: Make, tmp_path: Path) -> None:
     teacher = tiny_checkpoint("t5")
     student = convert(teacher, tmp_path / "student", "gqa", {"kv_heads": "self=2,cross=1"})
@@ -109,6 +110,7 @@ def test_an_encoder_decoder_is_measured_from_its_input_on(tiny_checkpoint: Make,
     assert made.metrics["notes"] == ["teacher with an fp8 cache: transformers has no fp8 cache for encoder-decoders"]
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     whole, half = (
         bench(pair, BenchSettings((8,), (2,), 2, 1, dtype, fp8=False), records=tmp_path).metrics["rows"]
@@ -117,6 +119,7 @@ def test_half_precision_halves_the_bytes(pair: tuple[Path, Path], tmp_path: Path
     assert [2 * row["cache_bytes"] for row in half] == [row["cache_bytes"] for row in whole]
 
 
+@pytest.mark.slow
 def test_the_teacher_has_an_fp8_cache_beside_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
     made = bench(pair, SMALL, records=tmp_path)
     layers = Checkpoint.open(pair[0]).shape.num_layers
@@ -136,6 +139,7 @@ def test_a_window_has_no_fp8_cache_and_the_record_says_so(tiny_checkpoint: Make,
     ]
 
 
+@pytest.mark.slow
 def test_other_bytes_than_promised_are_an_error_with_a_record(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +257,7 @@ def test_quick_prompts_are_read_in_every_round(
     ]
 
 
+@pytest.mark.slow
 def test_threads_are_given_back(tiny_checkpoint: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     made = bench([tiny_checkpoint("llama")], BenchSettings((4,), (1,), 1, 1, threads=before + 1), records=tmp_path)
@@ -263,6 +268,7 @@ def test_threads_are_given_back(tiny_checkpoint: Make, tmp_path: Path) -> None:
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_record_is_on_disk_and_nothing_is_measured_twice(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +320,7 @@ def test_contexts_beyond_the_positions_are_measured_and_noted(tiny_checkpoint: M
 # --- layers that share -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_sharing_saves_room_and_the_record_says_what_it_does_not(
     family: str, tiny_checkpoint: Make, tmp_path: Path

@@ -82,6 +82,7 @@ def test_metrics_whose_library_is_missing_are_left_out(monkeypatch: pytest.Monke
 # --- against transformers -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_are_transformers_own(teacher: Path, student: Path, pairs: Path, tmp_path: Path) -> None:
     settings = EvaluateSettings(data=str(pairs), answers=0, batch_size=4)
     made = evaluate(student, settings, teacher=teacher, records=tmp_path / "records")
@@ -129,6 +130,7 @@ def test_answers_are_transformers_own(beams: int, teacher: Path, student: Path, 
     assert set(made.metrics["answered"][0]) == {"input", "target", "student", "teacher"}
 
 
+@pytest.mark.slow
 def test_span_corruption_is_scored_alike_for_both(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     settings = EvaluateSettings(data=str(tmp_path / "text.txt"), tokens=1500, sequence_length=64)

@@ -160,6 +160,7 @@ def test_the_same_inputs_are_not_measured_twice(
         evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records", row={"alpha": 0.05}, overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_record_of_another_checkpoint_is_not_overwritten_unasked(
     pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_missed_gate_is_recorded_then_raised(
         evaluate(pair[0], gated, teacher=pair[1], records=tmp_path / "records")
 
 
+@pytest.mark.slow
 def test_a_gate_against_the_control(
     pair: tuple[Path, Path],
     settings: EvaluateSettings,
@@ -449,6 +451,7 @@ def test_refuses_text_and_tokenizers(
     assert not (tmp_path / "records").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_a_failed_record(
     tiny_checkpoint: Make, settings: EvaluateSettings, tmp_path: Path
 ) -> None:

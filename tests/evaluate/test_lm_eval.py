@@ -73,6 +73,7 @@ def test_lm_eval_scores_a_task_of_ones_own(tiny_checkpoint: Callable[..., Path],
     assert 0 < found["made"]["acc_stderr"] < 1
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_a_continuation(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     documents = [{"context": f"The {n} sheep went", "continuation": f"by {n}"} for n in range(5)]

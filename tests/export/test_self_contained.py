@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +19,47 @@ from exports import QUICK, Make, found
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
+from kvfold.export import self_contained
 from kvfold.export.exporting import export
 from kvfold.export.self_contained import _closure, _path
 from kvfold.families import all_families, module_of
 
 PACKAGE = Path(kvfold.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+
+
+FORKS = """
+import os, runpy, sys
+sys.modules["kvfold"] = None
+import numpy, torch, transformers
+transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration  # are loaded when they are named
+for line in sys.stdin:
+    if not (child := os.fork()):
+        sys.argv = line.rstrip("\\n").split("\\t")
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`subprocess` whose `run` runs a script in a fork of one process without kvfold that has loaded transformers.
+
+    `tests/disk/test_sidecar.py` exports with a process of its own, as a user does.
+    """
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    command = [sys.executable, "-P", "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+
+        def run(command: list[str], **options: Any) -> Any:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\t".join(command[2:]) + "\n")
+            process.stdin.flush()
+            return SimpleNamespace(returncode=int(process.stdout.readline()), stderr="the child's, above")
+
+        yield SimpleNamespace(run=run)
 
 
 @pytest.mark.slow
@@ -37,15 +77,22 @@ MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for 
     ids=["t5", "latent", "bart", "sums", "elitekv", "cla", "of a table"],
 )
 def test_a_student_takes_its_code_along(
-    family: str, method: str, settings: dict[str, Any], tiny_checkpoint: Make, tmp_path: Path
+    family: str,
+    method: str,
+    settings: dict[str, Any],
+    forks: Any,
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The export itself compares with a process that cannot import kvfold."""
     import torch
 
     from kvfold import hf
 
+    monkeypatch.setattr(self_contained, "subprocess", forks)
     student = convert(tiny_checkpoint(family), tmp_path / "student", method, settings)
-    out = export(student, tmp_path / "out", "transformers", QUICK)
+    out = export(student, tmp_path / f"{family}-{method}", "transformers", QUICK)  # names the module of its code
     assert found(out)["same_tokens"] == found(out)["tokens"] > 0
     assert found(out)["max_difference"] < 1e-3
     assert not any("from kvfold." in path.read_text() for path in out.glob("*.py"))
@@ -65,11 +112,11 @@ def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("entry", ["per_layer", "latent", "linear", "encoder_decoder"])
-def test_copied_code_imports_names_and_no_modules(entry: str) -> None:
+def test_copied_code_imports_names_and_no_modules() -> None:
     """A copy lies flat beside the checkpoint, where `from kvfold.package import module` finds nothing."""
     families = {f"kvfold.families.{module_of(name)}" for name in all_families()}
-    for module in _closure(f"kvfold.hf.{entry}", *families):
+    runtimes = {f"kvfold.hf.{entry}" for entry in ("per_layer", "latent", "linear", "encoder_decoder")}
+    for module in _closure(*runtimes, *families):
         for node in ast.walk(ast.parse(_path(module).read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvfold":
                 assert node.module != "kvfold", module

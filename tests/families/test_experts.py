@@ -32,6 +32,7 @@ def test_a_stacked_parameter_is_cut_and_joined() -> None:
     assert torch.equal(renamed.whole({"other": whole}.__getitem__, 3), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SPARSE)
 def test_layers_are_those_of_the_model_and_experts_are_copied(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path

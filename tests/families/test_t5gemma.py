@@ -157,6 +157,7 @@ def _images(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_heads_that_are_images_of_one_another_merge_without_loss(
     tiny_checkpoint: Make, pairs: Path, tmp_path: Path
 ) -> None:

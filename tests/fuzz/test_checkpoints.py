@@ -202,6 +202,7 @@ def read_lineage(folder: Path) -> None:
         commands(Folded(folder, "model", lineage), {})
 
 
+@pytest.mark.slow
 def test_a_damaged_lineage_is_refused_or_read(saved: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(saved("llama"), folder)
@@ -223,6 +224,7 @@ GENERATION: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_generation_settings_are_refused_or_load(saved: Callable[[str], Path], tmp_path: Path) -> None:
     from kvfold import hf
 

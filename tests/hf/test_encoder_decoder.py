@@ -44,6 +44,7 @@ def logits(model: Any, ids_BT: Tensor, attention: str) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_a_twin_of_repeated_heads_folds_without_loss(name: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = TYPES[name]
@@ -59,6 +60,7 @@ def test_a_twin_of_repeated_heads_folds_without_loss(name: str, tiny_checkpoint:
         assert_same(logits(student, ids_BT, attention), expected, dtype=format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["marian", "pegasus"])
 def test_positions_that_a_checkpoint_lacks_are_computed(name: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = TYPES[name]

@@ -169,6 +169,7 @@ def test_the_cache_holds_a_latent_and_the_rotated_planes(make: Callable[..., tup
     assert hf.live_cache_bytes(fp8) == elements * 3 * 11 + 4 * 2 * 4
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_planes_are_saved_and_read_again(make: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     student = make()[1]

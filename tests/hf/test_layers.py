@@ -163,6 +163,7 @@ def test_a_layer_goes_with_its_last_reference(tiny_checkpoint: Callable[..., Pat
         gc.enable()
 
 
+@pytest.mark.slow
 def test_attention_probabilities_are_shown(source: Checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager")
     with torch.inference_mode():

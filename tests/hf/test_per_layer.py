@@ -122,6 +122,7 @@ def test_every_layer_follows_a_switch_of_attention(config: dict[str, Any]) -> No
     assert [tuple(each.shape) for each in weights] == [(1, 4, 5, 5)] * 4
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_body_alone_loads(saved: Path) -> None:
     body = AutoModel.from_pretrained(saved)  # what vLLM's own backend for transformers builds
@@ -153,6 +154,7 @@ def test_identity_keeps_the_config_as_it_is(saved: Path, tmp_path: Path) -> None
     assert Checkpoint.open(student).hash() == Checkpoint.open(saved).hash()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_mixed_model_folds_back_into_a_stock_one(saved: Path, tmp_path: Path) -> None:
     planned = plan(saved, "gqa", {"kv_heads": 1}, options=PlanSettings(context=4))  # before any window is full

@@ -183,6 +183,7 @@ def test_token_by_token_is_the_whole_prompt(saved: Path, kind: str) -> None:
     _close(torch.cat(steps, dim=1), textbook(saved, weights_of(saved), _ids(2, 20)))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_cache_holds_owners_only(saved: Path) -> None:
     model: Any = hf.load(saved)
@@ -362,6 +363,7 @@ def test_a_stock_architecture_does_not_share(config: dict[str, Any]) -> None:
 # --- one layer at a time ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layer_by_layer_is_the_whole_model(saved: Path) -> None:
     source, ids = Checkpoint.open(saved), _ids(5, 12)
     model: Any = hf.load(saved)

@@ -41,6 +41,7 @@ def features(rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, BINS, FRAMES, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["kvfold", "sdpa", "eager"])
 def test_a_student_writes_and_caches_as_promised(attention: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     """Greedily, by beams, and into a static cache; the encoder's positions are the cache of cross-attention."""
@@ -88,6 +89,7 @@ def test_whispers_that_cannot_be_taken(changes: dict[str, Any], line: str) -> No
         family_of(config).shape(config)
 
 
+@pytest.mark.slow
 def test_fit_and_training_come_closer_than_the_mean(
     tiny_checkpoint: Make, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -479,6 +479,7 @@ def test_what_comes_first_reads_the_same_calibration() -> None:
     assert own["calibration"] == "another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "tokens"), [("headline", 24, 600_000), ("cla-layouts", 25, 150_000), ("cla-conversion", 23, None)]
 )

@@ -68,10 +68,10 @@ def takes(method: str, family: str) -> bool:
     return True
 
 
-def met(first: int) -> list[tuple[str, str]]:
-    """Pairs of every family of `CORE` with every method, and of each other family with one, from `first` on."""
-    found = [pair for pair in PAIRS if pair[1] in CORE]
-    for n, family in enumerate(name for name in all_families() if name not in CORE):
+def met(first: int, whole: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Pairs of every family of `whole` with every method, and of each other family with one, from `first` on."""
+    found = [pair for pair in PAIRS if pair[1] in whole]
+    for n, family in enumerate(name for name in all_families() if name not in whole):
         taken = [pair for pair in PAIRS if pair[1] == family]
         found.append(taken[(first + n) % len(taken)])
     return found
@@ -147,26 +147,29 @@ def test_convert_is_pure_deterministic_and_keeps_its_promise_of_shapes(name: str
             assert {role: tuple(tensor.shape) for role, tensor in once[site].items()} == student.sites[site].roles()
             for role, tensor in once[site].items():
                 assert torch.equal(tensor, twice[site][role])
-                if role in before[site]:  # lossless
+                if role in before[site] and student.family == shape.family:  # lossless
                     assert torch.equal(tensor.to(before[site][role].dtype), before[site][role])
             assert all(torch.equal(given[site].roles[role], before[site][role]) for role in before[site])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "family"), met(0))
+@pytest.mark.parametrize(("name", "family"), met(0, CORE))
 def test_the_lossless_student_is_the_teacher(
     name: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = Checkpoint.open(tiny_checkpoint(family, tokenizer=False))
-    settings = spelled(METHODS[name].lossless(teacher.shape))
-    student = convert(teacher.path, tmp_path / "student", name, settings)
+    lossless = METHODS[name].lossless(teacher.shape)
+    student = convert(teacher.path, tmp_path / "student", name, spelled(lossless))
     ids_BT = torch.arange(14).view(2, 7)
     with torch.inference_mode():
         expected, found = (
             model(**inputs(model, ids_BT)).logits
             for model in map(AUTO[family].from_pretrained, (teacher.path, student))
         )
-    assert torch.equal(expected, found)
+    if METHODS[name].student(lossless, teacher.shape).shape.family == family:
+        assert torch.equal(expected, found)
+    else:  # another architecture multiplies in another order
+        torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-4)
 
 
 def inputs(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -384,6 +387,7 @@ def regauged(source: Path, heads: int, *, equal: bool = False) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "heads"), HEADS)
 def test_gqa_fits_linear_images_without_loss(
     family: str, heads: int, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
@@ -580,6 +584,7 @@ def test_calibration_needs_a_text(toy: Toy, tiny_checkpoint: Callable[..., Path]
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.slow
 def test_stages_run_in_order_on_their_own_roles_and_end(
     toy: Toy, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

@@ -227,6 +227,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # a stock T5 hands on a view of its biases
 def test_the_latent_survives_sharding_and_pickling(
     tiny_checkpoint: Make, text: ConvertSettings, tmp_path: Path, one_rank: None
@@ -386,6 +387,7 @@ def test_layers_that_read_few_directions_lose_nothing(
 # --- with other methods, engines and plans --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_self_attention_is_folded_first(tiny_checkpoint: Make, text: ConvertSettings, tmp_path: Path) -> None:
     teacher = tiny_checkpoint("t5")
     folded = convert(teacher, tmp_path / "folded", "gqa", {"kv_heads": "self=2,cross=4"}, options=text)

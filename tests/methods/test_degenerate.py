@@ -149,6 +149,7 @@ def test_cross_attention_of_zeros_shares_a_latent(
     assert _difference(teacher, student, paired=True) < (0.5 if roles == "k" else 1e-5)  # values are there, and cut
 
 
+@pytest.mark.slow
 def test_heads_of_zeros_go_into_their_neighbours_without_loss(
     tiny_checkpoint: Make, text: Path, tmp_path: Path
 ) -> None:

@@ -246,6 +246,7 @@ def test_repair_brings_the_student_nearer(tiny_checkpoint: Callable[..., Path], 
     assert found["q"] < 0.8 * found["none"]
 
 
+@pytest.mark.slow
 def test_it_trains_and_names_its_roles(tiny_checkpoint: Callable[..., Path], text: str, tmp_path: Path) -> None:
     teacher = tiny_checkpoint()
     student = convert(teacher, tmp_path / "student", "elitekv", {"rope_chunks": 2, "latent_dim": 8})

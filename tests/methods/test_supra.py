@@ -118,6 +118,7 @@ def test_without_features_it_is_the_teacher_behind_a_mask(
     assert not any("phi" in name or "window_gate" in name for name in student.state_dict())
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_without_its_sums_it_is_the_student_that_never_had_them(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
@@ -176,6 +177,7 @@ def test_a_window_is_the_teacher_until_something_leaves_it(
     assert float((found[:, 13] - expected[:, 13]).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_every_combination_of_parts_decodes_what_it_read(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     teacher = tiny_checkpoint("qwen2", tokenizer=False, num_key_value_heads=2)
@@ -342,6 +344,7 @@ def trained(student: Path, out: Path, text: Path, **settings: Any) -> Checkpoint
     return Checkpoint.open(uptrain(student, out, UptrainSettings(data=str(text), **told)))
 
 
+@pytest.mark.slow
 def test_attention_is_handed_over_first_by_maps_and_gates_alone(
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

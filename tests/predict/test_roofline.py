@@ -9,6 +9,7 @@ import pytest
 from kvfold.predict import roofline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "runs"), [(0.25, 4), (2.0, 1)])
 def test_slow_products_are_measured_in_few_runs(monkeypatch: pytest.MonkeyPatch, seconds: float, runs: int) -> None:
     asked = count()

@@ -22,7 +22,7 @@ from kvfold.disk.output import read_json, write_json
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families import all_families
 from kvfold.predict.plan import plan
-from kvfold.predict.student_config import student_config
+from kvfold.predict.student_config import student_config, student_family
 
 Make = Callable[..., Path]
 assert hf.load  # importing it registers our classes
@@ -55,8 +55,9 @@ def test_every_student_of_every_family_is_read_back(family: str, method: str) ->
         pytest.skip(f"{method} does not take {family}")
     student = chosen.student(settings, shape)
     made = student_config(config, found, shape, student, method=method, dtype="bfloat16")
-    assert found.shape(made) == replace(student.shape, dtype="bfloat16")
-    assert made["architectures"] == [found.architectures[made["model_type"]]]
+    home = student_family(found, student)
+    assert home.shape(made) == replace(student.shape, dtype="bfloat16")
+    assert made["architectures"] == [home.architectures[made["model_type"]]]
 
 
 def forgetful(family: Family) -> Family:

@@ -272,6 +272,7 @@ def test_layers_with_heads_of_their_own(tiny_checkpoint: Make, tmp_path: Path) -
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_repair_goes_on_where_it_was_stopped(dtype: str, pair: Callable[..., Pair], tmp_path: Path) -> None:
     """Bit for bit, and so each layer was read as it is saved."""
@@ -297,6 +298,7 @@ def test_layers_above_see_what_was_repaired_below(pair: Callable[..., Pair]) -> 
     assert not any(torch.allclose(untouched[1][name], tensor, atol=1e-3) for name, tensor in whole[1].items())
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter_and_what_is_left_of_a_row_is_not_read(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +311,7 @@ def test_batches_do_not_matter_and_what_is_left_of_a_row_is_not_read(
                 torch.testing.assert_close(another[name], tensor, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_q_reads_as_many_tokens_as_set(pair: Callable[..., Pair]) -> None:
     both, name = pair(), "model.layers.0.self_attn.q_proj.weight"
     part = repaired(both, ("q",), q_tokens=6 * LENGTH + 3)[0][name]

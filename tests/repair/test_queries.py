@@ -213,6 +213,7 @@ def test_it_is_the_dense_least_squares(name: str) -> None:
         assert float(off) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if "normed" not in name])
 def test_no_gradient_is_left(name: str) -> None:
     made = CASES[name]()
@@ -227,6 +228,7 @@ def test_no_gradient_is_left(name: str) -> None:
     assert bool((gradient(solve(made, steps=120)) < 1e-4 * before_H).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_few_steps_are_most_of_the_way(name: str) -> None:
     """Of the true objective, which for a normed q is not the one that was solved."""

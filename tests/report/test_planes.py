@@ -35,6 +35,7 @@ def test_every_plane_that_is_kept_has_a_mark() -> None:
     assert "layer 37" not in many
 
 
+@pytest.mark.slow
 def test_a_page_shows_the_planes_of_its_students(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "text.txt").write_text(TEXT)

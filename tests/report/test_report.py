@@ -150,7 +150,20 @@ def checkpoint(folder: Path, kv_heads: int, hashed: str) -> Path:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A whole run: a teacher, GQA-2 over three seeds, MQA once, a control, a benchmark, plans, logs, a missed gate."""
+    """A whole run, to read or to change."""
+    return whole_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run with its recipe, and its page."""
+    folder = whole_run(tmp_path_factory.mktemp("page"))
+    (folder / "recipe.yaml").write_text("name: demo\n")
+    return folder, render(collect(folder))
+
+
+def whole_run(tmp_path: Path) -> Path:
+    """A teacher, GQA-2 over three seeds, MQA once, a control, a benchmark, plans, logs, a missed gate."""
     folder = tmp_path / "demo"
     samples = [
         {"prompt": f"def first({EVIL}", "teacher": "a, b & c", "student": f"{EVIL} after"},
@@ -314,8 +327,8 @@ def test_speed_is_looked_up_by_content_before_it_is_by_name() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_has_every_section_that_has_data(run_dir: Path) -> None:
-    text = report(run_dir).read_text(encoding="utf-8")
+def test_the_page_has_every_section_that_has_data(page: tuple[Path, str]) -> None:
+    _, text = page
     headings = Page(text).headings
     for title in (
         "Result",
@@ -332,6 +345,7 @@ def test_the_page_has_every_section_that_has_data(run_dir: Path) -> None:
     assert "missed by kv_heads-1_seed-0/uptrained" in text
     assert "the loss is nan" in text
     assert "teacher, fp8 cache" in text
+    assert "kvfold run recipe.yaml" in text
     assert "kvfold convert made-up/teacher step-1 --method gqa --kv-heads 2" in text
     assert "made-up device" in text
     assert "kv_heads-4" not in text  # unfinished work is nobody's checkpoint
@@ -348,25 +362,27 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_is_one_inert_file(run_dir: Path) -> None:
-    text = report(run_dir).read_text(encoding="utf-8")
-    page = Page(text)
-    assert "script" not in page.tags
+def test_the_page_is_one_inert_file(page: tuple[Path, str]) -> None:
+    _, text = page
+    seen = Page(text)
+    assert "script" not in seen.tags
     assert EVIL.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;") in text
-    assert page.addresses
-    assert all(address.startswith("#") for address in page.addresses)
+    assert seen.addresses
+    assert all(address.startswith("#") for address in seen.addresses)
     assert not re.search(r"https?://|url\((?!#)|@import", text)
     assert "default-src 'none'" in text
-    assert len(page.ids) == len(set(page.ids))
-    targets = {address[1:] for address in page.addresses}
-    assert targets <= set(page.ids)
+    assert len(seen.ids) == len(set(seen.ids))
+    targets = {address[1:] for address in seen.addresses}
+    assert targets <= set(seen.ids)
 
 
 @pytest.mark.slow
-def test_the_same_run_gives_the_same_bytes(run_dir: Path) -> None:
-    assert render(collect(run_dir)) == render(collect(run_dir))
+def test_the_same_run_gives_the_same_bytes(page: tuple[Path, str]) -> None:
+    folder, text = page
+    assert render(collect(folder)) == text
 
 
+@pytest.mark.slow
 def test_bytes_that_differ_from_the_plan_are_said(tmp_path: Path) -> None:
     bench = benched({"teacher": 8, "out": 2})
     bench.metrics["rows"][0]["cache_bytes"] += 1
@@ -380,12 +396,6 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_log(run_dir: Path) -> None:
     log = run_dir / "uptrained" / "kv_heads-2_seed-0" / "train.jsonl"
     log.write_text(log.read_text() + '{"step": 101, "tok')
     assert len(collect(run_dir).logs["uptrained/kv_heads-2_seed-0"]) == 100
-
-
-@pytest.mark.slow
-def test_the_recipe_of_a_run_is_its_command(run_dir: Path) -> None:
-    (run_dir / "recipe.yaml").write_text("name: demo\n")
-    assert "kvfold run recipe.yaml" in render(collect(run_dir))
 
 
 @pytest.mark.parametrize("place", ["empty", "missing"])
@@ -419,9 +429,10 @@ def browse(page: Path, profile: Path, *flags: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page(run_dir: Path, tmp_path: Path, width: int) -> None:
-    page, shot = report(run_dir), tmp_path / "page.png"
-    seen = browse(page, tmp_path / "profile", f"--window-size={width},2000", f"--screenshot={shot}")
+def test_a_browser_shows_the_page(page: tuple[Path, str], tmp_path: Path, width: int) -> None:
+    (tmp_path / "page.html").write_text(page[1], encoding="utf-8")
+    shot = tmp_path / "page.png"
+    seen = browse(tmp_path / "page.html", tmp_path / "profile", f"--window-size={width},2000", f"--screenshot={shot}")
     assert Page(seen).headings.count("Result") == 1
     assert "script" not in Page(seen).tags
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", seen)
@@ -430,8 +441,8 @@ def test_a_browser_shows_the_page(run_dir: Path, tmp_path: Path, width: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
-def test_tables_fit_the_width_of_the_page(run_dir: Path, tmp_path: Path) -> None:
-    text = re.sub("<meta http-equiv[^>]*>", "", report(run_dir).read_text(encoding="utf-8"))  # which forbids scripts
+def test_tables_fit_the_width_of_the_page(page: tuple[Path, str], tmp_path: Path) -> None:
+    text = re.sub("<meta http-equiv[^>]*>", "", page[1])  # which forbids scripts
     script = """for (const width of [400, 800, 1000, 1200]) {
         const frame = document.createElement("iframe");
         Object.assign(frame, {width, height: 900, srcdoc: page.textContent});
@@ -659,6 +670,7 @@ def test_the_figure_of_the_readme_labels_each_point(run_dir: Path) -> None:
         quality_figure([])
 
 
+@pytest.mark.slow
 def test_the_picture_and_its_table_show_who_is_not_beaten_and_one_of_every_method(tmp_path: Path) -> None:
     records = [planned(tmp_path, heads, init, "toy/") for heads in (4, 2, 1) for init in ("mean", "first")]
     losses = {(4, "mean"): 2.5, (4, "first"): 2.75, (2, "mean"): 2.625, (2, "first"): 2.6875, (1, "mean"): 2.6}

@@ -445,6 +445,7 @@ def test_each_student_is_labelled_where_it_stands_and_each_mark_shows_its_number
     )
 
 
+@pytest.mark.slow
 def test_a_mark_is_hollow_for_an_fp8_cache_and_of_one_colour_for_a_method(tmp_path: Path) -> None:
     text = render(nine(tmp_path))
     points = re.findall(r'<g id="scatter-for-wide-point-\d+"><title>(.*?)</title>(.*?)</g>\s*</g>', text, re.S)

@@ -45,6 +45,7 @@ def test_what_people_write_is_read() -> None:
     assert decode(Settings, {"tokens": None, "contexts": 7, "heads": "self=8"}, "x").contexts == (7,)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**15))
 def test_a_count_reads_the_same_from_a_flag_and_from_yaml(count: int) -> None:
     assert decode(Settings, {"tokens": str(count)}, "x") == decode(Settings, {"tokens": count}, "x")

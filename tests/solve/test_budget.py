@@ -99,6 +99,7 @@ def test_a_mix_by_recall_keeps_the_layers_that_copy() -> None:
     assert {each for each in asked if isinstance(each, FoldedKL | FoldedRecall)} == set(answers)
 
 
+@pytest.mark.slow
 def test_a_large_model_against_dynamic_programming() -> None:
     shape, room = model([(64, 128)] * 80), 80 * 16
     answers = told(shape, lambda site, heads: math.sin(site.layer) ** 2 / heads)

@@ -176,6 +176,7 @@ def test_another_seed_is_another_order() -> None:
     assert one != two
 
 
+@pytest.mark.slow
 def test_self_is_sampled_from_the_teacher(tmp_path: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_files, "SAMPLED", 4)
     monkeypatch.setattr(token_files, "LONGEST_SAMPLE", 24)

@@ -61,6 +61,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -196,6 +197,7 @@ def test_pretrain_makes_a_t5_that_stock_transformers_loads(tied: bool, text: Pat
     assert hf.generate(ours, ids, max_new_tokens=4).shape[1] <= 5
 
 
+@pytest.mark.slow
 def test_the_tokenizer_can_know_another_text(text: Path, tmp_path: Path) -> None:
     config = {**all_families()["t5"].tiny(), "vocab_size": 400}
     other = tmp_path / "other.txt"
@@ -208,6 +210,7 @@ def test_the_tokenizer_can_know_another_text(text: Path, tmp_path: Path) -> None
     assert len(known.encode("žluťoučký kůň")) < len(plain.encode("žluťoučký kůň"))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_without_room_for_sentinels_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"too small .* \(got 300\); allowed: at least 358"):
         _pretrained(text, tmp_path, vocab_size=300)

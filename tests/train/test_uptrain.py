@@ -125,6 +125,7 @@ def test_the_loss_is_the_models_own(student: Path, text: Path, tmp_path: Path) -
     assert _losses(out) == [(1, pytest.approx(right, rel=1e-5))]
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(student: Path, text: Path, tmp_path: Path) -> None:
     whole = uptrain(student, tmp_path / "whole", _settings(text, precision="fp32", loss="kl+0.5ce"), teacher=None)
     parts = uptrain(student, tmp_path / "parts", _settings(text, precision="fp32", loss="kl+0.5ce", micro_batch=1))
@@ -159,6 +160,7 @@ def test_the_trained_checkpoint(student: Path, text: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_are_saved(student: Path, text: Path, tmp_path: Path) -> None:
     out = uptrain(student, tmp_path / "out", _settings(text, trainable=("k", "v"), learning_rate=1e-2))
     before, after = _weights(student), _weights(out)
@@ -171,6 +173,7 @@ def test_frozen_parameters_stay_and_are_saved(student: Path, text: Path, tmp_pat
 # --- stages --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_what_was_converted_is_trained(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     teacher = tiny_checkpoint("qwen2")
     shared = convert(teacher, tmp_path / "shared", "cla", {"layout": "0,0,2,3"})
@@ -195,6 +198,7 @@ def test_formulas_and_stages_are_read() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other_with_their_shares(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, stages="attention:0.34,kl:0.66", attention_inputs="teacher")
     lines = _log(uptrain(student, tmp_path / "out", settings))[:-1]
@@ -203,6 +207,7 @@ def test_stages_follow_each_other_with_their_shares(student: Path, text: Path, t
     assert "attention" not in lines[2]
 
 
+@pytest.mark.slow
 def test_a_method_has_its_own_stages_rates_and_ends(
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +382,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not(student: Path,
     assert _losses(tmp_path / "out") == _losses(whole)
 
 
+@pytest.mark.slow
 def test_an_output_knows_its_inputs(student: Path, text: Path, tmp_path: Path) -> None:
     lines: list[str] = []
 
@@ -568,6 +574,7 @@ def test_pretrain_makes_a_checkpoint_that_stock_transformers_loads(text: Path, t
     assert "kl" in _log(trained)[0]
 
 
+@pytest.mark.slow
 def test_a_pretraining_that_broke_off_ends_as_if_it_had_not(text: Path, tmp_path: Path) -> None:
     settings = PretrainSettings(**{"data": str(text), **SMALL, "checkpoint_steps": 2})
     whole = pretrain(_config(), tmp_path / "whole", settings)

@@ -12,6 +12,9 @@ is then read as it is, once for all heads:
 
 This multiplies a cached token with P + 2 R numbers per head instead of 2 E, and writes no keys and values of heads.
 Decoding uses it. A prompt is read in the first form (`written_out`), where that costs less: see `absorbs`.
+
+DeepSeek's heads share one rotated key, which stands behind their own coordinates: `k_h = [U_h c | rotated]`. Functions
+take that layout as `shared`; every head then is a group.
 """
 
 from __future__ import annotations
@@ -27,14 +30,21 @@ from kvfold.attention.grouped import reference as grouped_reference
 
 
 def written_out(
-    rotated_BSM: Tensor, latent_BSR: Tensor, k_up_GNR: Tensor, v_up_GER: Tensor, v_bias_GE: Tensor
+    rotated_BSM: Tensor,
+    latent_BSR: Tensor,
+    k_up_GNR: Tensor,
+    v_up_GER: Tensor,
+    v_bias_GE: Tensor,
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The keys and values of heads that a cache stands for, `k_BGSE` and `v_BGSE`."""
     groups = len(v_bias_GE)
-    rotated_BGSP = _of_heads(rotated_BSM, groups)
     free_BGSN = _of_heads(linear(latent_BSR, k_up_GNR.flatten(0, 1)), groups)
     v_BGSE = _of_heads(linear(latent_BSR, v_up_GER.flatten(0, 1), v_bias_GE.flatten()), groups)
-    return torch.cat([rotated_BGSP, free_BGSN], dim=-1), v_BGSE
+    if shared:
+        return torch.cat([free_BGSN, rotated_BSM[:, None].expand(-1, groups, -1, -1)], dim=-1), v_BGSE
+    return torch.cat([_of_heads(rotated_BSM, groups), free_BGSN], dim=-1), v_BGSE
 
 
 def absorbs(tokens: int, fresh: bool, groups: int, heads: int, head_dim: int, rotated: int, width: int) -> bool:
@@ -61,8 +71,9 @@ def absorbed_attention(
     causal: bool = True,
     softcap: float | None = None,
     k_bias_GN: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
-    """Latent attention on the cache as it is, `o_BHTE`. Heads of q begin with their rotated coordinates.
+    """Latent attention on the cache as it is, `o_BHTE`. Heads of q begin with their rotated coordinates, or end so.
 
     `mask` broadcasts to (B, H, T, S): bool (True: visible) or float (added to the logits). Without one, `causal` aligns
     the last query with the last key. The default `scale` is 1 / sqrt(E). The output of a query that sees no key is
@@ -74,15 +85,20 @@ def absorbed_attention(
     planes, keys = width - free, latent_BSR.shape[1]
     scale = 1 / math.sqrt(width) if scale is None else scale
     q_BGXE = (q_BHTE * scale).reshape(batch, groups, -1, width)  # X: the heads of a group, and their tokens
-    logits_BXS = _through(q_BGXE[..., planes:], k_up_GNR).flatten(1, 2) @ latent_BSR.mT
-    if planes:
+    start = 0 if shared else planes
+    free_BGXN = q_BGXE[..., start : start + free]
+    turned_BGXP = q_BGXE[..., free:] if shared else q_BGXE[..., :planes]
+    logits_BXS = _through(free_BGXN, k_up_GNR).flatten(1, 2) @ latent_BSR.mT
+    if shared:
+        logits_BXS = torch.baddbmm(logits_BXS, turned_BGXP.flatten(1, 2), rotated_BSM.mT)
+    elif planes:
         # each head reads the planes of its own group: one product with zeros for the other groups is faster than one
         # product for each group (docs/log.md)
         apart_BGXGP = q_BGXE.new_zeros(*q_BGXE.shape[:3], groups, planes)
-        apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(q_BGXE[..., :planes].permute(0, 2, 3, 1))
+        apart_BGXGP.diagonal(dim1=1, dim2=3).copy_(turned_BGXP.permute(0, 2, 3, 1))
         logits_BXS = torch.baddbmm(logits_BXS, apart_BGXGP.flatten(3).flatten(1, 2), rotated_BSM.mT)
     if k_bias_GN is not None:
-        logits_BXS = logits_BXS + (q_BGXE[..., planes:] @ k_bias_GN[..., None]).flatten(1, 2)
+        logits_BXS = logits_BXS + (free_BGXN @ k_bias_GN[..., None]).flatten(1, 2)
     if softcap is not None:
         logits_BXS = softcap * torch.tanh(logits_BXS / softcap)
     if mask is None and causal and tokens > 1:
@@ -90,7 +106,7 @@ def absorbed_attention(
     weights_BXS = masked_softmax(logits_BXS.view(batch, heads, tokens, keys), mask).flatten(1, 2)
     context_BGXR = (weights_BXS @ latent_BSR).view(batch, groups, -1, latent_BSR.shape[-1])
     o_BGXE = _through(context_BGXR, v_up_GER.mT) + v_bias_GE[:, None]
-    return o_BGXE.reshape(batch, heads, tokens, width)
+    return o_BGXE.reshape(batch, heads, tokens, v_bias_GE.shape[-1])
 
 
 def _through(rows_BGXN: Tensor, weight_GNR: Tensor) -> Tensor:
@@ -131,6 +147,7 @@ def reference(
     scale: float | None = None,
     softcap: float | None = None,
     k_bias_GN: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     """The textbook: keys and values written out head by head. Same arguments and result as `absorbed_attention`."""
     groups, free = k_up_GNR.shape[:2]
@@ -140,7 +157,10 @@ def reference(
         free_BSN = torch.einsum("nr,bsr->bsn", k_up_GNR[group], latent_BSR)
         if k_bias_GN is not None:
             free_BSN = free_BSN + k_bias_GN[group]
-        keys.append(torch.cat([rotated_BSM[..., group * planes : (group + 1) * planes], free_BSN], dim=-1))
+        if shared:
+            keys.append(torch.cat([free_BSN, rotated_BSM], dim=-1))
+        else:
+            keys.append(torch.cat([rotated_BSM[..., group * planes : (group + 1) * planes], free_BSN], dim=-1))
         values.append(torch.einsum("er,bsr->bse", v_up_GER[group], latent_BSR) + v_bias_GE[group])
     k_BGSE, v_BGSE = torch.stack(keys, dim=1), torch.stack(values, dim=1)
     return grouped_reference(q_BHTE, k_BGSE, v_BGSE, mask=mask, causal=mask is None, scale=scale, softcap=softcap)

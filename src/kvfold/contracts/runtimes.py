@@ -17,45 +17,14 @@ import pydantic
 
 from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
 from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
-from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear
+from kvfold.contracts.stock import PAIRED, stock_class
+from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear, with_mla
 from kvfold.errors import UnsupportedModel
 
 Json = Mapping[str, Any]
 Sites = dict[Site, Attention]
 
 OWN = "kvfold_"
-
-_PAIRED = {
-    **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
-    **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},
-    **{"pegasus": "Pegasus", "blenderbot": "Blenderbot", "blenderbot-small": "BlenderbotSmall", "whisper": "Whisper"},
-}
-STEMS = {
-    **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2"},
-    **{"phi": "Phi", "phi3": "Phi3", "gpt_neox": "GPTNeoX", "gptj": "GPTJ", "codegen": "CodeGen", "falcon": "Falcon"},
-    **{"gpt2": "GPT2", "gpt_bigcode": "GPTBigCode", "opt": "OPT"},
-    **{"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gpt_oss": "GptOss"},
-    **{"glm4_moe": "Glm4Moe", "granitemoe": "GraniteMoe", "olmo3": "Olmo3", "exaone4": "Exaone4"},
-    **{"gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "gemma3": "Gemma3", "stablelm": "StableLm"},
-    **{"gemma": "Gemma", "granite": "Granite", "starcoder2": "Starcoder2", "smollm3": "SmolLM3", "olmo": "Olmo"},
-    **{"ministral": "Ministral", "ministral3": "Ministral3", "seed_oss": "SeedOss", "arcee": "Arcee"},
-    **{"internlm3": "Llama", "ernie4_5": "Ernie4_5", "helium": "Helium", "glm": "Glm", "glm4": "Glm4"},
-    **{"cohere": "Cohere", "cohere2": "Cohere2"},
-    **_PAIRED,
-}
-"""Stock model types, and the first part of the names of transformers' classes for them."""
-
-_ODD = {
-    ("gemma3_text", "ForCausalLM"): "Gemma3ForCausalLM",
-    ("gpt2", "ForCausalLM"): "GPT2LMHeadModel",
-    ("gemma3", "ForCausalLM"): "Gemma3ForConditionalGeneration",
-    ("marian", "ForConditionalGeneration"): "MarianMTModel",
-}
-
-
-def stock_class(stock: str, end: str) -> str:
-    """The name of transformers' class for a stock architecture, such as its `Config`, `Model` or `ForCausalLM`."""
-    return _ODD.get((stock, end), f"{STEMS[stock]}{end}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +69,7 @@ def architectures(runtimes: Sequence[Runtime], end: str, *stock: str) -> dict[st
 def read(config: Json, sites: Sites, runtimes: Iterable[Runtime]) -> Sites:
     """The sites of a config.json, from those of its stock architecture. Raises UnsupportedModel."""
     stock = stock_type(config)
-    runtime = next(each for each in runtimes if each.model_type(stock) == config["model_type"])
+    runtime = next(each for each in runtimes if each.model_type(stock) == config["model_type"] and stock in each.models)
     found = runtime.read(config, sites)
     for attention in found.values():
         if attention.num_attention_heads % attention.num_key_value_heads:
@@ -174,7 +143,8 @@ def _without(names: Iterable[str], why: str, config: Json, sites: Sites) -> Site
     return sites
 
 
-def _mixed(shape: Shape) -> bool:
+def mixed(shape: Shape) -> bool:
+    """Whether layers differ in their key/value heads."""
     return len({each.num_key_value_heads for each in shape.sites.values()}) > 1
 
 
@@ -251,6 +221,34 @@ def _read_latent(config: Json, sites: Sites) -> Sites:
     return found
 
 
+def _mla_fields(shape: Shape) -> dict[str, Any]:
+    """The widths of heads and of the latent, in a model without experts."""
+    attention = next(iter(shape.sites.values()))
+    kept, heads, rope = attention.cached, attention.num_attention_heads, attention.rope
+    assert rope is not None
+    return {
+        HEADS: heads,
+        "kv_lora_rank": kept["latent"],
+        "q_lora_rank": None,
+        "qk_nope_head_dim": attention.head_dim - kept["rotated"],
+        "qk_rope_head_dim": kept["rotated"],
+        "head_dim": kept["rotated"],  # as transformers writes it: rotary frequencies are computed for this width
+        "v_head_dim": attention.extra["o"][1] // heads,
+        "attention_bias": "o_bias" in attention.extra,
+        "rope_interleave": True,
+        "rope_parameters": dict(rope.scaling or {"rope_type": "default", "rope_theta": rope.theta}),
+        "first_k_dense_replace": shape.num_layers,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _read_mla(config: Json, sites: Sites) -> Sites:
+    names = {"rotated": "qk_rope_head_dim", "free": "qk_nope_head_dim", "value": "v_head_dim", "width": "kv_lora_rank"}
+    sizes = {name: config[field] for name, field in names.items()}
+    biased = bool(config.get("attention_bias"))
+    return {site: with_mla(attention, biased=biased, **sizes) for site, attention in sites.items()}
+
+
 def _linear_fields(shape: Shape) -> dict[str, Any]:
     """The layers of linear attention, and its settings."""
     linear = next(each.linear for each in shape.sites.values() if each.linear is not None)
@@ -323,7 +321,7 @@ LAYERS = Runtime(
     OWN,
     "Kvfold",
     _APART | _EXPERTS | _NORMED | {"phi", "phi3", "gpt_bigcode"},
-    lambda shape: _mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
+    lambda shape: mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
     _heads_by_layer,
     _read_layers,
     {
@@ -359,7 +357,19 @@ LINEAR = Runtime(
     _read_linear,
     {SETTINGS: Rule(dict[str, Any], "a mapping").or_null},
 )
-DECODERS = (LINEAR, LATENT, SHARING, LAYERS, STOCK)
+MLA = Runtime(
+    "multi-head latent attention",
+    "",
+    "",
+    frozenset({"deepseek_v3"}),
+    lambda shape: shape.model_type == "deepseek_v3",
+    _mla_fields,
+    _read_mla,
+)
+ABSORBED = replace(MLA, prefix=OWN, stem="Kvfold")
+"""kvfold's own classes for the same config.json, which attend to the latent as it is: for models in memory alone."""
+
+DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
@@ -415,12 +425,12 @@ def _read_kinds(config: Json, sites: Sites) -> Sites:
 
 
 _ignored = partial(_without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT), "ignores it in")
-PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(_PAIRED), lambda shape: True, lambda shape: {}, _ignored)
+PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
-    frozenset(_PAIRED),
+    frozenset(PAIRED),
     lambda shape: (
         shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
     ),

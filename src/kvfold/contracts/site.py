@@ -199,3 +199,4 @@ class SiteTensors:
 
     attention: Attention
     roles: Roles
+    dtype: str | None = None  # of the student's tensors; None: that of these

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.contracts.family import Family
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.requests import Answers
 from kvfold.contracts.site import QUERIES, WHOLE, Site
@@ -16,6 +17,7 @@ from kvfold.disk.checkpoint import Checkpoint, TensorSpec, Writer, natural
 from kvfold.disk.finite import check_finite
 from kvfold.disk.output import damaged, read_json, write_json
 from kvfold.disk.shards import digest
+from kvfold.predict.student_config import student_family
 from kvfold.progress import Progress, task
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Job:
     config: Any
     answers: Answers
     student: Student
+    family: Family  # of the student
     groups: Sequence[tuple[Site, ...]]
     specs: Mapping[str, TensorSpec]
     notes: Path
@@ -43,27 +46,28 @@ class Job:
     ) -> Job:
         """Lay out the student's tensors, from shapes alone."""
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
+        family = student_family(source.family, student)
         specs = {name: source.spec(name) for name in source.names()}
         for site in (site for group in groups for site in group):
-            stored, before, after = source.family.stored, source.shape.sites[site], student.shape.sites[site]
+            before, after = source.shape.sites[site], student.shape.sites[site]
             kinds: dict[str, str] = {}
-            for name, roles in stored(site, before).items():
+            for name, roles in source.family.stored(site, before).items():
                 kinds |= dict.fromkeys(roles, specs.pop(name).dtype)
-            for name, roles in stored(site, after).items():
+            for name, roles in family.stored(site, after).items():
                 kind = "int64" if roles[0] in WHOLE else kinds.get(roles[0], kinds["q"])
-                specs[name] = TensorSpec(source.family.form(after, roles), kind)
+                specs[name] = TensorSpec(family.form(after, roles), kind)
         if dtype != "source":
             specs = {
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
             }
         ordered = {name: specs[name] for name in sorted(specs, key=natural)}
-        return cls(source, method, config, answers, student, groups, ordered, notes)
+        return cls(source, method, config, answers, student, family, groups, ordered, notes)
 
     def run(self, writer: Writer, progress: Progress) -> None:
         """Write the tensors that are missing, in the student's order: this thread converts, others copy."""
         import torch
 
-        stored, sites = self.source.family.stored, self.student.shape.sites
+        stored, sites = self.family.stored, self.student.shape.sites
         groups = {name: group for group in self.groups for site in group for name in stored(site, sites[site])}
         left = [name for name in self.specs if name not in writer.digests]
         size = sum(self.specs[name].nbytes for name in left)
@@ -85,7 +89,7 @@ class Job:
     def _convert(self, group: Sequence[Site], writer: Writer, crew: Crew, progress: Progress) -> None:
         """Convert one group of sites. Tensors that the method returns as they are are copied."""
         family, source = self.source.family, self.source
-        given = {site: source.roles(site) for site in group}
+        given = {site: replace(source.roles(site), dtype=self._dtype(site)) for site in group}
         for site, tensors in given.items():
             for role, tensor in tensors.roles.items():
                 check_finite(tensor, "float64", family.tensor(site, role), source.path)
@@ -94,7 +98,7 @@ class Job:
             write_json(self.notes, {**self.found(), **{str(site): found for site, found in measured.items()}})
         for site in group:
             old, new, attention = given[site].roles, converted[site], self.student.shape.sites[site]
-            before, after = family.stored(site, source.shape.sites[site]), family.stored(site, attention)
+            before, after = family.stored(site, source.shape.sites[site]), self.family.stored(site, attention)
             same = {name for name, held in before.items() if all(new.get(role) is old[role] for role in held)}
             for name in before.keys() - same:
                 crew.give(self._note, name, source.read(name))
@@ -104,8 +108,12 @@ class Job:
                 if name in same and before[name] == held:
                     crew.give(self._copy, name, source.read(name), writer)
                 else:
-                    writer.write(name, family.joined(attention, {role: new[role] for role in held}))
+                    writer.write(name, self.family.joined(attention, {role: new[role] for role in held}))
                     progress.advance(self.specs[name].nbytes)
+
+    def _dtype(self, site: Site) -> str:
+        """The format of a site's tensors in the student."""
+        return self.specs[self.family.tensor(site, "q")].dtype
 
     def found(self) -> dict[str, Any]:
         """The method's measurements of the sites that are converted, by continued work too."""

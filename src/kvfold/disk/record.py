@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -66,6 +67,9 @@ def identity(kind: str, name: str, settings: Mapping[str, Any]) -> str:
     return fingerprint([kind, name, dict(settings)])[:16]
 
 
+_commit = cache(commit)  # of the source that was loaded: git is asked once
+
+
 def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], **known: Any) -> Record:
     """A record of now, on this machine, with the versions and the commit that ran."""
     known.setdefault("device", describe())
@@ -75,7 +79,7 @@ def make(kind: str, name: str, settings: Mapping[str, Any], metrics: Mapping[str
         dict(settings),
         dict(metrics),
         versions=versions(),
-        commit=commit(),
+        commit=_commit(),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **known,
     )

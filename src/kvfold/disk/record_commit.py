@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from kvfold import __version__
@@ -17,9 +18,10 @@ from kvfold.inputs import read_text
 def versions() -> dict[str, str]:
     """Versions of kvfold, Python and the packages that compute."""
     names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
-    return {"kvfold": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+    return {"kvfold": __version__, "python": platform.python_version()} | {name: _installed(name) for name in names}
+
+
+_installed = cache(importlib.metadata.version)  # which searches the path and parses a file each time
 
 
 def commit() -> str | None:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from kvfold.contracts.runtimes import mixed
 from kvfold.disk.checkpoint import TIED, Checkpoint
 from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
@@ -28,7 +29,6 @@ from kvfold.export.agreement import Logits, Reference
 from kvfold.export.ask_llama_cpp import greedy, load
 from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
-from kvfold.predict.engines import mixed
 
 NOT_LOADED = "not loaded: llama-cpp-python is not installed"
 SAMPLE = "def fold(heads):\n    return [x ** 2 for x in heads]  # it's 3 of 8, or 1024?\n\nThe café — naïve."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.family import Expressed, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import stock_class
+from kvfold.contracts.stock import stock_class
 from kvfold.families._decoder import END
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 from kvfold.contracts.config import ACTIVATION, EPSILON, HEADS, SHARE, WIDTH, YES_NO, Fields, only, whole
 from kvfold.contracts.family import Body, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import stock_class
 from kvfold.families._decoder import END, Layout, decoder
 from kvfold.families._gpt import IGNORED
 from kvfold.families._rehoused import Block, Map, phi

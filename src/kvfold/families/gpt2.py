@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from kvfold.contracts.config import YES_NO, only
 from kvfold.contracts.family import Expressed, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import stock_class
 from kvfold.families._decoder import END, TENSORS, decoder
 from kvfold.families._gpt import BODY, IGNORED, RULES, SUMMARY, TINY, check_gpt, gpt_layout, gpt_usual
 from kvfold.families._rehoused import GROUPS, Block, Map, bigcode

@@ -13,8 +13,8 @@ from typing import Any
 from kvfold.contracts.config import EPSILON, SHARE, YES_NO, Fields, Rule, number
 from kvfold.contracts.family import Body, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import stock_class
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import END, Layout, decoder
 from kvfold.families._rehoused import Block, Map, phi

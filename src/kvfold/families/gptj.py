@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvfold.contracts.config import Fields, whole
 from kvfold.contracts.family import Family, Json, Rehoused
 from kvfold.contracts.packed import Packed
-from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import stock_class
 from kvfold.families._decoder import END, TENSORS, Layout, decoder
 from kvfold.families._gpt import BODY, IGNORED, RULES, TINY, check_gpt, gpt_usual
 from kvfold.families._rehoused import Block, Map, halves, phi

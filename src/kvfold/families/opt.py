@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.contracts.config import ACTIVATION, SHARE, WIDTH, YES_NO, Fields, decimal, only
 from kvfold.contracts.family import Body, Expressed, Json, Rehoused
-from kvfold.contracts.runtimes import stock_class
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import stock_class
 from kvfold.families._decoder import END, TENSORS, Layout, decoder
 from kvfold.families._gpt import IGNORED
 from kvfold.families._rehoused import GROUPS, Block, Map, bigcode

@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
-from kvfold.contracts.runtimes import PAIRS, PAIRS_STOCK, STEMS
+from kvfold.contracts.runtimes import PAIRS, PAIRS_STOCK
 from kvfold.contracts.site import Attention
+from kvfold.contracts.stock import STEMS
 from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
 from kvfold.families._encoder_decoder import END

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kvfold.contracts.family import Family
-from kvfold.contracts.runtimes import ADDED, stock_type
+from kvfold.contracts.runtimes import ABSORBED, ADDED, stock_type
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import read_object
 from kvfold.disk.source import locate
@@ -58,7 +58,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
         "attn_implementation": _known(attention, source.config),
         **_experts(dtype),
     }
-    config = without_negative_ids(source.config)
+    config = _built(source.config)
     try:
         with quiet():
             if config != source.config:
@@ -242,7 +242,7 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
     """
     kind = _dtype(dtype)
     try:
-        made = AutoConfig.for_model(**without_negative_ids(config))
+        made = AutoConfig.for_model(**_built(config))
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _auto(config).from_config(
@@ -255,6 +255,13 @@ def build(config: Mapping[str, Any], *, seed: int, attention: str | None = None,
         raise SettingError(f"no model can be built from the config: {_first_line(error)}") from error
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _built(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the model that is built of another: kvfold's class for the same tensors, where it has one."""
+    made = without_negative_ids(config)
+    kind = made.get("model_type")
+    return {**made, "model_type": ABSORBED.model_type(str(kind))} if kind in ABSORBED.models else made
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from kvfold.contracts.runtimes import Runtime, stock_class, stock_type
+from kvfold.contracts.runtimes import Runtime, stock_type
 from kvfold.contracts.site import Site
+from kvfold.contracts.stock import stock_class
 from kvfold.families import all_families
 
 

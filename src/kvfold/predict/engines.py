@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.contracts.method import Student
-from kvfold.contracts.runtimes import IN_VLLM, LAYERS, PAIRS, STOCK
+from kvfold.contracts.runtimes import IN_VLLM, LAYERS, MLA, PAIRS, STOCK, mixed
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
 
@@ -84,6 +84,14 @@ _MIXED = (  # heads for which the stock class has no field, such as those that d
 )
 
 
+_MLA = (  # a stock deepseek_v3 without experts, whose latent has a bias
+    _Known("transformers", "AutoModelForCausalLM, without kvfold", MLA.models, MLA.models, "loaded in the tests"),
+    _Known("vLLM", "its backend for transformers' classes: --model-impl transformers", MLA.models, frozenset(), ""),
+    _Known("llama.cpp", "its deepseek2 has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
+    _Known("CTranslate2", "has no latent attention", frozenset(), frozenset(), ""),
+    _Known("SGLang", "its class has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
+)
+
 _T5 = frozenset({"t5", "mt5", "umt5"})
 _BART = frozenset({"bart", "mbart", "plbart", "m2m_100", "marian", "pegasus", "blenderbot"})
 """Encoder-decoders with absolute positions that CTranslate2 has."""
@@ -127,6 +135,8 @@ def _table(student: Student) -> tuple[_Known, ...]:
 def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
     """Every known engine, for a student of a source with this config.json."""
     shape = student.shape
+    if shape.model_type in MLA.models:
+        return tuple(_engine(known, shape, config) for known in _MLA)
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
     own = student.model_type
     if own is not None or kept is not None:
@@ -235,11 +245,6 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     if shape.owners:
         return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
     return _kept(shape) or (_of_ct2 if engine == "CTranslate2" else _of_gguf)(config, shape) or _of_ropes(shape)
-
-
-def mixed(shape: Shape) -> bool:
-    """Whether layers differ in their key/value heads."""
-    return len({attention.num_key_value_heads for attention in shape.sites.values()}) > 1
 
 
 def rope_kind(rope: Rope) -> str:

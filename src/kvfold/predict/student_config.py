@@ -15,7 +15,7 @@ from kvfold.contracts.family import Family, with_fields, without_code
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.site import Shape
 from kvfold.errors import UnsupportedModel
-from kvfold.families import source_family
+from kvfold.families import all_families, source_family
 from kvfold.settings import decode
 
 
@@ -64,28 +64,43 @@ def student_config(
     if no architecture of the family expresses the student.
     """
     made: dict[str, Any] = {}
+    target, before = student_family(family, student), {}
     try:
-        made = _changed(config, family, shape, student, dtype)
+        if target is not family and target.adopt is not None:
+            config = target.adopt(config)
+        else:
+            before = family.fields(shape)
+        made = _changed(config, before, target.fields(student.shape) | dict(student.fields), student.model_type, dtype)
     except (KeyError, AttributeError, TypeError):  # a shape that the family cannot express
         fault: str | None = str(student.model_type or "no model type of it")
     else:
-        fault = _fault(made, family, student)
+        fault = _fault(made, target, student)
     if fault:
         raise UnsupportedModel(
-            f"{method}: no architecture of family {family.name} expresses this student",
+            f"{method}: no architecture of family {target.name} expresses this student",
             got=fault,
-            allowed=", ".join(family.architectures),
+            allowed=", ".join(target.architectures),
             next="choose other settings or another method",
         )
     return made
 
 
-def _changed(config: Mapping[str, Any], family: Family, shape: Shape, student: Student, dtype: str) -> dict[str, Any]:
-    """The source's config.json with the student's fields."""
-    before, after = family.fields(shape), family.fields(student.shape) | dict(student.fields)
+def student_family(family: Family, student: Student) -> Family:
+    """The family of the student of a source of `family`: its own, unless the student is of another architecture."""
+    return family if student.shape.family == family.name else all_families()[student.shape.family]
+
+
+def _changed(
+    config: Mapping[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    model_type: str | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """A config.json with the student's fields, `after`, in place of the source's, `before`."""
     changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
-    if student.model_type:
-        changed["model_type"] = student.model_type
+    if model_type:
+        changed["model_type"] = model_type
     if config.get("architectures") and config["architectures"] != after.get("architectures"):
         changed["architectures"] = after["architectures"]  # also where the source has an older name for it
     if dtype != "source":

@@ -41,8 +41,8 @@ class Supported:
 
 
 def supported() -> list[Supported]:
-    """Every family, in order of names."""
-    return [_of(family) for family in all_families().values()]
+    """Every family that can be converted, in order of names: not those in which students alone are written."""
+    return [_of(family) for family in all_families().values() if family.adopt is None]
 
 
 def _of(family: Family) -> Supported:
