@@ -28,11 +28,11 @@ def serving_tables(records: Sequence[Record]) -> Iterator[str]:
 
 def _cell(metrics: Mapping[str, Any]) -> str:
     if "refused" in metrics:
-        return f"no: {metrics['refused']}"
+        return f"no: {str(metrics['refused']).rpartition('Value error, ')[2]}"  # pydantic's words in front of vLLM's
     if metrics["problem"] is not None:
         return f"differs: {metrics['problem']}"
     ties = f" ({metrics['near_ties']} near ties)" if metrics["near_ties"] else ""
     tokens = f"{metrics['same_tokens']} of {metrics['tokens']} tokens the same{ties}"
-    cell = f"{tokens}, logits within {metrics['max_difference']:.1g}"
+    cell = f"{tokens}, logits within {metrics['max_difference']:.2g}"
     told, predicted = metrics["cache_bytes_per_token"], metrics["predicted_cache_bytes_per_token"]
     return cell if told is None else f"{cell}, cache {told:,.0f} bytes per token (predicted {predicted:,.0f})"
