@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "kvfold"
 
 ROWS = [  # docs/architecture.md says what lives in each: a package imports from its own row and from rows above it here
-    {"", "errors", "progress", "settings", "formats", "inputs", "faults", "machine"},
+    {"", "errors", "progress", "settings", "formats", "inputs", "faults", "machine", "ranks"},
     {"contracts"},
     {"solve", "attention"},
     {"methods", "families"},

@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 
 from kvfold.machine import prepare_threads
+from kvfold.ranks import current, reports
 
 INTERRUPTED = 130
 
@@ -29,11 +30,14 @@ def main() -> None:
             stream.flush()
         except OSError:  # the reader has gone, or the disk is full, which was reported
             silence(stream)
+    if current().world > 1:  # after an error: a process group that others have left cannot be closed
+        os._exit(status)
     sys.exit(status)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"kvfold: interrupted\n")
+    if reports():
+        os.write(2, b"kvfold: interrupted\n")
     os._exit(INTERRUPTED)
 
 

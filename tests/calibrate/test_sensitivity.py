@@ -213,7 +213,7 @@ def test_what_was_measured_before_a_stop_stays(
     tiny_checkpoint: Make, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, tokens = Checkpoint.open(tiny_checkpoint("llama", tokenizer=False)), token_file()
-    costs, calls = sensitivity._Measurement._costs, list[int]()
+    costs, calls = sensitivity._Measurement.costs, list[int]()
 
     def stopped(self: Any, teacher: Any, layer: int, *given: Any) -> Any:
         calls.append(layer)
@@ -221,7 +221,7 @@ def test_what_was_measured_before_a_stop_stays(
             raise KeyboardInterrupt
         return costs(self, teacher, layer, *given)
 
-    monkeypatch.setattr(sensitivity._Measurement, "_costs", stopped)
+    monkeypatch.setattr(sensitivity._Measurement, "costs", stopped)
     with pytest.raises(KeyboardInterrupt):
         measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
     found = measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)

@@ -24,7 +24,8 @@ from kvfold.families import all_families
 from kvfold.text.pairs import UNSEEN, Pairs, corpus, start_id
 from kvfold.text.tokens import token_file
 from kvfold.train import losses as objectives
-from kvfold.train.loop import make_optimizer, place
+from kvfold.train.loop import make_optimizer
+from kvfold.train.placing import prepare
 from kvfold.train.pretrain import PretrainSettings, pretrain
 from kvfold.train.settings import TrainSettings, rate
 from kvfold.train.uptrain import UptrainSettings, objective, uptrain
@@ -251,7 +252,8 @@ def test_a_constant_rate_stays() -> None:
 def test_dropout_is_set_everywhere() -> None:
     config = {**all_families()["t5"].tiny(), "dropout_rate": 0.3}
     for given, expected in ((None, 0.3), (0.0, 0.0), (0.1, 0.1)):
-        model = place(hf.build(config, seed=0), TrainSettings(data="x", dropout=given))
+        model = hf.build(config, seed=0)
+        prepare(model, TrainSettings(data="x", dropout=given))
         found = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
         found |= {module.dropout for module in model.modules() if type(module).__name__ == "T5Attention"}
         assert found == {expected}

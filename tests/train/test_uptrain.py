@@ -327,17 +327,17 @@ class At(Silent):
             die()
 
 def torn(save):
-    def half(content, file):
-        save(content, file)
-        file.flush()
-        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size // 2)
+    def half(content, storage_writer):
+        save(content, storage_writer=storage_writer)
+        (file,) = Path(storage_writer.path).iterdir()
+        os.truncate(file, file.stat().st_size // 2)
         die()
     return half
 
 def child(kind, step):
     progress = At(step if kind == "step" else 0)
     if kind == "slot":
-        state.torch.save = torn(torch.save)
+        state.state_dict_saver.save = torn(state.state_dict_saver.save)
     elif kind == "marker":
         state.write_json = lambda path, value: die()
     elif kind == "commit":
@@ -428,8 +428,10 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_state(student: Path, 
     done = State(tmp_path / "work").position()
     assert done is not None
     assert done.step == 2
-    kept = torch.load(tmp_path / "work" / "state-a.pt", weights_only=True)
-    assert kept["model"]["weight"].isfinite().all()
+    (slot,) = (tmp_path / "work" / "state-a").iterdir()
+    kept = load_file(slot)
+    assert set(kept) == {"weight", *(f"weight/{key}" for key in ("step", "exp_avg", "exp_avg_sq"))}
+    assert all(each.isfinite().all() for each in kept.values())
 
 
 def test_a_loss_that_diverges_stops(student: Path, text: Path, tmp_path: Path) -> None:
@@ -471,6 +473,18 @@ def test_invalid_settings(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(SettingError, match=what) as caught:
         UptrainSettings(**{"data": "t.txt", **SMALL, **changes})
     assert "\n" not in str(caught.value)
+
+
+def test_ranks_share_a_batch_in_equal_parts() -> None:
+    settings = UptrainSettings(data="t.txt", tokens=1, batch_size=8)
+    assert [settings.pass_rows(world) for world in (1, 2, 8)] == [8, 4, 1]
+    assert dataclasses.replace(settings, micro_batch=2).pass_rows(2) == 2
+    assert dataclasses.replace(settings, micro_batch=4).pass_rows(8) == 1
+    for world in (3, 16):
+        with pytest.raises(SettingError, match="the ranks must share a batch in equal parts"):
+            settings.pass_rows(world)
+    with pytest.raises(SettingError, match=r"replicas must divide the ranks \(got 2 replicas of 1 ranks\)"):
+        dataclasses.replace(settings, replicas=2).pass_rows(1)
 
 
 def test_an_unknown_setting_has_a_hint() -> None:

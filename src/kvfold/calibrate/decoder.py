@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kvfold import ranks
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.statistics import SEED, Signal, Sums, signals, watch
 from kvfold.contracts.family import MLP
@@ -63,16 +64,28 @@ def calibrate(
     kept = _load(path, asked)
     if kept is None:
         _check_memory(source.shape, asked, settings, device)
-        if isinstance(tokens, TokenFile):
-            rows = torch.split(torch.from_numpy(tokens.tokens[:].astype("int64")), length)
-            kept = read(source, asked, rows, settings, progress=progress)
-        else:
-            from kvfold.calibrate import encoder_decoder
-
-            pairs = tokens.rows(length, SEED)
-            kept = encoder_decoder.read(source, asked, pairs, dtype=settings.dtype, device=device, progress=progress)
+        kept = ranks.everywhere(_read, source, asked, tokens, settings, progress=progress)
         _save(path, asked, kept)
     return kept
+
+
+def _read(
+    source: Checkpoint,
+    requests: Sequence[Request],
+    tokens: TokenFile | Corpus,
+    settings: CalibrationSettings,
+    *,
+    progress: Progress,
+) -> Answers:
+    """Answer the requests on all ranks, by one pass over their shares of the text; rank 0 has the answers."""
+    length = min(settings.length, source.known_length)
+    if isinstance(tokens, TokenFile):
+        rows = torch.split(torch.from_numpy(tokens.tokens[:].astype("int64")), length)
+        return read(source, requests, rows, settings, progress=progress)
+    from kvfold.calibrate import encoder_decoder
+
+    pairs = tokens.rows(length, SEED)
+    return encoder_decoder.read(source, requests, pairs, dtype=settings.dtype, device=best_device(), progress=progress)
 
 
 def calibration_hash(tokens: TokenFile | Corpus, settings: CalibrationSettings = CalibrationSettings()) -> str:
@@ -126,7 +139,8 @@ def read(
 ) -> Answers:
     """Answer the requests by one pass of the teacher over rows `ids_T`, without the cache.
 
-    Raises SettingError, CheckpointError and OutputError as `calibrate` does.
+    Each rank reads its share of the rows; rank 0 has the answers. Raises SettingError, CheckpointError and OutputError
+    as `calibrate` does.
     """
     from kvfold import hf  # loads transformers, which answers from the cache do not need
 
@@ -144,25 +158,35 @@ def read(
     weights = any(isinstance(request, AttentionGram) for request in requests)
     attention = "eager" if weights or not source.shape.fused else "sdpa"
     device, needed = best_device(), 1 + max(map(_layer, requests), default=-1)
+    own = _share(rows)
+    mine = [len(ids_T) for ids_T in rows[own]]
     with (
-        hf.Layers(source, dtype=settings.dtype, device=device, attention=attention, lengths=lengths) as layers,
-        _Pass(layers, rows, settings) as work,
+        hf.Layers(source, dtype=settings.dtype, device=device, attention=attention, lengths=mine) as layers,
+        _Pass(layers, rows, own, settings) as work,
         torch.inference_mode(),
         task(progress, "calibrating", total * needed, "tokens"),
     ):
         for number in range(needed):
             for tokens in work.layer(number, requests):
-                progress.advance(tokens, f"layer {number + 1} of {needed}")
-    return {request: work.found[request] for request in requests}
+                progress.advance(tokens * total / sum(mine), f"layer {number + 1} of {needed}")
+    return work.found
+
+
+def _share(rows: Sequence[Tensor]) -> slice:
+    """The rows of this rank: whole batches in a row, as one rank would read them."""
+    batch = max(1, BATCH // len(rows[0]))
+    own = ranks.current().share(-(-len(rows) // batch))
+    return slice(own.start * batch, own.stop * batch)
 
 
 class _Pass(ExitStack):
-    """Layer after layer, all rows: the hidden states between layers are on disk."""
+    """Layer after layer, this rank's `own` rows: the hidden states between layers are on disk."""
 
-    def __init__(self, layers: Layers, rows: Sequence[Tensor], settings: CalibrationSettings) -> None:
+    def __init__(self, layers: Layers, rows: Sequence[Tensor], own: slice, settings: CalibrationSettings) -> None:
         super().__init__()
-        self.layers, self.rows, self.dtype, self.source = layers, rows, settings.dtype, layers.source
-        self.lengths = [len(ids_T) for ids_T in rows]
+        self.layers, self.rows, self.dtype, self.source = layers, rows[own], settings.dtype, layers.source
+        self.all_lengths = [len(ids_T) for ids_T in rows]
+        self.lengths, self.first = self.all_lengths[own], sum(self.all_lengths[: own.start])
         self.found: dict[Question, Mapping[str, Tensor]] = {}
         self.inputs: dict[Site, Spool] = {}  # of sites below, for CrossGram with a site above
         self.hidden = self._spool()
@@ -171,13 +195,13 @@ class _Pass(ExitStack):
         return self.enter_context(Spool(self.lengths, self.source.shape.hidden_size, self.dtype))
 
     def layer(self, number: int, requests: Sequence[Request]) -> Iterator[int]:
-        """Pass all rows through a layer and answer its requests. Yields the tokens of each batch.
+        """Pass the rows through a layer and answer its requests. Yields the tokens of each batch.
 
         Raises CheckpointError if an answer is not finite.
         """
         device, ahead = self.layers.device, [request for request in requests if _layer(request) > number]
         asked = [request for request in requests if _layer(request) == number]
-        sums = Sums(asked, self.source.shape, str(device), self.lengths)
+        sums = Sums(asked, self.source.shape, str(device), self.all_lengths, self.first)
         waiting = _waiting(ahead)
         kept = {site: self._spool() for site in sorted(waiting) if site.layer == number}
         self.inputs |= kept
@@ -203,7 +227,7 @@ class _Pass(ExitStack):
                 self.hidden.write(row, hidden_BTD)
             seen.clear()
             yield count * self.lengths[row]
-        self.found |= sums.answers(lambda request: sum(self.lengths), self.source.path)
+        self.found |= sums.answers(lambda request: sum(self.all_lengths), self.source.path)
         for site in self.inputs.keys() - waiting:
             self.inputs.pop(site).close()
 

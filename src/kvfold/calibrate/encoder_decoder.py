@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfold import ranks
 from kvfold.calibrate.statistics import Signal, Sums, signals, watch
 from kvfold.contracts.requests import Answers, AttentionGram, Request, SampledPairs
 from kvfold.disk.checkpoint import Checkpoint
@@ -37,8 +38,8 @@ def read(
 ) -> Answers:
     """Answer the requests by one pass of the teacher over rows of input and target, without the cache.
 
-    Raises SettingError for requests of single tokens, or of encoder tokens with decoder tokens, and CheckpointError if
-    an answer is not finite.
+    Each rank reads its share of the batches; rank 0 has the answers. Raises SettingError for requests of single tokens,
+    or of encoder tokens with decoder tokens, and CheckpointError if an answer is not finite.
     """
     from kvfold import hf  # loads transformers, which answers from the cache do not need
 
@@ -51,10 +52,11 @@ def read(
     model: Any = hf.load(source.path, dtype=dtype, device=device, attention=hf.WATCHED)
     work = _Pass(source, model, requests, device)
     made = sorted(rows, key=lambda row: (len(row[0]), len(row[1])))
-    total = sum(len(given) + len(wanted) for given, wanted in made)
+    total, this = sum(len(given) + len(wanted) for given, wanted in made), ranks.current()
     with task(progress, "calibrating", total, "tokens"), work.watching(), torch.inference_mode():
-        for batch in batches_of(made, BATCH):
-            progress.advance(work.add(batch.to(device)))
+        for batch in islice(batches_of(made, BATCH), this.rank, None, this.world):
+            progress.advance(work.add(batch.to(device)) * this.world)
+    work.gather()
     return {**work.sums.answers(work.tokens_of, source.path), **work.averages.answers(work.tokens_of, source.path)}
 
 
@@ -105,6 +107,11 @@ class _Pass:
         self.tokens["encoder"] += batch.seen_BS.numel()
         self.tokens["decoder"] += batch.target_BT.numel()
         return batch.seen_BS.numel() + batch.target_BT.numel()
+
+    def gather(self) -> None:
+        """Count the tokens of all ranks."""
+        counts = ranks.gather_in_order(self.tokens)
+        self.tokens = {side: sum(each[side] for each in counts) for side in self.tokens}
 
     def tokens_of(self, request: Request) -> int:
         """The number of tokens over which a request sums: those of the encoder, or those of the decoder."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvfold import ranks
 from kvfold.contracts.requests import Answers, Question, RecallDrop
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError
@@ -30,24 +31,33 @@ SEED = 0
 def measure_recall(
     source: Checkpoint, questions: Sequence[RecallDrop], tokens: TokenFile, *, progress: Progress = SILENT
 ) -> Answers:
-    """Answer the questions by running the teacher, which is in memory whole, in float32.
+    """Answer the questions by running the teacher, which is in memory whole on every rank, in float32.
 
     Raises DataError if the text is too short for a row.
     """
+    counts = sorted({each.tokens for each in questions})
+    rows = {count: copies(tokens, source.known_length, count) for count in counts}
+    return ranks.everywhere(_measure, source, questions, rows, progress=progress)
+
+
+def _measure(
+    source: Checkpoint, questions: Sequence[RecallDrop], rows: Mapping[int, Tensor], *, progress: Progress
+) -> Answers:
+    """Answer the questions on rows `ids_BT` by their number of tokens, on all ranks."""
     from kvfold import hf  # loads transformers
 
     device = best_device()
     model: Any = hf.load(source.path, device=device)
     found: dict[Question, Mapping[str, Tensor]] = {}
-    for count in sorted({each.tokens for each in questions}):
-        rows_BT = copies(tokens, source.known_length, count).to(device)
+    for count, rows_BT in rows.items():
         here = [each for each in questions if each.tokens == count]
         with task(progress, "measuring recall", rows_BT.numel() * (1 + len(here)), "tokens"):
-            whole = _loss(model, rows_BT, progress)
+            whole = _loss(model, rows_BT.to(device), progress)
             for each in here:
                 attention = model.get_submodule(source.family.module(each.site))
                 with near_only(attention, each.window, each.sinks):
-                    found[each] = {"drop": torch.tensor(_loss(model, rows_BT, progress) - whole, dtype=torch.float64)}
+                    drop = _loss(model, rows_BT.to(device), progress) - whole
+                found[each] = {"drop": torch.tensor(drop, dtype=torch.float64)}
     return found
 
 
@@ -84,11 +94,13 @@ def near_only(attention: nn.Module, window: int, sinks: int) -> Iterator[None]:
 @torch.inference_mode()
 def _loss(model: Any, rows_BT: Tensor, progress: Progress) -> float:
     """Mean loss of the repetition in nats per token, over all rows; infinite if it is no number."""
-    total = 0.0
-    for ids_BT in torch.split(rows_BT, max(1, BATCH // rows_BT.shape[1])):
+
+    def read(ids_BT: Tensor) -> float:
         logits_BTV = model(input_ids=ids_BT, use_cache=False, logits_to_keep=SPAN).logits
-        total += copied_loss(logits_BTV, ids_BT) * len(ids_BT)
-        progress.advance(ids_BT.numel())
+        return copied_loss(logits_BTV, ids_BT) * len(ids_BT)
+
+    parts = torch.split(rows_BT, max(1, BATCH // rows_BT.shape[1]))
+    total = sum(ranks.each(parts, read, progress=progress, amounts=[ids_BT.numel() for ids_BT in parts]))
     mean = total / len(rows_BT)
     return mean if math.isfinite(mean) else math.inf
 

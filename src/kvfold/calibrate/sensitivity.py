@@ -22,12 +22,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.calibrate import CalibrationSettings
 from kvfold.calibrate.decoder import calibration_hash
 from kvfold.calibrate.encoder_decoder import batches_of
@@ -36,7 +39,17 @@ from kvfold.calibrate.resumed import Changed, Resumed, ResumedPairs
 from kvfold.calibrate.statistics import SEED
 from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
-from kvfold.contracts.requests import COPIED, Alone, Answers, ConvertedKL, FoldedKL, FoldedRecall, HeadKL, Question
+from kvfold.contracts.requests import (
+    COPIED,
+    Alone,
+    Answers,
+    ConvertedKL,
+    CrossGram,
+    FoldedKL,
+    FoldedRecall,
+    HeadKL,
+    Question,
+)
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_cache, read_json, write_json
@@ -94,7 +107,7 @@ class _Measurement:
         self, questions: Sequence[Alone], tokens: TokenFile | Corpus, settings: CalibrationSettings, progress: Progress
     ) -> Mapping[str, float]:
         """The answers by the key of each question, and those that were measured before."""
-        device, sample = best_device(), self._sample(tokens, settings)
+        device, sample = best_device(), self.sample(tokens, settings)
         path = cache_folder() / "sensitivity" / f"{self._identity(questions, tokens, settings, sample, device)}.json"
         kept = read_json(path)
         sound = isinstance(kept, dict) and all(type(cost) is float and math.isfinite(cost) for cost in kept.values())
@@ -104,18 +117,12 @@ class _Measurement:
             if _key(each) not in known:
                 asked.setdefault(each.sites[0].layer, []).append(each)
         if asked:
-            work = sample.tokens * sum(map(len, asked.values()))
-            with (
-                task(progress, "measuring sensitivity", work, "tokens"),
-                torch.inference_mode(),
-                sample.resumed(self.source, device) as teacher,
-            ):
-                for layer, here in asked.items():
-                    known |= self._costs(teacher, layer, here, progress)
-                    with disk_errors(path):
-                        prepare_cache(path.parent)
-                        write_json(path, known)
+            known = ranks.everywhere(_measure, self, asked, tokens, settings, known, path, progress=progress)
         return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle it without the answers, which may be gigabytes: other ranks get those of a layer at a time."""
+        return {**vars(self), "given": {}}
 
     def _identity(
         self,
@@ -131,34 +138,70 @@ class _Measurement:
         how = [type(self.config).__module__, *same, self.kind.name]
         return fingerprint([FORMAT, self.source.hash(), text, device, how])[:32]
 
-    def _costs(
+    def costs(
         self, teacher: Resumed | ResumedPairs, layer: int, questions: Sequence[Alone], progress: Progress
     ) -> Mapping[str, float]:
-        """The mean cost per token of changes from a layer on, by the key of each question."""
-        changes = {each: _changed(self.source, self.method, self.config, each, self.given) for each in questions}
+        """The mean cost per token of changes from a layer on, by the key of each question; all ranks' batches."""
+        sites = {site for each in questions for site in each.sites}
+        given = ranks.broadcast_object({each: self.given[each] for each in self.given if sites & _sites(each)})
+        changes = {each: _changed(self.source, self.method, self.config, each, given) for each in questions}
         sums = dict.fromkeys(questions, 0.0)
         teacher.advance(layer)
         for batch, ids_BT in enumerate(teacher.ids):
             cost = self.kind.cost(teacher.own(batch, self.kind.last), ids_BT)
             for each, change in changes.items():
                 sums[each] += cost(teacher.changed(batch, change, self.kind.last)) * ids_BT.numel()
-                progress.advance(ids_BT.numel(), f"layer {layer}")
-        for each, total in sums.items():
-            if not math.isfinite(total):
+                progress.advance(ids_BT.numel() * ranks.current().world, f"layer {layer}")
+        of_ranks = ranks.gather_in_order((sum(map(Tensor.numel, teacher.ids)), sums))
+        read, costs = sum(count for count, _ in of_ranks), {}
+        for each in questions:
+            costs[_key(each)] = sum(part[each] for _, part in of_ranks) / read
+            if not math.isfinite(costs[_key(each)]):
                 raise CheckpointError("logits are not finite", where=self.source.path, got=each)
-        return {_key(each): total / sum(map(Tensor.numel, teacher.ids)) for each, total in sums.items()}
+        return costs
 
-    def _sample(self, tokens: TokenFile | Corpus, settings: CalibrationSettings) -> _Sample:
-        """The rows of a text on which these questions are answered, in batches whose logits fit into memory."""
+    def sample(self, tokens: TokenFile | Corpus, settings: CalibrationSettings) -> _Sample:
+        """The rows of a text on which these questions are answered, in batches whose logits fit into memory.
+
+        A model runs on this rank's batches.
+        """
+        this = ranks.current()
         longest, most = self.source.known_length, LOGITS_BYTES // (4 * self.source.shape.vocab_size)
         if isinstance(tokens, TokenFile):
             rows_BT = self.kind.rows(tokens, longest, settings)
-            batches = torch.split(rows_BT, max(1, most // rows_BT.shape[1]))
+            batches = torch.split(rows_BT, max(1, most // rows_BT.shape[1]))[this.rank :: this.world]
             return _Sample(rows_BT.tolist(), rows_BT.numel(), lambda *where: Resumed(where[0], batches, where[1]))
         pairs = _spread_pairs(tokens, longest, settings)
         ids = [target.tolist() for _, target in pairs]
-        batched = list(batches_of(pairs, most))
+        batched = list(islice(batches_of(pairs, most), this.rank, None, this.world))
         return _Sample(ids, sum(map(len, ids)), lambda *where: ResumedPairs(where[0], batched, where[1]))
+
+
+def _measure(
+    work: _Measurement,
+    asked: Mapping[int, Sequence[Alone]],
+    tokens: TokenFile | Corpus,
+    settings: CalibrationSettings,
+    known: dict[str, float],
+    path: Path,
+    *,
+    progress: Progress,
+) -> dict[str, float]:
+    """The answers to the questions of each layer beside the `known` ones, on all ranks; rank 0 keeps them in a file."""
+    sample = work.sample(tokens, settings)
+    total = sample.tokens * sum(map(len, asked.values()))
+    with (
+        task(progress, "measuring sensitivity", total, "tokens"),
+        torch.inference_mode(),
+        sample.resumed(work.source, best_device()) as teacher,
+    ):
+        for layer, here in asked.items():
+            known |= work.costs(teacher, layer, here, progress)
+            if ranks.current().main:
+                with disk_errors(path):
+                    prepare_cache(path.parent)
+                    write_json(path, known)
+    return known
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
@@ -174,6 +217,13 @@ def _key(question: Alone) -> str:
     if isinstance(question, ConvertedKL):
         return " with ".join(map(str, question.sites))
     return f"{question.site}, {question.heads} heads"
+
+
+def _sites(question: Question) -> set[Site]:
+    """The sites that a question is about."""
+    if isinstance(question, CrossGram):
+        return {question.first, question.second}
+    return set(question.sites) if isinstance(question, ConvertedKL) else {question.site}
 
 
 def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kvfold import ranks
 from kvfold.contracts.requests import AttentionGram, CrossGram, InputGram, QueryGram, Question, Request, SampledPairs
 from kvfold.contracts.site import Attention, Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -63,15 +64,20 @@ class Sum(Protocol):
     def add(self) -> Callable[..., None]:
         """Add the next rows of the text: one tensor `(B, T, ...)` for each signal."""
 
+    def gather(self) -> None:
+        """Take in the sums of the other ranks, on rank 0."""
+
     def answer(self, tokens: int) -> dict[str, Tensor]:
         """The answer after this number of tokens, by name."""
 
 
 class Sums:
-    """The sums of several requests on rows of these lengths."""
+    """The sums of several requests on rows of these lengths, of which this rank reads those from token `start` on."""
 
-    def __init__(self, requests: Iterable[Request], shape: Shape, device: str, lengths: Sequence[int] = ()) -> None:
-        self.of = {request: _start(request, shape, device, lengths) for request in requests}
+    def __init__(
+        self, requests: Iterable[Request], shape: Shape, device: str, lengths: Sequence[int] = (), start: int = 0
+    ) -> None:
+        self.of = {request: _start(request, shape, device, lengths, start) for request in requests}
 
     def add(self, seen: Mapping[Signal, Tensor]) -> None:
         """Add the next rows of the text to every sum."""
@@ -79,9 +85,15 @@ class Sums:
             total.add(*(seen[signal] for signal in signals(request)))
 
     def answers(self, tokens: Callable[[Request], int], where: object) -> dict[Question, Mapping[str, Tensor]]:
-        """All answers. Raises CheckpointError if one is not finite."""
+        """All answers, on rank 0, after this number of tokens on all ranks.
+
+        Raises CheckpointError if one is not finite.
+        """
         found: dict[Question, Mapping[str, Tensor]] = {}
         for request, total in self.of.items():
+            total.gather()
+            if not ranks.current().main:
+                continue
             found[request] = {name: tensor.cpu() for name, tensor in total.answer(tokens(request)).items()}
             if not all(bool(tensor.isfinite().all()) for tensor in found[request].values()):
                 raise CheckpointError(
@@ -93,7 +105,7 @@ class Sums:
         return found
 
 
-def _start(request: Request, shape: Shape, device: str, lengths: Sequence[int]) -> Sum:
+def _start(request: Request, shape: Shape, device: str, lengths: Sequence[int], start: int) -> Sum:
     sites = shape.sites
     match request:
         case InputGram(site) | AttentionGram(site):
@@ -105,7 +117,7 @@ def _start(request: Request, shape: Shape, device: str, lengths: Sequence[int]) 
             heads, width = sites[site].num_attention_heads, sites[site].head_dim
             return _Gram("gram_HEE", (heads, width, width), device, lambda q: [_heads(q, width).transpose(0, 1)])
         case SampledPairs(site, count):
-            return _Sample(sites[site], *choose(lengths, count))
+            return _Sample(sites[site], *choose(lengths, count), start)
 
 
 class _Gram:
@@ -133,6 +145,11 @@ class _Gram:
             self.gram.addmm_(left.T, right)
         if self.sum_D is not None:
             self.sum_D += left.sum(0)
+
+    def gather(self) -> None:
+        for total in (self.gram, self.sum_D):
+            if total is not None:
+                ranks.sum_to_main(total)
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
         mean = {} if self.sum_D is None else {"mean_D": self.sum_D / tokens}
@@ -176,8 +193,8 @@ def choose(lengths: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
 class _Sample:
     """Queries and keys of chosen tokens, in the order of the text."""
 
-    def __init__(self, site: Attention, index_N: Tensor, row_N: Tensor, position_N: Tensor) -> None:
-        self.site, self.index_N, self.row_N, self.position_N, self.seen = site, index_N, row_N, position_N, 0
+    def __init__(self, site: Attention, index_N: Tensor, row_N: Tensor, position_N: Tensor, start: int) -> None:
+        self.site, self.index_N, self.row_N, self.position_N, self.seen = site, index_N, row_N, position_N, start
         self.parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, q: Tensor, k: Tensor) -> None:
@@ -186,6 +203,9 @@ class _Sample:
         q_NHE, k_NGE = (_heads(part, self.site.head_dim)[here.to(part.device)].float().cpu() for part in (q, k))
         self.parts.append((q_NHE, k_NGE))
         self.seen += tokens
+
+    def gather(self) -> None:
+        self.parts = [part for parts in ranks.gather_in_order(self.parts) for part in parts]
 
     def answer(self, tokens: int) -> dict[str, Tensor]:
         q_NHE, k_NGE = (torch.cat(pieces) for pieces in zip(*self.parts, strict=True))

@@ -17,11 +17,13 @@ from typing import Any
 import kvfold
 from kvfold.cli.console import ERR, OUT, Bars, Lines, table
 from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
+from kvfold.cli.launch import LOST, Ended, launched
 from kvfold.errors import GateMissed, Interrupted, KvfoldError, SettingError, did_you_mean
 from kvfold.faults import fault_of
 from kvfold.formats import json_text, size
 from kvfold.methods import all_methods
 from kvfold.progress import Progress
+from kvfold.ranks import current, lost, reports
 
 api: Any = kvfold  # its functions are imported when they are called
 BUG = 1  # the exit status of an exception that is not the user's error
@@ -44,9 +46,13 @@ def run_command(arguments: Sequence[str]) -> int:
         _run(arguments)
     except KvfoldError as error:
         return _line(str(error), error.exit_code)
+    except Ended as ended:
+        return ended.status
     except KeyboardInterrupt:
         return _interrupted()
     except (Exception, SystemExit) as error:
+        if lost(error):
+            return _lost()
         if stopped:  # importing a C extension turns Ctrl-C into ImportError
             return _interrupted()
         fault = fault_of(error, paths=True)
@@ -88,8 +94,16 @@ def _help() -> str:
 
 
 def _line(message: str, status: int) -> int:
-    ERR.show(f"kvfold: {' '.join(message.split())}")
+    """Print the line of an error, unless another rank reports it."""
+    if reports():
+        rank = "" if current().main else f"rank {current().rank}: "
+        ERR.show(f"kvfold: {rank}{' '.join(message.split())}")
     return status
+
+
+def _lost() -> int:
+    """End a rank that lost another one, which its launcher names; that of torchrun does not say it in a line."""
+    return LOST if launched() else _line("another rank has ended, and this one with it", LOST)
 
 
 def _interrupted() -> int:
@@ -98,6 +112,8 @@ def _interrupted() -> int:
 
 def _bug(error: BaseException) -> int:
     """Print a traceback and ask for a report."""
+    if not reports():
+        return BUG
     for line in "".join(traceback.format_exception(error)).splitlines():
         ERR.show(line)
     message = f"this is a bug in kvfold {kvfold.__version__}: please report the lines above, with the command and "
@@ -144,6 +160,9 @@ TEACHER = Flag("teacher", "--teacher", "Teacher checkpoint. Default: the root of
 RECORDS = Flag("records", "--records", "Folder for the record. [default: records]", "DIR", "records")
 NAME = Flag("name", "--name", "Name of the record. Default: the directory's name.", "TEXT")
 OVERWRITE = Flag("overwrite", "--overwrite", "Replace an output of other inputs or settings.", default=False)
+GPUS = Flag(
+    "gpus", "--gpus", "GPUs to use, with one process each; without GPUs, processes. Default: 1, or torchrun's.", "N"
+)
 AS_JSON = Flag("as_json", "--json", "Print the result as one JSON object.", default=False)
 
 
@@ -163,7 +182,7 @@ def plan(src: str, options: Any, chosen: Mapping[str, Any], method: str, as_json
 
 
 @command(
-    *(SOURCE, Flag("dst", "DST", "Directory of the student."), METHOD, OVERWRITE, AS_JSON),
+    *(SOURCE, Flag("dst", "DST", "Directory of the student."), METHOD, GPUS, OVERWRITE, AS_JSON),
     settings="convert.settings:ConvertSettings",
     methods=True,
 )
@@ -178,7 +197,7 @@ def convert(
 @command(
     Flag("student", "STUDENT", "Converted checkpoint."),
     Flag("out", "OUT", "Directory of the trained student."),
-    *(TEACHER, OVERWRITE, AS_JSON),
+    *(TEACHER, GPUS, OVERWRITE, AS_JSON),
     settings="train.settings:UptrainSettings",
 )
 def uptrain(student: str, out: str, options: Any, teacher: str | None, overwrite: bool, as_json: bool) -> None:
@@ -189,7 +208,7 @@ def uptrain(student: str, out: str, options: Any, teacher: str | None, overwrite
 
 @command(
     Flag("model", "MODEL", "Checkpoint to evaluate."),
-    *(TEACHER, RECORDS, NAME, OVERWRITE, AS_JSON),
+    *(TEACHER, RECORDS, NAME, GPUS, OVERWRITE, AS_JSON),
     settings="evaluate.settings:EvaluateSettings",
 )
 def evaluate(model: str, options: Any, as_json: bool, **given: Any) -> None:
@@ -265,7 +284,7 @@ def report(run_dir: str, out: str | None, as_json: bool) -> None:
     Flag("recipes", "RECIPE...", "Recipes: YAML files, run in this order."),
     Flag("changes", "--set", "Change one key of the recipe; repeatable.", "KEY=VALUE", repeatable=True),
     Flag("out", "--out", "Folder of the run. Default: runs/ and the recipe's name.", "DIR"),
-    *(OVERWRITE, AS_JSON),
+    *(GPUS, OVERWRITE, AS_JSON),
 )
 def run(recipes: Sequence[str], changes: Sequence[str] | None, out: str | None, overwrite: bool, as_json: bool) -> None:
     """Run every stage of a recipe, over its grid and seeds."""
@@ -318,7 +337,7 @@ def _summary(page: Path, as_json: bool) -> None:
 @command(
     Flag("config", "CONFIG", "A config.json of a supported architecture, or a recipe."),
     Flag("out", "OUT", "Directory of the model."),
-    *(OVERWRITE, AS_JSON),
+    *(GPUS, OVERWRITE, AS_JSON),
     settings="train.settings:PretrainSettings",
 )
 def pretrain(config: str, out: str, options: Any, overwrite: bool, as_json: bool) -> None:

@@ -8,11 +8,13 @@ import importlib
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NoReturn
 
 from typing_extensions import override
 
+from kvfold.cli.launch import on_ranks
 from kvfold.errors import SettingError, did_you_mean
 from kvfold.methods import all_methods
 from kvfold.settings import decode, metavar
@@ -107,7 +109,10 @@ class Command:
             values["options"] = decode(self._stage(), options, name)
         if self.methods:
             values["chosen"] = given
-        self.function(**values)
+        if "gpus" in values:
+            on_ranks(name, values.pop("gpus"), words, partial(self.function, **values))
+        else:
+            self.function(**values)
 
     def _stage(self) -> type[Any]:
         module, _, name = str(self.settings).partition(":")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -32,7 +32,7 @@ from kvfold.progress import SILENT, Progress, task
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "Checkpoint", "TensorSpec", "Writer", "content_hash", "natural", "save_model"]
+__all__ = ["FORMAT", "Checkpoint", "TensorSpec", "Writer", "content_hash", "natural", "save_model", "save_tensors"]
 
 TIED = "lm_head.weight"  # left out of names and hash if the config ties it and it equals the embedding
 ROWS = 4096  # rows of an embedding that are compared at a time
@@ -76,6 +76,10 @@ class Checkpoint:
         path = locate(source)
         return cls(path, path.resolve().name if Path(source).is_dir() else str(source))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it by its path: the process that unpickles it opens the same files."""
+        return Checkpoint, (self.path, self.name)
+
     def _named(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, str]]:
         """The tensors under the model's names, and the names in the files of those that have another there."""
         found: dict[str, Stored] = {}
@@ -88,6 +92,10 @@ class Checkpoint:
             if name != there:
                 spelled[name] = there
         return found, spelled
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._stored
 
     def names(self) -> list[str]:
         """Names of the tensors; layer 2 comes before layer 10."""
@@ -350,6 +358,33 @@ def content_hash(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], dig
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(
+    folder: Path, like: Checkpoint, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any]
+) -> str:
+    """Save the trained tensors of a checkpoint into a folder, one after the other, and return the content hash.
+
+    Each has the dtype of its namesake in `like`; other tensors are ignored. Config, tokenizer and other files are those
+    of `like`. Raises as `save_model`.
+    """
+    specs = {name: like.spec(name) for name in like.names()}
+    config = without_code(like.config)
+    with disk_errors(folder):
+        sidecar.carry_over(like.path, folder)
+        write_json(folder / "config.json", config)
+        with Writer(folder, specs, spelled=like.spelled) as writer:
+            for name, tensor in tensors:
+                if name in specs:
+                    writer.write(name, tensor)
+            missing = sorted(specs.keys() - writer.digests.keys(), key=natural)
+            if missing:
+                what = f"the trained model lost {len(missing)} tensors, the first is {missing[0]}"
+                raise CheckpointError(what, where=folder)
+            writer.close()
+        hashed = content_hash(config, specs, writer.digests)
+        write_json(folder / MANIFEST, {**lineage, "hash": hashed})
+    return hashed
 
 
 def save_model(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from kvfold.contracts.family import Expressed
 from kvfold.disk.checkpoint import Checkpoint, TensorSpec
 from kvfold.disk.shards import Stored
@@ -31,6 +33,10 @@ class Rehoused(Checkpoint):
         self.shape = replace(self.family.shape(self.config), root_elements=origin.shape.root_elements)
         self.digests, self._flaws, self.buffers, self.spelled = {}, {}, origin.buffers, {}
         self._stored = {name: self._view(each) for name, each in made.tensors.items()}
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rehoused, (self._origin,)
 
     @property
     def origin(self) -> Checkpoint:

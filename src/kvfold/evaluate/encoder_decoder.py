@@ -12,7 +12,7 @@ Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.evaluate import loss
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress, task
@@ -39,16 +39,20 @@ def score(
     """
     device = next(models["student"].parameters()).device
 
-    def parts() -> Iterator[loss.Scored]:
-        for first in range(0, len(rows), batch_size):
-            batch = batched(rows[first : first + batch_size]).to(device)
-            counts_BT = batch.target_BT != UNSEEN
-            logits = [
-                losses.Head.of(model).logits(losses.hidden_states(model, batch)[counts_BT]) for model in models.values()
-            ]
-            yield logits, batch.target_BT[counts_BT], counts_BT.sum(1).tolist()
+    def read(part: Sequence[Row]) -> loss.Scored:
+        batch = batched(part).to(device)
+        counts_BT = batch.target_BT != UNSEEN
+        logits = [
+            losses.Head.of(model).logits(losses.hidden_states(model, batch)[counts_BT]) for model in models.values()
+        ]
+        return logits, batch.target_BT[counts_BT], counts_BT.sum(1).tolist()
 
-    return loss.collect(parts(), sum(len(target) for _, target in rows), progress)
+    parts = _parts(rows, batch_size)
+    return loss.collect(parts, read, [sum(len(target) for _, target in part) for part in parts], progress)
+
+
+def _parts(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -65,22 +69,24 @@ def answers(
     progress: Progress = SILENT,
 ) -> list[str]:
     """A model's answers to the first `settings.answers` inputs, each cut to `length` tokens, by beam search."""
-    texts: list[str] = []
     device = next(model.parameters()).device
     rows = [(given[:length], target) for given, target in pairs.pairs[: settings.answers]]
+
+    def answer(part: Sequence[Row]) -> list[str]:
+        batch = batched(part).to(device)
+        ids_BT = hf.generate(
+            model,
+            batch.input_BS,
+            attention_mask=batch.seen_BS.long(),
+            num_beams=beams,
+            max_new_tokens=settings.answer_tokens,
+        )
+        return list(tokenizer.batch_decode(ids_BT, skip_special_tokens=True))
+
+    parts = _parts(rows, settings.batch_size)
     with task(progress, f"answers, {beams} beam{'s' if beams > 1 else ''}", len(rows), "pairs"):
-        for first in range(0, len(rows), settings.batch_size):
-            batch = batched(rows[first : first + settings.batch_size]).to(device)
-            ids_BT = hf.generate(
-                model,
-                batch.input_BS,
-                attention_mask=batch.seen_BS.long(),
-                num_beams=beams,
-                max_new_tokens=settings.answer_tokens,
-            )
-            texts += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-            progress.advance(len(batch.input_BS))
-    return texts
+        found = ranks.each(parts, answer, progress=progress, amounts=[len(part) for part in parts])
+    return [text for texts in found for text in texts]
 
 
 def judge(answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.contracts.cache import cached_by
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
@@ -147,21 +147,33 @@ def _measure(
     """All metrics. Text and tasks are checked before a model is loaded; `known` are the teacher's scores of tasks."""
     path = checkpoints["student"].path
     if text.corpus:
-        models = _load(checkpoints, settings)
-        length = settings.sequence_length or LONGEST
-        return encoder_decoder.measure(models, path, text.corpus, settings, length=length, progress=progress)
+        return ranks.everywhere(_measure_pairs, checkpoints, text.corpus, settings, progress=progress)
     harness = find_tasks(settings)
     tokenizer = hf.load_tokenizer(path)
     rows = _rows(tokenizer, text.ids_N, settings, progress)
     prompts_BT = samples.prompts(text.ids_N, settings.samples) if settings.samples else None
-    models = _load(checkpoints, settings)
-    tests = _Tests(
-        settings, tokenizer, text.ids_N, rows, harness, checkpoints["student"].shape.max_positions, known, progress
-    )
     text_bytes = len(samples.decode(tokenizer, text.ids_N[1:]).encode())
-    metrics = {"text_bytes": text_bytes, **tests.measure(models, text_bytes)}
-    if prompts_BT is not None:
-        metrics["samples"] = samples.side_by_side(models, tokenizer, prompts_BT, settings.sample_tokens)
+    most = checkpoints["student"].shape.max_positions
+    tests = _Tests(settings, tokenizer, text.ids_N, rows, harness, most, known, text_bytes, prompts_BT)
+    return ranks.everywhere(_measure_text, checkpoints, tests, progress=progress)
+
+
+def _measure_pairs(
+    checkpoints: Mapping[str, Checkpoint], read: Corpus, settings: EvaluateSettings, *, progress: Progress
+) -> dict[str, Any]:
+    """The metrics of encoder-decoders, on all ranks."""
+    models, path = _load(checkpoints, settings), checkpoints["student"].path
+    length = settings.sequence_length or LONGEST
+    return encoder_decoder.measure(models, path, read, settings, length=length, progress=progress)
+
+
+def _measure_text(checkpoints: Mapping[str, Checkpoint], tests: _Tests, *, progress: Progress) -> dict[str, Any]:
+    """The metrics of decoders, on all ranks."""
+    tests, models = replace(tests, progress=progress), _load(checkpoints, tests.settings)
+    metrics = {"text_bytes": tests.text_bytes, **tests.measure(models)}
+    if tests.prompts_BT is not None and ranks.current().main:
+        count = tests.settings.sample_tokens
+        metrics["samples"] = samples.side_by_side(models, tests.tokenizer, tests.prompts_BT, count)
     return metrics
 
 
@@ -176,16 +188,18 @@ class _Tests:
     harness: Harness | None
     max_length: int
     known: Mapping[str, Any] | None  # scores that the teacher has of these tasks
-    progress: Progress
+    text_bytes: int
+    prompts_BT: Tensor | None  # of samples
+    progress: Progress = SILENT
 
     @torch.inference_mode()
-    def measure(self, models: Mapping[str, Any], text_bytes: int) -> dict[str, Any]:
+    def measure(self, models: Mapping[str, Any]) -> dict[str, Any]:
         """Loss, recall and tasks of every model; a model alone is measured with quantised caches too.
 
         A student is also measured without each part of its attention that can be removed.
         """
         sums = self._score(models)
-        own = {who: loss.summary(sums, who, text_bytes) | self._rest(model, who) for who, model in models.items()}
+        own = {who: loss.summary(sums, who, self.text_bytes) | self._rest(model, who) for who, model in models.items()}
         student = models["student"]
         if self.settings.fp8 and len(models) == 1:
             quantised = {name: self._quantised(student, name) for name in hf.QUANTISED}

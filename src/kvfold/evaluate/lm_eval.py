@@ -9,12 +9,14 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, TextIO
 
 import numpy
 import torch
 from torch import nn
 
+from kvfold import ranks
 from kvfold.errors import DataError, SettingError, did_you_mean
 from kvfold.progress import SILENT, Progress
 
@@ -29,6 +31,11 @@ class Harness:
     metrics: Mapping[str, tuple[str, ...]]  # by task; a group has those of its tasks
     manager: Any
     limit: int | None
+    folder: str | None = None  # of more task files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it by its tasks: the process that unpickles it finds them itself."""
+        return find_tasks, (self.tasks, self.folder, self.limit)
 
     def run(
         self, model: nn.Module, tokenizer: Any, *, batch_size: int, max_length: int, progress: Progress = SILENT
@@ -83,12 +90,20 @@ def _wrapper(progress: Progress, stderr: TextIO) -> Any:
                 )
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            with shown(len(requests)):
-                return super().generate_until(requests, disable_tqdm=True)
+            def options(at: int) -> str:
+                return str(requests[at].args[1])
 
-        def _model_generate(self, context: Any, **options: Any) -> Any:
-            progress.advance(len(context))
-            return super()._model_generate(context, **options)
+            order = sorted(range(len(requests)), key=lambda at: (options(at), -len(requests[at].args[0])))
+            groups, size = [list(same) for _, same in groupby(order, key=options)], int(self.batch_size)
+            parts = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+
+            def answer(part: list[int]) -> list[str]:
+                return list(HFLM.generate_until(self, [requests[at] for at in part], disable_tqdm=True))
+
+            with shown(len(requests)):
+                found = ranks.each(parts, answer, progress=progress, amounts=[len(part) for part in parts])
+            texts = dict(zip(chain(*parts), chain(*found), strict=True))
+            return [texts[at] for at in range(len(requests))]
 
     return Wrapper
 
@@ -102,21 +117,27 @@ def log_likelihoods(
     Logits are computed for the answers alone, and in float32: lm-eval's own wrapper computes those of every token. The
     longest rows come first.
     """
-    device, found = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda at: -len(rows[at][0]))
-    for first in range(0, len(rows), batch_size):
-        batch = [(at, *rows[at]) for at in order[first : first + batch_size]]
-        ids = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
+
+    def read(part: Sequence[int]) -> list[tuple[float, bool]]:
+        batch = [rows[at] for at in part]
+        ids = [torch.tensor(ids[:-1]) for ids, _ in batch]
         ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # behind a row, where causal attention does not look
-        kept = ids_BT.shape[1] - min(len(ids) - 1 - answer for _, ids, answer in batch)
+        kept = ids_BT.shape[1] - min(len(ids) - 1 - answer for ids, answer in batch)
         logits_BTV = model(ids_BT.to(device), use_cache=False, logits_to_keep=kept).logits
-        for (at, row, answer), logits_TV in zip(batch, logits_BTV, strict=True):
+        found = []
+        for (row, answer), logits_TV in zip(batch, logits_BTV, strict=True):
             end = len(row) - 1 - ids_BT.shape[1] + kept
             logits_AV = logits_TV[end - answer : end].float()
             target_A = torch.tensor(row[-answer:], device=device)
             likelihood = logits_AV.log_softmax(-1).gather(1, target_A[:, None]).sum()
-            found[at] = float(likelihood), bool((logits_AV.argmax(-1) == target_A).all())
-        progress.advance(len(batch))
+            found.append((float(likelihood), bool((logits_AV.argmax(-1) == target_A).all())))
+        return found
+
+    parts = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    scores = ranks.each(parts, read, progress=progress, amounts=[len(part) for part in parts])
+    found = dict(zip(order, chain(*scores), strict=True))
     return [found[at] for at in range(len(rows))]
 
 
@@ -156,7 +177,7 @@ def find_tasks(tasks: Sequence[str], folder: str | None, limit: int | None) -> H
     metrics = {name: tuple(task.aggregation()) for name, task in found["tasks"].items()}
     for group in found["groups"]:
         metrics[group] = tuple(dict.fromkeys(each for name in list(metrics) for each in metrics[name]))
-    return Harness(tuple(tasks), metrics, manager, limit)
+    return Harness(tuple(tasks), metrics, manager, limit, folder)
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:

@@ -14,13 +14,16 @@ earlier window counted: every token except the first counts once, with at least 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kvfold import ranks
 from kvfold.progress import SILENT, Progress, task
+
+Part = TypeVar("Part")
 
 LOGITS_BYTES = 1 << 30  # of one model's logits: where a vocabulary is large, a batch runs in smaller parts
 CHUNK_BYTES = 8 << 20  # of logits in fp32 while they are scored: about what a core's cache holds
@@ -61,16 +64,16 @@ def score(
     vocabulary = int(student.config.vocab_size)  # type: ignore[union-attr,arg-type]
     rows = max(1, min(batch_size, LOGITS_BYTES // (length * vocabulary * itemsize)))
 
-    def parts() -> Iterator[Scored]:
-        for first in range(0, len(made), rows):
-            begins_B, counted_B = (torch.tensor(each) for each in zip(*made[first : first + rows], strict=True))
-            ids_BT = ids_N[begins_B[:, None] + torch.arange(length + 1)].to(device)
-            keep = int(counted_B.max())
-            counts_BT = (torch.arange(keep) >= keep - counted_B[:, None]).to(device)
-            logits = [model(ids_BT[:, :-1], use_cache=False).logits[:, -keep:] for model in models.values()]
-            yield [_pick(each, counts_BT) for each in logits], _pick(ids_BT[:, -keep:], counts_BT), counted_B.tolist()
+    def read(part: Sequence[tuple[int, int]]) -> Scored:
+        begins_B, counted_B = (torch.tensor(each) for each in zip(*part, strict=True))
+        ids_BT = ids_N[begins_B[:, None] + torch.arange(length + 1)].to(device)
+        keep = int(counted_B.max())
+        counts_BT = (torch.arange(keep) >= keep - counted_B[:, None]).to(device)
+        logits = [model(ids_BT[:, :-1], use_cache=False).logits[:, -keep:] for model in models.values()]
+        return [_pick(each, counts_BT) for each in logits], _pick(ids_BT[:, -keep:], counts_BT), counted_B.tolist()
 
-    return collect(parts(), sum(counted for _, counted in made), progress)
+    parts = [made[first : first + rows] for first in range(0, len(made), rows)]
+    return collect(parts, read, [sum(counted for _, counted in part) for part in parts], progress)
 
 
 def _pick(value_BT: Tensor, counts_BT: Tensor) -> Tensor:
@@ -82,17 +85,26 @@ Scored = tuple[list[Tensor], Tensor, list[int]]
 """Of a batch: the logits of each model, `logits_NV`, the tokens `targets_N`, and how many of them each row has."""
 
 
-def collect(parts: Iterable[Scored], total: int, progress: Progress) -> dict[str, Tensor]:
-    """Sums over each row, in float64, of its tokens' `token_scores`, and `tokens_B`, their number."""
-    sums: dict[str, list[Tensor]] = {}
-    with task(progress, "loss", total, "tokens"):
-        for logits, targets_N, counts in parts:
-            found = token_scores(*logits, targets_N=targets_N)
-            found["tokens"] = torch.ones_like(found["student"])
-            for key, value_N in found.items():
-                sums.setdefault(key, []).extend(each.double().sum().cpu() for each in torch.split(value_N, counts))
-            progress.advance(len(targets_N))
-    return {key: torch.stack(values) for key, values in sums.items()}
+def collect(
+    parts: Sequence[Part], read: Callable[[Part], Scored], tokens: Sequence[int], progress: Progress
+) -> dict[str, Tensor]:
+    """Sums over each row, in float64, of its tokens' `token_scores`, and `tokens_B`, their number.
+
+    `parts` are batches for `read`, with `tokens` each, and every one is read by one rank.
+    """
+
+    def sums(part: Part) -> dict[str, Tensor]:
+        logits, targets_N, counts = read(part)
+        found = token_scores(*logits, targets_N=targets_N)
+        found["tokens"] = torch.ones_like(found["student"])
+        return {
+            key: torch.stack([row.double().sum() for row in torch.split(value_N, counts)]).cpu()
+            for key, value_N in found.items()
+        }
+
+    with task(progress, "loss", sum(tokens), "tokens"):
+        found = ranks.each(parts, sums, progress=progress, amounts=tokens)
+    return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
 
 def token_scores(logits_NV: Tensor, teacher_NV: Tensor | None = None, *, targets_N: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvfold import ranks
 from kvfold.errors import DataError, SettingError
 from kvfold.evaluate.loss import perplexity
 from kvfold.evaluate.samples import decode
@@ -202,13 +203,15 @@ def last_word(right_B: Tensor, loss_B: Tensor) -> dict[str, Any]:
 
 def _ends(model: nn.Module, rows_BT: Tensor, count: int, batch_size: int, progress: Progress) -> tuple[Tensor, Tensor]:
     """Loss in nats of the last `count` tokens of each row, and whether each token is the likeliest: `(B, count)`."""
-    losses, right = [], []
-    for ids_BT in torch.split(rows_BT, batch_size):
+
+    def read(ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         targets_BT = ids_BT[:, -count:]
         kept = model(ids_BT.to(next(model.parameters()).device), use_cache=False, logits_to_keep=count + 1)
         logits_BTV = kept.logits[:, :-1].float().cpu()
         flat = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        losses.append(flat.view_as(targets_BT).double())
-        right.append(logits_BTV.argmax(-1) == targets_BT)
-        progress.advance(ids_BT.numel())
+        return flat.view_as(targets_BT).double(), logits_BTV.argmax(-1) == targets_BT
+
+    parts = torch.split(rows_BT, batch_size)
+    found = ranks.each(parts, read, progress=progress, amounts=[ids_BT.numel() for ids_BT in parts])
+    losses, right = zip(*found, strict=True)
     return torch.cat(losses), torch.cat(right)

@@ -14,8 +14,9 @@ from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_at
 from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
-from kvfold.hf.lora import add_lora, lora_parameters, merge_lora
+from kvfold.hf.lora import add_lora, lora_factor, lora_parameters, lora_products, unadapted
 from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
+from kvfold.hf.outline import fill, outline
 from kvfold.hf.paired_layers import PairedLayers
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "build",
     "encode",
     "entering",
+    "fill",
     "fork",
     "generate",
     "live_cache_bytes",
@@ -41,12 +43,15 @@ __all__ = [
     "load_extractor",
     "load_source",
     "load_tokenizer",
+    "lora_factor",
     "lora_parameters",
-    "merge_lora",
+    "lora_products",
     "new_cache",
+    "outline",
     "probabilities",
     "read",
     "removable",
+    "unadapted",
     "with_attention",
     "without",
 ]

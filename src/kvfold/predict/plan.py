@@ -18,16 +18,18 @@ from kvfold.contracts.requests import Question
 from kvfold.contracts.site import DTYPE_BYTES, Shape
 from kvfold.disk.manifest import read_lineage, root_shape, rooted
 from kvfold.disk.source import locate, read_config
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families import family_of, source_family
 from kvfold.formats import count, size
 from kvfold.inputs import LARGEST
+from kvfold.machine import best_precision
 from kvfold.predict.conversion_cost import conversion_cost, directions
 from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, hardware
 from kvfold.predict.serving import Served, Serving
 from kvfold.predict.student_config import Draft, draft, student_config
-from kvfold.settings import check_range, setting
+from kvfold.predict.training_memory import Checkpointing, Rank, Training, training
+from kvfold.settings import MOST, check_range, setting
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 weights and the two moments of AdamW
 STATES = 2  # training states on disk: the last complete one stays while the next is written
@@ -58,10 +60,18 @@ class PlanSettings:
     tokens: int | None = setting(None, "Uptraining tokens, instead of --alpha. Default: none.")
     kl: bool = setting(True, "Uptraining has a KL loss, so the teacher runs too.")
     utilisation: float = setting(0.4, "Share of the peak FLOP/s that training reaches, from 0 to 1.")
+    gpus: int | None = setting(None, "Devices to uptrain on: predicts the memory of each. Default: none.")
+    micro_batch: int = setting(1, "Sequences in one forward pass of a device, for --gpus.")
+    sequence_length: int = setting(2048, "Tokens of a sequence in training, for --gpus.")
+    checkpointing: Checkpointing = setting(
+        "none", "Activations that are computed again in the backward pass, as in uptrain, for --gpus."
+    )
+    converted_only: bool = setting(False, "Train only the attention that the conversion changed, for --gpus.")
 
     def __post_init__(self) -> None:
         """Check the settings. Raises SettingError."""
         counts = ("context", "encoder_context", "batch", "tensor_parallel", "pretraining_tokens", "tokens")
+        check_range(self, "plan", 1, MOST, "gpus", "micro_batch", "sequence_length")
         check_range(self, "plan", 1, LARGEST, *counts)
         for name in ("memory_share", "utilisation", "alpha"):
             value = getattr(self, name)
@@ -132,6 +142,7 @@ class Plan:
     after: Served
     root_cache_bytes_per_token: int  # of the first checkpoint of the chain, or of the source
     uptraining: Uptraining | None
+    training: Training | None
     disk: Disk
     calibration_bytes: int  # of the answers to the method's requests
     calibrated: Calibrated | None  # None: no text is read
@@ -202,6 +213,8 @@ class Plan:
                 ("  memory, no activations", "", size(cost.memory_bytes)),
                 ("  disk for its states", "", size(self.disk.uptraining)),
             ]
+        if self.training is not None:
+            rows += self.training.rows(device)
         loads = [engine.name for engine in self.engines if engine.loads]
         return [*rows, ("loads in", "", ", ".join(loads))]
 
@@ -261,6 +274,7 @@ def plan(
             grouped_cache(root).bytes_per_token(serving.itemsize, context) if root else before.cache_bytes_per_token
         ),
         uptraining=uptraining,
+        training=None if options.gpus is None else _trained_on(options, options.gpus, serving.device, made, source),
         disk=Disk(
             student=student.parameters * DTYPE_BYTES[made.shape.dtype],
             uptraining=STATES * TRAINING_BYTES * student.parameters if uptraining else 0,
@@ -334,3 +348,22 @@ def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student
         memory_bytes=student.parameters * (TRAINING_BYTES + 4)
         + (teacher.parameters * DTYPE_BYTES[teacher.dtype] if options.kl else 0),
     )
+
+
+def _trained_on(options: PlanSettings, gpus: int, device: Hardware, made: Draft, teacher: Shape) -> Training:
+    """The memory of training on `gpus` devices. Raises UnsupportedModel for encoder-decoders."""
+    if made.family.encoder_decoder:
+        what = "the memory of training is predicted for decoders"
+        raise UnsupportedModel(what, where="plan", next="leave out --gpus")
+    rank = Rank(
+        gpus=gpus,
+        rows=options.micro_batch,
+        length=options.sequence_length,
+        checkpointing=options.checkpointing,
+        converted_only=options.converted_only,
+        bf16=device.name != "local" or best_precision() == "bf16",
+        kl=options.kl,
+        device_bytes=device.memory,
+    )
+    available = int(device.memory * options.memory_share)
+    return training(made.family, made.config, made.student.shape, teacher, rank, available)

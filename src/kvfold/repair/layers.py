@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
 from kvfold.contracts.family import MLP
 from kvfold.contracts.site import REPAIRABLE, Site
@@ -40,14 +42,13 @@ from kvfold.repair import check_roles
 from kvfold.repair.mlp import InnerFit
 from kvfold.repair.parts import AttentionPart, LayerParts
 from kvfold.repair.queries import LogitFit
-from kvfold.repair.rows import Rows
+from kvfold.repair.rows import BATCH, Rows
 from kvfold.solve.linalg import ridge
 
 if TYPE_CHECKING:
     from kvfold.text.pairs import Corpus
     from kvfold.text.tokens import TokenFile
 
-BATCH = 4096  # tokens that pass through a layer together
 LOGIT_BATCH = 1 << 19  # logits of one batch, in elements: a few MB stay in the processor's cache
 DAMPING = 3e-2  # pulls o and down towards what they were
 MLP_ROLES = frozenset(MLP).intersection(REPAIRABLE)
@@ -66,6 +67,8 @@ def repair(
     progress: Progress = SILENT,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the repaired tensors of each layer by name. The checkpoints are not written.
+
+    On several ranks, each reads its share of the rows, and all of them have the tensors.
 
     `queries` are the teacher's query heads in the student's order, at sites where it differs. The tensors of the first
     layers may be `done`: a repair continues after them.
@@ -102,22 +105,38 @@ def repair_in_place(
     folder = output.work / REPAIRED
     folder.mkdir(exist_ok=True)
     writer.index()
+    student = Checkpoint(output.work, output.path.name)
+    ranks.everywhere(_repair_into, folder, source, student, roles, tokens, settings, queries, progress=progress)
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            writer.replace(name, tensor)
+
+
+def _repair_into(
+    folder: Path,
+    source: Checkpoint,
+    student: Checkpoint,
+    roles: Sequence[str],
+    tokens: TokenFile | Corpus,
+    settings: RepairSettings,
+    queries: Mapping[Site, Sequence[int]],
+    *,
+    progress: Progress,
+) -> None:
+    """Repair the layers that have no file in the folder yet, on all ranks; rank 0 writes the files."""
     done: list[dict[str, Tensor]] = []
     while (path := folder / f"{len(done):05d}.safetensors").exists():
         try:
             done.append(load_file(path))
         except SafetensorError as error:
             raise damaged(path) from error
-    student = Checkpoint(output.work, output.path.name)
+    ranks.barrier()  # before rank 0 writes the next one
     layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
-        if number >= len(done):
+        if number >= len(done) and ranks.current().main:
             path = folder / f"{number:05d}.safetensors"
             save_file(tensors, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            writer.replace(name, tensor)
 
 
 class _Pass:
@@ -286,4 +305,9 @@ def _regress(linear: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         gram_NN += z_TN.T @ z_TN  # products of one batch in the models' format, summed in float64
         cross_NM += z_TN.T @ lacks.flatten(0, -2)
         tokens += len(z_TN)
-    linear.weight += ridge(gram_NN / tokens, cross_NM / tokens, DAMPING).T
+    tokens = sum(ranks.gather_in_order(tokens))
+    for total in (gram_NN, cross_NM):
+        ranks.sum_to_main(total)
+    if ranks.current().main:
+        cross_NM = ridge(gram_NN / tokens, cross_NM / tokens, DAMPING).contiguous()
+    linear.weight += ranks.spread(cross_NM).T

@@ -13,13 +13,14 @@ x^T]`. Conjugate gradients apply them in sweeps over the text. If s were indepen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.disk.spool import Spool, check_room, spool_bytes
 from kvfold.solve.linalg import conjugate_gradients, damped_inverse
 
@@ -59,27 +60,34 @@ class InnerFit(ExitStack):
 
         `batches` are rows of one length that are read together, as (first row, number of rows).
         """
-        gram_DD = self.gram_DD / self.tokens
-        left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
-        # float32 is enough for a preconditioner, and these are the widest products of a repair
-        left_inverse_FF, inverse_DD = damped_inverse(left_FF, FLOOR).float(), damped_inverse(gram_DD, damping).float()
-        stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
+        self.tokens = sum(ranks.gather_in_order(self.tokens))
+        for total in (self.gram_DD, self.slopes_FF):
+            ranks.sum_to_main(total)
+        missing_FD = self._sweep(batches, None)
 
-        def apply(change_FD: Tensor) -> Tensor:
-            image_FD: Tensor = self._sweep(batches, change_FD) + stiff_F1 * change_FD
-            return image_FD
+        def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
+            gram_DD = self.gram_DD / self.tokens
+            left_FF = self.slopes_FF / self.tokens * (self.weight_DF.T @ self.weight_DF).cpu()
+            # float32 is enough for a preconditioner, and these are the widest products of a repair
+            left_inverse_FF = damped_inverse(left_FF, FLOOR).float()
+            inverse_DD = damped_inverse(gram_DD, damping).float()
+            stiff_F1 = damping * gram_DD.diagonal().mean() * left_FF.diagonal()[:, None]
+            return conjugate_gradients(
+                lambda change_FD: sweep(change_FD) + stiff_F1 * change_FD,
+                missing_FD,
+                precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
+                steps=steps,
+                tolerance=tolerance,
+            )
 
-        change_FD = conjugate_gradients(
-            apply,
-            self._sweep(batches, None),
-            precondition=lambda r_FD: (left_inverse_FF @ r_FD.float() @ inverse_DD).double(),
-            steps=steps,
-            tolerance=tolerance,
-        )
+        change_FD = ranks.solved(solve, lambda change_FD: self._sweep(batches, change_FD))
         self.inner.weight += change_FD.to(self.inner.weight)
 
     def _sweep(self, batches: Sequence[tuple[int, int]], change_FD: Tensor | None) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change, or their right side, per token."""
+        """One pass over the text: the left side of the normal equations at a change, or their right side, per token.
+
+        Rank 0 has that of all rows.
+        """
         weight_DF = self.weight_DF
         total_FD = torch.zeros(self.inner.weight.shape, dtype=torch.float64)
         change = None if change_FD is None else change_FD.to(weight_DF)
@@ -92,7 +100,7 @@ class InnerFit(ExitStack):
             else:
                 output_ND = (slope_NF * (x_ND @ change.T)) @ weight_DF.T
             total_FD += (slope_NF.mul_(output_ND @ weight_DF).T @ x_ND).cpu()
-        return total_FD / self.tokens
+        return ranks.sum_to_main(total_FD) / self.tokens
 
 
 def slope(activation: Any, gate_BTF: Tensor, up_BTF: Tensor, role: str) -> Tensor:

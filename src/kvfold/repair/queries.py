@@ -14,14 +14,14 @@ it is rotated, this is one Gauss-Newton step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.attention.grouped import masked_softmax
 from kvfold.contracts.site import Attention, Rope
 from kvfold.disk.spool import Spool, check_room, spool_bytes
@@ -107,23 +107,27 @@ class LogitFit(ExitStack):
         """
         heads, width = self.student.num_attention_heads, self.student.head_dim
         weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
-        gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
-        inverse_DD = damped_inverse(gram_DD, damping)
-        floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)  # 0 for a head that looks at one key
-        # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
-        power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
-        stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.student.logit_scale**2
+        self.tokens = sum(ranks.gather_in_order(self.tokens))
+        for total in (self.gram_DD, self.missing_HED, self.spreads_HE, self.powers_G):
+            ranks.sum_to_main(total)
 
-        def apply(change_HED: Tensor) -> Tensor:
-            return self._sweep(batches, change_HED) + stiff * change_HED
+        def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
+            gram_DD, spread_HE1 = self.gram_DD / self.tokens, self._spread() / self.tokens
+            inverse_DD = damped_inverse(gram_DD, damping)
+            # 0 for a head that looks at one key
+            floor_H11 = damping * spread_HE1.mean(1, keepdim=True).clamp_min(LEAST)
+            # scaled by the power of the keys: if attention is so sharp that logits hardly matter, q stays as it is
+            power_H11 = (self.powers_G / self.tokens).repeat_interleave(self.student.query_group)[:, None, None]
+            stiff = damping**2 * gram_DD.diagonal().mean() * power_H11 * self.student.logit_scale**2
+            return conjugate_gradients(
+                lambda change_HED: sweep(change_HED) + stiff * change_HED,
+                self.missing_HED / self.tokens,
+                precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
+                steps=steps,
+                tolerance=tolerance,
+            )
 
-        change_HED = conjugate_gradients(
-            apply,
-            self.missing_HED / self.tokens,
-            precondition=lambda r_HED: r_HED / (spread_HE1 + floor_H11) @ inverse_DD,
-            steps=steps,
-            tolerance=tolerance,
-        )
+        change_HED = ranks.solved(solve, lambda change_HED: self._sweep(batches, change_HED))
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
     def _spread(self) -> Tensor:
@@ -135,11 +139,14 @@ class LogitFit(ExitStack):
         return spread_HE[..., None]
 
     def _sweep(self, batches: Sequence[tuple[int, int]], change_HED: Tensor) -> Tensor:
-        """One pass over the text: the left side of the normal equations at a change of W_q, per token."""
+        """One pass over the text: the left side of the normal equations at a change of W_q, per token.
+
+        Rank 0 has that of all rows.
+        """
         total_HED = torch.zeros_like(change_HED)
         for row, count in batches:
             total_HED += self._change(row, count, change_HED)
-        return total_HED / self.tokens
+        return ranks.sum_to_main(total_HED) / self.tokens
 
     def _change(self, row: int, count: int, change_HED: Tensor) -> Tensor:
         width = self.student.head_dim

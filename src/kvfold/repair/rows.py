@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.contracts.effort import RepairSettings
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.machine import best_device
@@ -21,6 +22,7 @@ from kvfold.text.tokens import TokenFile
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+BATCH = 4096  # tokens that pass through a layer together
 SEED = 0  # of span corruption
 
 Model = hf.Layers | hf.PairedLayers
@@ -28,11 +30,13 @@ Model = hf.Layers | hf.PairedLayers
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by their number of tokens in the decoder, and of positions of the encoder's output, 0 in a decoder."""
+    """This rank's rows by their tokens in the decoder, and by positions of the encoder's output, 0 in a decoder."""
 
     lengths: Sequence[int]
     encoded: Sequence[int]
     tokens: TokenFile | Sequence[Pair]
+    numbers: Sequence[int]  # of the rows in the text
+    ends: Sequence[int]  # tokens of the text up to the end of each row
 
     @classmethod
     def of(cls, text: TokenFile | Corpus, teacher: Checkpoint, settings: RepairSettings) -> Rows:
@@ -41,7 +45,7 @@ class Rows:
         if isinstance(text, TokenFile):
             length = min(length, len(text))
             count = len(text) // length
-            return cls([length] * count, [0] * count, text)
+            return cls._dealt([length] * count, [0] * count, text)
         parts: list[list[Pair]] = [[]]
         room = most = min(settings.q_tokens, settings.inner_tokens)
         for pair in text.rows(length, SEED):
@@ -51,7 +55,17 @@ class Rows:
             parts[-1].append(pair)
             room -= len(pair[1])
         pairs = [pair for part in parts for pair in sorted(part, key=lambda pair: (len(pair[0]), len(pair[1])))]
-        return cls([len(target) for _, target in pairs], [len(given) for given, _ in pairs], pairs)
+        return cls._dealt([len(target) for _, target in pairs], [len(given) for given, _ in pairs], pairs)
+
+    @classmethod
+    def _dealt(cls, lengths: Sequence[int], encoded: Sequence[int], tokens: TokenFile | Sequence[Pair]) -> Rows:
+        """This rank's part of all rows: batches are dealt, so that q, which reads the first rows, is shared too."""
+        this, ends = ranks.current(), list(accumulate(lengths))
+        whole = cls(lengths, encoded, tokens, range(len(lengths)), ends)
+        batches = whole.batches(BATCH)[this.rank :: this.world]
+        own = [number for row, count in batches for number in range(row, row + count)]
+        kept = tokens if isinstance(tokens, TokenFile) else [tokens[number] for number in own]
+        return cls([lengths[at] for at in own], [encoded[at] for at in own], kept, own, [ends[at] for at in own])
 
     def open(self, source: Checkpoint) -> AbstractContextManager[Model]:
         """A model whose layers run one by one on these rows."""
@@ -67,13 +81,13 @@ class Rows:
             batch = batched(self.tokens[row : row + count]).to(model.device)
             return model.embed(row, batch.alone(torch.float32), batch.shifted(start_id(model.model.config)))
         assert isinstance(self.tokens, TokenFile)
-        length = self.lengths[0]
-        ids_N = torch.from_numpy(self.tokens.tokens[row * length : (row + count) * length].astype("int64"))
-        return model.embed(ids_N.view(count, length))
+        length, own = self.lengths[0], self.numbers[row : row + count]
+        rows = [self.tokens.tokens[number * length : (number + 1) * length] for number in own]
+        return model.embed(torch.from_numpy(np.stack(rows).astype("int64")))
 
     def first(self, tokens: int) -> int:
-        """How many rows from the first on have at most this number of tokens; at least 1."""
-        return max(1, sum(seen <= tokens for seen in accumulate(self.lengths)))
+        """How many rows are among the first of the text that have at most this number of tokens; its first is."""
+        return sum(end <= tokens or number == 0 for end, number in zip(self.ends, self.numbers, strict=True))
 
     def batches(
         self, most: int, size: Callable[[int, int], int] = lambda tokens, encoded: tokens, rows: int | None = None

@@ -55,20 +55,33 @@ class Pairs:
     """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`.
 
     Of sound, the input is `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position.
+    `targets` is the number of tokens by which a sum over targets is divided: of a part of a batch the mean over all
+    parts, so that the mean of their losses is the loss of the whole batch.
     """
 
     input_BS: Tensor
     seen_BS: Tensor
     target_BT: Tensor
+    targets: float | None = None  # None: those of the batch itself
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
         """Move the batch to a device."""
-        return Pairs(*(each.to(device, non_blocking=non_blocking) for each in vars(self).values()))
+        moved = [each.to(device, non_blocking=non_blocking) for each in self.tensors]
+        return Pairs(moved[0], moved[1], moved[2], self.targets)
 
     def split(self, rows: int) -> list[Pairs]:
         """Split the batch into parts of `rows` rows."""
-        parts = zip(*(each.split(rows) for each in vars(self).values()), strict=True)
-        return [Pairs(*part) for part in parts]
+        if rows >= len(self.target_BT):
+            return [self]
+        targets = int((self.target_BT != UNSEEN).sum()) * rows / len(self.target_BT)
+        starts = range(0, len(self.target_BT), rows)
+        parts = ([each[start : start + rows] for each in self.tensors] for start in starts)
+        return [Pairs(part[0], part[1], part[2], targets) for part in parts]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, mask and target."""
+        return self.input_BS, self.seen_BS, self.target_BT
 
     @property
     def sounds(self) -> bool:

@@ -52,6 +52,10 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it by its path: the process that unpickles it maps the same file."""
+        return open_token_file, (self.path, self.source, len(self))
+
     @property
     def read_tokens(self) -> int:
         """Number of tokens that a model reads."""

@@ -1,7 +1,7 @@
 """The training loop: stretches of steps, each with its objective and optimiser, from the state in a folder.
 
-Training runs in one process. Sharding (FSDP2) would change `place`, which moves a model to its device, and
-`State.save` and `State.load`.
+On several ranks, every rank runs the loop. Each computes its rows of a batch that does not depend on their number; the
+loss, its parts and the gradient's norm are those of the whole batch, and all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,12 +21,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kvfold import ranks
 from kvfold.disk.output import Output, damaged, disk_errors, dropped_on_error, open_output
 from kvfold.errors import Interrupted, TrainingError
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.progress import Progress, task
+from kvfold.train.placing import Root, local
 from kvfold.train.settings import Settings, TrainSettings, decide, rate
-from kvfold.train.state import STATE, Log, Position, State
+from kvfold.train.state import STATE, Log, NoLog, Position, State
+
+RANKS_APART = 1_000_000_007  # between the seeds of two ranks
 
 Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 """A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""
@@ -58,23 +63,6 @@ def parameter_groups(
         key = ((shares or {}).get(name, 1.0), weight_decay if parameter.ndim > 1 else 0.0)
         groups.setdefault(key, []).append(parameter)
     return [{"params": params, "share": share, "weight_decay": decay} for (share, decay), params in groups.items()]
-
-
-def place(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """Move a model to its device, in training mode, with the dropout and the compilation that the settings ask for."""
-    model.to(best_device()).train()
-    if settings.dropout is not None:
-        for module in model.modules():
-            # attention probabilities have no module of their own
-            for name in ("p",) if isinstance(module, nn.Dropout) else ("dropout", "attention_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, settings.dropout)
-    if settings.compile:
-        whole: Any = model
-        paired = whole.config.is_encoder_decoder
-        for part in (whole.get_encoder(), whole.get_decoder()) if paired else (whole.base_model,):
-            part.compile()
-    return model
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -149,13 +137,18 @@ def train(
 ) -> Position:
     """Run every stretch, from the state in `folder` if there is one, and return the last position.
 
-    Raises TrainingError if the loss diverges or is not finite, and Interrupted on a signal; the state is saved first.
+    `model` is the student, or a Root with it. Raises TrainingError if the loss diverges or is not finite, and
+    Interrupted on a signal; the state is saved first.
     """
+    root = model if isinstance(model, Root) else Root(model)
     if settings.precision == "auto":
         settings = replace(settings, precision=best_precision())
     slow = settings.precision == "bf16" and not multiplies_bf16()
-    progress.say(f"training in {settings.precision} on {describe()}{', which emulates it: slow' if slow else ''}")
-    state = State(folder)
+    world = ranks.current().world
+    several = f", {world} ranks" if world > 1 else ""
+    emulated = ", which emulates it: slow" if slow else ""
+    progress.say(f"training in {settings.precision} on {describe()}{several}{emulated}")
+    state = State(folder, _changing(root.student, works))
     position = state.position() or Position()
     if position.stage > len(works):
         raise damaged(folder / STATE)
@@ -166,35 +159,46 @@ def train(
     if resumed:
         progress.say(f"continuing from step {position.step:,}")
     total = sum(work.steps for work in works) * settings.step_tokens
-    with closing(Log(folder, position.step)) as log, task(progress, "train", total, "tokens"):
+    with (
+        closing(Log(folder, position.step) if ranks.current().main else NoLog()) as log,
+        task(progress, "train", total, "tokens"),
+    ):
         progress.advance(position.tokens)
         with _signals() as stopped, torch.random.fork_rng():
             for work in works[position.stage :]:
-                run = _Run(model, work, tokens, settings, state, position, log, progress, stopped)
+                run = _Run(root, work, tokens, settings, state, position, log, progress, stopped)
                 if resumed:
-                    state.load(model, run.optimizer)
+                    state.load(root.student, run.optimizer)
                     resumed = False
                 run.all()
         log.write({"done": True, **{name: getattr(position, name) for name in ("step", "tokens", "seconds")}})
     return position
 
 
+def _changing(student: nn.Module, works: Sequence[Work]) -> set[str] | None:
+    """The names of the parameters that some stretch trains; None if the end of one may change any."""
+    if any(work.finish for work in works):
+        return None
+    trained = {id(each) for work in works for group in work.groups() for each in group["params"]}
+    return {name for name, each in student.named_parameters() if id(each) in trained}
+
+
 @dataclass
 class _Run:
     """One stretch in progress."""
 
-    model: nn.Module
+    root: Root
     work: Work
     tokens: Batches
     settings: TrainSettings
     state: State
     position: Position
-    log: Log
+    log: Log | NoLog
     progress: Progress
     stopped: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        for parameter in self.model.parameters():
+        for parameter in self.root.parameters():
             parameter.requires_grad_(False)
         self.parameters = [parameter for group in self.work.groups() for parameter in group["params"]]
         for parameter in self.parameters:
@@ -202,6 +206,7 @@ class _Run:
         self.optimizer = make_optimizer(self.work.groups(), self.settings)
         self.saved = self.started = self.noted = time.monotonic()
         self.first = self.noted_step = self.position.step
+        self.asked = {"stop": False, "save": False}  # of all ranks, by any
 
     def all(self) -> None:
         """Run the remaining steps, then end the stretch."""
@@ -213,15 +218,15 @@ class _Run:
             position.tokens += settings.step_tokens
             position.seconds = round(before + time.monotonic() - self.started, 3)
             self.note(measured)
-            if self.stopped():
+            if self.asked["stop"] or (ranks.current().world == 1 and self.stopped()):
                 self.save()
                 raise Interrupted(
                     f"stopped at step {position.step}; the state is saved",
                     where=self.state.folder,
                     next="the same command continues",
                 )
-            steps, minutes = settings.checkpoint_steps, (time.monotonic() - self.saved) / 60
-            if minutes >= settings.checkpoint_minutes or (steps and position.step % steps == 0):
+            steps = settings.checkpoint_steps
+            if self.asked["save"] or (steps and position.step % steps == 0):
                 self.save()
         if self.work.finish:
             self.work.finish()
@@ -230,30 +235,50 @@ class _Run:
     def step(self) -> dict[str, float]:
         """One optimiser step, and what the log says of it; the gradient norm is that before clipping."""
         settings, position = self.settings, self.position
-        torch.manual_seed(settings.seed * 1_000_003 + position.step)  # for dropout
+        # for dropout
+        torch.manual_seed(settings.seed * 1_000_003 + position.step + RANKS_APART * ranks.current().rank)
         batch = self.tokens.batch(
             position.step, seed=settings.seed, batch_size=settings.batch_size, length=settings.sequence_length
         )
         lr = settings.learning_rate * rate(settings, position.stage_step, self.work.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        micro = settings.micro_batch or settings.batch_size
-        count = settings.batch_size // micro
+        device, here = best_device(), ranks.current()
+        passes = batch.split(settings.pass_rows(here.world))
+        own = [passes[number] for number in here.share(len(passes))]
         loss = 0.0
         parts: dict[str, float] = {}
-        device = best_device()
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in batch.to(device, non_blocking=True).split(micro):
+        for number, rows in enumerate(own, 1):
+            self.root.accumulate(number == len(own))
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
-                value, named = self.work.objective(rows)
-            (value / count).backward()  # type: ignore[no-untyped-call]
-            loss += float(value.detach()) / count
+                value, named = self.root(partial(self.work.objective, rows.to(device, non_blocking=True)))
+            (value / len(own)).backward()
+            loss += float(value.detach()) / len(own)
             for name, part in named.items():
-                parts[name] = parts.get(name, 0.0) + float(part) / count
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip))
-        self.guard(loss, norm)
+                parts[name] = parts.get(name, 0.0) + float(part) / len(own)
+        gradients = [local(each.grad) for each in self.parameters if each.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.ask()
+        if here.world > 1:
+            means = torch.tensor([loss, *parts.values()], dtype=torch.float64) / here.world
+            squared = torch.tensor([float(norm) ** 2 / settings.replicas], dtype=torch.float64)
+            flags = torch.tensor([float(each) for each in self.asked.values()], dtype=torch.float64)
+            loss, *found = ranks.sum_in_order(torch.cat([means, squared, flags])).tolist()
+            parts = dict(zip(parts, found, strict=False))
+            norm = norm.new_tensor(math.sqrt(found[len(parts)]))
+            self.asked = {name: flag > 0 for name, flag in zip(self.asked, found[len(parts) + 1 :], strict=True)}
+        self.guard(loss, float(norm))
+        factor = torch.clamp(settings.clip / (norm + 1e-6), max=1.0)  # as in nn.utils.clip_grad_norm_
+        for each in gradients:
+            each.mul_(factor)
         self.optimizer.step()
-        return {"loss": loss, **parts, "lr": lr, "grad_norm": norm}
+        return {"loss": loss, **parts, "lr": lr, "grad_norm": float(norm)}
+
+    def ask(self) -> None:
+        """Read what this rank asks of all after this step."""
+        minutes = (time.monotonic() - self.saved) / 60
+        self.asked = {"stop": self.stopped(), "save": minutes >= self.settings.checkpoint_minutes}
 
     def guard(self, loss: float, norm: float) -> None:
         """Raise TrainingError before the weights change if the loss is not finite or has risen far."""
@@ -299,5 +324,5 @@ class _Run:
 
     def save(self) -> None:
         """Save the state after the last whole step."""
-        self.state.save(self.position, self.model, self.optimizer)
+        self.state.save(self.position, self.root.student, self.optimizer)
         self.saved = time.monotonic()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvfold import ranks
 from kvfold.contracts.runtimes import stock_type
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
 
@@ -101,11 +102,13 @@ def token_losses(
     teacher: tuple[Tensor, Head] | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
+    targets: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of `ce` and `kl` with a gradient, and each by name without one; nats per token.
 
-    `kl` needs the `teacher`: its hidden states `(B, T, D')` and head. `chunk` is in tokens. Products are in the dtype
-    of autocast if that is on, sums in fp32.
+    `kl` needs the `teacher`: its hidden states `(B, T, D')` and head. `chunk` is in tokens. `targets` is the number of
+    tokens by which sums are divided, by default theirs. Products are in the dtype of autocast if that is on, sums in
+    fp32.
     """
     if weights.get("kl") and teacher is None:
         raise ValueError("KL needs a teacher")
@@ -119,6 +122,7 @@ def token_losses(
         chunk=chunk or max(1, CHUNK_BYTES // (4 * vocabulary)),
         teacher=None if teacher is None else (teacher[0].detach().flatten(0, -2).to(dtype), teacher[1]),
         softcap=head.softcap,
+        targets=targets or h_ND.shape[0],
     )
     total, ce, kl = _TokenLosses.apply(  # type: ignore[no-untyped-call]
         h_ND, head.weight, head.bias, target_BT.flatten(), settings
@@ -135,6 +139,7 @@ class _Settings:
     chunk: int
     teacher: tuple[Tensor, Head] | None
     softcap: float | None
+    targets: float
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -153,8 +158,7 @@ class _TokenLosses(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND) if wants_h else None
         grad_w = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if wants_w else None
         grad_b = torch.zeros_like(bias_V, dtype=_wide(bias_V.dtype)) if wants_b and bias_V is not None else None
-        tokens = h_ND.shape[0]
-        for start in range(0, tokens, settings.chunk):
+        for start in range(0, h_ND.shape[0], settings.chunk):
             rows = slice(start, start + settings.chunk)
             z_NV = head.logits(h_ND[rows])
             t_NV = None if teacher is None or not settings.kl else teacher[1].logits(teacher[0][rows])
@@ -162,14 +166,14 @@ class _TokenLosses(torch.autograd.Function):
             if settings.softcap is not None:
                 grad_NV.mul_(1 - (z_NV / settings.softcap).square())  # the derivative of the cap at capped z
             ce, kl = ce + chunk_ce, kl + chunk_kl
-            grad_NV = grad_NV.div_(tokens).to(h_ND.dtype)
+            grad_NV = grad_NV.div_(settings.targets).to(h_ND.dtype)
             if grad_h is not None:
                 torch.mm(grad_NV, head.weight, out=grad_h[rows])
             if grad_w is not None:
                 grad_w += grad_NV.T @ h_ND[rows]
             if grad_b is not None:
                 grad_b += grad_NV.sum(0)
-        ce, kl = ce / tokens, kl / tokens
+        ce, kl = ce / settings.targets, kl / settings.targets
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(ce, kl)
@@ -213,13 +217,11 @@ def attention_matching(student: Mapping[str, Tensor], teacher: Mapping[str, Tens
     """The mean over attentions of `||s - t||^2 / ||t||^2`, for outputs `(B, T, D)` by module path.
 
     Normalised, every layer has the same weight (Bercovich et al. 2024, Puzzle, arXiv 2411.19146, section 3.2: the loss
-    of block-wise local distillation).
+    of block-wise local distillation). `||t||^2` is the mean over all ranks.
     """
-    ratios = [
-        (student[path].float() - target.float()).square().mean() / target.float().square().mean()
-        for path, target in teacher.items()
-    ]
-    return torch.stack(ratios).mean()
+    apart = [(student[path].float() - target.float()).square().mean() for path, target in teacher.items()]
+    sizes = torch.stack([target.float().square().mean() for target in teacher.values()])
+    return (torch.stack(apart) / (ranks.sum_in_order(sizes) / ranks.current().world)).mean()
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import FORMAT, save_model
 from kvfold.disk.output import (
@@ -40,7 +40,8 @@ from kvfold.text.documents import TextFacts, read_texts, text_facts
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses
-from kvfold.train.loop import Work, parameter_groups, place, train, train_into
+from kvfold.train.loop import Work, parameter_groups, train, train_into
+from kvfold.train.placing import blocks_of, place_fresh, whole
 from kvfold.train.settings import PretrainSettings
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
@@ -84,8 +85,12 @@ def pretrain(
     tokens = read_tokens(settings.data, tokenizer, paired=paired, progress=progress)
     tokens.check(batch_size=settings.batch_size, length=settings.sequence_length, vocab_size=shape.vocab_size)
     ids = PAIRED_IDS if paired else IDS
-    run = _Run({**config, **ids}, ids, shape.parameters, amount, tokenizer, tokens, facts.hash, progress)
-    return train_into(out, settings, run.identity, run.make, source="config", overwrite=overwrite, progress=progress)
+    run = _Run({**config, **ids}, ids, shape.parameters, amount, tokenizer, tokens, facts.hash)
+
+    def make(settings: PretrainSettings, output: Output) -> None:
+        ranks.everywhere(_train, run, settings, output.work, output.path.name, output.inputs, progress=progress)
+
+    return train_into(out, settings, run.identity, make, source="config", overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -99,38 +104,55 @@ class _Run:
     tokenizer: Path
     tokens: TokenFile | Corpus
     text: str  # hash
-    progress: Progress
 
     def identity(self, settings: PretrainSettings) -> dict[str, Any]:
         """The settings and inputs that decide the weights."""
         return {**settings.identity(), "stage": "pretrain", "config": self.config, "text": self.text}
 
-    def make(self, settings: PretrainSettings, output: Output) -> None:
-        """Train, and save the model as the root of its own lineage."""
-        model = place(hf.build(self.config, seed=settings.seed, attention=hf.ATTENTION), settings)
-        named = dict(model.named_parameters())
 
-        def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-            read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
-            return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
+def _train(run: _Run, settings: PretrainSettings, work: Path, name: str, inputs: str, *, progress: Progress) -> None:
+    """Train on every rank, and save the model as the root of its own lineage."""
+    model = hf.build(run.config, seed=settings.seed, attention=hf.ATTENTION)
+    family, architecture = family_of(run.config), type(model).__name__
+    root = place_fresh(model, blocks_of(model, family, family.shape(run.config)), settings)
+    named = dict(model.named_parameters())
 
-        steps = math.ceil(self.amount / settings.step_tokens)
-        stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
-        position = train(model, [stretch], self.tokens, settings, output.work, self.progress)
-        shutil.copytree(self.tokenizer, output.work, dirs_exist_ok=True)
-        write_json(output.work / "generation_config.json", {**self.ids, "pad_token_id": 0})
-        step = {
-            "stage": "pretrain",
-            "settings": {**dataclasses.asdict(settings), "text": self.text},
-            "source": None,
-            "calibration": None,
-            "tokens": position.tokens,
-            "seed": settings.seed,
-            "versions": versions(),
-            "wall_seconds": position.seconds,
-        }
-        config = {**self.config, "architectures": [type(model).__name__]}
-        _save(output, config, model, step, self.parameters)
+    def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
+        return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
+
+    steps = math.ceil(run.amount / settings.step_tokens)
+    stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))
+    position = train(root, [stretch], run.tokens, settings, work, progress)
+    # state_dict of a T5 holds its one embedding three times
+    tied = getattr(model, "all_tied_weights_keys", {})
+    found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state = {name: whole(tensor.detach()).cpu() for name, tensor in found.items()}
+    if not ranks.current().main:
+        return
+    shutil.copytree(run.tokenizer, work, dirs_exist_ok=True)
+    write_json(work / "generation_config.json", {**run.ids, "pad_token_id": 0})
+    step = {
+        "stage": "pretrain",
+        "settings": {**dataclasses.asdict(settings), "text": run.text},
+        "source": None,
+        "calibration": None,
+        "tokens": position.tokens,
+        "seed": settings.seed,
+        "versions": versions(),
+        "wall_seconds": position.seconds,
+    }
+    config = {**run.config, "architectures": [architecture]}
+    hashed = save_model(work, config=config, state=state, lineage={})
+    lineage = {
+        "format": FORMAT,
+        "inputs": inputs,
+        "hash": hashed,
+        "root": {"hash": hashed, "name": name, "config": config, "parameters": run.parameters},
+        "steps": [step],
+        "tokenizer": fingerprint(tokenizer_identity(work)),
+    }
+    write_json(work / MANIFEST, lineage)
 
 
 def _check(config: Mapping[str, Any], shape: Shape, settings: PretrainSettings, special: int) -> int:
@@ -150,28 +172,10 @@ def _check(config: Mapping[str, Any], shape: Shape, settings: PretrainSettings, 
             allowed=f"at least {special + 256}",
         )
     settings.check_length(shape, "pretrain")
+    settings.pass_rows(ranks.current().world)
     if settings.tokens is None:
         raise SettingError("the number of tokens is not set", where="pretrain", next="give --tokens")
     return settings.tokens
-
-
-def _save(
-    output: Output, config: Mapping[str, Any], model: nn.Module, step: Mapping[str, Any], parameters: int
-) -> None:
-    """Write the model as the root of its own lineage."""
-    # state_dict of a T5 holds its one embedding three times
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
-    hashed = save_model(output.work, config=config, state=state, lineage={})
-    lineage = {
-        "format": FORMAT,
-        "inputs": output.inputs,
-        "hash": hashed,
-        "root": {"hash": hashed, "name": output.path.name, "config": config, "parameters": parameters},
-        "steps": [step],
-        "tokenizer": fingerprint(tokenizer_identity(output.work)),
-    }
-    write_json(output.work / MANIFEST, lineage)
 
 
 def _read(

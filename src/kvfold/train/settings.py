@@ -20,7 +20,14 @@ from kvfold.train.stages import parse_loss, parse_stages
 
 DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
 RANK = 65_536  # the largest of LoRA factors: wider than any model
-_NOT_WEIGHTS = ("data", "checkpoint_minutes", "checkpoint_steps", "log_every")  # settings that no weight depends on
+_NOT_WEIGHTS = (  # settings that no weight depends on
+    "data",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "log_every",
+    "checkpointing",
+    "replicas",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class TrainSettings:
     tokens: int | None = setting(None, "Tokens to train on, such as 20M; required without --alpha.")
     sequence_length: int = setting(256, "Tokens of a sequence.")
     batch_size: int = setting(16, "Sequences in one optimiser step.")
-    micro_batch: int | None = setting(None, "Sequences in one forward pass. Default: --batch-size.")
+    micro_batch: int | None = setting(
+        None, "Sequences in one forward pass of a rank. Default: its share of --batch-size."
+    )
     learning_rate: float = setting(1e-3, "Peak learning rate.")
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", "Learning-rate schedule; wsd is warmup-stable-decay."
@@ -57,7 +66,13 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "Format of matrix products; auto is bf16 where the hardware multiplies it natively."
     )
-    compile: bool = setting(False, "Compile the model with torch.compile.")
+    compile: bool = setting(False, "Compile each block with torch.compile.")
+    checkpointing: Literal["none", "selective", "block"] = setting(
+        "none",
+        "Activations that are computed again in the backward pass: those of a block, with or without the outputs of "
+        "its matrix products.",
+    )
+    replicas: int = setting(1, "Copies of the model; each is sharded over ranks / replicas ranks.")
     checkpoint_minutes: float = setting(5.0, "Minutes between two saved states.")
     checkpoint_steps: int | None = setting(None, "Steps between two saved states, besides the minutes. Default: none.")
     log_every: int = setting(10, "Steps between two lines of the log.")
@@ -65,7 +80,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raise SettingError for values out of range."""
-        counts = ("sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps")
+        counts = ("sequence_length", "batch_size", "micro_batch", "log_every", "checkpoint_steps", "replicas")
         check_range(self, None, 1, MOST, *counts)
         check_range(self, None, 1, math.inf, "tokens")
         check_range(self, None, 0, 1, "warmup", "decay", "final_rate", "dropout", "beta1", "beta2")
@@ -83,6 +98,19 @@ class TrainSettings:
     def step_tokens(self) -> int:
         """Tokens of one optimiser step."""
         return self.batch_size * self.sequence_length
+
+    def pass_rows(self, world: int) -> int:
+        """Sequences in one forward pass of a rank. Raises SettingError if the ranks cannot share batch and model."""
+        if world % self.replicas:
+            raise SettingError("replicas must divide the ranks", got=f"{self.replicas} replicas of {world} ranks")
+        rows = min(self.micro_batch or self.batch_size, max(1, self.batch_size // world))
+        if self.batch_size % (rows * world):
+            raise SettingError(
+                "the ranks must share a batch in equal parts",
+                got=f"{self.batch_size} sequences in passes of {rows}, on {world} ranks",
+                next="change batch_size or micro_batch",
+            )
+        return rows
 
     def check_length(self, shape: Shape, where: str) -> None:
         """Raise SettingError if sequences are longer than the positions of a model."""

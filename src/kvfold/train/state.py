@@ -6,9 +6,11 @@ They lie in a folder that others may have touched, so a damaged file is one clea
 from __future__ import annotations
 
 import math
-import os
 import pickle
-from collections.abc import Mapping
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +18,26 @@ from typing import Any, Literal
 import pydantic
 import torch
 from pydantic import FiniteFloat, NonNegativeInt
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kvfold.disk.output import damaged, disk_errors, read_json, replacing, write_json
+from kvfold import ranks
+from kvfold.disk.output import damaged, disk_errors, flush, read_json, replacing, write_json
 from kvfold.errors import KvfoldError, OutputError
 from kvfold.formats import json_text
 from kvfold.inputs import LARGE, parse_json, read_bytes
 from kvfold.machine import best_device
 
 LOG = "train.jsonl"
+MOMENT = "/"  # in a slot, between a parameter's name and one of the optimiser's moments
 STATE = "state.json"  # names the slot from which the run continues
-Slot = Literal["state-a.pt", "state-b.pt"]
-SLOTS: tuple[Slot, Slot] = ("state-a.pt", "state-b.pt")
+Slot = Literal["state-a", "state-b", "state-a.pt", "state-b.pt"]
+SLOTS: tuple[Slot, Slot] = ("state-a", "state-b")  # folders with a file of each rank
+OLD_SLOTS: tuple[Slot, Slot] = ("state-a.pt", "state-b.pt")  # files of one process, as older versions wrote
 
 
 @dataclass
@@ -52,12 +62,16 @@ class _Marker:
 class State:
     """The state of a run in a folder: two slots, and a marker that names the good one.
 
-    A slot is written whole before the marker turns to it, so a process killed at any moment leaves a good state. All
-    methods raise OutputError for damaged files.
+    A slot holds safetensors, which `torch.distributed.checkpoint` writes: each rank what lies on it, and each rank of a
+    later run, however many there are, reads what will lie on it. A slot is written whole before the marker turns to it,
+    so processes killed at any moment leave a good state. All ranks call `save` and `load`. `changing` are the names of
+    the parameters that training changes; None: of all that the model holds.
+
+    All methods raise OutputError for damaged files.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, changing: Collection[str] | None = None):
+        self.folder, self.changing = folder, changing
 
     def _marker(self) -> _Marker | None:
         path = self.folder / STATE
@@ -77,26 +91,40 @@ class State:
         """Write the state into the slot that is not in use, then turn the marker."""
         marker = self._marker()
         slot = SLOTS[marker is not None and marker.slot == SLOTS[0]]
-        with disk_errors(self.folder), (self.folder / slot).open("wb") as file:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            write_json(self.folder / STATE, {"slot": slot, "position": vars(position)})
+        content = self._weights(model)
+        for name, parameter in _trained(model, optimizer).items():
+            content |= {f"{name}{MOMENT}{key}": value for key, value in optimizer.state[parameter].items()}
+        with disk_errors(self.folder):
+            if ranks.current().main:
+                shutil.rmtree(self.folder / slot, ignore_errors=True)
+                (self.folder / slot).mkdir()
+            ranks.barrier()
+            with _single(), _own_errors():
+                state_dict_saver.save(
+                    content, storage_writer=HuggingFaceStorageWriter(str(self.folder / slot), save_distributed=True)
+                )
+            if ranks.current().main:
+                flush(self.folder / slot)
+                write_json(self.folder / STATE, {"slot": slot, "position": vars(position)})
+            ranks.barrier()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the saved state into a model and an optimiser of the same architecture."""
         marker = self._marker()
         assert marker is not None  # `position` was read before
         path = self.folder / marker.slot
-        if not path.is_file():
+        if not path.exists():
             raise damaged(path)
         try:
-            content: Any = torch.load(path, map_location=best_device(), weights_only=True)
-            model.load_state_dict(content["model"])
-            optimizer.load_state_dict(content["optimizer"])
+            if marker.slot in OLD_SLOTS:
+                _load_old(path, model, optimizer)
+            else:
+                self._load(path, model, optimizer)
         except torch.OutOfMemoryError:
             raise
         except (
+            CheckpointException,
+            SafetensorError,
             RuntimeError,
             EOFError,
             pickle.UnpicklingError,
@@ -107,10 +135,84 @@ class State:
         ) as error:
             raise damaged(path) from error
 
+    def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        reader = HuggingFaceStorageReader(str(path))
+        content = self._weights(model)
+        moments: dict[str, dict[str, Tensor]] = {}
+        trained = _trained(model, optimizer)
+        for key, found in reader.read_metadata().state_dict_metadata.items():
+            name, apart, moment = key.partition(MOMENT)
+            if apart and isinstance(found, TensorStorageMetadata):
+                like = trained[name]
+                made = torch.zeros_like(like) if found.size == like.shape else torch.zeros(found.size)
+                moments.setdefault(name, {})[moment] = content[key] = made.detach()
+        with _single():
+            state_dict_loader.load(content, storage_reader=reader)
+        model.load_state_dict({name: content[name] for name in self._weights(model)}, strict=False)
+        numbers = {name: number for number, name in enumerate(trained)}
+        optimizer.load_state_dict(
+            {
+                "state": {numbers[name]: found for name, found in moments.items()},
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+        )
+
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the model that training changes, by name."""
+        state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        return state if self.changing is None else {name: state[name].detach() for name in self.changing}
+
     def remove(self) -> None:
         """Delete the state of a run that is complete."""
-        for name in (STATE, *SLOTS):
+        (self.folder / STATE).unlink(missing_ok=True)
+        for name in OLD_SLOTS:
             (self.folder / name).unlink(missing_ok=True)
+        for name in SLOTS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of an optimiser by their names in the model, in the optimiser's order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(each)]: each for group in optimizer.param_groups for each in group["params"]}
+
+
+def _load_old(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read a state of one process that an older version wrote."""
+    if ranks.current().world > 1:
+        what = "is the state of one process, from an older version of kvfold"
+        raise OutputError(what, where=path, next="continue it without --gpus")
+    content: Any = torch.load(path, map_location=best_device(), weights_only=True)
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+
+
+@contextmanager
+def _single() -> Iterator[None]:
+    """Silence what torch warns about a checkpoint of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise the error of the disk that made a save fail."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise first if isinstance(first, OSError) else error from None
+
+
+class NoLog:
+    """The log of the ranks that write none."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
 
 
 class Log:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold import hf
+from kvfold import hf, ranks
 from kvfold.contracts.stages import Stage
-from kvfold.disk.checkpoint import Checkpoint, save_model
+from kvfold.disk.checkpoint import Checkpoint, save_model, save_tensors
 from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
 from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
-from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
-from kvfold.train.loop import Objective, Work, parameter_groups, place, train, train_into
+from kvfold.train.loop import Objective, Work, parameter_groups, train, train_into
+from kvfold.train.placing import place, whole
 from kvfold.train.settings import UptrainSettings
 from kvfold.train.stages import (
     GUIDED_LOSSES,
@@ -72,6 +72,7 @@ def uptrain(
     reads = {"student": source.path, "teacher": teacher, "root teacher": source.root_path, "data": settings.data}
     check_apart(out, reads)
     settings.check_length(source.shape, "uptrain")
+    settings.pass_rows(ranks.current().world)
     check_text(settings.data, paired=source.family.encoder_decoder)
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
@@ -93,8 +94,16 @@ def uptrain(
     for each in (source, guide):
         if each is not None:
             each.require_finite(progress)
-    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens, progress)
-    return train_into(out, settings, run.identity, run.make, source="student", overwrite=overwrite, progress=progress)
+    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens)
+    if ranks.current().world > 1 and any(stage.finish for stage in stages):
+        raise SettingError(
+            "a stage whose end changes the model trains on one rank", where="uptrain", got=formula(stages)
+        )
+
+    def make(settings: UptrainSettings, output: Output) -> None:
+        ranks.everywhere(_train, run, settings, output.work, output.inputs, run.equal(), progress=progress)
+
+    return train_into(out, settings, run.identity, make, source="student", overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,6 @@ class _Run:
     stages: Sequence[Stage]
     amount: int  # tokens
     tokens: TokenFile | Corpus
-    progress: Progress
 
     def identity(self, settings: UptrainSettings) -> dict[str, Any]:
         """The settings and inputs that decide the weights."""
@@ -121,32 +129,68 @@ class _Run:
             "teacher": self.teacher.hash() if self.teacher else None,
         }
 
-    def make(self, settings: UptrainSettings, output: Output) -> None:
-        """Train, and save the student."""
-        source, device = self.source, best_device()
-        model = place(hf.load(source.path, device=device), settings)
-        other = None if self.teacher is None else hf.load(self.teacher.path, device=device).requires_grad_(False)
+    def equal(self) -> set[str]:
+        """The names of the tensors that student and teacher both hold, by their hashes."""
+        if self.teacher is None:
+            return set()
+        theirs = self.teacher.digests
+        same = {name for name, found in self.source.digests.items() if theirs.get(name) == found}
+        return {name for name in same if self.source.spec(name) == self.teacher.spec(name)}
+
+
+def _train(
+    run: _Run, settings: UptrainSettings, work: Path, inputs: str, equal: Collection[str], *, progress: Progress
+) -> None:
+    """Train on every rank, and save the student."""
+    source = run.source
+
+    def adapt(model: nn.Module) -> None:
         if settings.lora:
             hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
-        works = _works(source, model, other, self.stages, settings, self.amount)
-        position = train(model, works, self.tokens, settings, output.work, self.progress)
-        lineage = descend(
-            source,
-            inputs=output.inputs,
-            stage="uptrain",
-            settings={
-                **dataclasses.asdict(settings),
-                "stages" if len(self.stages) > 1 else "loss": formula(self.stages),
-                "text": self.tokens.hash,
-                "teacher": self.teacher.hash() if self.teacher else None,
-            },
-            tokens=position.tokens,
-            seed=settings.seed,
-            wall_seconds=position.seconds,
-        )
-        if settings.lora:
-            hf.merge_lora(model)
-        _save(output.work, source, model, lineage)
+
+    def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+        for stage in run.stages:
+            yield from _trained(source, model, stage, settings).values()
+
+    fixed = not any(stage.finish for stage in run.stages)
+    matching = any("attention" in stage.losses for stage in run.stages)
+    root = place(
+        source,
+        run.teacher,
+        settings,
+        adapt=adapt,
+        trained=trained,
+        equal=equal,
+        fixed=fixed,
+        matched=_attentions(source) if matching else (),
+    )
+    model = root.student
+    works = _works(source, model, root.teacher, run.stages, settings, run.amount)
+    kept = {id(each) for each in model.parameters() if fixed and not each.requires_grad}
+    position = train(root, works, run.tokens, settings, work, progress)
+    tensors = _stored(source, model, kept)
+    if not ranks.current().main:
+        for _ in tensors:  # every rank takes part in making them whole
+            pass
+        return
+    lineage = descend(
+        source,
+        inputs=inputs,
+        stage="uptrain",
+        settings={
+            **dataclasses.asdict(settings),
+            "stages" if len(run.stages) > 1 else "loss": formula(run.stages),
+            "text": run.tokens.hash,
+            "teacher": run.teacher.hash() if run.teacher else None,
+        },
+        tokens=position.tokens,
+        seed=settings.seed,
+        wall_seconds=position.seconds,
+    )
+    if fixed:
+        save_tensors(work, source, tensors, lineage)
+    else:
+        _save(work, source, dict(tensors), model, lineage)
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
@@ -169,13 +213,37 @@ def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
     return max(1, round(amount))
 
 
-def _save(work: Path, source: Checkpoint, model: nn.Module, lineage: Mapping[str, Any]) -> None:
-    """Write the trained student in its source's dtype, with its frozen parameters."""
-    state = source.as_stored({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+def _stored(source: Checkpoint, model: nn.Module, kept: Collection[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the trained student under the names of its source, made whole one after the other.
+
+    `kept` are parameters that stay as the source has them.
+    """
+    products = hf.lora_products(model)
+    written: set[str] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = hf.unadapted(name)
+        if hf.lora_factor(name) or not isinstance(tensor, Tensor):
+            continue
+        if id(tensor) in kept:
+            found = {each: source.read(each) for each in source.forms(stored, tuple(tensor.shape)) if each in source}
+            if stored in products:
+                found = {each: value.float() + products[stored](whole) for each, value in found.items()}
+        else:
+            found = source.as_stored({stored: whole(tensor.detach())})
+        for each, value in found.items():
+            if each not in written:  # a tied parameter has two names
+                written.add(each)
+                yield each, value
+
+
+def _save(
+    work: Path, source: Checkpoint, state: Mapping[str, Tensor], model: nn.Module, lineage: Mapping[str, Any]
+) -> None:
+    """Write a student whose model the end of a stage may have changed."""
     if set(source.names()) <= set(state):
-        save_model(work, config=source.config, state=state, lineage=lineage, like=source)
+        save_tensors(work, source, state.items(), lineage)
         return
-    carry_over(source.path, work)  # the end of a stage changed the architecture, and with it the tensors
+    carry_over(source.path, work)
     config = model.config.to_dict()  # type: ignore[operator,union-attr]
     save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
 
@@ -216,6 +284,11 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     return found
 
 
+def _attentions(source: Checkpoint) -> list[str]:
+    """The paths of all attentions."""
+    return [source.family.module(site) for site in source.shape.sites]
+
+
 def _adapted(source: Checkpoint, settings: UptrainSettings) -> list[str]:
     """The modules that get LoRA factors: q, k, v and o, with `converted_only` those of converted sites."""
     sites = converted_sites(source) if settings.converted_only else source.shape.sites
@@ -240,7 +313,7 @@ def _works(
 ) -> list[Work]:
     """Stages as stretches of the loop."""
     steps = math.ceil(amount / settings.step_tokens)
-    paths = [source.family.module(site) for site in source.shape.sites]
+    paths = _attentions(source)
     works, done, share = [], 0, 0.0
     for stage in stages:
         share += stage.share
@@ -305,6 +378,7 @@ def objective(
                     losses,
                     teacher=guide,
                     temperature=settings.temperature,
+                    targets=batch.targets if isinstance(batch, Pairs) else None,
                 )
             if matching:
                 distance = objectives.attention_matching(ours, theirs)

@@ -1,0 +1,158 @@
+"""Training on two ranks: every kind of student as one process trains it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from kvfold.convert.conversion import convert
+from kvfold.errors import Interrupted
+from kvfold.progress import Silent
+from kvfold.train.uptrain import UptrainSettings, uptrain
+from processes import on_ranks, start_ranks
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+STEPS = 4
+ELITE = {"rope_chunks": 1, "latent_dim": 12, "samples": 200}
+CROSSED = {"kv_heads": "self=2,cross=1"}
+TIED = {"tie_word_embeddings": True}
+APART = {"stages": "attention:0.5,kl:0.5", "attention_inputs": "teacher"}
+STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
+    # source and its changes, method and its settings, settings of the training
+    "grouped": ("llama", {}, "gqa", {"kv_heads": 1}, {}),
+    "two copies": ("llama", {}, "gqa", {"kv_heads": 1}, {"replicas": 2}),
+    "attention apart": ("llama", {}, "gqa", {"kv_heads": 1}, APART),
+    "tied and frozen": ("qwen2", TIED, "gqa", {"kv_heads": 1}, {"converted_only": True, "micro_batch": 1}),
+    "checkpointed": ("llama", {}, "gqa", {"kv_heads": 1}, {"checkpointing": "block", "loss": "kl"}),
+    "lora": ("gpt_neox", {}, "gqa", {"kv_heads": 1}, {"lora": 2}),
+    "shared layers": ("qwen2", {}, "cla", {"layout": "0,0,2,3"}, {"checkpointing": "selective"}),
+    "latent": ("llama", {}, "elitekv", ELITE, {}),
+    "state": ("llama", {}, "supra", {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1}, {}),
+    "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
+    "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),
+    "t5 latent": ("t5", {}, "crosslatent", {"cross_latent_dim": 12}, {"data": "pairs"}),
+    "bart": ("bart", {}, "gqa", CROSSED, {"data": "pairs", "loss": "kl+ce"}),
+    "t5gemma": ("t5gemma", {}, "gqa", CROSSED, {}),
+}
+TRAIN = """
+from kvfold.train.uptrain import UptrainSettings, uptrain
+
+def command():
+    for student, out, settings in json.loads(Path(arguments[0]).read_text()):
+        uptrain(student, out, UptrainSettings(**settings))
+"""
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "train.jsonl").read_text().splitlines()][:-1]
+
+
+@pytest.mark.slow
+def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{'abc ' * (1 + n % 3)}\t{'de ' * (1 + n % 5)}\n" for n in range(24)))
+    jobs = []
+    for name, (family, changes, method, folded, options) in STUDENTS.items():
+        teacher = tiny_checkpoint(family, name=f"{name} teacher", **changes)
+        student = convert(teacher, tmp_path / f"{name} student", method, folded)
+        settings = {
+            "data": str(text),
+            "sequence_length": 16,
+            "batch_size": 4,
+            "tokens": STEPS * 64,
+            "log_every": 1,
+            "precision": "fp32",
+            "dropout": 0.0,
+            **options,
+        }
+        settings["data"] = str({"pairs": pairs}.get(settings["data"], text))
+        plain = {**settings, "replicas": 1, "checkpointing": "none"}
+        uptrain(student, tmp_path / f"{name} one", UptrainSettings(**plain))
+        jobs.append([str(student), str(tmp_path / f"{name} two"), settings])
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"])
+    for name in STUDENTS:
+        one, two = _lines(tmp_path / f"{name} one"), _lines(tmp_path / f"{name} two")
+        assert len(one) == len(two) == STEPS
+        for ours, theirs in zip(one, two, strict=True):
+            for key in ("loss", "lr"):
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-5), (name, ours["step"], key)
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3), (name, ours["step"])
+        there = {path.name for path in (tmp_path / f"{name} two").iterdir()}
+        assert there == {path.name for path in (tmp_path / f"{name} one").iterdir()}, "no file of a rank is left"
+
+
+STOPPED = """
+from kvfold.progress import Silent
+from kvfold.train.uptrain import UptrainSettings, uptrain
+
+class At(Silent):
+    left = 4
+
+    def advance(self, amount, note=""):
+        self.left -= note.startswith("loss")
+        if self.left == 0:
+            os._exit(0)
+
+def command():
+    student, settings, out = arguments[0], UptrainSettings(**json.loads(arguments[1])), Path(arguments[2])
+    uptrain(student, out / "whole", settings)
+    uptrain(student, out / "cut", settings, progress=At())
+"""
+
+
+@pytest.mark.slow
+def test_a_state_continues_on_as_many_ranks_bit_for_bit_and_on_others_within_rounding(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 1})
+    options = {
+        "data": str(text),
+        "sequence_length": 16,
+        "batch_size": 4,
+        "tokens": 8 * 64,
+        "log_every": 1,
+        "checkpoint_steps": 3,
+        "converted_only": True,
+        "precision": "fp32",
+    }
+    for each in start_ranks(STOPPED, [student, json.dumps(options), tmp_path]):
+        each.communicate()
+    kept = {path.name: load_file(path) for path in (tmp_path / "cut.partial" / "state-a").iterdir()}
+    assert len(kept) == 2, "a file of each rank"
+    names = {name for each in kept.values() for name in each if "/" not in name}
+    assert names == {name for name in load_file(student / "model.safetensors") if "self_attn" in name}
+    shutil.copytree(tmp_path / "cut.partial", tmp_path / "one.partial")
+    with pytest.raises(Interrupted):
+        uptrain(student, tmp_path / "back", UptrainSettings(**options), progress=_Stop(4))
+    jobs = [[str(student), str(tmp_path / name), options] for name in ("cut", "back")]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"])
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    last = _lines(tmp_path / "whole")[-1]["loss"]
+    assert _lines(tmp_path / "cut")[-1]["loss"] == last
+    uptrain(student, tmp_path / "one", UptrainSettings(**options))  # one rank, from the state of two
+    for name in ("one", "back"):  # and two ranks, from the state of one
+        assert _lines(tmp_path / name)[-1]["loss"] == pytest.approx(last, rel=1e-5)
+
+
+class _Stop(Silent):
+    """Stop after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.left -= note.startswith("loss")
+        if self.left == 0:
+            raise Interrupted("pulled the plug")
