@@ -51,9 +51,10 @@ isa: .venv/.ready  ## numeric tests under the instruction sets of other processo
 docs: .venv/.docs  ## build the documentation site into build/site; a dead link or a page outside the navigation fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-engines: .venv/.ready  ## build llama.cpp from source (7 minutes), load a student in it and in CTranslate2, record
+engines: .venv/.ready  ## build llama.cpp (7 minutes), install vLLM for CPUs (2 GB), load students in both and CTranslate2, record
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:  ## remove what the commands above made
 	rm -rf .venv build dist .mypy_cache .ruff_cache

@@ -209,8 +209,7 @@ def compared(
     defaults = ExportSettings()
     known = agreement.reference(
         load(source.path, attention="sdpa"),
-        vocab_size=source.shape.vocab_size,
-        prompt_tokens=defaults.prompt_tokens,
+        agreement.random_prompts(source.shape.vocab_size, defaults.prompt_tokens),
         new_tokens=defaults.new_tokens,
     )
     found = agreement.compare(known, *LlamaCpp(flash_attention=flash_attention).answer(folder, known, "float32"))

@@ -14,6 +14,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     kept           loss, recall and tasks of each student beside its teacher with quantised caches; `kept-short` in
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
     goals          what was to be kept of a real language model, beside the best student
+    serving        what each engine computed of each kind of student
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -37,6 +38,7 @@ from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.miniature import compare, front, of_runs
+from pages.serving import serving_tables
 from pages.students import bare_name
 
 SHORT = ("model", "cache bytes", "of teacher", "loss", "agreement", "decode")  # columns of `front`
@@ -252,4 +254,5 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "goals": goal_tables,
     "ratios": _ratios,
     "pivot": _pivot,
+    "serving": serving_tables,
 }

@@ -21,6 +21,7 @@ _WHERE = {
     "bench": "kvfold.evaluate.bench",
     "report": "kvfold.report",
     "export": "kvfold.export.exporting",
+    "serve_check": "kvfold.export.serve_check",
     "run": "kvfold.run.runner",
     "load": "kvfold.hf",
     "PlanSettings": "kvfold.predict.plan",
@@ -29,6 +30,7 @@ _WHERE = {
     "PretrainSettings": "kvfold.train.settings",
     "EvaluateSettings": "kvfold.evaluate.settings",
     "BenchSettings": "kvfold.evaluate.settings",
+    "ServeSettings": "kvfold.export.settings",
     "KvfoldError": "kvfold.errors",
 }
 

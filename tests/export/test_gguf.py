@@ -239,7 +239,7 @@ def test_llama_cpp_computes_mixed_heads_with_flash_attention(mixed_checkpoint: M
     from kvfold.hf import load
 
     source = mixed_checkpoint("llama")
-    known = agreement.reference(load(source, attention="sdpa"), vocab_size=260, prompt_tokens=12, new_tokens=8)
+    known = agreement.reference(load(source, attention="sdpa"), agreement.random_prompts(260, 12), new_tokens=8)
     out = export(source, tmp_path / "out", "gguf", QUICK)
     check = agreement.compare(known, *LlamaCpp(flash_attention=True).answer(out, known, "float32"))
     assert 0 < check["relative_difference"] < agreement.TOLERANCE["float16"]

@@ -201,6 +201,6 @@ def test_a_uniform_source_unfolds_into_a_mixed_student(tiny_checkpoint: Callable
     pooled = load_file(teacher / "model.safetensors")["model.layers.2.self_attn.k_proj.bias"].view(4, 8).mean(0)
     _close(model.model.layers[2].self_attn.k_proj.bias, pooled)
     loads = {engine.name: engine.loads for engine in planned.engines}
-    assert loads == {"transformers": True, "vLLM": False, "llama.cpp": True, "CTranslate2": True, "SGLang": False}
+    assert loads == {"transformers": True, "vLLM": True, "llama.cpp": True, "CTranslate2": True, "SGLang": False}
     assert all(engine.how and engine.checked for engine in planned.engines)
     assert hf.load_tokenizer(student)("fold")["input_ids"] == hf.load_tokenizer(teacher)("fold")["input_ids"]

@@ -1,7 +1,7 @@
 """The command line: the functions of the Python API, with flags generated from their settings.
 
-Exit status: 0 success, 2 an error that the user can correct (one line on standard error), 3 a missed gate, 130
-interrupted. Any other exception is a bug in kvfold: exit status 1, with its traceback.
+Exit status: 0 success, 2 an error that the user can correct (one line on standard error), 3 a missed gate or a
+different engine, 130 interrupted. Any other exception is a bug in kvfold: exit status 1, with its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import kvfold
 from kvfold.cli.console import ERR, OUT, Bars, Lines, table
 from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
 from kvfold.cli.launch import LOST, Ended, launched
-from kvfold.errors import Interrupted, KvfoldError, SettingError, did_you_mean
+from kvfold.errors import GateMissed, Interrupted, KvfoldError, SettingError, did_you_mean
 from kvfold.faults import fault_of
 from kvfold.formats import json_text, size
 from kvfold.methods import all_methods
@@ -129,7 +129,7 @@ def command(*own: Flag, settings: str | None = None, methods: bool = False) -> C
     """Register a function as the command of its name, with its own flags, a stage's, and those of every method."""
 
     def register(function: Callable[..., None]) -> None:
-        COMMANDS[function.__name__] = Command(function, own, settings, methods)
+        COMMANDS[function.__name__.replace("_", "-")] = Command(function, own, settings, methods)
 
     return register
 
@@ -363,6 +363,24 @@ def pretrain(config: str, out: str, options: Any, overwrite: bool, as_json: bool
 def export(src: str, dst: str, to: str, options: Any, overwrite: bool, as_json: bool) -> None:
     """Write a checkpoint for another engine and check it there."""
     _made("export", api.export(src, dst, to, options, overwrite=overwrite, progress=_progress()), as_json)
+
+
+@command(
+    Flag("student", "STUDENT", "Checkpoint: a directory, a hub id, kvfold:demo or kvfold:smollm2."),
+    Flag("engine", "--engine", "Engine. [required]", "vllm|llama.cpp|ctranslate2", required=True),
+    Flag("python", "--python", "Python in which vLLM or llama.cpp is installed. Default: this one.", "FILE"),
+    AS_JSON,
+    settings="export.settings:ServeSettings",
+)
+def serve_check(student: str, options: Any, engine: str, python: str | None, as_json: bool) -> None:
+    """Compare a checkpoint in an engine with transformers."""
+    made = api.serve_check(student, engine, options, python=python, progress=_progress())
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        table(f"{student} in {made.version}", ["", "value"], made.rows())
+    if not made.equal:
+        raise GateMissed(f"{made.version} differs from transformers: {made.problem}", where=student)
 
 
 @command(AS_JSON)

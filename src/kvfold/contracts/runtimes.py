@@ -335,6 +335,8 @@ SHARING = replace(
     models=LAYERS.models - {"phi3", "gpt_bigcode", "stablelm"},  # whose layers hand nothing on to attention
     holds=lambda shape: bool(shape.owners),
 )
+IN_VLLM = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Stock architectures of the students of `LAYERS` and `SHARING` that the plug-in of vLLM registers."""
 LATENT = Runtime(
     "latent keys and values",
     f"{OWN}latent_",

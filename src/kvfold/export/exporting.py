@@ -114,9 +114,8 @@ def _make(
     with task(progress, f"exporting to {engine.name}", 3, "steps"):
         model = load(source.path, attention=engine.attention) if found["loaded"] else None
         if model is not None:
-            known = agreement.reference(
-                model, vocab_size=source.shape.vocab_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-            )
+            prompts = agreement.random_prompts(source.shape.vocab_size, prompt_tokens)
+            known = agreement.reference(model, prompts, new_tokens=new_tokens)
         progress.advance(1, "transformers answered")
         found |= engine.write(source, model, folder, weights)
         del model

@@ -26,6 +26,7 @@ from kvfold.disk.checkpoint import TIED, Checkpoint
 from kvfold.disk.output import read_json
 from kvfold.errors import CheckpointError, SettingError, UnsupportedModel
 from kvfold.export.agreement import Logits, Reference
+from kvfold.export.ask_llama_cpp import greedy, load
 from kvfold.export.engine import Engine
 from kvfold.export.limits import common_attention, frequency_factors, kv_heads, window
 
@@ -137,31 +138,12 @@ class LlamaCpp(Engine):
             engine.reset()
             engine.eval(text)
             logits.append(np.array(engine.scores[: len(text)], dtype=np.float32))
-            engine.reset()
-            engine.eval(prompt)
-            answer: list[int] = []
-            for _ in wanted:
-                answer.append(int(engine.scores[engine.n_tokens - 1].argmax()))
-                if len(answer) < len(wanted):
-                    engine.eval(answer[-1:])
-            answers.append(answer)
+            answers.append(greedy(engine, prompt, len(wanted))[0])
         engine.close()
         return logits, answers
 
     def _load(self, folder: Path, context: int, threads: int) -> Any:
-        import llama_cpp
-
-        return llama_cpp.Llama(
-            str(folder / self.file),
-            n_ctx=context,
-            n_threads=threads,
-            n_threads_batch=threads,
-            logits_all=True,
-            flash_attn=self.flash_attention,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
+        return load(str(folder / self.file), context, threads, flash_attention=self.flash_attention)
 
     @override
     def notes(self, found: dict[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import KVSharingDict
 
 from kvfold.contracts.packed import Packed
 from kvfold.contracts.site import Attention, Shape, Site
@@ -24,7 +23,7 @@ from kvfold.disk.spool import Spool
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.hf.attention import NAME
 from kvfold.hf.loading import build, check_tensors
-from kvfold.hf.shared_layers import STATES
+from kvfold.hf.shared_layers import STATES, SharedStates
 
 
 class Layers:
@@ -269,15 +268,16 @@ class _Shared:
             owner: stack.enter_context(Spool(lengths, width, dtype)) for owner, width in shape.owners.items()
         }
 
-    def read(self, layer: int, row: int, hidden_BTD: Tensor) -> KVSharingDict:
+    def read(self, layer: int, row: int, hidden_BTD: Tensor) -> SharedStates:
         """The keys and values that a layer receives for these rows: its owner's, or none."""
-        states: Any = KVSharingDict()
+        states = SharedStates()
         source = self.sources[layer]
         if source is not None:
             both_BSN = self.spools[source].read(row, hidden_BTD.shape[0]).to(hidden_BTD)
             heads_BGSE = both_BSN.view(*both_BSN.shape[:2], -1, self.head_dim).transpose(1, 2)
-            states[source] = heads_BGSE.chunk(2, dim=1)
-        return cast(KVSharingDict, states)
+            key_BGSE, value_BGSE = heads_BGSE.chunk(2, dim=1)
+            states[source] = key_BGSE, value_BGSE
+        return states
 
     def write(self, layer: int, row: int, states: Any) -> None:
         """Store an owner's keys and values of these rows."""

@@ -7,17 +7,29 @@ absent without a cache and under activation checkpointing. It is not a `dict`, b
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import KVSharingDict
 
 from kvfold.errors import SettingError
 
 STATES = "shared_kv_states"
 """The keyword that passes the container through a forward: layer -> `(k_BGSE, v_BGSE)`."""
+
+
+class SharedStates(UserDict[int, tuple[Tensor, Tensor]]):
+    """The container. transformers has a `KVSharingDict` like it, but not before 5.20, and vLLM requires older ones."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> SharedStates:
+        """Move what it holds, in place: accelerate moves the arguments of a layer to the layer's device."""
+        for layer, states in self.items():
+            key, value = (each.to(device=device, non_blocking=non_blocking) for each in states)
+            self[layer] = key, value
+        return self
 
 
 class SharedAttention:
@@ -86,7 +98,7 @@ def hand_out(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if body.training and getattr(body, "gradient_checkpointing", False):
         refuse_reentrant(getattr(body._gradient_checkpointing_func, "keywords", {}))
     if kwargs.get(STATES) is None:
-        kwargs = {**kwargs, STATES: KVSharingDict()}
+        kwargs = {**kwargs, STATES: SharedStates()}
     return args, kwargs
 
 

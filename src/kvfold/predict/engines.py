@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.contracts.method import Student
-from kvfold.contracts.runtimes import LAYERS, MLA, PAIRS, STOCK, mixed
+from kvfold.contracts.runtimes import IN_VLLM, LAYERS, MLA, PAIRS, STOCK, mixed
 from kvfold.contracts.site import Attention, Rope, Shape
 from kvfold.errors import UnsupportedModel, plain
 
@@ -64,9 +64,12 @@ _VLLM_BACKEND = dict.fromkeys(
     ("phi", "starcoder2", "smollm3", "olmo", "olmo2", "olmo3", "glm"), "its backend for transformers' classes"
 )
 
+_PLUGGED = "with kvfold's plug-in"
+_VLLM_CHECKED = "0.32 on a CPU: same tokens as transformers"
+
 _KNOWN = (
     _Known("transformers", "AutoModelForCausalLM, without kvfold", STOCK.models, STOCK.models, "loaded in the tests"),
-    _Known("vLLM", "its own class", _VLLM, _LLAMA, "0.32 on a CPU: same tokens as transformers", _VLLM_BACKEND),
+    _Known("vLLM", "its own class", _VLLM, _LLAMA, _VLLM_CHECKED, _VLLM_BACKEND),
     _Known("llama.cpp", "kvfold export, or its own converter", _GGUF, _LLAMA | {"phi"}, _GGUF_CHECKED, _GGUF_ALONE),
     _Known("CTranslate2", "kvfold export", _CT2, _CT2, "4.8: same tokens as transformers"),
     _Known("SGLang", "its own class", _LAYOUT, frozenset(), ""),
@@ -74,7 +77,7 @@ _KNOWN = (
 
 _MIXED = (  # heads for which the stock class has no field, such as those that differ by layer: `per_layer_config`
     _Known("transformers", "with kvfold installed", LAYERS.models, LAYERS.models, "loaded in the tests"),
-    _Known("vLLM", "its backend for transformers does not find kvfold's classes", frozenset(), frozenset(), ""),
+    _Known("vLLM", _PLUGGED, IN_VLLM, _LLAMA, _VLLM_CHECKED),
     _Known("llama.cpp", "GGUF of its architecture deci", _LAYOUT - {"qwen3"}, _LLAMA, "logits within 5e-5"),
     _Known("CTranslate2", "kvfold export", _CT2, _CT2, "4.8: same tokens as transformers"),
     _Known("SGLang", "one number of key/value heads for all layers", frozenset(), frozenset(), ""),
@@ -142,7 +145,7 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
         rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
     if shape.owners:
-        return _sharing()
+        return _sharing(shape.model_type)
     return tuple(_engine(known, shape, config) for known in _table(student))
 
 
@@ -165,13 +168,17 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
     return Engine(known.name, problem is None, problem or how, tried if problem is None else "no")
 
 
-def _sharing() -> tuple[Engine, ...]:
+def _sharing(model_type: str) -> tuple[Engine, ...]:
     """The engines for layers that read another layer's keys and values, which only kvfold's own classes do."""
     why = {"llama.cpp": "shares layers only in Gemma's architectures", "CTranslate2": "cannot share layers"}
-    rest = (
-        Engine(known.name, False, why.get(known.name, "does not find kvfold's classes"), "no") for known in _KNOWN[1:]
-    )
-    return (Engine("transformers", True, "with kvfold installed", "loaded in the tests"), *rest)
+    found = [Engine("transformers", True, "with kvfold installed", "loaded in the tests")]
+    for known in _MIXED[1:]:
+        if model_type in known.model_types and known.how == _PLUGGED:
+            checked = known.checked if model_type in known.ran else f"{NOT_RUN} {model_type}"
+            found.append(Engine(known.name, True, known.how, checked))
+        else:
+            found.append(Engine(known.name, False, why.get(known.name, "does not find kvfold's classes"), "no"))
+    return tuple(found)
 
 
 # --- what an export cannot write ------------------------------------------------------------------------------------
