@@ -91,7 +91,7 @@ def test_a_training_that_fails_before_its_first_state_is_mended(
         raise CheckpointError("cannot be loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvfold.hf.load", fail)
+        patch.setattr("kvfold.hf.outline", fail)
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             uptrain(student, out, UptrainSettings(**given))
     assert not out.with_name("out.partial").exists()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kvfold.disk import record
 from kvfold.disk.output import CLAIM, fingerprint, open_output, write_json
@@ -237,15 +239,43 @@ def test_a_damaged_state_is_one_line(content: bytes | str | None, tmp_path: Path
     optimizer = torch.optim.AdamW(model.parameters())
     state = State(tmp_path)
     state.save(Position(step=3), model, optimizer)
-    slot = tmp_path / "state-a.pt"
+    (file,) = (tmp_path / "state-a").iterdir()
     if content is None:
-        slot.unlink()
+        file.unlink()
     elif content == "other":
-        torch.save({"model": {"x": torch.zeros(3)}}, slot)
+        save_file({"x": torch.zeros(3)}, file)
     else:
-        slot.write_bytes(slot.read_bytes()[:-100] if isinstance(content, str) else content)
-    with pytest.raises(OutputError, match=r"state-a.pt: is damaged.*delete the folder"):
+        file.write_bytes(file.read_bytes()[:-100] if isinstance(content, str) else content)
+    with pytest.raises(OutputError, match=r"state-a: is damaged.*delete the folder"):
         state.load(model, optimizer)
+
+
+def test_a_state_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    State(tmp_path).save(Position(step=3), model, optimizer)
+    shutil.rmtree(tmp_path / "state-a")
+    with pytest.raises(OutputError, match=r"state-a: is damaged.*delete the folder"):
+        State(tmp_path).load(model, optimizer)
+
+
+def test_a_state_of_an_older_version_is_read(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state-b.pt")
+    write_json(tmp_path / "state.json", {"slot": "state-b.pt", "position": asdict(Position(step=1))})
+    other = torch.nn.Linear(2, 2)
+    continued = torch.optim.AdamW(other.parameters())
+    state = State(tmp_path)
+    assert state.position() == Position(step=1)
+    state.load(other, continued)
+    assert torch.equal(other.weight, model.weight)
+    moments, theirs = (each.state[of.weight]["exp_avg"] for each, of in ((continued, other), (optimizer, model)))
+    assert torch.equal(moments, theirs)
+    state.remove()
+    assert not list(tmp_path.glob("state*"))
 
 
 def test_lines_of_a_log_that_are_damaged_are_dropped(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ STATED = {
 """What transformers takes for the text part where config.json is silent."""
 
 _PARTS = ("text_config", "vision_config")
+_OF_THE_TEXT = ("num_key_value_heads", "per_layer_config", "rope_parameters", "rope_scaling", "rope_theta")
 
 
 def _text(config: Json) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _check_whole(fields: Fields) -> None:
         {
             "is_encoder_decoder": only(False, "false"),
             "initializer_range": decimal(0, 1).or_null,
-            **dict.fromkeys(("num_key_value_heads", "per_layer_config"), Rule(None, "absent: it is the text part's")),
+            **dict.fromkeys(_OF_THE_TEXT, Rule(None, "absent: it is the text part's")),
             **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), whole(0, 1 << 24)),
             "mm_tokens_per_image": whole(1, 1 << 20),
         }
