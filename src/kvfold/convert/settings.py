@@ -25,8 +25,8 @@ class ConvertSettings:
     effort: EffortName = setting(
         "standard",
         "What is refitted, and on how much text: o and down on 8 tokens for each direction of the widest input (quick, "
-        "about 4 forward passes of the source over them); q too on 16 (standard, 5), and gate and up of models at most "
-        "256 wide (10); or all on 65,536 (thorough, 16).",
+        "about 4 forward passes of the source over them); q too on 16 (standard, 4), and gate and up of models at most "
+        "256 wide (7); or all on 65,536 (thorough, 11 to 14).",
     )
     calibration_tokens: int | None = setting(
         None, "Tokens of calibration text. Default: as many as the effort needs for the width, at most 65,536."
