@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -234,26 +235,16 @@ def test_a_second_ctrl_c_during_a_save_loses_nothing(
 ) -> None:
     teacher = tiny_checkpoint()
     settings = UptrainSettings(data=str(text), **QUICK)
-    save, saves = torch.save, iter(range(10))
+    save, saves = safetensors.torch.save, iter(range(10))
 
-    class Pressed:
-        """A file during whose writing Ctrl-C is pressed twice."""
-
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def write(self, content: bytes) -> int:
+    def pressed(*given: Any, **more: Any) -> bytes:
+        """The bytes of a slot; while those of the second are made, Ctrl-C is pressed twice."""
+        if next(saves) == 1:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-            return int(self.file.write(content))
+        return save(*given, **more)
 
-        def flush(self) -> None:
-            self.file.flush()
-
-    def slow(content: Any, file: Any) -> None:
-        save(content, Pressed(file) if next(saves) == 1 else file)
-
-    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(safetensors.torch, "save", pressed)
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         uptrain(teacher, tmp_path / "out", settings)
     monkeypatch.undo()

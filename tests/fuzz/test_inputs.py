@@ -320,6 +320,7 @@ _USUAL = {
     "bench": ["SRC", "SRC"],
     "report": ["DST"],
     "fetch": ["smollm2"],
+    "serve-check": ["SRC", "--engine", "ctranslate2"],
     "run": ["DST"],
     "demo": ["--out", "DST"],
     "pretrain": ["SRC", "DST", "--tokens", "1M"],

@@ -197,12 +197,12 @@ def _single() -> Iterator[None]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise the error of the disk that made a save fail."""
+    """Raise the error of the disk, or the Ctrl-C, that made a save fail, and not what wraps it."""
     try:
         yield
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        raise first if isinstance(first, OSError) else error from None
+        raise first if isinstance(first, OSError | KeyboardInterrupt) else error from None
 
 
 class NoLog:
