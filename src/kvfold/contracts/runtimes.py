@@ -368,7 +368,6 @@ MLA = Runtime(
 )
 ABSORBED = replace(MLA, prefix=OWN, stem="Kvfold")
 """kvfold's own classes for the same config.json, which attend to the latent as it is: for models in memory alone."""
-
 DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 

@@ -55,8 +55,7 @@ class Pairs:
     """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`.
 
     Of sound, the input is `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position.
-    `targets` is the number of tokens by which a sum over targets is divided: of a part of a batch the mean over all
-    parts, so that the mean of their losses is the loss of the whole batch.
+    `targets` divides a sum over targets; in a part of a batch it is the mean over parts, so that losses average to its.
     """
 
     input_BS: Tensor
@@ -66,17 +65,16 @@ class Pairs:
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Pairs:
         """Move the batch to a device."""
-        moved = [each.to(device, non_blocking=non_blocking) for each in self.tensors]
-        return Pairs(moved[0], moved[1], moved[2], self.targets)
+        input_BS, seen_BS, target_BT = (each.to(device, non_blocking=non_blocking) for each in self.tensors)
+        return Pairs(input_BS, seen_BS, target_BT, self.targets)
 
     def split(self, rows: int) -> list[Pairs]:
         """Split the batch into parts of `rows` rows."""
         if rows >= len(self.target_BT):
             return [self]
         targets = int((self.target_BT != UNSEEN).sum()) * rows / len(self.target_BT)
-        starts = range(0, len(self.target_BT), rows)
-        parts = ([each[start : start + rows] for each in self.tensors] for start in starts)
-        return [Pairs(part[0], part[1], part[2], targets) for part in parts]
+        parts = zip(*(torch.split(each, rows) for each in self.tensors), strict=True)
+        return [Pairs(input_BS, seen_BS, target_BT, targets) for input_BS, seen_BS, target_BT in parts]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -440,11 +438,8 @@ def _pair_file(
         pairs, texts = pairs[:count], texts[:count]
     digest = hashlib.sha256("\n".join("\t".join(pair) for pair in texts).encode("utf-8", "replace")).hexdigest()
     largest = max(int(ids.max()) for pair in pairs for ids in pair if not isinstance(ids, Clip))
-    sounds = [
-        hashlib.sha256(read_bytes(each.path, error=DataError)).hexdigest()
-        for each, _ in pairs
-        if isinstance(each, Clip)
-    ]
+    clips = [each for each, _ in pairs if isinstance(each, Clip)]
+    sounds = [hashlib.sha256(read_bytes(clip.path, error=DataError)).hexdigest() for clip in clips]
     identity = fingerprint(["pairs", digest, tokenizer_hash(tokenizer), *sounds])
     return PairFile(pairs, texts, source, identity, max(int(tokenizer.vocab_size), largest + 1))
 
