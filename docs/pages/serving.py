@@ -34,5 +34,5 @@ def _cell(metrics: Mapping[str, Any]) -> str:
     ties = f" ({metrics['near_ties']} near ties)" if metrics["near_ties"] else ""
     tokens = f"{metrics['same_tokens']} of {metrics['tokens']} tokens the same{ties}"
     cell = f"{tokens}, logits within {metrics['max_difference']:.2g}"
-    told, predicted = metrics["cache_bytes_per_token"], metrics["predicted_cache_bytes_per_token"]
-    return cell if told is None else f"{cell}, cache {told:,.0f} bytes per token (predicted {predicted:,.0f})"
+    allocated, predicted = metrics["cache_bytes_per_token"], metrics["predicted_cache_bytes_per_token"]
+    return cell if allocated is None else f"{cell}, cache {allocated:,.0f} bytes per token (predicted {predicted:,.0f})"

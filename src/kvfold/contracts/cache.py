@@ -92,6 +92,11 @@ def root_elements(shape: Shape) -> int:
     return shape.root_elements or grouped_cache(shape).elements(1, 1)
 
 
+def layer_elements(ratio: float, shape: Shape) -> int:
+    """Elements per token that a part of the root teacher's cache leaves to each layer."""
+    return int(ratio * root_elements(shape) * (1 + 1e-12)) // len(shape.sites)
+
+
 def default_context(shape: Shape) -> int:
     """The context for bytes per token where none is given: the model's maximum, at most `CONTEXT`."""
     return min(shape.max_positions, CONTEXT)

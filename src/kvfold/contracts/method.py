@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
-from kvfold.contracts.cache import CacheSpec, grouped_cache
+from kvfold.contracts.cache import CacheSpec, grouped_cache, root_elements
 from kvfold.contracts.requests import Answers, Question
 from kvfold.contracts.site import Attention, Roles, Shape, Site, SiteTensors
 from kvfold.contracts.stages import Stage
@@ -161,6 +161,25 @@ def refuse_mixed_heads(shape: Shape, where: str) -> None:
             where=where,
             got=f"{min(heads)} to {max(heads)}",
             next="convert a checkpoint with one number for all layers",
+        )
+
+
+def check_ratio(shape: Shape, where: str, ratio: float, chosen: Mapping[str, object], needed: int, least: str) -> None:
+    """Raise SettingError for a ratio that cannot be the size of a student's cache.
+
+    `chosen` are the settings that a ratio stands for, which must be None beside it. `needed` elements per token are the
+    smallest cache, and `least` says in words what it holds.
+    """
+    for name, value in chosen.items():
+        if value is not None:
+            raise SettingError(f"ratio {ratio:g} chooses {name}", where=where, next="leave out one of them")
+    whole = root_elements(shape)
+    if not needed / whole <= ratio <= 1:
+        raise SettingError(
+            "ratio is out of range",
+            where=where,
+            got=f"ratio {ratio:g}",
+            allowed=f"{-(-needed * 10_000 // whole) / 10_000:g} ({least}) to 1",
         )
 
 

@@ -4,7 +4,7 @@ Neither kvfold nor its dependencies need to be installed there. Nothing is downl
 
 The question: `model` (a path), `prompts` (ids of one length), `new_tokens`, `dtype`, `threads`, `top`. The answer:
 `version`, `answers` (ids), `logits` (of each answer and step, `[id, logit]` of the `top` best) and, where the engine
-tells it, `cache_bytes_per_token`; or `error`, and `missing` where a module is not installed.
+gives it, `cache_bytes_per_token`; or `error`, and `missing` where a module is not installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOP = 20  # logits of a step: the largest number that vLLM gives by default
 
 _MAIN = """
 import json, os, sys
-told = os.fdopen(os.dup(1), "w")
+stdout = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what the engine prints is no answer
 try:
     found = answer(json.loads(sys.argv[1]))
@@ -34,7 +34,7 @@ except ImportError as error:
     found = {"error": str(error), "missing": error.name}
 except Exception as error:
     found = {"error": f"{type(error).__name__}: {error}"}
-print(json.dumps(found), file=told, flush=True)
+print(json.dumps(found), file=stdout, flush=True)
 """
 
 _OFFLINE = {
@@ -45,7 +45,7 @@ _OFFLINE = {
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer of an engine: logits are masked where it tells none."""
+    """The answer of an engine: logits are masked where it gives none."""
 
     version: str
     logits: list[Logits]
@@ -117,12 +117,12 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _dense(known: Reference, number: int, steps: list[list[tuple[int, float]]], answer: list[int]) -> Logits:
-    """The told logits of one answer in an array as transformers', up to the first token that differs."""
+    """The logits that an engine gives for an answer, in an array as transformers', up to the first other token."""
     rows = known.logits[number]
     values = np.zeros_like(rows)
     masked = np.ones(rows.shape, dtype=bool)
-    for step, told in enumerate(steps):
-        for token, logit in told:
+    for step, given in enumerate(steps):
+        for token, logit in given:
             values[known.before(number) + step, token] = logit
             masked[known.before(number) + step, token] = False
         if answer[step] != known.answers[number][step]:

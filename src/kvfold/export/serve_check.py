@@ -46,7 +46,7 @@ class ServeCheck:
     engine: str
     version: str
     dtype: str
-    positions: int  # of which the engine told logits
+    positions: int  # whose logits the engine gives
     max_difference: float
     relative_difference: float
     tolerance: float
@@ -83,8 +83,8 @@ class ServeCheck:
                 )
             )
         if self.cache_bytes_per_token is not None:
-            told = f"{self.cache_bytes_per_token:,.0f}, predicted {self.predicted_cache_bytes_per_token:,.0f}"
-            found.append(("cache bytes per token", told))
+            size = f"{self.cache_bytes_per_token:,.0f}, predicted {self.predicted_cache_bytes_per_token:,.0f}"
+            found.append(("cache bytes per token", size))
         return found
 
 
@@ -116,28 +116,28 @@ def serve_check(
         model = load(source.path, attention="sdpa" if stock else "kvfold")
         known = agreement.reference(model, _prompts(source, settings), new_tokens=settings.new_tokens)
         progress.advance(1, "transformers")
-        told = _ASK[engine](source, model, known, settings.dtype, Path(place), python)
+        answered = _ASK[engine](source, model, known, settings.dtype, Path(place), python)
         progress.advance(1, engine)
-    return _checked(engine, source, known, told, settings.dtype)
+    return _checked(engine, source, known, answered, settings.dtype)
 
 
-def _checked(engine: str, source: Checkpoint, known: agreement.Reference, told: Answered, dtype: str) -> ServeCheck:
-    found = agreement.compare(known, told.logits, told.answers)
+def _checked(engine: str, source: Checkpoint, known: agreement.Reference, answered: Answered, dtype: str) -> ServeCheck:
+    found = agreement.compare(known, answered.logits, answered.answers)
     tolerance = agreement.TOLERANCE[dtype]
     problem = agreement.disagreement(found, tolerance)
     predicted = None
-    if told.cache_bytes_per_token is not None:
+    if answered.cache_bytes_per_token is not None:
         predicted = float(grouped_cache(source.shape).bytes_per_token(DTYPE_BYTES[dtype]))
-        if problem is None and abs(told.cache_bytes_per_token / predicted - 1) > _BOOKKEEPING:
-            problem = f"its cache takes {told.cache_bytes_per_token:,.0f} bytes per token, not {predicted:,.0f}"
+        if problem is None and abs(answered.cache_bytes_per_token / predicted - 1) > _BOOKKEEPING:
+            problem = f"its cache takes {answered.cache_bytes_per_token:,.0f} bytes per token, not {predicted:,.0f}"
     return ServeCheck(
         engine=engine,
-        version=told.version,
+        version=answered.version,
         dtype=dtype,
         tolerance=tolerance,
-        partings=tuple(agreement.partings(known, told.answers)),
+        partings=tuple(agreement.partings(known, answered.answers)),
         predicted_cache_bytes_per_token=predicted,
-        cache_bytes_per_token=told.cache_bytes_per_token,
+        cache_bytes_per_token=answered.cache_bytes_per_token,
         problem=problem,
         **{name: value for name, value in found.items() if name != "differing_answers"},
     )

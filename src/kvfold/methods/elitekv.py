@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from kvfold.contracts.cache import root_elements
-from kvfold.contracts.method import Folded, Limit, Method, Student, refuse, refuse_mixed_heads
+from kvfold.contracts.cache import layer_elements
+from kvfold.contracts.method import Folded, Limit, Method, Student, check_ratio, refuse, refuse_mixed_heads
 from kvfold.contracts.per_layer import PerSite
 from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question, SampledPairs
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Shape, Site, SiteTensors
@@ -107,18 +107,9 @@ class Config:
 
 def _check_ratio(ratio: float, config: Config, shape: Shape) -> None:
     """Refuse a ratio beside the settings that it chooses, one below a plane of each head, and one above the whole."""
-    for name, value in (("rope_chunks", config.rope_chunks), ("latent_dim", config.latent_dim)):
-        if value is not None:
-            raise SettingError(f"ratio {ratio:g} chooses {name}", where="elitekv", next="leave out one of them")
-    whole = root_elements(shape)
+    chosen = {"rope_chunks": config.rope_chunks, "latent_dim": config.latent_dim}
     needed = max(2 * attention.num_key_value_heads + 1 for attention in shape.sites.values()) * len(shape.sites)
-    if not needed / whole <= ratio <= 1:
-        raise SettingError(
-            "ratio is out of range",
-            where="elitekv",
-            got=f"ratio {ratio:g}",
-            allowed=f"{-(-needed * 10_000 // whole) / 10_000:g} (one plane of each head and a latent of 1) to 1",
-        )
+    check_ratio(shape, "elitekv", ratio, chosen, needed, "one plane of each head and a latent of 1")
 
 
 # --- planes and widths ------------------------------------------------------------------------------------------------
@@ -138,18 +129,13 @@ def widest(attention: Attention, planes: int) -> int:
 def splits(config: Config, shape: Shape) -> dict[Site, tuple[int, int]]:
     """Rotated planes and latent width of each site. Of a ratio, unmeasured: the same in all layers."""
     if config.ratio is not None:
-        room = _room(config.ratio, shape)
+        room = layer_elements(config.ratio, shape)
         return {site: _quartered(shape.sites[site], room) for site in sorted(shape.sites)}
     assert config.rope_chunks is not None
     assert config.latent_dim is not None
     chunks = config.rope_chunks.by_site(shape.sites, "rope_chunks", "elitekv")
     widths = config.latent_dim.by_site(shape.sites, "latent_dim", "elitekv")
     return {site: (chunks[site], widths[site]) for site in sorted(shape.sites)}
-
-
-def _room(ratio: float, shape: Shape) -> int:
-    """Elements per token that a ratio leaves to each layer."""
-    return int(ratio * root_elements(shape) * (1 + 1e-12)) // len(shape.sites)
 
 
 def _quartered(attention: Attention, elements: int) -> tuple[int, int]:
@@ -178,7 +164,7 @@ def _optimal(config: Config, shape: Shape, answers: Answers) -> dict[Site, tuple
     from kvfold.solve.latent import best_split
 
     assert config.ratio is not None
-    found, room = {}, _room(config.ratio, shape)
+    found, room = {}, layer_elements(config.ratio, shape)
     for site in sorted(shape.sites):
         attention = shape.sites[site]
         candidates = _candidates(attention)

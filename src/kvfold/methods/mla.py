@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from kvfold.contracts.cache import root_elements
-from kvfold.contracts.method import Folded, Limit, Method, Student, refuse, refuse_mixed_heads
+from kvfold.contracts.cache import layer_elements
+from kvfold.contracts.method import Folded, Limit, Method, Student, check_ratio, refuse, refuse_mixed_heads
 from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Rope, Shape, Site, SiteTensors
 from kvfold.contracts.student_site import with_mla
@@ -120,21 +120,12 @@ class Config:
 
 
 def _check_ratio(config: Config, shape: Shape) -> None:
-    for name, value in (("rope_dim", config.rope_dim), ("latent_dim", config.latent_dim)):
-        if value is not None:
-            raise SettingError(f"ratio {config.ratio:g} chooses {name}", where="mla", next="leave out one of them")
+    assert config.ratio is not None
+    chosen = {"rope_dim": config.rope_dim, "latent_dim": config.latent_dim}
+    check_ratio(shape, "mla", config.ratio, chosen, 4 * len(shape.sites), "one plane and a latent of 2")
     if _counts(config, _first(shape)) is not None:
         what = "planes by number need rope_dim and latent_dim"
         raise SettingError(what, where="mla", got=config.planes, next="leave out --ratio")
-    needed, whole = 4 * len(shape.sites), root_elements(shape)
-    assert config.ratio is not None
-    if not needed / whole <= config.ratio <= 1:
-        raise SettingError(
-            "ratio is out of range",
-            where="mla",
-            got=f"ratio {config.ratio:g}",
-            allowed=f"{-(-needed * 10_000 // whole) / 10_000:g} (one plane and a latent of 2) to 1",
-        )
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -178,14 +169,9 @@ def sizes(config: Config, shape: Shape) -> tuple[int, int]:
         assert config.rope_dim is not None
         assert config.latent_dim is not None
         return config.rope_dim, config.latent_dim
-    room, attention = _room(config.ratio, shape), _first(shape)
+    room, attention = layer_elements(config.ratio, shape), _first(shape)
     rotated = min(max(1, room // 8), widest(config, attention) // 2)
     return 2 * rotated, max(2, min(room - 2 * rotated, attention.hidden_size + 1))
-
-
-def _room(ratio: float, shape: Shape) -> int:
-    """Elements per token that a ratio leaves to each layer."""
-    return int(ratio * root_elements(shape) * (1 + 1e-12)) // len(shape.sites)
 
 
 def _candidates(config: Config, attention: Attention) -> list[int]:
@@ -364,7 +350,7 @@ def _optimal(config: Config, shape: Shape, answers: Answers) -> tuple[int, int]:
     row, width = best_split(
         error_CR.masked_fill(width_R < 2, torch.inf),
         torch.tensor(widths)[:, None] + width_R,
-        _room(config.ratio, shape),
+        layer_elements(config.ratio, shape),
     )
     return widths[row], width
 
