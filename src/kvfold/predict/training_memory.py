@@ -20,9 +20,9 @@ from kvfold.contracts.family import MLP, Family, Json
 from kvfold.contracts.site import Shape
 from kvfold.formats import size
 
-CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32, as in train/losses
+CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
 CHUNKS = 7  # of them at a time: logits of both models, their logarithms, probabilities, the gradient
-ACCUMULATED = 8  # as in train/placing
+ACCUMULATED = 8  # whole gradients stay on a rank between passes where they take less than 1/8 of its memory
 
 Checkpointing = Literal["none", "selective", "block"]
 

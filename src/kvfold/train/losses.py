@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from kvfold import ranks
 from kvfold.contracts.runtimes import stock_type
+from kvfold.predict.training_memory import CHUNK_BYTES
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
 
 ENCODED = ("key_value_states", "encoder_hidden_states")  # names of the encoder's output in cross-attentions
-CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

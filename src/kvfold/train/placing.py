@@ -26,6 +26,7 @@ from kvfold.contracts.family import Family
 from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.machine import best_device, device_memory
+from kvfold.predict.training_memory import ACCUMULATED
 from kvfold.train.settings import TrainSettings
 
 T = TypeVar("T")
@@ -39,7 +40,6 @@ KEPT = (  # products, whose outputs selective checkpointing keeps; everything el
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-ACCUMULATED = 8  # whole gradients stay on a rank between passes where they take less than 1/8 of its memory
 
 
 class Root(nn.Module):

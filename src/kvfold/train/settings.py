@@ -15,6 +15,7 @@ from kvfold.disk.output import fingerprint, standing
 from kvfold.errors import SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import Precision, best_precision
+from kvfold.predict.training_memory import Checkpointing
 from kvfold.settings import MOST, SEEDS, check_range, differing, setting
 from kvfold.train.stages import parse_loss, parse_stages
 
@@ -67,7 +68,7 @@ class TrainSettings:
         "auto", "Format of matrix products; auto is bf16 where the hardware multiplies it natively."
     )
     compile: bool = setting(False, "Compile each block with torch.compile.")
-    checkpointing: Literal["none", "selective", "block"] = setting(
+    checkpointing: Checkpointing = setting(
         "none",
         "Activations that are computed again in the backward pass: those of a block, with or without the outputs of "
         "its matrix products.",
