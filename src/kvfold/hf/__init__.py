@@ -12,6 +12,7 @@ from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
 from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
 from kvfold.hf.lora import add_lora, lora_factor, lora_parameters, lora_products, unadapted
@@ -38,6 +39,7 @@ __all__ = [
     "fill",
     "fork",
     "generate",
+    "hooked",
     "live_cache_bytes",
     "load",
     "load_extractor",

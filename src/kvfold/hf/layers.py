@@ -22,6 +22,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.hf.attention import NAME
+from kvfold.hf.hooks import hooked
 from kvfold.hf.loading import build, check_tensors
 from kvfold.hf.shared_layers import STATES, SharedStates
 
@@ -293,11 +294,8 @@ def entering(layer: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         return (hidden_BTD, *args[1:]), kwargs
 
-    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with hooked(layer.register_forward_pre_hook(replace, with_kwargs=True)):
         yield
-    finally:
-        handle.remove()
 
 
 class Through(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvfold.attention.grouped import masked_softmax
 from kvfold.hf.attention import biased, forward
+from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer
 
 WATCHED = "kvfold_watched"
@@ -89,13 +90,10 @@ def attend(
     ]
     token = _SEEN.set(seen)
     try:
-        layer.run(hidden_BTD, row)
-    except _Done:
-        pass
+        with hooked(*handles), suppress(_Done):
+            layer.run(hidden_BTD, row)
     finally:
         _SEEN.reset(token)
-        for handle in handles:
-            handle.remove()
     turned = seen["rotation"] is not None and rotated != 0
     turns: Any = getattr(attention, "rotation", None)  # of kvfold's latent attention, whose heads rotate differently
     part = rotated if turns is None else None

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool
+from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, entering
 from kvfold.hf.loading import filled
 
@@ -56,16 +57,10 @@ class PairedLayers(ExitStack):
             seen["hidden"] = args[0]
             raise _Done
 
-        handles = [
-            self.model.get_encoder().register_forward_hook(read),
-            self._shown[0].register_forward_pre_hook(enter),
-        ]
-        try:
-            with suppress(_Done):
-                self.model(**given, decoder_input_ids=ids_BT, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        reading = self.model.get_encoder().register_forward_hook(read)
+        entered = self._shown[0].register_forward_pre_hook(enter)
+        with hooked(reading, entered), suppress(_Done):
+            self.model(**given, decoder_input_ids=ids_BT, use_cache=False)
         return seen["hidden"]
 
     def open(self, number: int) -> PairedLayer:
@@ -124,12 +119,13 @@ class PairedLayers(ExitStack):
             raise _Done
 
         layer = self._layers[number]
-        handle = layer.register_forward_hook(after)
-        try:
-            with self._showing([number]), entering(layer, hidden_BTD), suppress(_Done):
-                self._stack(inputs_embeds=hidden_BTD, encoder_hidden_states=encoded_BSD, use_cache=False)
-        finally:
-            handle.remove()
+        with (
+            hooked(layer.register_forward_hook(after)),
+            self._showing([number]),
+            entering(layer, hidden_BTD),
+            suppress(_Done),
+        ):
+            self._stack(inputs_embeds=hidden_BTD, encoder_hidden_states=encoded_BSD, use_cache=False)
         return seen[0] if isinstance(seen[0], tuple) else (seen[0],)
 
 

@@ -73,7 +73,7 @@ class LayerParts:
         first = self.mlp.get("gate", self.mlp["up"])
         with (
             self._joining(hidden_BTD) as streams,
-            _hooked(first.register_forward_pre_hook(stop)),
+            hf.hooked(first.register_forward_pre_hook(stop)),
             suppress(_Done),
         ):
             self.layer.run(hidden_BTD, row)
@@ -90,34 +90,22 @@ class LayerParts:
 
             return residual.last.register_forward_hook(see)
 
-        with _hooked(*(watched(part.residual) for part in self.attentions)):
+        with hf.hooked(*(watched(part.residual) for part in self.attentions)):
             yield streams
 
     def inner(self, x_BTD: Tensor) -> Tensor:
         """The input of `down`."""
-        x_BTD, mlp = x_BTD.to(self.mlp["up"].weight), self.mlp
-        up_BTF: Tensor = mlp["up"](x_BTD)
-        inner_BTF: Tensor = mlp["act"](mlp["gate"](x_BTD)) * up_BTF if "gate" in mlp else mlp["act"](up_BTF)
-        return inner_BTF
+        return self.inner_and_slopes(x_BTD, ())[0]
 
     def inner_and_slopes(self, x_BTD: Tensor, roles: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         """The input of `down`, and for each role the factor of its outputs on their way to `down`."""
-        act, up_BTF = self.mlp["act"], self.mlp["up"](x_BTD)
+        x_BTD, act = x_BTD.to(self.mlp["up"].weight), self.mlp["act"]
+        up_BTF: Tensor = self.mlp["up"](x_BTD)
         if "gate" not in self.mlp:
-            return act(up_BTF), [slope(act, up_BTF, torch.ones_like(up_BTF), "gate")]
+            return act(up_BTF), [slope(act, up_BTF, torch.ones_like(up_BTF), "gate") for _ in roles]
         gate_BTF = self.mlp["gate"](x_BTD)
         return act(gate_BTF) * up_BTF, [slope(act, gate_BTF, up_BTF, role) for role in roles]
 
 
 class _Done(Exception):
     """What is looked for has been seen: the rest of the layer need not be computed."""
-
-
-@contextmanager
-def _hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Remove these hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

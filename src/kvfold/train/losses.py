@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvfold import ranks
+from kvfold import hf, ranks
 from kvfold.contracts.runtimes import stock_type
 from kvfold.predict.training_memory import CHUNK_BYTES
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
@@ -255,8 +255,5 @@ def same_inputs(student: nn.Module, teacher: nn.Module, paths: Sequence[str]) ->
         for model, make in ((teacher, keep), (student, give))
         for path in paths
     ]
-    try:
+    with hf.hooked(*handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
