@@ -136,6 +136,14 @@ class Method(Generic[C]):
         """The stages of uptraining. Empty: one stage on every parameter, with the user's losses."""
         return ()
 
+    def during(self, stage: str, student: nn.Module, share: float, config: C) -> Tensor | None:
+        """Set what changes while a `scheduled` stage runs, and return a term that is added to its loss.
+
+        `share`, in [0, 1), is the part of the stage's steps that is done. What it sets is a function of `share`, so
+        that a resumed run continues alike.
+        """
+        return None
+
     def end(self, finish: str, student: nn.Module, config: C) -> None:
         """Change the model at the end of a stage that names a `finish`."""
 

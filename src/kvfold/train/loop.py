@@ -32,8 +32,9 @@ from kvfold.train.state import STATE, Log, NoLog, Position, State
 
 RANKS_APART = 1_000_000_007  # between the seeds of two ranks
 
-Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
-"""A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""
+Objective = Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]]
+"""A batch, `ids_BT` (length + 1 wide) or pairs, and the share of the stretch that is done -> the loss with a gradient,
+and its parts by name without one."""
 
 
 class Batches(Protocol):
@@ -246,13 +247,14 @@ class _Run:
         device, here = best_device(), ranks.current()
         passes = batch.split(settings.pass_rows(here.world))
         own = [passes[number] for number in here.share(len(passes))]
+        done = position.stage_step / self.work.steps
         loss = 0.0
         parts: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for number, rows in enumerate(own, 1):
             self.root.accumulate(number == len(own))
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
-                value, named = self.root(partial(self.work.objective, rows.to(device, non_blocking=True)))
+                value, named = self.root(partial(self.work.objective, rows.to(device, non_blocking=True), done))
             (value / len(own)).backward()
             loss += float(value.detach()) / len(own)
             for name, part in named.items():

@@ -17,10 +17,11 @@ from kvfold.errors import SettingError, did_you_mean
 from kvfold.settings import decode
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 LOSSES = ("ce", "kl", "attention")
 GUIDED_LOSSES = {"kl", "attention"}
+Schedule = Callable[[float], "Tensor | None"]
 _TERM = re.compile(r"\s*(\d*\.?\d*)\s*\*?\s*([a-z_]+)\s*")
 
 
@@ -124,6 +125,14 @@ def finish_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], N
     assert made is not None  # only the stages of a method have a finish
     method, config = made
     return lambda: method.end(name, model, config)
+
+
+def schedule_of(source: Checkpoint, model: nn.Module, name: str) -> Schedule:
+    """`Method.during` of the stage of this name, as a function of the share that is done."""
+    made = method_of(source)
+    assert made is not None  # only the stages of a method are scheduled
+    method, config = made
+    return lambda share: method.during(name, model, share, config)
 
 
 def _names(source: Checkpoint, role: str) -> set[str]:

@@ -36,6 +36,7 @@ from kvfold.train.placing import place, whole
 from kvfold.train.settings import UptrainSettings
 from kvfold.train.stages import (
     GUIDED_LOSSES,
+    Schedule,
     check_shares,
     converted_sites,
     finish_of,
@@ -44,6 +45,7 @@ from kvfold.train.stages import (
     needs_teacher,
     parameters_of,
     rates_of,
+    schedule_of,
 )
 
 GUIDED = "kl+0.3ce"  # the default with a teacher: better than either loss alone (docs/log.md)
@@ -323,7 +325,15 @@ def _works(
             Work(
                 stage.name,
                 end - done,
-                objective(model, teacher, stage.losses, paths, settings, taught=stage.taught),
+                objective(
+                    model,
+                    teacher,
+                    stage.losses,
+                    paths,
+                    settings,
+                    taught=stage.taught,
+                    schedule=schedule_of(source, model, stage.name) if stage.scheduled else None,
+                ),
                 groups=lambda stage=stage: parameter_groups(  # type: ignore[misc]
                     _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, stage)
                 ),
@@ -345,17 +355,20 @@ def objective(
     settings: UptrainSettings,
     *,
     taught: bool = False,
+    schedule: Schedule | None = None,
 ) -> Objective:
     """The weighted sum of `losses` as a function of a batch: `ids_BT`, one wider than the sequences, or pairs.
 
-    `taught` is that of a method's Stage. The setting `attention_inputs` applies to the user's stages.
+    `taught` is that of a method's Stage; `schedule` is called before the forward pass, and its term is a `penalty`.
+    The setting `attention_inputs` applies to the user's stages.
     """
     guided, matching = bool(GUIDED_LOSSES & set(losses)), "attention" in losses
     forced = set(losses) == {"attention"} and (taught or settings.attention_inputs == "teacher")
 
-    def evaluate(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(batch: Tensor | Pairs, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         read, target_BT, counts_BT = objectives.parted(batch)
         counted = slice(None) if counts_BT is None else counts_BT
+        term = None if schedule is None else schedule(done)
         with ExitStack() as stack:
             guide = None
             if guided:
@@ -383,6 +396,8 @@ def objective(
             if matching:
                 distance = objectives.attention_matching(ours, theirs)
                 total, parts = total + losses["attention"] * distance, {**parts, "attention": distance.detach()}
+        if term is not None:
+            total, parts = total + term, {**parts, "penalty": term.detach()}
         return total, parts
 
     return evaluate
