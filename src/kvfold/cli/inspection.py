@@ -14,7 +14,7 @@ def show(record: Record) -> None:
     """Print an inspection."""
     rows = [dict(_cells(row)) for row in record.metrics["layers"]]
     table(f"{record.name}; 5: 0.31 is head 5 and its number", list(rows[0]), [list(row.values()) for row in rows])
-    for line in (*advice(record), *commands(record)):
+    for line in (*advice(record), *commands(record).values()):
         OUT.show(line)
 
 

@@ -1,8 +1,8 @@
 """Inspect a checkpoint: what each head is for, which heads are alike, and how many each layer needs.
 
 One calibration pass reads the text as a conversion of the same effort does, and the costs of folds are those of
-`convert --kv-heads auto`, which finds them in kvfold's cache folder. A sample of it is read again for what heads attend to. Everything else
-is an ablation: the teacher with one part changed, run from that part on.
+`convert --kv-heads auto`, which finds them in kvfold's cache folder. A sample of the text is read again for what heads
+attend to. Everything else is an ablation: the teacher with one part changed, run from that part on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvfold.contracts.per_layer import PerSite, divisors
+from kvfold.contracts.per_layer import PerSite
 from kvfold.contracts.requests import Answers, FoldedKL, FoldedRecall
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Shape
@@ -13,7 +13,6 @@ from kvfold.solve import budget as budgets
 
 NAMED = 5  # heads that are named as those that copy
 COPIES = 0.1  # nats: a head or a fold that raises the loss of copying by less is not named
-SHARES = 2
 STEPS = 16  # halvings of the budget of a mix
 BOTH: Sequence[budgets.Cost] = (FoldedKL, FoldedRecall)
 
@@ -24,40 +23,32 @@ def suggested(shape: Shape, answers: Answers, loss: float) -> dict[str, Any]:
     If no number is within the loss, the mix is the smallest that is. A mix is chosen by KL and copying together; there
     is none for a model without classes for one.
     """
-    counts = divisors(min(shape.sites[site].num_key_value_heads for site in shape.cached_sites))
-    everywhere = [dict.fromkeys(shape.cached_sites, count) for count in counts]
-    folds = [heads for heads in everywhere if budgets.elements(shape, heads) < _whole(shape) and _fits(shape, heads)]
+    whole = {site: shape.sites[site].num_key_value_heads for site in shape.cached_sites}
+    folds = [heads for heads in budgets.everywhere(shape) if heads != whole]
     uniform = next((heads for heads in folds if budgets.price(shape, answers, heads) <= loss), None)
-    mix = _mix(shape, answers, loss, uniform) if shape.model_type in LAYERS.models else None
+    mix = _mix(shape, answers, loss, uniform, whole) if shape.model_type in LAYERS.models else uniform
     return {
         "predicted": {str(next(iter(heads.values()))): _costs(shape, answers, heads) for heads in folds},
         "uniform": uniform and _costs(shape, answers, uniform),
-        "mix": None if mix in (None, uniform) else _costs(shape, answers, mix or {}),
-        "keep": _keep(shape, answers, uniform or everywhere[0]),
+        "mix": None if mix in (uniform, whole) or mix is None else _costs(shape, answers, mix),
+        "keep": _keep(shape, answers, uniform or folds[0]) if folds else [],
     }
 
 
 def _keep(shape: Shape, answers: Answers, heads: budgets.Heads) -> list[int]:
-    """The layers that copy: a fold costs at least `SHARES` times an even share of the loss of copying, and `COPIES`."""
+    """The layers that copy: to fold one costs at least `COPIES`, and half of the loss of copying of the dearest."""
     rises = {site: budgets.price(shape, answers, {site: count}, [FoldedRecall]) for site, count in heads.items()}
-    least = max(COPIES, SHARES * sum(rises.values()) / len(rises))
+    least = max(COPIES, max(rises.values()) / 2)
     return [site.layer for site, rise in rises.items() if rise >= least]
 
 
-def _fits(shape: Shape, heads: budgets.Heads) -> bool:
-    return all(count in budgets.choices_of(shape, site) for site, count in heads.items())
-
-
-def _whole(shape: Shape) -> int:
-    return budgets.elements(shape, {site: shape.sites[site].num_key_value_heads for site in shape.cached_sites})
-
-
-def _mix(shape: Shape, answers: Answers, loss: float, uniform: budgets.Heads | None) -> budgets.Heads | None:
-    """The cheapest mix of the bytes of a uniform fold; without one, the smallest within the loss, if any is smaller."""
+def _mix(
+    shape: Shape, answers: Answers, loss: float, uniform: budgets.Heads | None, whole: budgets.Heads
+) -> budgets.Heads:
+    """The cheapest mix of the bytes of a uniform fold; without one, the smallest that is within the loss."""
     if uniform:
         return budgets.cheapest(budgets.part(shape, uniform), shape, answers, BOTH)
-    whole = {site: shape.sites[site].num_key_value_heads for site in shape.cached_sites}
-    low, high = budgets.part(shape, dict.fromkeys(shape.cached_sites, 1)), budgets.part(shape, whole)
+    low, high = (budgets.part(shape, heads) for heads in (dict.fromkeys(whole, 1), whole))
     best = whole
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -66,7 +57,7 @@ def _mix(shape: Shape, answers: Answers, loss: float, uniform: budgets.Heads | N
             best, high = found, middle
         else:
             low = middle
-    return None if best == whole else best
+    return best
 
 
 def _costs(shape: Shape, answers: Answers, heads: budgets.Heads) -> dict[str, Any]:

@@ -90,21 +90,14 @@ def advice(record: Record) -> list[str]:
     return said
 
 
-def commands(record: Record) -> list[str]:
-    """The command of each suggested fold."""
-    chosen = [record.metrics.get(name) for name in ("uniform", "mix")]
-    effort = record.settings["effort"]
-    more = [] if effort == "standard" else ["--effort", effort]
-    return [
-        shlex.join(
-            [
-                *("kvfold", "convert", plain(record.settings["source"], 4000), STUDENT, "--method", "gqa"),
-                *("--kv-heads", str(each["kv_heads"]), "--calibration", plain(record.settings["data"], 4000), *more),
-            ]
-        )
-        for each in chosen
-        if each
-    ]
+def commands(record: Record) -> dict[str, str]:
+    """The command of each suggested fold: `uniform`, the same heads in every layer, and `mix`."""
+    settings = record.settings
+    source, data = (plain(settings[name], 4000) for name in ("source", "data"))
+    effort = [] if settings["effort"] == "standard" else ["--effort", settings["effort"]]
+    chosen = {name: record.metrics.get(name) for name in ("uniform", "mix")}
+    words = ["kvfold", "convert", source, STUDENT, "--method", "gqa", "--calibration", data, *effort]
+    return {name: shlex.join([*words, "--kv-heads", str(fold["kv_heads"])]) for name, fold in chosen.items() if fold}
 
 
 def _heads_of(fold: Mapping[str, Any]) -> str:
@@ -141,7 +134,7 @@ def _same(record: Record) -> str:
 
 
 def _suggestion(record: Record) -> Iterator[Block]:
-    for command in commands(record):
+    for command in commands(record).values():
         yield Block("code", "", content=command)
     folds = record.metrics.get("predicted") or {}
     rows = [
