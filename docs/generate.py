@@ -21,6 +21,7 @@ from kvfold.report import first_planes
 from pages.cluster import with_memory
 from pages.conversion import conversion_pages
 from pages.families import families_page
+from pages.inspection import inspection_figures
 from pages.kept import task_figure
 from pages.marks import with_tables
 from pages.miniature import miniature_page, of_runs, quality_figure
@@ -108,6 +109,7 @@ def pages() -> dict[Path, str]:
         made[ROOT / "docs" / "quality-against-bytes.svg"] = real or quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
+    made |= {ROOT / "docs" / name: text for name, text in inspection_figures(records).items()}
     miniature = [each for each in records if each.name.startswith("miniature")]
     if miniature:
         made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)

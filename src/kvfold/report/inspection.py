@@ -14,7 +14,7 @@ from kvfold.report.tables import NONE, part_of
 
 KIND = "inspect"
 STUDENT = "student"  # the directory that the suggested command writes
-DARKER = "Darker is more"
+DARKER = "Stronger colour is more"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -22,14 +22,14 @@ HEADS = (  # figures of layers and heads: the key of a row, the title, what it s
     (
         "kl",
         "What breaks without a head",
-        "KL to the whole model on text, nats per token. Pale heads are hardly used.",
+        "KL to the whole model on text, nats per token. Heads without colour are hardly used.",
         2,
     ),
     (
         "rise",
         "Which heads copy",
-        "How much harder a repeated span of words becomes without the head, nats per token. The dark heads, and those "
-        "that feed them, find what the text said before.",
+        "How much harder a repeated span of text becomes without the head, nats per token. The heads with colour find "
+        "what was said before, or help to.",
         2,
     ),
     ("induction", "Looks up what followed last time", "Share of attention on the token after the same one before.", 2),
@@ -46,10 +46,10 @@ SHARES = ("induction", "sink", "local", "far")
 
 def inspection_sections(record: Record) -> list[Section]:
     """The sections of the page of an inspection that have something to show."""
-    rows, name = record.metrics["layers"], record.name
+    rows = record.metrics["layers"]
     drawn = {key: _heads(key, title, about, digits, rows) for key, title, about, digits in HEADS}
     made = [
-        Section("suggestion", "What to fold", " ".join(advice(record)), tuple(_suggestion(record))),
+        Section("suggestion", "What to fold", " ".join(_facts(record)), tuple(_suggestion(record))),
         Section("needed", "Which heads are needed", "", _there(drawn, "kl", "rise")),
         Section("folds", "How many heads a layer needs", "", tuple(_folds(record))),
         Section("attention", "What the heads look at", "", _there(drawn, *SHARES, "entropy", "distance")),
@@ -57,7 +57,7 @@ def inspection_sections(record: Record) -> list[Section]:
         Section("ranks", "How much a head holds", "", _there(drawn, "key_rank", "value_rank")),
         Section("planes", "Which rotary planes matter", "", tuple(_planes(rows))),
     ]
-    return [section for section in made if section.blocks or (section.id == "suggestion" and section.about and name)]
+    return [section for section in made if section.blocks or section.about]
 
 
 # --- what it suggests -------------------------------------------------------------------------------------------------
@@ -65,19 +65,26 @@ def inspection_sections(record: Record) -> list[Section]:
 
 def advice(record: Record) -> list[str]:
     """What the inspection suggests, in sentences."""
+    return [*(f"{title}: {costs}." for title, costs in _folds_suggested(record.metrics).values()), *_facts(record)]
+
+
+def _folds_suggested(found: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The suggested folds in words, with their costs: `uniform`, `mix`."""
+    named = {}
+    if uniform := found.get("uniform"):
+        named["uniform"] = f"{_heads_of(uniform)} everywhere", _costs(uniform)
+    if mix := found.get("mix"):
+        same = "or at the same bytes" if uniform else "the fewest heads within the loss"
+        named["mix"] = f"{mix['kv_heads']}, {same}", _costs(mix)
+    return named
+
+
+def _facts(record: Record) -> list[str]:
     found, said = record.metrics, []
-    if "predicted" in found:
-        uniform, mix = found["uniform"], found["mix"]
-        if uniform:
-            said.append(f"{_heads_of(uniform)} everywhere: {_costs(uniform)}.")
-            if mix:
-                said.append(f"Or {mix['kv_heads']} at the same bytes: {_costs(mix)}.")
-        elif mix:
-            said.append(f"No number of heads for all layers is within the loss; {mix['kv_heads']} is: {_costs(mix)}.")
-        else:
-            said.append(_nothing(found["predicted"], record.settings["loss"]))
-        if keep := found["keep"]:
-            said.append(f"Keep {_layers(keep)}: {'it copies' if len(keep) == 1 else 'they copy'}.")
+    if "predicted" in found and not _folds_suggested(found):
+        said.append(_nothing(found["predicted"], record.settings["loss"]))
+    if keep := found.get("keep"):
+        said.append(f"Keep {_layers(keep)}: {'it copies' if len(keep) == 1 else 'they copy'}.")
     if "recall_heads" in found:
         named = [f"{layer}.{head}" for layer, head, _ in found["recall_heads"]]
         said.append(
@@ -85,9 +92,7 @@ def advice(record: Record) -> list[str]:
             if named
             else "No head copies: without any one of them the loss of copying hardly rises."
         )
-    if found["duplicates"]:
-        said.append(_same(record))
-    return said
+    return [*said, *filter(None, [_same(record)])]
 
 
 def commands(record: Record) -> dict[str, str]:
@@ -106,8 +111,8 @@ def _heads_of(fold: Mapping[str, Any]) -> str:
 
 def _costs(fold: Mapping[str, Any]) -> str:
     return (
-        f"{part_of(fold['cache'])} of the cache, predicted loss {fold['kl']:.3f} nats before repair, "
-        f"copying {fold['rise']:.3f}"
+        f"{part_of(fold['cache'])} of the cache, predicted loss {fold['kl']:+.3f} nats per token and "
+        f"loss of copying {fold['rise']:+.3f}, before repair"
     )
 
 
@@ -134,8 +139,9 @@ def _same(record: Record) -> str:
 
 
 def _suggestion(record: Record) -> Iterator[Block]:
-    for command in commands(record).values():
-        yield Block("code", "", content=command)
+    suggested, written = _folds_suggested(record.metrics), commands(record)
+    for name, (title, costs) in suggested.items():
+        yield Block("code", title, f"{costs[0].upper()}{costs[1:]}.", content=written[name])
     folds = record.metrics.get("predicted") or {}
     rows = [
         [_heads_of(each), part_of(each["cache"]), f"{each['kl']:.3f}", f"{each['rise']:.3f}"] for each in folds.values()
@@ -258,7 +264,7 @@ def _planes(rows: Rows) -> Iterator[Block]:
     )
     about = (
         "How much the logits change if this plane is not rotated, as a share of all planes, the mean of a layer's "
-        f"heads. Where few planes are dark, elitekv can leave the others unrotated. {DARKER}."
+        f"heads. Where few planes have colour, elitekv can leave the others unrotated. {DARKER}."
     )
     table = [
         [f"{row['layer']}, head {head}", " ".join(f"{value:.3f}" for value in planes)]
