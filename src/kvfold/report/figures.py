@@ -27,6 +27,7 @@ _DASHES = ("-", "--", "-.", ":")
 _HALO = "label-"  # prefix of the ids of labels, which get an outline in the colour of the paper
 _HOVERED = 12  # points of a line in its hover text, at most
 _NUMBERED = 12  # columns of a heat map with room for numbers
+_FAINT = 0.04  # opacity of the cells of a heat map at least, which can then be pointed at
 _TICKS = 32  # of an axis of a heat map, at most
 WIDE, NARROW = 12.0, 5.2  # inches of 72 units: for a page and for a phone
 _HEIGHT = 3.3
@@ -219,7 +220,8 @@ def heat_map(
             for column, value in enumerate(row):
                 if value is None:
                     continue
-                shade, place = min(1.0, max(0.0, value / top)) ** (0.5 if root else 1), f"cell-{at}-{column}"
+                part, place = min(1.0, max(0.0, value / top)), f"cell-{at}-{column}"
+                shade = max(_FAINT, part**0.5 if root else part)
                 frame = {"edgecolor": _INK, "linewidth": 1.4} if (at, column) in marked else {"linewidth": 0}
                 cell = Rectangle((column - 0.48, at - 0.46), 0.96, 0.92, facecolor=(_STAND_INS[0], shade), **frame)
                 axes.add_patch(cell).set_gid(place)
