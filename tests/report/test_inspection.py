@@ -18,9 +18,8 @@ ROW: dict[str, Any] = {
     "readers": 1,
     "keys": [[1.0, 0.25], [0.25, 1.0]],
     "values": [[1.0, 0.5], [0.5, 1.0]],
-    **dict.fromkeys(
-        ("entropy", "distance", "sink", "local", "far", "induction", "key_rank", "value_rank"), [0.25, 0.75]
-    ),
+    **{key: [0.25, 0.75] for key in ("entropy", "distance", "sink", "local", "far", "induction")},
+    **{key: [2.0, 3.0] for key in ("key_rank", "value_rank")},
 }
 UNIFORM = {"kv_heads": 1, "cache": 0.5, "kl": 0.2, "rise": 0.3}
 MIX = {"kv_heads": "2/1", "cache": 0.75, "kl": 0.1, "rise": 0.0}
