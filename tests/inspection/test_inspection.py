@@ -114,6 +114,35 @@ def test_without_ablations_one_pass_remains(known: Path, capsys: pytest.CaptureF
     assert "other" in report("run").read_text()
 
 
+def test_a_damaged_record_is_one_line(known: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", "teacher", "--data", "text.txt", "--ablations", "none", "--effort", "quick"]
+    assert run_command(arguments) == 0
+    path = next(Path("inspection").glob("*.json"))
+    whole = json.loads(path.read_text())
+    whole["metrics"]["layers"][1]["entropy"] = [1.0]
+    path.write_text(json.dumps(whole))
+    capsys.readouterr()
+    assert run_command(arguments) == 2
+    assert (
+        "the record there is damaged: metrics.layers.1: Value error, entropy needs a number" in capsys.readouterr().err
+    )
+    assert run_command([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "planes"), [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
+def test_other_wirings_are_inspected(
+    tiny_checkpoint: Make, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, planes: bool
+) -> None:
+    tiny_checkpoint(family)
+    monkeypatch.chdir(text.parent)
+    made = inspect("teacher", InspectSettings("text.txt", **SMALL), out="out")
+    for row in made.metrics["layers"]:
+        assert ("planes" in row) == planes
+        assert set(row["fold_kl"]) == set(row["fold_rise"])
+        assert len(row["kl"]) == len(row["rise"]) == row["heads"]
+
+
 @pytest.mark.parametrize(
     ("family", "given", "words"),
     [

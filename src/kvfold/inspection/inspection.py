@@ -19,7 +19,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import disk_errors, replacing
 from kvfold.disk.record import Record
-from kvfold.errors import SettingError
+from kvfold.errors import OutputError, SettingError
 from kvfold.inspection.heads import measured, questions
 from kvfold.inspection.settings import InspectSettings
 from kvfold.inspection.suggestion import fewest, recall_heads, suggested
@@ -27,6 +27,7 @@ from kvfold.methods import gqa
 from kvfold.progress import SILENT, Progress
 from kvfold.report.inspection import KIND
 from kvfold.report.page import render_inspection
+from kvfold.report.reading import record_fault
 from kvfold.settings import differing
 
 AUTO = gqa.Config("auto", budget=1.0, budget_metric="both")  # under which folds are measured
@@ -81,6 +82,8 @@ def inspect(
         made = replace(made, identity=identity, wall_seconds=round(time.monotonic() - began, 2))
         record.write(made, folder)
     else:
+        if fault := record_fault(made):
+            raise OutputError(f"the record there is damaged: {fault}", where=path, next="add --overwrite")
         progress.say(f"{path}: inspected already")
     page = Path(out) / path.with_suffix(".html").name
     with disk_errors(page):
