@@ -58,7 +58,7 @@ def test_it_finds_what_was_planted_and_its_commands_run(known: Path, monkeypatch
     named = [head[:2] for head in made.metrics["recall_heads"]]
     assert sorted(named[:2]) == [[0, 1], [1, 2]]
     assert made.metrics["duplicates"] == [[0, 0, 3]]
-    assert made.metrics["keep"]
+    assert made.metrics["copying"]
     layers = made.metrics["layers"]
     assert layers[0]["keys"][0][3] == pytest.approx(1, abs=1e-4)
     assert layers[1]["induction"][2] > 0.8

@@ -39,32 +39,38 @@ def made(source: str = "models/of mine", **metrics: Any) -> Record:
     ("metrics", "words"),
     [
         (
-            {"predicted": {"1": UNIFORM}, "uniform": UNIFORM, "mix": None, "keep": [0], "recall_heads": [[0, 0, 1.5]]},
+            {
+                "predicted": {"1": UNIFORM},
+                "uniform": UNIFORM,
+                "mix": None,
+                "copying": [0],
+                "recall_heads": [[0, 0, 1.5]],
+            },
             [
                 "1 head everywhere: 50% of the cache, predicted loss +0.200 nats per token and loss of copying +0.300, "
                 "before repair.",
-                "Keep layer 0: it copies.",
+                "Layer 0 copies: fold it last.",
                 "Heads that copy (layer.head): 0.0.",
             ],
         ),
         (
-            {"predicted": {"1": UNIFORM}, "uniform": None, "mix": MIX, "keep": [0, 3], "recall_heads": []},
+            {"predicted": {"1": UNIFORM}, "uniform": None, "mix": MIX, "copying": [0, 3], "recall_heads": []},
             [
-                "2/1, the fewest heads within the loss: 75% of the cache, predicted loss +0.100 nats per token and "
+                "Within the loss, 2/1: 75% of the cache, predicted loss +0.100 nats per token and "
                 "loss of copying +0.000, before repair.",
-                "Keep layers 0 and 3: they copy.",
+                "Layers 0 and 3 copy: fold them last.",
                 "No head copies: without any one of them the loss of copying hardly rises.",
             ],
         ),
         (
-            {"predicted": {"1": UNIFORM}, "uniform": None, "mix": None, "keep": []},
+            {"predicted": {"1": UNIFORM}, "uniform": None, "mix": None, "copying": []},
             [
                 "No fold is within a loss of 0.5: 1 head everywhere: 50% of the cache, predicted loss +0.200 nats per "
                 "token and loss of copying +0.300, before repair."
             ],
         ),
         (
-            {"predicted": {}, "uniform": None, "mix": None, "keep": [], "duplicates": [[3, 0, 1]]},
+            {"predicted": {}, "uniform": None, "mix": None, "copying": [], "duplicates": [[3, 0, 1]]},
             [
                 "Every layer has one head: there is nothing to fold.",
                 "Heads that are images of one another, so that one for both loses nothing: 0 and 1 of layer 3.",
@@ -86,7 +92,7 @@ def test_commands_quote_what_a_shell_would_split() -> None:
 
 def test_a_page_has_the_same_bytes_each_time_and_shows_every_cell() -> None:
     pytest.importorskip("matplotlib")
-    one = made(predicted={"1": UNIFORM}, uniform=UNIFORM, mix=MIX, keep=[0])
+    one = made(predicted={"1": UNIFORM}, uniform=UNIFORM, mix=MIX, copying=[0])
     page = render_inspection(one)
     assert page == render_inspection(one)
     assert "layer 3, key/value head 0: 0.250" in page

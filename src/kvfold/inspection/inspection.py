@@ -54,18 +54,17 @@ def inspect(
     began, folder = time.monotonic(), Path(records or out)
     for each in (folder, Path(out)):
         record.check_folder(each)
-    opened = Checkpoint.open(src)
-    if opened.family.encoder_decoder:
-        raise SettingError(
-            "heads are inspected of decoders, and this is an encoder-decoder",
-            where="inspect",
-            got=opened.config["model_type"],
-            next="kvfold convert --kv-heads auto measures the folds of its layers",
-        )
     options = ConvertSettings(
         calibration=settings.data, effort=settings.effort, sensitivity_tokens=settings.sensitivity_tokens
     )
     source, _, options = settled(src, Path(out), "gqa", {"kv_heads": "1"}, options)
+    if source.family.encoder_decoder:
+        raise SettingError(
+            "heads of decoders are inspected, and this is an encoder-decoder",
+            where="inspect",
+            got=source.config["model_type"],
+            next="kvfold convert --kv-heads auto measures the folds of its layers",
+        )
     calibration = Calibration.prepare(source, "inspect", questions(source.shape, settings.ablations), options, progress)
     assert calibration is not None  # moments are always asked for
     hashes = {"source": source.hash(progress), "data": calibration.text().hash, "tokens": calibration.hash}

@@ -31,11 +31,11 @@ def suggested(shape: Shape, answers: Answers, loss: float) -> dict[str, Any]:
         "predicted": {str(next(iter(heads.values()))): _costs(shape, answers, heads) for heads in folds},
         "uniform": uniform and _costs(shape, answers, uniform),
         "mix": None if mix in (uniform, whole) or mix is None else _costs(shape, answers, mix),
-        "keep": _keep(shape, answers, uniform or folds[0]) if folds else [],
+        "copying": _copying(shape, answers, uniform or folds[0]) if folds else [],
     }
 
 
-def _keep(shape: Shape, answers: Answers, heads: budgets.Heads) -> list[int]:
+def _copying(shape: Shape, answers: Answers, heads: budgets.Heads) -> list[int]:
     """The layers that copy: to fold one costs at least `COPIES`, and half of the loss of copying of the dearest."""
     rises = {site: budgets.price(shape, answers, {site: count}, [FoldedRecall]) for site, count in heads.items()}
     least = max(COPIES, max(rises.values()) / 2)

@@ -74,8 +74,8 @@ def _folds_suggested(found: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     if uniform := found.get("uniform"):
         named["uniform"] = f"{_heads_of(uniform)} everywhere", _costs(uniform)
     if mix := found.get("mix"):
-        same = "or at the same bytes" if uniform else "the fewest heads within the loss"
-        named["mix"] = f"{mix['kv_heads']}, {same}", _costs(mix)
+        start = "Or, at the same bytes," if uniform else "Within the loss,"
+        named["mix"] = f"{start} {mix['kv_heads']}", _costs(mix)
     return named
 
 
@@ -83,8 +83,9 @@ def _facts(record: Record) -> list[str]:
     found, said = record.metrics, []
     if "predicted" in found and not _folds_suggested(found):
         said.append(_nothing(found["predicted"], record.settings["loss"]))
-    if keep := found.get("keep"):
-        said.append(f"Keep {_layers(keep)}: {'it copies' if len(keep) == 1 else 'they copy'}.")
+    if layers := found.get("copying"):
+        it = "copies: fold it last" if len(layers) == 1 else "copy: fold them last"
+        said.append(f"{_layers(layers)} {it}.")
     if "recall_heads" in found:
         named = [f"{layer}.{head}" for layer, head, _ in found["recall_heads"]]
         said.append(
@@ -125,8 +126,8 @@ def _nothing(predicted: Mapping[str, Mapping[str, Any]], loss: float) -> str:
 
 def _layers(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
-        return f"layer {numbers[0]}"
-    return f"layers {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+        return f"Layer {numbers[0]}"
+    return f"Layers {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _same(record: Record) -> str:

@@ -210,7 +210,7 @@ class _Inspection(_Metrics):
     predicted: dict[str, _Fold] | None = None
     uniform: _Fold | None = None
     mix: _Fold | None = None
-    keep: list[Count] | None = None
+    copying: list[Count] | None = None
 
 
 METRICS: dict[str, type[Part]] = {
