@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,12 @@ from kvfold.train.uptrain import uptrain
 
 Stored = Literal["native", "fp8", "int4", "int2"]
 
-CACHES: tuple[Stored, ...] = ("fp8", "int4", "int2")
+CACHES: Mapping[Stored, str] = {
+    "fp8": "one scale for a layer's keys, one for its values",
+    "int4": "hqq, a scale for each 64 numbers",
+    "int2": "hqq, a scale for each 64 numbers",
+}
+STACKED: tuple[Stored, ...] = ("fp8", "int4")  # caches of each student
 MADE = ("depth", "depth-distilled", "window")  # folders of the checkpoints that rows need
 TEACHER = "teacher"
 TRAINING: Mapping[str, Any] = {"loss": "kl+0.3ce", "batch_size": 4}  # of the model of half the depth
@@ -89,16 +94,14 @@ def variants(
         asked = {"preset": "hybrid", "features": "none", "window": settings.kept, "sinks": SINKS}
         return Checkpoint.open(convert(teacher.path, folder / "window", "supra", asked, progress=progress))
 
-    def itself() -> Checkpoint:
-        return teacher
-
+    itself = partial(_same, teacher)
     trained = "not trained" if settings.tokens is None else f"distilled on {count(settings.tokens)} tokens"
     last = f"the last {settings.kept} tokens and the first {SINKS}"
     yield Variant(TEACHER, TEACHER, "", itself)
-    for stored in CACHES:
-        yield Variant(f"{stored} cache", "cache", "", itself, stored=stored)
-    yield Variant("int8 weights", "weights", "weights alone", itself, weights.int8)
-    yield Variant("int4 weights", "weights", "one number a byte in torchao's CPU format", itself, weights.int4)
+    for stored, about in CACHES.items():
+        yield Variant(f"{stored} cache", "cache", about, itself, stored=stored)
+    yield Variant("int8 weights", "weights", weights.about_int8(), itself, weights.int8)
+    yield Variant("int4 weights", "weights", "torchao: each takes a byte in its CPU format", itself, weights.int4)
     yield Variant(
         "half of the weights",
         "pruning",
@@ -110,11 +113,21 @@ def variants(
     yield Variant("half of the layers", "depth", f"means of neighbours, {trained}", depth)
     yield Variant("window", "window", last, window)
     for label, student in students.items():
-        yield Variant(label, "student", "", lambda student=student: student)  # type: ignore[misc]
+        yield Variant(label, "student", _methods(student), partial(_same, student))
     for label, student in students.items():
-        for stored in CACHES[:2]:
-            about = "a student and its quantised cache"
-            yield Variant(f"{label}, {stored} cache", "stack", about, lambda student=student: student, stored=stored)  # type: ignore[misc]
+        for stored in STACKED:
+            about = f"{_methods(student)}, and {CACHES[stored]}"
+            yield Variant(f"{label}, {stored} cache", "stack", about, partial(_same, student), stored=stored)
+
+
+def _same(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
+def _methods(student: Checkpoint) -> str:
+    """The methods that converted a student, in their order."""
+    steps = (step["settings"] for step in steps_since_root(student) if step["stage"] == "convert")
+    return ", then ".join(str(each["method"]) for each in steps)
 
 
 def asked(settings: CompareSettings, every: Iterator[Variant]) -> list[Variant]:

@@ -22,6 +22,11 @@ from kvfold.hf.quantised import INSTALL
 PRUNED = 0.5  # share of the weights that become zero
 
 
+def about_int8() -> str:
+    """How `int8` rounds."""
+    return "torchao: weights alone" if find_spec("torchao") else "torch's dynamic quantisation: activations too"
+
+
 def int8(model: Any) -> nn.Module:
     """Weights in int8 with a scale for each row, by torchao; without torchao, activations are rounded too, by torch."""
     if find_spec("torchao") is None:
