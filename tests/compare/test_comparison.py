@@ -99,8 +99,8 @@ def test_a_row_without_its_library_says_how_to_install_it(
     again = compare(pair[0], [], settings, out=tmp_path / "out")
     done = [each.date for each in made if each.status == "done"]
     assert [each.date for each in again if each.status == "done"] == done  # nothing is measured twice
+    text.write_text(text.read_text()[::-1])
     with pytest.raises(OutputError, match="another checkpoint or text"):
-        text.write_text(text.read_text()[::-1])
         compare(pair[0], [], settings, out=tmp_path / "out")
 
 
@@ -166,8 +166,12 @@ def test_the_command_prints_a_table_and_json(
 
 def test_pruning_makes_the_smaller_half_zero(pair: tuple[Path, Path]) -> None:
     before, after = hf.load(pair[0]), weights.pruned(hf.load(pair[0]))
-    maps = [name for name, each in before.named_modules() if isinstance(each, torch.nn.Linear) and "lm_head" not in name]
-    old, new = (torch.cat([model.get_submodule(name).weight.detach().flatten() for name in maps]) for model in (before, after))
+    maps = [
+        name for name, each in before.named_modules() if isinstance(each, torch.nn.Linear) and "lm_head" not in name
+    ]
+    old, new = (
+        torch.cat([model.get_submodule(name).weight.detach().flatten() for name in maps]) for model in (before, after)
+    )
     kept = new != 0
     assert int((~kept).sum()) == len(old) // 2
     assert torch.equal(old[kept], new[kept])

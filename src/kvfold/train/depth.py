@@ -27,7 +27,6 @@ from kvfold.errors import CheckpointError, SettingError
 from kvfold.progress import SILENT, Progress
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # fields of config.json
-NEXT = "its layers must be alike in twos, without experts"
 
 
 def half_config(source: Checkpoint) -> dict[str, Any]:
@@ -47,10 +46,10 @@ def half_config(source: Checkpoint) -> dict[str, Any]:
             config[name] = value[::2]
     made = family.shape(config)
     if made.num_layers != layers // 2:
-        raise SettingError("config.json does not say how many layers the model has", where=source.name, next=NEXT)
+        raise SettingError("no field of config.json is the number of layers", where=source.name)
     for site, attention in source.shape.sites.items():
         if attention.source is not None or made.sites[replace(site, layer=site.layer // 2)] != attention:
-            raise SettingError("layers that are merged must be alike", where=f"{source.name}, {site}", next=NEXT)
+            raise SettingError("layers merge in twos, and this one's attention is unlike its neighbour's", where=site)
     return config
 
 

@@ -26,11 +26,13 @@ from kvfold.disk.output import Output, check_apart
 from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
+from kvfold.predict.training_memory import training_flops
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
+from kvfold.train.levels import Start, check_levels, lower_level
 from kvfold.train.loop import Objective, Work, parameter_groups, train, train_into
 from kvfold.train.placing import place, whole
 from kvfold.train.settings import UptrainSettings
@@ -102,8 +104,15 @@ def uptrain(
             "a stage whose end changes the model trains on one rank", where="uptrain", got=formula(stages)
         )
 
+    if settings.levels > 1:
+        check_levels(source, stages, settings)
+
     def make(settings: UptrainSettings, output: Output) -> None:
-        ranks.everywhere(_train, run, settings, output.work, output.inputs, run.equal(), progress=progress)
+        chosen = run
+        if settings.levels > 1:
+            below = lower_level(source, run.teacher, stages, amount, settings, output.work, uptrain, progress)
+            chosen = dataclasses.replace(run, below=below, amount=max(1, amount - below.tokens))
+        ranks.everywhere(_train, chosen, settings, output.work, output.inputs, chosen.equal(), progress=progress)
 
     return train_into(out, settings, run.identity, make, source="student", overwrite=overwrite, progress=progress)
 
@@ -117,6 +126,12 @@ class _Run:
     stages: Sequence[Stage]
     amount: int  # tokens
     tokens: TokenFile | Corpus
+    below: Start | None = None  # of a run on two levels
+
+    @property
+    def start(self) -> Checkpoint:
+        """The student from which training starts."""
+        return self.source if self.below is None else self.below.checkpoint
 
     def identity(self, settings: UptrainSettings) -> dict[str, Any]:
         """The settings and inputs that decide the weights."""
@@ -136,15 +151,16 @@ class _Run:
         if self.teacher is None:
             return set()
         theirs = self.teacher.digests
-        same = {name for name, found in self.source.digests.items() if theirs.get(name) == found}
-        return {name for name in same if self.source.spec(name) == self.teacher.spec(name)}
+        self.start.hash()
+        same = {name for name, found in self.start.digests.items() if theirs.get(name) == found}
+        return {name for name in same if self.start.spec(name) == self.teacher.spec(name)}
 
 
 def _train(
     run: _Run, settings: UptrainSettings, work: Path, inputs: str, equal: Collection[str], *, progress: Progress
 ) -> None:
     """Train on every rank, and save the student."""
-    source = run.source
+    source, below = run.start, run.below
 
     def adapt(model: nn.Module) -> None:
         if settings.lora:
@@ -175,8 +191,9 @@ def _train(
         for _ in tensors:  # every rank takes part in making them whole
             pass
         return
+    flops = training_flops(position.tokens, source.shape, None if run.teacher is None else run.teacher.shape)
     lineage = descend(
-        source,
+        run.source,
         inputs=inputs,
         stage="uptrain",
         settings={
@@ -185,9 +202,10 @@ def _train(
             "text": run.tokens.hash,
             "teacher": run.teacher.hash() if run.teacher else None,
         },
-        tokens=position.tokens,
+        tokens=position.tokens + (below.tokens if below else 0),
         seed=settings.seed,
-        wall_seconds=position.seconds,
+        wall_seconds=position.seconds + (below.seconds if below else 0.0),
+        flops=flops + (below.flops if below else 0.0),
     )
     if fixed:
         save_tensors(work, source, tensors, lineage)
