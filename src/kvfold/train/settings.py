@@ -154,7 +154,7 @@ class UptrainSettings(TrainSettings):
         None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
     )
     converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
-    levels: Literal[1, 2] = setting(
+    levels: int = setting(
         1, "Levels of depth; with 2, a student of half the layers trains first and is put back into the whole one."
     )
     level_share: float = setting(0.5, "Share of the tokens on which the student of half the layers trains.")
@@ -174,6 +174,7 @@ class UptrainSettings(TrainSettings):
         check_range(self, "uptrain", 1, RANK, "lora")
         check_positive(self, "uptrain", "alpha", "temperature", "level_share", "interpolation")
         check_range(self, "uptrain", 0, 1, "level_share", "interpolation")
+        check_range(self, "uptrain", 1, 2, "levels")
         if self.loss is not None and self.stages is not None:
             raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
         if self.lora is not None and self.trainable:
