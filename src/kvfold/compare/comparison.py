@@ -184,6 +184,8 @@ class _Work:
             teacher = None if row.name == TEACHER else self._loaded(self.teacher)
             metrics = self.tests.measure(self.model(row), teacher, row.name, self.progress) | self._bytes(row)
             metrics["training_tokens"] = row.training_tokens
+            if not row.timed:
+                del self.models[row.name]
         except SettingError as problem:
             error = problem
             self.progress.say(f"{row.name}: {problem}")

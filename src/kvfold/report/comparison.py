@@ -11,10 +11,12 @@ from kvfold.formats import count, size
 from kvfold.report import figures
 from kvfold.report.blocks import Block, Section
 from kvfold.report.figures import WIDE, Panel, Point, front_of
+from kvfold.report.reading import settings_fault
 from kvfold.report.tables import NONE, Table
 
 ROW, TIMES = "compare-row", "compare"  # kinds of records: the quality of one row, the times of all
 TEACHER = "teacher"
+MIB = 1 << 20
 ABOUT = (
     "Loss in nats per token, KL to the teacher. Copy gain: by how many nats a span is easier the second time, by its "
     "distance. Weights and cache in the format of the checkpoint; peak memory as computed. Speeds: the teacher's time "
@@ -84,7 +86,7 @@ class Comparison:
     def _points(self, by: str) -> list[Point]:
         place, points = self.largest, []
         for line in (each for each in self.measured if by == "bytes" or each.times):
-            x = line.bytes_at(place) if by == "bytes" else 1e3 * line.times[place]["decode_s_per_token"]
+            x = line.bytes_at(place) / MIB if by == "bytes" else 1e3 * line.times[place]["decode_s_per_token"]
             group = str(line.record.settings["row"]["group"])
             points.append(Point(line.name, x, line.record.metrics["kl"], group=group, about=line.about))
         return points
@@ -93,32 +95,37 @@ class Comparison:
         """KL against bytes, and against the time of a decode step, each with its front: inline SVG."""
         place = self.largest
         panels = [
-            Panel(self._points("bytes"), f"bytes of weights and cache at {place}", "bytes"),
+            Panel(self._points("bytes"), f"weights and cache at {place}, MiB", "bytes"),
             Panel(self._points("speed"), f"decode at {place}, ms per token", "decode time"),
         ]
         return figures.panels(name, "Quality against bytes and speed", panels, y_label="KL to the teacher", width=WIDE)
 
     def table(self) -> Table:
         """One line for each row, with its quality, bytes and speed, and why it could not run."""
-        distances = list(self.lines[0].record.metrics.get("copy_gain") or {})
-        tasks = [(task, *_score(found)) for task, found in (self.lines[0].record.metrics.get("lm_eval") or {}).items()]
+        teacher = self.lines[0].record.metrics
+        distances, tasks = list(teacher.get("copy_gain") or {}), list(teacher.get("lm_eval") or {})
         columns = ["model", "loss", "KL", *(f"copy gain over {each}" for each in distances)]
-        columns += [task for task, _, _ in tasks if task]
-        columns += ["weights", "cache bytes/token", "peak memory"]
+        columns += [*tasks, "weights", "cache bytes/token", "peak memory"]
         columns += [f"{what} at {place}" for place in self.places for what in ("prefill", "decode")]
         columns += ["training tokens", "front", "note"]
         fronts = {by: self.front(by) for by in ("bytes", "speed")}
-        return columns, [self._cells(line, columns, distances, fronts) for line in self.lines]
+        return columns, [self._cells(line, columns, distances, tasks, fronts) for line in self.lines]
 
     def _cells(
-        self, line: Line, columns: Sequence[str], distances: Sequence[str], fronts: Mapping[str, set[str]]
+        self,
+        line: Line,
+        columns: Sequence[str],
+        distances: Sequence[str],
+        tasks: Sequence[str],
+        fronts: Mapping[str, set[str]],
     ) -> list[str]:
         metrics = line.record.metrics
         if line.record.status != "done":
             return [line.name, *[NONE] * (len(columns) - 2), line.about]
         cells = [line.name, f"{metrics['loss']:.4f}", f"{metrics['kl']:.4f}"]
-        cells += [f"{metrics['copy_gain'][each]:.2f}" for each in distances]
-        cells += [f"{_score(found)[1]:.1%}" for found in (metrics.get("lm_eval") or {}).values()]
+        gains, scores = metrics.get("copy_gain") or {}, metrics.get("lm_eval") or {}
+        cells += [NONE if gains.get(each) is None else f"{gains[each]:.2f}" for each in distances]
+        cells += [_score(scores.get(each) or {}) for each in tasks]
         cells += [size(metrics["weight_bytes"]), f"{metrics['cache_bytes_per_token']:,.0f}"]
         cells.append(NONE if line.peak is None else size(line.peak))
         for place in self.places:
@@ -139,26 +146,31 @@ def _speed(line: Line, teacher: Line, place: Place, key: str) -> str:
     return f"{tokens / seconds:,.0f} tokens/s"
 
 
-def _score(found: Mapping[str, Any]) -> tuple[str, float]:
-    """The first metric of a task, which lm-eval lists first, with its value."""
-    return next((key, value) for key, value in found.items() if isinstance(value, float) and "stderr" not in key)
+def _score(found: Mapping[str, Any]) -> str:
+    """The accuracy of a task, or its first metric."""
+    scores = {key.partition(",")[0]: value for key, value in found.items() if isinstance(value, float)}
+    return f"{scores.get('acc', next(iter(scores.values()))):.1%}" if scores else NONE
 
 
 def comparisons(records: Sequence[Record]) -> Iterator[Comparison]:
     """The comparisons of which all rows are among the records, the latest of each name."""
-    rows = {record.identity: record for record in records if record.kind == ROW}
-    latest = {each.name: each for each in sorted(records, key=lambda each: each.date) if each.kind == TIMES}
+    rows = {each.identity: each for each in records if each.kind == ROW and settings_fault(each) is None}
+    done = [each for each in records if each.kind == TIMES and each.status == "done"]
+    latest = {each.name: each for each in sorted(done, key=lambda each: each.date)}
     for times in latest.values():
         if not all(identity in rows for identity in times.settings["rows"]):
             continue
+        made = [rows[identity] for identity in times.settings["rows"]]
         timed: dict[str, dict[Place, Mapping[str, Any]]] = {}
         for row in times.metrics["rows"]:
             timed.setdefault(row["model"], {})[Place(row["context"], row["batch"])] = row
-        lines = []
-        for made in (rows[identity] for identity in times.settings["rows"]):
-            name = made.settings["row"]["name"]
-            lines.append(Line(made, timed.get(name, {}), times.metrics["peaks"].get(name)))
-        yield Comparison(times, tuple(lines), tuple(timed[TEACHER]))
+        places, lines = tuple(timed.get(TEACHER, ())), []
+        for each in made:
+            name = each.settings["row"]["name"]
+            own = timed.get(name, {})
+            lines.append(Line(each, own if own.keys() >= set(places) else {}, times.metrics["peaks"].get(name)))
+        if places and lines[0].name == TEACHER and lines[0].record.status == "done":
+            yield Comparison(times, tuple(lines), places)
 
 
 def comparison_section(records: Sequence[Record]) -> Section:

@@ -139,6 +139,7 @@ def panels(name: str, title: str, drawn: Sequence[Panel], *, y_label: str, width
         prefixes = [f"{number}-" for number in range(len(drawn))]
         for each, panel, prefix in zip(axes, drawn, prefixes, strict=True):
             each.set_yscale("symlog", linthresh=LINEAR)
+            each.yaxis.set_major_formatter("{x:g}")
             front = f"Front: no other row beats one on this line in both {panel.x_word} and {y_label}"
             hovers |= _points(each, panel, y_label if each is axes[0] else "", prefix, front)
         _labels(figure, axes, [panel.points for panel in drawn], prefixes)
@@ -159,7 +160,7 @@ def _points(axes: Any, panel: Panel, y_label: str, prefix: str, about_front: str
         shown = [
             point.label,
             point.about,
-            f"{panel.x_label}: {point.x:,.{0 if point.x >= 100 else 3}f}",
+            f"{panel.x_label}: {_number(point.x)}",
             f"{y_label}: {point.y:.4f}",
         ]
         hovers[f"{prefix}point-{number}"] = "\n".join(filter(None, shown))
@@ -278,9 +279,13 @@ def _doubling(axes: Any, values: Sequence[float], around: float = 1.25) -> None:
     for value in values:
         if not kept or value >= 1.35 * kept[-1]:
             kept.append(value)
-    axes.set_xticks(kept, [f"{value:,.0f}" for value in kept])
+    axes.set_xticks(kept, [_number(value) for value in kept])
     axes.set_xticks([], minor=True)
     axes.set_xlim(values[0] / around, values[-1] * around)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _words(axes: Any, x_label: str, y_label: str) -> None:

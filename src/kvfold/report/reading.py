@@ -212,6 +212,11 @@ def record_fault(record: Record) -> str | None:
     """Why a record cannot be shown; None if it can."""
     if wrong := fault(METRICS.get(record.kind, _Metrics), record.metrics):
         return f"metrics.{wrong}"
+    return settings_fault(record)
+
+
+def settings_fault(record: Record) -> str | None:
+    """Why the settings of a record, of a failure too, cannot be shown; None if they can."""
     wrong = fault(SETTINGS.get(record.kind, Part), record.settings)
     return wrong and f"settings.{wrong}"
 
