@@ -36,6 +36,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "shared layers": ("qwen2", {}, "cla", {"layout": "0,0,2,3"}, {"checkpointing": "selective"}),
     "latent": ("llama", {}, "elitekv", ELITE, {}),
     "state": ("llama", {}, "supra", {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1}, {}),
+    "fused": ("qwen2", {}, "dha", {"kv_heads": 2, "search": 0.25, "fusion": 0.5}, {}),
     "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
     "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),
     "t5 latent": ("t5", {}, "crosslatent", {"cross_latent_dim": 12}, {"data": "pairs"}),

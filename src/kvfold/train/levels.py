@@ -29,16 +29,18 @@ LEVELS = "levels"  # in the unfinished output: the checkpoints of the lower leve
 
 @dataclass(frozen=True)
 class Start:
-    """The whole student after the lower level, and what that cost."""
+    """The whole student from which training starts, and what the lower level cost before."""
 
     checkpoint: Checkpoint
-    tokens: int
-    seconds: float
-    flops: float
+    tokens: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
 
 
 def check_levels(source: Checkpoint, stages: Sequence[Stage], settings: UptrainSettings) -> None:
-    """Raise SettingError where a student of half the layers cannot be trained as the whole one is."""
+    """Raise SettingError where two levels are asked for and a student of half the layers cannot train so."""
+    if settings.levels == 1:
+        return
     own = any(
         {"attention"} & set(stage.losses) or stage.trainable or stage.converted or stage.scheduled or stage.finish
         for stage in stages
@@ -63,7 +65,12 @@ def lower_level(
     train: Callable[..., Path],
     progress: Progress,
 ) -> Start:
-    """Train the student of half the layers on its share of `amount` tokens with `train`, and put it back."""
+    """Train the student of half the layers on its share of `amount` tokens with `train`, and put it back.
+
+    On one level, training starts from the source.
+    """
+    if settings.levels == 1:
+        return Start(source)
     folder, tokens = work / LEVELS, max(1, round(settings.level_share * amount))
     half = half_depth(source, folder / "half", progress=progress)
     losses = {"loss": formula(stages)} if len(stages) == 1 else {"loss": None, "stages": formula(stages)}
