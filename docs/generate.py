@@ -19,6 +19,7 @@ from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
 from pages.cluster import with_memory
+from pages.compared import compared_figure
 from pages.conversion import conversion_pages
 from pages.families import families_page
 from pages.inspection import inspection_figures
@@ -110,6 +111,8 @@ def pages() -> dict[Path, str]:
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
     made |= {ROOT / "docs" / name: text for name, text in inspection_figures(records).items()}
+    if compared := compared_figure(of_runs(records, lambda name: name.partition("/")[0] == "compare")):
+        made[ROOT / "docs" / "compare.svg"] = compared
     miniature = [each for each in records if each.name.startswith("miniature")]
     if miniature:
         made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)
