@@ -73,7 +73,7 @@ def main() -> None:
             "recall": recall(source, made, ids_N),
             "load_average": os.getloadavg()[0],
         }
-    named = {"source": source.name, "data": os.path.basename(given.data)}
+    named = {"source": given.name, "data": os.path.basename(given.data)}
     kept = replace(made, settings={**made.settings, **named}, identity="")
     asked = {"tokens": given.tokens, "note": given.note, **named}
     hashes = {"source": source.hash(), "data": made.hashes["data"]}
