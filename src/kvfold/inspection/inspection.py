@@ -111,7 +111,7 @@ def _measured(
     if "recall" in settings.ablations:
         found["recall_heads"] = recall_heads(found["layers"])
     if "folds" in settings.ablations:
-        for row, count in zip(found["layers"], fewest(found["layers"], settings.loss).values(), strict=True):
+        for row, count in zip(found["layers"], fewest(found["layers"], settings.loss), strict=True):
             row["fewest"] = count
         found |= suggested(source.shape, answers, settings.loss)
-    return {"tokens": len(tokens), "model_type": source.config["model_type"], **found}
+    return {"tokens": len(tokens), **found}

@@ -74,11 +74,10 @@ def recall_heads(layers: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return sorted((each for each in rises if each[2] >= COPIES), key=lambda each: -each[2])[:NAMED]
 
 
-def fewest(layers: Sequence[Mapping[str, Any]], loss: float) -> dict[int, int]:
-    """By layer: the smallest number of heads whose fold, alone, costs at most an even share of the loss."""
-    share = loss / max(1, len(layers))
-    found = {}
-    for row in layers:
-        within = [int(count) for count, kl in row.get("fold_kl", {}).items() if kl <= share]
-        found[row["layer"]] = min([*within, row["heads"]])
-    return found
+def fewest(layers: Sequence[Mapping[str, Any]], loss: float) -> list[int]:
+    """Of each layer, the smallest number of heads whose fold, alone, costs at most an even share of the loss."""
+    share = loss / len(layers)
+    return [
+        min([row["heads"], *(int(count) for count, kl in row.get("fold_kl", {}).items() if kl <= share)])
+        for row in layers
+    ]
