@@ -15,6 +15,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
+    bench          a benchmark's models: bytes predicted and allocated, and speed beside the first one
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -226,6 +227,31 @@ def _pivot(records: Sequence[Record], part: str, line: str, column: str, cell: s
         yield _where(record)
 
 
+def _bench(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each model and place of a benchmark of whole models."""
+    for record in (each for each in records if each.kind == "benchmark"):
+        rows, first = record.metrics["rows"], {}
+        lines = []
+        for row in rows:
+            place = row["context"], row["batch"]
+            teacher = first.setdefault(place, row)
+            part = tables.part_of(row["cache_bytes"] / teacher["cache_bytes"])
+            size = [f"{row[name]:,}" for name in ("predicted_cache_bytes", "cache_bytes")]
+            speed = [f"{teacher[name] / row[name]:.2f}×" for name in ("decode_s_per_token", "prefill_s")]
+            lines.append([row["model"], f"{place[0]:,} × {place[1]}", *size, part, *speed])
+        columns = [
+            "model",
+            "tokens × batch",
+            "predicted bytes",
+            "allocated bytes",
+            "of multi-head",
+            "decode",
+            "prefill",
+        ]
+        yield markdown((columns, lines))
+        yield _where(record)
+
+
 def _words(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -253,6 +279,7 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "kept-short": _kept_short,
     "goals": goal_tables,
     "ratios": _ratios,
+    "bench": _bench,
     "pivot": _pivot,
     "serving": serving_tables,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.contracts.cache import grouped_cache
-from kvfold.contracts.runtimes import stock_type
+from kvfold.contracts.runtimes import MLA, stock_type
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, SettingError, UnsupportedModel, choices, did_you_mean
@@ -177,7 +177,9 @@ def _in_vllm(
 
     if source.family.encoder_decoder:
         raise UnsupportedModel("vLLM has no encoder-decoders of text", where=source.path, next="use ctranslate2")
-    return _VLLM.ask(source.path, known, dtype, torch.get_num_threads(), python)
+    biased = MLA.holds(source.shape) and source.config.get("attention_bias")  # vLLM's own class has no such bias
+    options = {"model_impl": "transformers"} if biased else {}
+    return _VLLM.ask(source.path, known, dtype, torch.get_num_threads(), python, options)
 
 
 _ASK: Mapping[str, Callable[..., Answered]] = {

@@ -86,7 +86,13 @@ _MIXED = (  # heads for which the stock class has no field, such as those that d
 
 _MLA = (  # a stock deepseek_v3 without experts, whose latent has a bias
     _Known("transformers", "AutoModelForCausalLM, without kvfold", MLA.models, MLA.models, "loaded in the tests"),
-    _Known("vLLM", "its backend for transformers' classes: --model-impl transformers", MLA.models, frozenset(), ""),
+    _Known(
+        "vLLM",
+        "its backend for transformers' classes: --model-impl transformers",
+        MLA.models,
+        MLA.models,
+        _VLLM_CHECKED,
+    ),
     _Known("llama.cpp", "its deepseek2 has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
     _Known("CTranslate2", "has no latent attention", frozenset(), frozenset(), ""),
     _Known("SGLang", "its class has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
@@ -239,6 +245,8 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
         return _of_paired(config, shape)
+    if MLA.holds(shape):
+        return Refusal(next(known.how for known in _MLA if known.name == engine))
     if shape.model_type not in DECODERS[engine]:
         allowed = ", ".join(sorted(DECODERS[engine]))
         return Refusal("its architecture is not supported", shape.model_type, allowed)
