@@ -133,20 +133,25 @@ def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
     """Who is best at the same bytes and tokens, and whether the seeds can tell."""
     for study in studies(records):
         lines: list[list[str]] = []
-        bold = set()
-        for alike in _alike(study):
+        bold, lots = set(), _alike(study)
+        distances = sorted({int(key) for lot in lots for row in lot for key in row.keyed("copy_gain")})
+        for alike in lots:
             best = alike[0]
             bold.add((len(lines), 1))
             for row in alike:
                 part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
                 lines.append([f"{part:.3g}", row.name, row.schooling, tables.cell(row.metric("loss")), _kl(row)])
+                lines[-1] += _copied(row, distances)
                 lines[-1].append(tables.NONE if row.gap_closed is None else f"{row.gap_closed:.0%}")
                 lines[-1].append(tables.NONE if row is best else _behind(best, row))
         if lines:
-            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "gap closed", "behind the best"]
+            columns = ["of the teacher's cache", "student", "training", "loss", "KL"]
+            columns += [*(f"copy gain over {key:,}" for key in distances), "gap closed", "behind the best"]
             yield markdown((columns, lines), words=3, bold=bold)
             loss = study.teacher.metric("loss") if study.teacher else None
             teacher = f", the teacher's {loss.mean:.4f}" if loss else ""
+            if study.teacher and distances:
+                teacher += f" (copy gain {', '.join(_copied(study.teacher, distances))})"
             yield f"{_about(study)}{teacher}{_gap(study)}. {_device(study)}"
 
 
@@ -164,6 +169,11 @@ def _alike(study: Study) -> list[list[Row]]:
 def _loss(row: Row) -> float:
     loss = row.metric("loss")
     return float("inf") if loss is None else loss.mean
+
+
+def _copied(row: Row, distances: Sequence[int]) -> list[str]:
+    """By how many nats a span is easier the second time, at each distance."""
+    return [tables.cell(row.keyed("copy_gain").get(str(key)), 2) for key in distances]
 
 
 def _kl(row: Row) -> str:
@@ -230,9 +240,9 @@ def _pivot(records: Sequence[Record], part: str, line: str, column: str, cell: s
 def _bench(records: Sequence[Record]) -> Iterator[str]:
     """A line for each model and place of a benchmark of whole models."""
     for record in (each for each in records if each.kind == "benchmark"):
-        rows, first = record.metrics["rows"], {}
+        first: dict[tuple[int, int], Mapping[str, Any]] = {}
         lines = []
-        for row in rows:
+        for row in record.metrics["rows"]:
             place = row["context"], row["batch"]
             teacher = first.setdefault(place, row)
             part = tables.part_of(row["cache_bytes"] / teacher["cache_bytes"])
