@@ -36,10 +36,19 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads by layer": ("gqa", {"kv_heads": DEMO_MIXED, "init": "mean"}),
     "shared layers": ("cla", {"init": "copy"}),
     "latents of mla": ("mla", {"rope_dim": 64, "latent_dim": 512}),
+    "latents of mla, of a Qwen2": ("mla", {"rope_dim": 64, "latent_dim": 512}),
     "latents of elitekv": ("elitekv", {"ratio": 0.5}),
     "states": ("supra", {}),
 }
 """Kind of student -> the method that makes it, and its settings; nothing is calibrated."""
+
+
+_WIDE = {"hidden_size": 512}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "latents of mla": _WIDE,
+    "latents of mla, of a Qwen2": _WIDE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+}
+"""Kind of student -> what its teacher has other than the included checkpoint and heads of 64: Qwen2 has biases."""
 
 
 def main() -> int:
@@ -61,8 +70,7 @@ def main() -> int:
         measure(given.kind, given.student, about, pythons, given.results)
         return 0
     for kind, (method, settings) in STUDENTS.items():
-        wide = {"hidden_size": 512} if method == "mla" else {}
-        source = teacher(given.build / ("wide" if wide else "teacher"), wide)
+        source = teacher(given.build / "teachers" / kind.replace(" ", "-"), TEACHERS.get(kind, {}))
         folder = given.build / "students" / kind.replace(" ", "-")
         student = convert(source, folder, method, settings, overwrite=True, progress=Lines())
         about = {"teacher": "random", "student": {"method": method, **settings}}

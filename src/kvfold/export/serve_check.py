@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ a new one, because the stones of the piers were found to be sound."""
 
 _BOOKKEEPING = 0.01  # of the cache, that an engine may allocate besides keys and values
 _PLUGIN = "students of kvfold's own model types need kvfold beside vLLM: pip install --no-deps kvfold"
+_WIDTHS = "vLLM has kernels for latents of 512 + 64 and, on GPUs, 256 + 64"
 _VLLM = EngineProcess("vLLM", "vllm", "pip install vllm", "ask_vllm.py", _PLUGIN)
 _LLAMA_CPP = EngineProcess("llama.cpp", "llama_cpp", "pip install llama-cpp-python", "ask_llama_cpp.py")
 
@@ -177,9 +178,11 @@ def _in_vllm(
 
     if source.family.encoder_decoder:
         raise UnsupportedModel("vLLM has no encoder-decoders of text", where=source.path, next="use ctranslate2")
-    biased = MLA.holds(source.shape) and source.config.get("attention_bias")  # vLLM's own class has no such bias
+    latent = MLA.holds(source.shape)
+    biased = latent and source.config.get("attention_bias")  # vLLM's own class has no such bias
     options = {"model_impl": "transformers"} if biased else {}
-    return _VLLM.ask(source.path, known, dtype, torch.get_num_threads(), python, options)
+    engine = replace(_VLLM, advice=_WIDTHS) if latent else _VLLM
+    return engine.ask(source.path, known, dtype, torch.get_num_threads(), python, options)
 
 
 _ASK: Mapping[str, Callable[..., Answered]] = {
