@@ -6,6 +6,10 @@ from dataclasses import replace
 
 from kvfold.contracts.site import Attention, Linear
 
+KERNELS = ((512, 64), (256, 64))
+"""Widths of the latent and of the rotated key of `with_mla` for which engines have kernels."""
+WITH_KERNELS = " and ".join(f"{latent} + {key}" for latent, key in KERNELS)
+
 
 def with_latent(attention: Attention, planes: int, width: int) -> Attention:
     """The same site with latent keys and values: of each key head `planes` rotated planes, and one latent for the rest.

@@ -12,6 +12,7 @@ from typing import Any
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.runtimes import MLA, stock_type
 from kvfold.contracts.site import DTYPE_BYTES
+from kvfold.contracts.student_site import WITH_KERNELS
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, SettingError, UnsupportedModel, choices, did_you_mean
 from kvfold.export import agreement
@@ -35,7 +36,7 @@ a new one, because the stones of the piers were found to be sound."""
 
 _BOOKKEEPING = 0.01  # of the cache, that an engine may allocate besides keys and values
 _PLUGIN = "students of kvfold's own model types need kvfold beside vLLM: pip install --no-deps kvfold"
-_WIDTHS = "vLLM has kernels for latents of 512 + 64 and, on GPUs, 256 + 64"
+_WIDTHS = f"vLLM has kernels for latents of {WITH_KERNELS} (on a CPU, the first alone)"
 _VLLM = EngineProcess("vLLM", "vllm", "pip install vllm", "ask_vllm.py", _PLUGIN)
 _LLAMA_CPP = EngineProcess("llama.cpp", "llama_cpp", "pip install llama-cpp-python", "ask_llama_cpp.py")
 

@@ -37,7 +37,7 @@ from kvfold.contracts.cache import layer_elements
 from kvfold.contracts.method import Folded, Limit, Method, Student, check_ratio, refuse, refuse_mixed_heads
 from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Rope, Shape, Site, SiteTensors
-from kvfold.contracts.student_site import with_mla
+from kvfold.contracts.student_site import KERNELS, WITH_KERNELS, with_mla
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 from kvfold.solve import Metric
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 
 STOCK = "deepseek_v3"
 SOURCES = ("llama", "mistral", "qwen2", "internlm3", "helium", "ernie4_5")
-KERNELS = ((512, 64), (256, 64))
-"""Widths of latent and rotated key for which engines have fast kernels."""
-
 _SCALINGS = ("default", "linear", "llama3", "yarn")
 
 LIMITS: Sequence[Limit] = (
@@ -262,8 +259,7 @@ class MLA(Method[Config]):
         if config.ratio is not None:
             found.append(f"ratio {config.ratio:g}: the plan rotates a quarter of it; the conversion chooses both sizes")
         elif (width, rotated) not in KERNELS:
-            pairs = ", ".join(f"{latent} + {key}" for latent, key in KERNELS)
-            found.append(f"engines have fast kernels for {pairs}, not for {width} + {rotated}; transformers runs any")
+            found.append(f"engines have kernels for {WITH_KERNELS}, not for {width} + {rotated}; transformers runs any")
         if config.planes not in ("even", "folded"):
             found.append(
                 "the frequencies are named by rope_type longrope, which engines' own deepseek classes may lack"

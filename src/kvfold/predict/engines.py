@@ -17,6 +17,7 @@ from typing import Any
 from kvfold.contracts.method import Student
 from kvfold.contracts.runtimes import IN_VLLM, LAYERS, MLA, PAIRS, STOCK, mixed
 from kvfold.contracts.site import Attention, Rope, Shape
+from kvfold.contracts.student_site import KERNELS, WITH_KERNELS
 from kvfold.errors import UnsupportedModel, plain
 
 NOT_RUN = "not run with"
@@ -165,6 +166,8 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
         problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in _LAYOUT and activation(config, shape) not in _SILU:
         problem = f"its MLP supports only silu (got {activation(config, shape)})"
+    elif known.name == "vLLM" and MLA.holds(shape) and _widths(shape) not in KERNELS:
+        problem = f"has kernels for latents of {WITH_KERNELS}"
     elif known.name == "vLLM" and shape.model_type == "olmoe" and config.get("clip_qkv") is not None:
         problem = f"its class does not clip q, k and v (got clip_qkv {config['clip_qkv']:g})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
@@ -172,6 +175,12 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
     tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"
     how = known.others.get(shape.model_type, known.how)
     return Engine(known.name, problem is None, problem or how, tried if problem is None else "no")
+
+
+def _widths(shape: Shape) -> tuple[int, int]:
+    """The widths of the latent and of the rotated key."""
+    cached = next(iter(shape.sites.values())).cached
+    return cached["latent"], cached["rotated"]
 
 
 def _sharing(model_type: str) -> tuple[Engine, ...]:
