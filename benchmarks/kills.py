@@ -7,19 +7,16 @@ end, a random rank is killed, and the other within a second, as `--gpus` does it
 the run is complete; then another begins. Each must end with the weights of the run that nobody killed, byte for byte,
 and with its losses.
 
-Each rank is a process of its own that runs `kvfold uptrain` with the variables of torchrun. To start in no time, it
-comes from multiprocessing's fork server, which has imported kvfold and computed nothing.
+Each rank is a process of its own that runs `kvfold uptrain` with the variables of torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,12 +29,11 @@ from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.families import all_families
 from kvfold.train.pretrain import PretrainSettings, pretrain
+from ranked import PATIENCE, ended, start
 
 WORLD = 2
 ROWS, LENGTH, STEPS = 4, 32, 24
 STRETCH = 3  # a kill comes within this part of the time that a whole run takes
-PATIENCE = 600  # seconds for a run that nobody kills
-IMPORTED = ["__main__", "kvfold.train.uptrain", "transformers.models.llama.modeling_llama"]
 
 
 def made(folder: Path) -> list[str]:
@@ -53,38 +49,16 @@ def made(folder: Path) -> list[str]:
     return [*words, "--log-every", "1", "--checkpoint-steps", "1"]
 
 
-def rank(number: int, port: int, log: Path, words: list[str]) -> None:
+def command(words: list[str], log: Path) -> None:
     """Run the command as one of the ranks."""
     with log.open("a") as lines:
         os.dup2(lines.fileno(), sys.stderr.fileno())
-    numbers = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
-    os.environ |= {name: str(value) for name, value in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.exit(run_command(words))
 
 
-def start(words: list[str], out: Path) -> list[BaseProcess]:
-    """Start the ranks of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words, log = [*words[:2], str(out), *words[2:]], out.with_suffix(".log")
-    server = multiprocessing.get_context("forkserver")
-    started: list[BaseProcess] = [server.Process(target=rank, args=(each, port, log, words)) for each in range(WORLD)]
-    for each in started:
-        each.start()
-    return started
-
-
-def ended(started: list[BaseProcess], patience: float = PATIENCE) -> list[int | None]:
-    """The exit statuses of ranks that have ended, or are killed after so many seconds."""
-    until = time.monotonic() + patience
-    for each in started:
-        each.join(max(0.0, until - time.monotonic()))
-    for each in started:
-        each.kill()
-        each.join()
-    return [each.exitcode for each in started]
+def run(words: list[str], out: Path) -> list[BaseProcess]:
+    """Start the ranks of a run, or of its rest."""
+    return start(command, [*words[:2], str(out), *words[2:]], out.with_suffix(".log"), world=WORLD)
 
 
 def trained(out: Path) -> tuple[bytes, list[Any]]:
@@ -101,14 +75,13 @@ def main() -> None:
     given = parser.parse_args()
     draw, began = random.Random(given.seed), time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
         folder = Path(room)
         os.environ["KVFOLD_CACHE"] = str(folder / "cache")
         words, length = made(folder), 0.0
         for name in ("first", "whole"):  # the first starts the server
             begun = time.monotonic()
-            assert ended(start(words, folder / name)) == [0] * WORLD, (folder / f"{name}.log").read_text()
+            assert ended(run(words, folder / name)) == [0] * WORLD, (folder / f"{name}.log").read_text()
             length = time.monotonic() - begun
         whole = trained(folder / "whole")
         print(f"a whole run of {STEPS} steps: {length:.1f} s", flush=True)
@@ -116,7 +89,7 @@ def main() -> None:
         while sum(kills) < given.kills:
             out = folder / f"cut-{runs}"
             while not out.exists():
-                started, victim, begun = start(words, out), draw.randrange(WORLD), time.monotonic()
+                started, victim, begun = run(words, out), draw.randrange(WORLD), time.monotonic()
                 started[victim].join(draw.uniform(0, length / STRETCH))
                 seconds, done = time.monotonic() - begun, started[victim].exitcode is not None
                 started[victim].kill()

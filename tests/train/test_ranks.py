@@ -103,6 +103,23 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
         assert there == {path.name for path in (tmp_path / f"{name} one").iterdir()}, "no file of a rank is left"
 
 
+@pytest.mark.slow
+def test_four_ranks_train_as_one(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """Twenty steps of a model sharded over four ranks, and of two copies that are each sharded over two."""
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 1})
+    options = {"data": str(text), "sequence_length": 16, "batch_size": 8, "tokens": 20 * 128, "log_every": 1}
+    options |= {"precision": "fp32", "learning_rate": 3e-3}
+    uptrain(student, tmp_path / "one", UptrainSettings(**options))
+    jobs = [[str(student), str(tmp_path / f"{copies}"), {**options, "replicas": copies}] for copies in (1, 2)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"], world=4)
+    losses = [[line["loss"] for line in _lines(tmp_path / name)] for name in ("one", "1", "2")]
+    assert len(losses[0]) == 20
+    assert losses[0][-1] < losses[0][0] - 0.01, "it learns"
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=1e-5)
+
+
 FRESH: dict[str, dict[str, Any]] = {  # config.json of what is pre-trained
     "llama": {**all_families()["llama"].tiny(), "vocab_size": 300},
     "tied": {**all_families()["qwen2"].tiny(), "vocab_size": 300, "tie_word_embeddings": True},
