@@ -225,6 +225,16 @@ def test_gpus_inside_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     assert not capsys.readouterr().err
 
 
+def test_a_command_of_one_device_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "kvfold:demo", "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == "kvfold: bench: this command runs on one device; leave out --gpus\n"
+    for name, value in zip(VARIABLES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert run_command(["bench", "kvfold:demo"]) == 2
+    said = "kvfold: bench: this command runs on one device (got rank 0 of 2); start it without torchrun\n"
+    assert capsys.readouterr().err == said
+
+
 def test_incomplete_variables_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "0")
     assert run_command(["convert", "kvfold:demo", "out", "--kv-heads", "2"]) == 2
