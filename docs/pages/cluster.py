@@ -83,12 +83,10 @@ def _memory(metrics: Any) -> str:
 
 
 def _kills(metrics: Any) -> str:
-    first, second = metrics["of_each_rank"]
     return (
-        f"{metrics['kills']} times, a random one of two ranks was killed ({first} times rank 0, {second} times rank 1), "
-        f"at random moments of\n{metrics['runs']} trainings. Each training ended with the weights and losses of one that "
-        "nobody killed, bit for bit\n(`benchmarks/kills.py`)."
-    )
+        "{kills} times, a random one of two ranks was killed, at random moments of {runs} trainings. Each training "
+        "ended with the weights\nand losses of one that nobody killed, bit for bit (`benchmarks/kills.py`)."
+    ).format_map(metrics)
 
 
 def _speed(metrics: Any) -> str:
