@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kvfold import hf, methods
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, Interrupted, KvfoldError, OutputError, SettingError, TrainingError
@@ -213,18 +213,23 @@ def test_a_method_has_its_own_stages_rates_and_ends(
 ) -> None:
     stages = (
         Stage("first", 0.5, {"attention": 1.0}, trainable=("k", "v"), finish="halve"),
-        Stage("second", 0.5, {"kl": 1.0}, rates={"q": 0.0}),
+        Stage("second", 0.5, {"kl": 1.0}, rates={"q": 0.0}, scheduled=True),
     )
     ended: list[str] = []
+    shares: list[float] = []
 
     class Toy(gqa.GQA):
         def stages(self, config: gqa.Config) -> tuple[Stage, ...]:
             return stages
 
-        def end(self, finish: str, student: nn.Module, config: gqa.Config) -> None:
+        def end(self, finish: str, student: Learner, config: gqa.Config) -> None:
             ended.append(f"{finish} {config.kv_heads}")
             with torch.no_grad():
-                student.get_submodule("model.norm").weight.mul_(0.5)  # type: ignore[operator]
+                student.model.get_submodule("model.norm").weight.mul_(0.5)  # type: ignore[operator]
+
+        def during(self, stage: str, student: Learner, share: float, config: gqa.Config) -> torch.Tensor:
+            shares.append(share)
+            return 0.1 * share * student.model.get_submodule("model.embed_tokens").weight.square().sum()  # type: ignore[operator]
 
     monkeypatch.setitem(methods._PLUGINS, "toy", Toy())
     teacher = tiny_checkpoint("llama")
@@ -238,6 +243,11 @@ def test_a_method_has_its_own_stages_rates_and_ends(
     assert after["model.norm.weight"].mean() == pytest.approx(0.5 * before["model.norm.weight"].mean().item(), rel=0.02)
     assert all(torch.equal(before[name], after[name]) for name in before if "q_proj" in name), "a rate of 0"
     assert not any(torch.equal(before[name], after[name]) for name in before if "o_proj" in name)
+    assert shares == [0, 1 / 3, 2 / 3]
+    penalties = [line.get("penalty") for line in _log(whole)[:-1]]
+    assert penalties[:4] == [None, None, None, 0]
+    assert penalties[4] == pytest.approx(0.1 * before["model.embed_tokens.weight"].square().sum().item() / 3, rel=0.05)
+    assert penalties[5] > 1.5 * penalties[4]
 
     with pytest.raises(RuntimeError, match="pulled the plug"):
         uptrain(student, tmp_path / "cut", dataclasses.replace(settings, checkpoint_steps=1), progress=_Cut(5))
@@ -414,7 +424,7 @@ def _train_on(values: list[float], folder: Path, student: Path, text: Path) -> N
     model.register_parameter("weight", weight)
     folder.mkdir(exist_ok=True)
 
-    def loss(ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(ids: Tensor, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         return weight.sum() * 0 + next(left), {}
 
     works = [Work("ce", len(values), loss, lambda: parameter_groups({"weight": weight}, 0.0))]

@@ -229,7 +229,7 @@ def _mla_fields(shape: Shape) -> dict[str, Any]:
     return {
         HEADS: heads,
         "kv_lora_rank": kept["latent"],
-        "q_lora_rank": None,
+        "q_lora_rank": attention.extra.get("q_down", (None,))[0],
         "qk_nope_head_dim": attention.head_dim - kept["rotated"],
         "qk_rope_head_dim": kept["rotated"],
         "head_dim": kept["rotated"],  # as transformers writes it: rotary frequencies are computed for this width
@@ -246,7 +246,8 @@ def _read_mla(config: Json, sites: Sites) -> Sites:
     names = {"rotated": "qk_rope_head_dim", "free": "qk_nope_head_dim", "value": "v_head_dim", "width": "kv_lora_rank"}
     sizes = {name: config[field] for name, field in names.items()}
     biased = bool(config.get("attention_bias"))
-    return {site: with_mla(attention, biased=biased, **sizes) for site, attention in sites.items()}
+    queries = config.get("q_lora_rank")
+    return {site: with_mla(attention, biased=biased, queries=queries, **sizes) for site, attention in sites.items()}
 
 
 def _linear_fields(shape: Shape) -> dict[str, Any]:
@@ -307,11 +308,14 @@ _FUSED = frozenset({"phi3", "gpt_neox", "gptj", "codegen", "falcon", "gpt2", "gp
 _EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"})
 _NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
+SEPARATE = _APART | _EXPERTS | _NORMED | {"phi"}
+"""Architectures whose maps of q, k, v and o are modules of their own, and whose layers may differ in their heads."""
+
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _APART | _EXPERTS | _NORMED | _FUSED | {"gemma3", "phi", "internlm3"},
+    SEPARATE | _FUSED | {"gemma3", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -320,7 +324,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads",
     OWN,
     "Kvfold",
-    _APART | _EXPERTS | _NORMED | {"phi", "phi3", "gpt_bigcode"},
+    SEPARATE | {"phi3", "gpt_bigcode"},
     lambda shape: mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
     _heads_by_layer,
     _read_layers,

@@ -7,6 +7,7 @@ loss, its parts and the gradient's norm are those of the whole batch, and all ra
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -26,14 +27,16 @@ from kvfold.disk.output import Output, damaged, disk_errors, dropped_on_error, o
 from kvfold.errors import Interrupted, TrainingError
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.progress import Progress, task
+from kvfold.train.levels import LEVELS
 from kvfold.train.placing import Root, compile_errors, local
 from kvfold.train.settings import Settings, TrainSettings, decide, rate
 from kvfold.train.state import STATE, Log, NoLog, Position, State
 
 RANKS_APART = 1_000_000_007  # between the seeds of two ranks
 
-Objective = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
-"""A batch, `ids_BT` (length + 1 wide) or pairs -> the loss with a gradient, and its parts by name without one."""
+Objective = Callable[[Any, float], tuple[Tensor, dict[str, Tensor]]]
+"""A batch, `ids_BT` (length + 1 wide) or pairs, and the share of the stretch that is done -> the loss with a gradient,
+and its parts by name without one."""
 
 
 class Batches(Protocol):
@@ -100,6 +103,7 @@ def train_into(
         with disk_errors(output.work), dropped_on_error(output, STATE):
             make(settings, output)
     State(output.work).remove()
+    shutil.rmtree(output.work / LEVELS, ignore_errors=True)
     output.commit()
     return output.path
 
@@ -247,13 +251,14 @@ class _Run:
         device, here = best_device(), ranks.current()
         passes = batch.split(settings.pass_rows(here.world))
         own = [passes[number] for number in here.share(len(passes))]
+        done = position.stage_step / self.work.steps
         loss = 0.0
         parts: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for number, rows in enumerate(own, 1):
             self.root.accumulate(number == len(own))
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
-                value, named = self.root(partial(self.work.objective, rows.to(device, non_blocking=True)))
+                value, named = self.root(partial(self.work.objective, rows.to(device, non_blocking=True), done))
             (value / len(own)).backward()
             loss += float(value.detach()) / len(own)
             for name, part in named.items():

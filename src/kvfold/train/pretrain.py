@@ -117,7 +117,7 @@ def _train(run: _Run, settings: PretrainSettings, work: Path, name: str, inputs:
     root = place_fresh(model, blocks_of(model, family, family.shape(run.config)), settings)
     named = dict(model.named_parameters())
 
-    def objective(batch: Tensor | Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(batch: Tensor | Pairs, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
         return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
 
