@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py [--kills 50] [--seed 0] [--results results]
 
-A model of 40,000 parameters saves its state in every step. At a random moment of its start, its training, a save or its
+A model of 48,000 parameters saves its state in every step. At a random moment of its start, its training, a save or its
 end, a random rank is killed, and the other within a second, as `--gpus` does it. The same command then continues, until
 the run is complete; then another begins. Each must end with the weights of the run that nobody killed, byte for byte,
 and with its losses.
