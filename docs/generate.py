@@ -22,6 +22,7 @@ from pages.cluster import with_cluster
 from pages.compared import compared_figure
 from pages.conversion import conversion_pages
 from pages.families import families_page
+from pages.inspection import inspection_figures
 from pages.kept import task_figure
 from pages.marks import with_tables
 from pages.miniature import miniature_page, of_runs, quality_figure
@@ -109,6 +110,7 @@ def pages() -> dict[Path, str]:
         made[ROOT / "docs" / "quality-against-bytes.svg"] = real or quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
+    made |= {ROOT / "docs" / name: text for name, text in inspection_figures(records).items()}
     if compared := compared_figure(of_runs(records, lambda name: name.partition("/")[0] == "compare")):
         made[ROOT / "docs" / "compare.svg"] = compared
     miniature = [each for each in records if each.name.startswith("miniature")]
