@@ -18,7 +18,7 @@ from kvfold.cli.commands import COMMANDS
 from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
-from pages.cluster import with_memory
+from pages.cluster import with_cluster
 from pages.compared import compared_figure
 from pages.conversion import conversion_pages
 from pages.families import families_page
@@ -119,7 +119,7 @@ def pages() -> dict[Path, str]:
     made |= {ROOT / "docs" / name: text for name, text in conversion_pages(records).items()}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if path not in made:
-            made[path] = with_memory(with_tables(path.read_text(encoding="utf-8"), records))
+            made[path] = with_cluster(with_tables(path.read_text(encoding="utf-8"), records), records)
     return made
 
 
