@@ -94,6 +94,7 @@ def test_it_finds_what_was_planted_and_its_commands_run(known: Path, monkeypatch
     assert made.metrics["mix"]["kv_heads"] == "1/4"  # layer 1 is kept: only there one head for all loses the copies
 
 
+@pytest.mark.slow
 def test_without_ablations_one_pass_remains(known: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["teacher", "--data", "text.txt", "--ablations", "none", "--effort", "quick"]
     assert run_command(["inspect", *arguments, "--json"]) == 0
@@ -114,6 +115,7 @@ def test_without_ablations_one_pass_remains(known: Path, capsys: pytest.CaptureF
     assert "other" in report("run").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_one_line(known: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["inspect", "teacher", "--data", "text.txt", "--ablations", "none", "--effort", "quick"]
     assert run_command(arguments) == 0
