@@ -28,7 +28,7 @@ _HALO = "label-"  # prefix of the ids of labels, which get an outline in the col
 _HOVERED = 12  # points of a line in its hover text, at most
 _NUMBERED = 12  # columns of a heat map with room for numbers
 _FAINT = 0.04  # opacity of the cells of a heat map at least, which can then be pointed at
-_TICKS = 32  # of an axis of a heat map, at most
+_TICKS = 32  # of the rows of a heat map, at most, and characters of the ticks of its columns
 WIDE, NARROW = 12.0, 5.2  # inches of 72 units: for a page and for a phone
 _HEIGHT = 3.3
 LINEAR = 0.01  # nats of KL
@@ -260,6 +260,7 @@ def heat_map(
     hover texts have all of them.
     """
     width = max(map(len, rows))
+    columns, lines = x_ticks or list(map(str, range(width))), y_ticks or list(map(str, range(len(rows))))
     top = most or max((value for row in rows for value in row if value is not None), default=0) or 1
     hovers = {}
     with _figure(0) as (figure, axes):
@@ -275,25 +276,21 @@ def heat_map(
                 frame = {"edgecolor": _INK, "linewidth": 1.4} if (at, column) in marked else {"linewidth": 0}
                 cell = Rectangle((column - 0.48, at - 0.46), 0.96, 0.92, facecolor=(_STAND_INS[0], shade), **frame)
                 axes.add_patch(cell).set_gid(place)
-                words = [f"{_tick(y_label, y_ticks, at)}, {_tick(x_label, x_ticks, column)}", f"{value:.{digits + 1}f}"]
-                hovers[place] = ": ".join(words)
+                hovers[place] = f"{y_label} {lines[at]}, {x_label} {columns[column]}: {value:.{digits + 1}f}"
                 if width <= _NUMBERED and round(value, digits):
                     look = {"ha": "center", "va": "center", "fontsize": 7.5, "color": _PAPER if shade > 0.6 else _INK}
                     axes.text(column, at, f"{value:.{digits}f}", **look)
         axes.set(xlim=(-0.5, width - 0.5), ylim=(len(rows) - 0.5, -0.5))
-        for axis, ticks, count in ((axes.xaxis, x_ticks, width), (axes.yaxis, y_ticks, len(rows))):
-            shown = range(0, count, -(-count // _TICKS))
-            axis.set_ticks(shown, [ticks[at] if ticks else str(at) for at in shown])
+        room = max(2, _TICKS // max(map(len, columns)))
+        for axis, ticks, fit in ((axes.xaxis, columns, room), (axes.yaxis, lines, _TICKS)):
+            shown = range(0, len(ticks), -(-len(ticks) // fit))
+            axis.set_ticks(shown, [ticks[at] for at in shown])
         axes.grid(visible=False)
         axes.tick_params(length=0)
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
         _words(axes, x_label, y_label)
         return _svg(figure, name, title, hovers)
-
-
-def _tick(label: str, ticks: Sequence[str], at: int) -> str:
-    return f"{label} {ticks[at] if ticks else at}"
 
 
 @contextmanager
