@@ -132,6 +132,18 @@ def test_a_damaged_record_is_one_line(known: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_one_head_in_each_layer_leaves_nothing_to_fold(
+    tiny_checkpoint: Make, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint("llama", num_key_value_heads=1, num_hidden_layers=2)
+    monkeypatch.chdir(text.parent)
+    assert run_command(["inspect", "teacher", "--data", "text.txt", "--effort", "quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every layer has one head: there is nothing to fold." in printed
+    assert "kvfold convert" not in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "planes"), [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
 def test_other_wirings_are_inspected(
     tiny_checkpoint: Make, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, planes: bool
