@@ -179,6 +179,20 @@ def test_pruning_makes_the_smaller_half_zero(pair: tuple[Path, Path]) -> None:
     assert torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(("change", "bits"), [(weights.int8, 8), (weights.int4, 4)])
+def test_torchao_rounds_each_weight_by_less_than_a_step(
+    change: Callable[[Any], Any], bits: int, tiny_checkpoint: Make
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is the extra kvfold[compare]")
+    path = tiny_checkpoint("llama", intermediate_size=64)
+    before, after = hf.load(path), change(hf.load(path))
+    for name in weights._maps(before):
+        old, new = before.get_submodule(name).weight, after.get_submodule(name).weight.dequantize()  # type: ignore[operator]
+        steps_O1 = 2 * old.abs().amax(1, keepdim=True) / (2**bits - 2)
+        assert bool(((old - new).abs() <= 1.01 * steps_O1).all())
+    assert torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)  # type: ignore[operator]
+
+
 def test_bytes_of_weights_count_each_tensor_once(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source = Checkpoint.open(pair[0])
     assert weight_bytes(hf.load(pair[0]), 2) == 2 * source.shape.parameters

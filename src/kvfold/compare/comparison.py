@@ -25,7 +25,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import check_apart
 from kvfold.disk.record import Record
-from kvfold.errors import SettingError
+from kvfold.errors import CheckpointError, SettingError, TrainingError
 from kvfold.evaluate import loss, recall
 from kvfold.evaluate.bench import COPIES, distinct_names
 from kvfold.evaluate.checks import find_tasks, for_models
@@ -38,7 +38,7 @@ from kvfold.machine import best_device, device_memory
 from kvfold.progress import SILENT, Progress, task
 from kvfold.report.comparison import ROW, TIMES
 from kvfold.report.folder import Run
-from kvfold.report.page import write_page
+from kvfold.report.page import check_page, write_page
 from kvfold.settings import differing
 from kvfold.text.pairs import check_text
 from kvfold.text.tokens import token_file
@@ -75,6 +75,7 @@ def compare(
     reads |= {f"student {label}": student.path for label, student in named.items()}
     for folder in MADE:
         check_apart(out / folder, reads)
+    check_page(out / PAGE)
     records = Path(records or out / "records")
     record.check_folder(records)
     for text in (settings.data, settings.train_data):
@@ -84,7 +85,7 @@ def compare(
     for model in (teacher, *opened):
         evaluation = for_models(evaluation, model, teacher)
         model.require_finite(progress)
-    rows = asked(settings, variants(teacher, named, settings, out, progress))
+    rows = asked(settings, variants(teacher, named, settings, out, overwrite, progress))
     tests = Tests.of(evaluation, teacher, progress)
     work = _Work(teacher, settings, tests, records, name, overwrite, progress)
     made = [work.row(each) for each in rows]
@@ -175,7 +176,7 @@ class _Work:
         identity = record.identity(ROW, name, {**differing(self.tests.settings), **own})
         path = record.path_of(self.records, ROW, name, identity)
         record.check_replaceable(path)
-        hashes, metrics, error = dict(self.tests.hashes), dict[str, Any](), None
+        hashes, metrics, error = dict[str, str | None](self.tests.hashes), dict[str, Any](), None
         try:
             hashes |= {"student": row.checkpoint.hash(), "teacher": self.teacher.hash()}
             kept = None if self.overwrite else record.existing(path, hashes, where)
@@ -186,7 +187,7 @@ class _Work:
             metrics["training_tokens"] = row.training_tokens
             if not row.timed:
                 del self.models[row.name]
-        except SettingError as problem:
+        except (SettingError, CheckpointError, TrainingError) as problem:
             error = problem
             self.progress.say(f"{row.name}: {problem}")
         status: Any = "done" if error is None else "failed"
