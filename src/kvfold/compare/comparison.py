@@ -6,6 +6,7 @@ rows are in memory together and take turns, each with its cache and its fastest 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -183,8 +184,10 @@ class _Work:
             if kept is not None:
                 return kept
             teacher = None if row.name == TEACHER else self._loaded(self.teacher)
-            metrics = self.tests.measure(self.model(row), teacher, row.name, self.progress) | self._bytes(row)
-            metrics["training_tokens"] = row.training_tokens
+            found = self.tests.measure(self.model(row), teacher, row.name, self.progress)
+            if not math.isfinite(found["loss"] + found["kl"]):
+                raise SettingError(f"the loss is {found['loss']}, the KL {found['kl']}")
+            metrics = {**found, **self._bytes(row), "training_tokens": row.training_tokens}
             if not row.timed:
                 del self.models[row.name]
         except (SettingError, CheckpointError, TrainingError) as problem:
