@@ -92,7 +92,7 @@ def test_a_row_without_its_library_says_how_to_install_it(
     (each,) = comparisons(made)
     columns, lines = each.table()
     assert {len(line) for line in lines} == {len(columns)}
-    assert "hqq" in next(line[-1] for line in lines if line[0] == "int2 cache")
+    assert "hqq" in next(line[1] for line in lines if line[0] == "int2 cache")
     assert each.places == (Place(64, 1),)
     assert "int4 cache" in (tmp_path / "out" / PAGE).read_text()
 
