@@ -19,13 +19,15 @@ from kvfold.compare.comparison import PAGE, compare
 from kvfold.compare.settings import CompareSettings
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.record import Record
+from kvfold.disk.record import Record, read_all
 from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.evaluate.bench import bench
 from kvfold.evaluate.evaluation import evaluate
 from kvfold.evaluate.memory import peak_bytes, weight_bytes
 from kvfold.report.comparison import Place, comparisons
 from kvfold.report.reading import record_fault
+from kvfold.run.recipe import Recipe
+from kvfold.run.runner import run
 
 Make = Callable[..., Path]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -159,6 +161,24 @@ def test_the_command_prints_a_table_and_json(
     assert run_command([*words, "--json"]) == 0
     kinds = [each["kind"] for each in json.loads(capsys.readouterr().out)]
     assert kinds == ["compare", "compare-row", "compare-row"]
+
+
+@pytest.mark.slow
+def test_a_recipe_compares_its_students(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
+    compared = {**SMALL, "rows": ["window", "stack"]}
+    measured = {"tokens": 96, "sequence_length": 32, "copy_distances": (), "last_words": 0, "samples": 0}
+    teacher = str(tiny_checkpoint("llama", **HEADS))
+    recipe = Recipe("tiny", teacher, str(text), str(text), evaluate=measured, compare=compared)
+    recipe = replace(recipe, matrix=({"convert.kv_heads": [2, 1]},))
+    page = run(recipe, out=tmp_path / "run")
+    (found,) = comparisons(read_all(tmp_path / "run" / "records"))
+    students = [line.name for line in found.lines if line.record.settings["row"]["group"] == "student"]
+    assert [name.split("kv_heads-")[1] for name in students] == ["2", "1"]
+    assert len(found.lines) == 2 + 2 + 4  # teacher and window, students, stacks
+    assert "What else would do" in page.read_text()
+    with pytest.raises(SettingError, match="no row is named"):
+        run(replace(recipe, compare={"rows": ["x"]}), out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 # --- alternatives against references ---------------------------------------------------------------------------------
