@@ -14,7 +14,7 @@ def compared_tables(records: Sequence[Record]) -> Iterator[str]:
     """Every row of each comparison, and how it is read."""
     for each in comparisons(records):
         columns, rows = each.table()
-        yield markdown((columns, rows))
+        yield markdown((columns, rows), words=2)
         settings = each.times.settings
         yield f"{ABOUT} In {settings['dtype']}, on {plain(each.times.device)}."
 

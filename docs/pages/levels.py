@@ -14,7 +14,9 @@ def levels_tables(records: Sequence[Record]) -> Iterator[str]:
     for study in studies(records):
         lines = []
         for row in study.everyone:
-            flops = [step["flops"] for each in row.records for step in each.metrics["made_by"] if "flops" in step]
+            flops = [
+                step["flops"] for each in row.records for step in each.metrics.get("made_by", ()) if "flops" in step
+            ]
             spent = NONE if not flops else f"{sum(flops) / len(flops):.4g}"
             own = [row.schooling, spent, cell(row.metric("loss")), cell(row.metric("kl"))]
             lines.append([row.name, *own])

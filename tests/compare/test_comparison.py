@@ -19,13 +19,15 @@ from kvfold.compare.comparison import PAGE, compare
 from kvfold.compare.settings import CompareSettings
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.record import Record
+from kvfold.disk.record import Record, read_all
 from kvfold.errors import CheckpointError, OutputError, SettingError
 from kvfold.evaluate.bench import bench
 from kvfold.evaluate.evaluation import evaluate
 from kvfold.evaluate.memory import peak_bytes, weight_bytes
 from kvfold.report.comparison import Place, comparisons
 from kvfold.report.reading import record_fault
+from kvfold.run.recipe import Recipe
+from kvfold.run.runner import run
 
 Make = Callable[..., Path]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -92,7 +94,7 @@ def test_a_row_without_its_library_says_how_to_install_it(
     (each,) = comparisons(made)
     columns, lines = each.table()
     assert {len(line) for line in lines} == {len(columns)}
-    assert "hqq" in next(line[-1] for line in lines if line[0] == "int2 cache")
+    assert "hqq" in next(line[1] for line in lines if line[0] == "int2 cache")
     assert each.places == (Place(64, 1),)
     assert "int4 cache" in (tmp_path / "out" / PAGE).read_text()
 
@@ -161,6 +163,24 @@ def test_the_command_prints_a_table_and_json(
     assert kinds == ["compare", "compare-row", "compare-row"]
 
 
+@pytest.mark.slow
+def test_a_recipe_compares_its_students(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
+    compared = {**SMALL, "rows": ["window", "stack"]}
+    measured = {"tokens": 96, "sequence_length": 32, "copy_distances": (), "last_words": 0, "samples": 0}
+    teacher = str(tiny_checkpoint("llama", **HEADS))
+    recipe = Recipe("tiny", teacher, str(text), str(text), evaluate=measured, compare=compared)
+    recipe = replace(recipe, matrix=({"convert.kv_heads": [2, 1]},))
+    page = run(recipe, out=tmp_path / "run")
+    (found,) = comparisons(read_all(tmp_path / "run" / "records"))
+    students = [line.name for line in found.lines if line.record.settings["row"]["group"] == "student"]
+    assert [name.split("kv_heads-")[1] for name in students] == ["2", "1"]
+    assert len(found.lines) == 2 + 2 + 4  # teacher and window, students, stacks
+    assert "What else would do" in page.read_text()
+    with pytest.raises(SettingError, match="no row is named"):
+        run(replace(recipe, compare={"rows": ["x"]}), out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 # --- alternatives against references ---------------------------------------------------------------------------------
 
 
@@ -176,6 +196,20 @@ def test_pruning_makes_the_smaller_half_zero(pair: tuple[Path, Path]) -> None:
     assert int((~kept).sum()) == len(old) // 2
     assert torch.equal(old[kept], new[kept])
     assert float(old[~kept].abs().max()) <= float(old[kept].abs().min())
+    assert torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("change", "bits"), [(weights.int8, 8), (weights.int4, 4)])
+def test_torchao_rounds_each_weight_by_less_than_a_step(
+    change: Callable[[Any], Any], bits: int, tiny_checkpoint: Make
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is the extra kvfold[compare]")
+    path = tiny_checkpoint("llama", intermediate_size=64)
+    before, after = hf.load(path), change(hf.load(path))
+    for name in weights._maps(before):
+        old, new = before.get_submodule(name).weight, after.get_submodule(name).weight.dequantize()  # type: ignore[operator]
+        steps_O1 = 2 * old.abs().amax(1, keepdim=True) / (2**bits - 2)
+        assert bool(((old - new).abs() <= 1.01 * steps_O1).all())
     assert torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)  # type: ignore[operator]
 
 

@@ -61,7 +61,7 @@ def test_the_table_has_ratios_to_the_teacher_and_says_why_a_row_is_missing() -> 
     assert cells["int8 weights"]["front"] == "speed"
     assert cells["teacher"]["front"] == "bytes, speed"
     assert cells["teacher"]["lambada"] == "50.0%"
-    assert "pip install" in cells["int4 cache"]["note"]
+    assert "pip install" in cells["int4 cache"]["how"]
     assert cells["int4 cache"]["loss"] == NONE
 
 

@@ -11,6 +11,8 @@ from kvfold.cli.commands import AS_JSON, OVERWRITE, SOURCE, _print_json, _progre
 from kvfold.cli.console import OUT, table
 from kvfold.cli.flags import Flag
 
+WIDE = ("peak memory", "training tokens", "how")  # columns that a terminal has no room for
+
 
 @command(
     SOURCE,
@@ -33,8 +35,9 @@ def compare(src: str, students: Sequence[str], options: Any, as_json: bool, **gi
 
     for each in comparisons(made):
         columns, rows = each.table()
-        table(each.times.name, columns[:-1], [row[:-1] for row in rows])
+        kept = [at for at, column in enumerate(columns) if column not in WIDE]
+        table(each.times.name, [columns[at] for at in kept], [[row[at] for at in kept] for row in rows])
         for row in rows:
-            if row[-1] != NONE:
-                OUT.show(f"{row[0]}: {row[-1]}")
+            if row[1] != NONE:
+                OUT.show(f"{row[0]}: {row[1]}")
     OUT.show(f"report: {Path(given['out'] or Path('runs') / made[0].name) / PAGE}")

@@ -6,6 +6,7 @@ rows are in memory together and take turns, each with its cache and its fastest 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.output import check_apart
 from kvfold.disk.record import Record
-from kvfold.errors import SettingError
+from kvfold.errors import CheckpointError, SettingError, TrainingError
 from kvfold.evaluate import loss, recall
 from kvfold.evaluate.bench import COPIES, distinct_names
 from kvfold.evaluate.checks import find_tasks, for_models
@@ -38,7 +39,7 @@ from kvfold.machine import best_device, device_memory
 from kvfold.progress import SILENT, Progress, task
 from kvfold.report.comparison import ROW, TIMES
 from kvfold.report.folder import Run
-from kvfold.report.page import write_page
+from kvfold.report.page import check_page, write_page
 from kvfold.settings import differing
 from kvfold.text.pairs import check_text
 from kvfold.text.tokens import token_file
@@ -75,6 +76,7 @@ def compare(
     reads |= {f"student {label}": student.path for label, student in named.items()}
     for folder in MADE:
         check_apart(out / folder, reads)
+    check_page(out / PAGE)
     records = Path(records or out / "records")
     record.check_folder(records)
     for text in (settings.data, settings.train_data):
@@ -84,7 +86,7 @@ def compare(
     for model in (teacher, *opened):
         evaluation = for_models(evaluation, model, teacher)
         model.require_finite(progress)
-    rows = asked(settings, variants(teacher, named, settings, out, progress))
+    rows = asked(settings, variants(teacher, named, settings, out, overwrite, progress))
     tests = Tests.of(evaluation, teacher, progress)
     work = _Work(teacher, settings, tests, records, name, overwrite, progress)
     made = [work.row(each) for each in rows]
@@ -175,18 +177,20 @@ class _Work:
         identity = record.identity(ROW, name, {**differing(self.tests.settings), **own})
         path = record.path_of(self.records, ROW, name, identity)
         record.check_replaceable(path)
-        hashes, metrics, error = dict(self.tests.hashes), dict[str, Any](), None
+        hashes, metrics, error = dict[str, str | None](self.tests.hashes), dict[str, Any](), None
         try:
             hashes |= {"student": row.checkpoint.hash(), "teacher": self.teacher.hash()}
             kept = None if self.overwrite else record.existing(path, hashes, where)
             if kept is not None:
                 return kept
             teacher = None if row.name == TEACHER else self._loaded(self.teacher)
-            metrics = self.tests.measure(self.model(row), teacher, row.name, self.progress) | self._bytes(row)
-            metrics["training_tokens"] = row.training_tokens
+            found = self.tests.measure(self.model(row), teacher, row.name, self.progress)
+            if not math.isfinite(found["loss"] + found["kl"]):
+                raise SettingError(f"the loss is {found['loss']}, the KL {found['kl']}")
+            metrics = {**found, **self._bytes(row), "training_tokens": row.training_tokens}
             if not row.timed:
                 del self.models[row.name]
-        except SettingError as problem:
+        except (SettingError, CheckpointError, TrainingError) as problem:
             error = problem
             self.progress.say(f"{row.name}: {problem}")
         status: Any = "done" if error is None else "failed"

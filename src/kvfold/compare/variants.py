@@ -77,22 +77,29 @@ class Variant:
 
 
 def variants(
-    teacher: Checkpoint, students: Mapping[str, Checkpoint], settings: CompareSettings, folder: Path, progress: Progress
+    teacher: Checkpoint,
+    students: Mapping[str, Checkpoint],
+    settings: CompareSettings,
+    folder: Path,
+    overwrite: bool,
+    progress: Progress,
 ) -> Iterator[Variant]:
     """The rows that the settings ask for; checkpoints that they need are made in `folder`."""
 
+    how: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
+
     def depth() -> Checkpoint:
-        made = half_depth(teacher, folder / "depth", progress=progress)
+        made = half_depth(teacher, folder / "depth", **how)
         if settings.tokens is not None:
             length = min(LENGTH, teacher.shape.max_positions)
             own = {"data": settings.train_data, "tokens": settings.tokens, "seed": settings.seed}
             asked = UptrainSettings(**{**TRAINING, **own, "sequence_length": length})
-            made = uptrain(made, folder / "depth-distilled", asked, teacher=teacher.path, progress=progress)
+            made = uptrain(made, folder / "depth-distilled", asked, teacher=teacher.path, **how)
         return Checkpoint.open(made)
 
     def window() -> Checkpoint:
         asked = {"preset": "hybrid", "features": "none", "window": settings.kept, "sinks": SINKS}
-        return Checkpoint.open(convert(teacher.path, folder / "window", "supra", asked, progress=progress))
+        return Checkpoint.open(convert(teacher.path, folder / "window", "supra", asked, **how))
 
     itself = partial(_same, teacher)
     trained = "not trained" if settings.tokens is None else f"distilled on {count(settings.tokens)} tokens"

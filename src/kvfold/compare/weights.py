@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 
 from kvfold.errors import SettingError
 from kvfold.hf.quantised import INSTALL
+from kvfold.machine import best_device
 
 PRUNED = 0.5  # share of the weights that become zero
 
@@ -28,8 +29,11 @@ def about_int8() -> str:
 
 
 def int8(model: Any) -> nn.Module:
-    """Weights in int8 with a scale for each row, by torchao; without torchao, activations are rounded too, by torch."""
-    if find_spec("torchao") is None:
+    """Weights in int8 with a scale for each row, by torchao.
+
+    Without torchao, on a processor, torch's dynamic quantisation, which rounds activations too.
+    """
+    if find_spec("torchao") is None and best_device() == "cpu":
         return _dynamic(model)
     with _torchao() as torchao:
         torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=_inner(model))

@@ -20,6 +20,7 @@ from kvfold.predict.roofline import decode_step, hardware
 
 KERNELS = (hf.ATTENTION, "sdpa", "eager")
 TRIALS = 3  # steps of each kernel before one is chosen
+FIRST = 64  # tokens of the first prompt: hqq packs numbers in groups of as many
 QUICK = 0.25  # seconds; prompts that take longer are read once
 
 K = TypeVar("K")
@@ -133,7 +134,7 @@ class Contender:
 def time_prefill(contenders: Sequence[Contender], prompts_BS: Tensor, repeats: int) -> dict[Contender, list[float]]:
     """Seconds of reading the prompts, in turns: in every round, or once where it takes longer than `QUICK`."""
     for each in contenders:
-        each.prefill(prompts_BS[:, :8])()  # the first call loads and allocates
+        each.prefill(prompts_BS[:, :FIRST])()  # the first call loads and allocates
     works = {each: partial(each.prefill, prompts_BS) for each in contenders}
     seconds = interleave(works, 1)
     return interleave(works, repeats) if max(times[0] for times in seconds.values()) < QUICK else seconds

@@ -104,10 +104,10 @@ class Comparison:
         """One line for each row, with its quality, bytes and speed, and why it could not run."""
         teacher = self.lines[0].record.metrics
         distances, tasks = list(teacher.get("copy_gain") or {}), list(teacher.get("lm_eval") or {})
-        columns = ["model", "loss", "KL", *(f"copy gain over {each}" for each in distances)]
+        columns = ["model", "how", "loss", "KL", *(f"copy gain over {each}" for each in distances)]
         columns += [*tasks, "weights", "cache bytes/token", "peak memory"]
         columns += [f"{what} at {place}" for place in self.places for what in ("prefill", "decode")]
-        columns += ["training tokens", "front", "note"]
+        columns += ["training tokens", "front"]
         fronts = {by: self.front(by) for by in ("bytes", "speed")}
         return columns, [self._cells(line, columns, distances, tasks, fronts) for line in self.lines]
 
@@ -121,8 +121,8 @@ class Comparison:
     ) -> list[str]:
         metrics = line.record.metrics
         if line.record.status != "done":
-            return [line.name, *[NONE] * (len(columns) - 2), line.about]
-        cells = [line.name, f"{metrics['loss']:.4f}", f"{metrics['kl']:.4f}"]
+            return [line.name, line.about, *[NONE] * (len(columns) - 2)]
+        cells = [line.name, line.about or NONE, f"{metrics['loss']:.4f}", f"{metrics['kl']:.4f}"]
         gains, scores = metrics.get("copy_gain") or {}, metrics.get("lm_eval") or {}
         cells += [NONE if gains.get(each) is None else f"{gains[each]:.2f}" for each in distances]
         cells += [_score(scores.get(each) or {}) for each in tasks]
@@ -134,7 +134,7 @@ class Comparison:
         trained = metrics["training_tokens"]
         cells.append(count(trained) if trained else NONE)
         cells.append(", ".join(by for by, names in fronts.items() if line.name in names) or NONE)
-        return [*cells, line.about or NONE]
+        return cells
 
 
 def _speed(line: Line, teacher: Line, place: Place, key: str) -> str:
@@ -181,5 +181,5 @@ def comparison_section(records: Sequence[Record]) -> Section:
         about = f"Rows on a line: no other is better in both. {each.times.name}."
         drawn = each.figure(f"comparison-{number}")
         blocks.append(Block("figure", "Quality against bytes and speed", about, (columns, rows), drawn, wide=True))
-        blocks.append(Block("table", f"Every row of {each.times.name}", "", (columns, rows), words=1))
+        blocks.append(Block("table", f"Every row of {each.times.name}", "", (columns, rows), words=2))
     return Section("comparison", "What else would do", ABOUT, tuple(blocks))

@@ -124,7 +124,7 @@ def scatter(
     front = "Front: no student with an unquantised cache beats one on this line in both bytes and loss"
     with _figure(0) as (figure, axes):
         figure.set_size_inches(width, _HEIGHT + min(3.0, 0.14 * sum(point.labelled for point in points)))
-        hovers = _points(axes, Panel(points, x_label, ""), y_label, "", front)
+        hovers = _points(axes, Panel(points, x_label, ""), y_label, "", front, _groups(points))
         _labels(figure, [axes], [points], [""])
         return _svg(figure, name, title, hovers)
 
@@ -140,19 +140,25 @@ def panels(name: str, title: str, drawn: Sequence[Panel], *, y_label: str, width
         first.remove()
         axes = list(figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0])
         prefixes = [f"{number}-" for number in range(len(drawn))]
+        groups = _groups([point for panel in drawn for point in panel.points])
         for each, panel, prefix in zip(axes, drawn, prefixes, strict=True):
             each.set_yscale("symlog", linthresh=LINEAR)
             each.yaxis.set_major_formatter("{x:g}")
             front = f"Front: no other row beats one on this line in both {panel.x_word} and {y_label}"
-            hovers |= _points(each, panel, y_label if each is axes[0] else "", prefix, front)
+            hovers |= _points(each, panel, y_label if each is axes[0] else "", prefix, front, groups)
         _labels(figure, axes, [panel.points for panel in drawn], prefixes)
         return _svg(figure, name, title, hovers)
 
 
-def _points(axes: Any, panel: Panel, y_label: str, prefix: str, about_front: str) -> dict[str, str]:
+def _groups(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.group for point in points))
+
+
+def _points(
+    axes: Any, panel: Panel, y_label: str, prefix: str, about_front: str, groups: Sequence[str]
+) -> dict[str, str]:
     """Draw the points of a panel with their front, and return the hover texts by id."""
     points, hovers = panel.points, {}
-    groups = list(dict.fromkeys(point.group for point in points))
     for number, point in enumerate(points):
         colour, marker = _STAND_INS[groups.index(point.group) % 8], _MARKERS[groups.index(point.group) % 8]
         if point.low is not None and point.high is not None and point.high > point.low:

@@ -41,7 +41,7 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Prog
 
 def write_page(run: Run, page: Path) -> Path:
     """Write the page of a run and return its path. Raises OutputError if it cannot be written."""
-    _check(page)
+    check_page(page)
     text = render(run)
     with disk_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write_page(run: Run, page: Path) -> Path:
     return page
 
 
-def _check(page: Path) -> None:
+def check_page(page: Path) -> None:
     """Refuse to replace anything but a page that kvfold wrote. Raises OutputError."""
     if page.is_dir():
         raise OutputError("is a directory", where=page, next="name a file, such as report.html")
