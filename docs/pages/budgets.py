@@ -69,6 +69,22 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
         yield say("heads of each layer's own are better than the same bytes spent evenly", _answers(found))
 
 
+def heads_by_layer(records: Sequence[Record]) -> Iterator[str]:
+    """The key/value heads of each layer that training chose, drawn: students with a budget, fewest bytes first."""
+    found: list[tuple[float, list[list[list[int]]]]] = []
+    for record in (each for each in records if each.kind == "evaluate" and "budget" in row_of(each, {})):
+        step = (record.metrics.get("made_by") or [{}])[-1]
+        if groups := step.get("found", {}).get("groups"):
+            found.append((float(row_of(record, {})["budget"]), list(groups.values())))
+    if found:
+        found.sort(key=lambda each: each[0])
+        lines = [
+            [str(layer), *(f"`{'█' * len(groups[layer]):░<{sum(map(len, groups[layer]))}}`" for _, groups in found)]
+            for layer in range(len(found[0][1]))
+        ]
+        yield markdown((["layer", *(f"{budget:.0%} of the bytes" for budget, _ in found)], lines))
+
+
 def _folded(record: Record) -> Iterator[_Folded]:
     row = row_of(record, {}) if record.kind == "evaluate" and record.status != "failed" else {}
     steps = record.metrics.get("made_by", ())

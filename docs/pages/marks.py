@@ -13,6 +13,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     ratios         a benchmark's variants as parts of what it holds them against
     kept           loss, recall and tasks of each student beside its teacher with quantised caches; `kept-short` in
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
+    heads          the heads of each layer that training chose within a budget
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
@@ -36,6 +37,7 @@ from kvfold.report.rows import Row, Study
 from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
+from pages.budgets import heads_by_layer
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.miniature import compare, front, of_runs
 from pages.serving import serving_tables
@@ -251,6 +253,7 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "recall": _recall,
     "kept": kept_tables,
     "kept-short": _kept_short,
+    "heads": heads_by_layer,
     "goals": goal_tables,
     "ratios": _ratios,
     "pivot": _pivot,

@@ -148,7 +148,7 @@ def test_fused_heads_draw_together(
 def test_a_run_that_stops_in_any_stage_ends_as_if_it_had_not(
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    teacher = tiny_checkpoint("llama")
+    teacher = tiny_checkpoint("llama", tie_word_embeddings=True)
     student = convert(teacher, tmp_path / "student", "dha", {"kv_heads": "auto", "budget": 0.5, **SHARES})
     settings = settings_of(text, learning_rate=3e-3)
     whole = uptrain(student, tmp_path / "whole", settings)

@@ -371,6 +371,7 @@ def _works(
                     _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, model, stage)
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
+                rises=stage.scheduled,
             )
         )
         done = end
