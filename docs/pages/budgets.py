@@ -70,19 +70,23 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
 
 
 def heads_by_layer(records: Sequence[Record]) -> Iterator[str]:
-    """The key/value heads of each layer that training chose, drawn: students with a budget, fewest bytes first."""
-    found: list[tuple[float, list[list[list[int]]]]] = []
+    """The key/value heads of each layer that training chose within each budget, drawn, of the first seed."""
+    found: dict[float, list[list[list[int]]]] = {}
     for record in (each for each in records if each.kind == "evaluate" and "budget" in row_of(each, {})):
         step = (record.metrics.get("made_by") or [{}])[-1]
         if groups := step.get("found", {}).get("groups"):
-            found.append((float(row_of(record, {})["budget"]), list(groups.values())))
+            found.setdefault(float(row_of(record, {})["budget"]), list(groups.values()))
     if found:
-        found.sort(key=lambda each: each[0])
+        columns = sorted(found.items())
         lines = [
-            [str(layer), *(f"`{'█' * len(groups[layer]):░<{sum(map(len, groups[layer]))}}`" for _, groups in found)]
-            for layer in range(len(found[0][1]))
+            [str(layer), *(_drawn(len(groups[layer]), sum(map(len, groups[layer]))) for _, groups in columns)]
+            for layer in range(len(columns[0][1]))
         ]
-        yield markdown((["layer", *(f"{budget:.0%} of the bytes" for budget, _ in found)], lines))
+        yield markdown((["layer", *(f"{budget:.0%} of the bytes" for budget, _ in columns)], lines))
+
+
+def _drawn(heads: int, whole: int) -> str:
+    return "█" * heads + "░" * (whole - heads)
 
 
 def _folded(record: Record) -> Iterator[_Folded]:

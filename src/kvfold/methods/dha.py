@@ -119,6 +119,7 @@ class DHA(Method[Config]):
     """Decoupled-head attention: heads that learn to become one."""
 
     without_text: ClassVar = {"init": "plain"}
+    published: ClassVar = ({"init": "plain", "constraint": "lagrangian"},)
 
     def student(self, config: Config, shape: Shape) -> Student:
         """The source's own shape: the stages of uptraining change it."""
