@@ -16,6 +16,9 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     heads          the heads of each layer that training chose within a budget
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
+    bench          a benchmark's models: bytes predicted and allocated, and speed beside the first one
+    compared       a teacher and its students beside quantisation, pruning and others
+    levels         uptraining on two levels of depth beside one of the same FLOPs
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -38,7 +41,9 @@ from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
 from pages.budgets import heads_by_layer
+from pages.compared import compared_tables
 from pages.kept import goal_tables, kept_tables, short_tables
+from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
 from pages.serving import serving_tables
 from pages.students import bare_name
@@ -134,20 +139,25 @@ def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
     """Who is best at the same bytes and tokens, and whether the seeds can tell."""
     for study in studies(records):
         lines: list[list[str]] = []
-        bold = set()
-        for alike in _alike(study):
+        bold, lots = set(), _alike(study)
+        distances = sorted({int(key) for lot in lots for row in lot for key in row.keyed("copy_gain")})
+        for alike in lots:
             best = alike[0]
             bold.add((len(lines), 1))
             for row in alike:
                 part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
                 lines.append([f"{part:.3g}", row.name, row.schooling, tables.cell(row.metric("loss")), _kl(row)])
+                lines[-1] += _copied(row, distances)
                 lines[-1].append(tables.NONE if row.gap_closed is None else f"{row.gap_closed:.0%}")
                 lines[-1].append(tables.NONE if row is best else _behind(best, row))
         if lines:
-            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "gap closed", "behind the best"]
+            columns = ["of the teacher's cache", "student", "training", "loss", "KL"]
+            columns += [*(f"copy gain over {key:,}" for key in distances), "gap closed", "behind the best"]
             yield markdown((columns, lines), words=3, bold=bold)
             loss = study.teacher.metric("loss") if study.teacher else None
             teacher = f", the teacher's {loss.mean:.4f}" if loss else ""
+            if study.teacher and distances:
+                teacher += f" (copy gain {', '.join(_copied(study.teacher, distances))})"
             yield f"{_about(study)}{teacher}{_gap(study)}. {_device(study)}"
 
 
@@ -165,6 +175,11 @@ def _alike(study: Study) -> list[list[Row]]:
 def _loss(row: Row) -> float:
     loss = row.metric("loss")
     return float("inf") if loss is None else loss.mean
+
+
+def _copied(row: Row, distances: Sequence[int]) -> list[str]:
+    """By how many nats a span is easier the second time, at each distance."""
+    return [tables.cell(row.keyed("copy_gain").get(str(key)), 2) for key in distances]
 
 
 def _kl(row: Row) -> str:
@@ -228,6 +243,31 @@ def _pivot(records: Sequence[Record], part: str, line: str, column: str, cell: s
         yield _where(record)
 
 
+def _bench(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each model and place of a benchmark of whole models."""
+    for record in (each for each in records if each.kind == "benchmark"):
+        first: dict[tuple[int, int], Mapping[str, Any]] = {}
+        lines = []
+        for row in record.metrics["rows"]:
+            place = row["context"], row["batch"]
+            teacher = first.setdefault(place, row)
+            part = tables.part_of(row["cache_bytes"] / teacher["cache_bytes"])
+            size = [f"{row[name]:,}" for name in ("predicted_cache_bytes", "cache_bytes")]
+            speed = [f"{teacher[name] / row[name]:.2f}×" for name in ("decode_s_per_token", "prefill_s")]
+            lines.append([row["model"], f"{place[0]:,} × {place[1]}", *size, part, *speed])
+        columns = [
+            "model",
+            "tokens × batch",
+            "predicted bytes",
+            "allocated bytes",
+            "of multi-head",
+            "decode",
+            "prefill",
+        ]
+        yield markdown((columns, lines))
+        yield _where(record)
+
+
 def _words(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -256,6 +296,9 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "heads": heads_by_layer,
     "goals": goal_tables,
     "ratios": _ratios,
+    "bench": _bench,
     "pivot": _pivot,
     "serving": serving_tables,
+    "compared": compared_tables,
+    "levels": levels_tables,
 }

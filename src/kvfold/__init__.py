@@ -19,6 +19,7 @@ _WHERE = {
     "pretrain": "kvfold.train.pretrain",
     "evaluate": "kvfold.evaluate.evaluation",
     "bench": "kvfold.evaluate.bench",
+    "compare": "kvfold.compare.comparison",
     "report": "kvfold.report",
     "export": "kvfold.export.exporting",
     "serve_check": "kvfold.export.serve_check",
@@ -30,6 +31,7 @@ _WHERE = {
     "PretrainSettings": "kvfold.train.settings",
     "EvaluateSettings": "kvfold.evaluate.settings",
     "BenchSettings": "kvfold.evaluate.settings",
+    "CompareSettings": "kvfold.compare.settings",
     "ServeSettings": "kvfold.export.settings",
     "KvfoldError": "kvfold.errors",
 }

@@ -31,6 +31,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "attention apart": ("llama", {}, "gqa", {"kv_heads": 1}, APART),
     "tied and frozen": ("qwen2", TIED, "gqa", {"kv_heads": 1}, {"converted_only": True, "micro_batch": 1}),
     "checkpointed": ("llama", {}, "gqa", {"kv_heads": 1}, {"checkpointing": "block", "loss": "kl"}),
+    "two levels": ("llama", {}, "gqa", {"kv_heads": 1}, {"levels": 2, "tokens": 2 * STEPS * 64}),
     "lora": ("gpt_neox", {}, "gqa", {"kv_heads": 1}, {"lora": 2}),
     "shared layers": ("qwen2", {}, "cla", {"layout": "0,0,2,3"}, {"checkpointing": "selective"}),
     "latent": ("llama", {}, "elitekv", ELITE, {}),

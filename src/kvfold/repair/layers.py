@@ -184,7 +184,7 @@ class _Pass:
             student.layer.write(name, tensor)
         wanted = [role for role in REPAIRABLE if role in self.roles] if done is None else []
         for own, part, middle in zip(teacher.attentions, student.attentions, self.middles, strict=True):
-            if "q" in wanted:
+            if "q" in wanted and part.q is not None:
                 self._repair_q((teacher, own), (student, part))
                 found |= self._saved("q", student, part.site)
             if "o" in wanted:

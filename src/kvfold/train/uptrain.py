@@ -27,11 +27,13 @@ from kvfold.disk.output import Output, check_apart
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.predict.student_config import student_config
+from kvfold.predict.training_memory import training_flops
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
+from kvfold.train.levels import Start, check_levels, lower_level
 from kvfold.train.loop import Objective, Work, parameter_groups, train, train_into
 from kvfold.train.placing import place, whole
 from kvfold.train.settings import UptrainSettings
@@ -99,10 +101,13 @@ def uptrain(
     for each in (source, guide):
         if each is not None:
             each.require_finite(progress)
-    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens)
+    check_levels(source, stages, settings)
+    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens, Start(source))
 
     def make(settings: UptrainSettings, output: Output) -> None:
-        ranks.everywhere(_train, run, settings, output.work, output.inputs, run.equal(), progress=progress)
+        start = lower_level(source, run.teacher, stages, amount, settings, output.work, uptrain, progress)
+        chosen = dataclasses.replace(run, start=start, amount=max(1, amount - start.tokens))
+        ranks.everywhere(_train, chosen, settings, output.work, output.inputs, chosen.equal(), progress=progress)
 
     return train_into(out, settings, run.identity, make, source="student", overwrite=overwrite, progress=progress)
 
@@ -116,6 +121,7 @@ class _Run:
     stages: Sequence[Stage]
     amount: int  # tokens
     tokens: TokenFile | Corpus
+    start: Start  # the source, or on two levels what the lower one makes of it
 
     def identity(self, settings: UptrainSettings) -> dict[str, Any]:
         """The settings and inputs that decide the weights."""
@@ -135,15 +141,17 @@ class _Run:
         if self.teacher is None:
             return set()
         theirs = self.teacher.digests
-        same = {name for name, found in self.source.digests.items() if theirs.get(name) == found}
-        return {name for name in same if self.source.spec(name) == self.teacher.spec(name)}
+        ours = self.start.checkpoint
+        ours.hash()
+        same = {name for name, found in ours.digests.items() if theirs.get(name) == found}
+        return {name for name in same if ours.spec(name) == self.teacher.spec(name)}
 
 
 def _train(
     run: _Run, settings: UptrainSettings, work: Path, inputs: str, equal: Collection[str], *, progress: Progress
 ) -> None:
     """Train on every rank, and save the student."""
-    source, made = run.source, method_of(run.source)
+    source, made = run.start.checkpoint, method_of(run.source)
     fixed = not any(stage.finish for stage in run.stages)
 
     def adapt(model: nn.Module) -> None:
@@ -177,8 +185,9 @@ def _train(
         for _ in tensors:  # every rank takes part in making them whole
             pass
         return
+    flops = training_flops(position.tokens, source.shape, None if run.teacher is None else run.teacher.shape)
     lineage = descend(
-        source,
+        run.source,
         inputs=inputs,
         stage="uptrain",
         settings={
@@ -187,9 +196,10 @@ def _train(
             "text": run.tokens.hash,
             "teacher": run.teacher.hash() if run.teacher else None,
         },
-        tokens=position.tokens,
+        tokens=position.tokens + run.start.tokens,
         seed=settings.seed,
-        wall_seconds=position.seconds,
+        wall_seconds=position.seconds + run.start.seconds,
+        flops=flops + run.start.flops,
     )
     if result is None or made is None:
         save_tensors(work, source, tensors, lineage)
@@ -272,6 +282,7 @@ def _stages(source: Checkpoint, settings: UptrainSettings) -> list[Stage]:
         "lora": settings.lora,
         "trainable": settings.trainable,
         "converted_only": settings.converted_only,
+        "levels": settings.levels if settings.levels > 1 else None,
     }
     for name, value in fixed.items():
         if value:
@@ -295,8 +306,8 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     if asked and not needed and settings.data != "self":
         return None
     found = Checkpoint.open(given) if given is not None else root_teacher(source)
-    if found is None and any(stage.finish for stage in asked):
-        found = source  # a student that the stages change, and that still equals its teacher
+    if found is None and source.root_hash() == source.hash() and any(stage.finish for stage in asked):
+        found = source  # what the stages will change is still the teacher
     if found is None and source.root_hash() != source.hash():
         raise CheckpointError(
             f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
