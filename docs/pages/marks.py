@@ -17,6 +17,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
     bench          a benchmark's models: bytes predicted and allocated, and speed beside the first one
+    inspection     how well inspections predicted: losses of folds, and the heads that copy
     compared       a teacher and its students beside quantisation, pruning and others
     levels         uptraining on two levels of depth beside one of the same FLOPs
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
@@ -42,6 +43,7 @@ from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
 from pages.budgets import heads_by_layer
 from pages.compared import compared_tables
+from pages.inspection import inspection_tables
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
@@ -299,6 +301,7 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "bench": _bench,
     "pivot": _pivot,
     "serving": serving_tables,
+    "inspection": inspection_tables,
     "compared": compared_tables,
     "levels": levels_tables,
 }
