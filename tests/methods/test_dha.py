@@ -218,11 +218,20 @@ def test_aligned_heads_compute_the_same_and_have_the_mean_of_align(
     torch.testing.assert_close(logits(hf.load(out)), logits(hf.load(expected)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_plan_says_what_uptraining_ends_in(tiny_checkpoint: Callable[..., Path]) -> None:
-    made = plan(tiny_checkpoint("llama", tokenizer=False), "dha", {"kv_heads": 1})
-    assert made.cache_ratio == 1
-    (note,) = [each for each in made.warnings if "fuses" in each]
-    assert "caches 64 elements per token in place of 256 (25%)" in note
+@pytest.mark.parametrize(("settings", "part"), [({"kv_heads": 1}, 0.25), ({"kv_heads": "auto", "budget": 0.5}, 0.5)])
+def test_the_plan_says_what_uptraining_ends_in(
+    settings: dict[str, Any], part: float, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    teacher = tiny_checkpoint("llama", tokenizer=False)
+    made = plan(teacher, "dha", settings)
+    assert (made.cache_ratio, made.before) == (1, made.after)
+    assert made.trained is not None
+    assert made.trained.cache_bytes == part * made.before.cache_bytes
+    if part == 0.25:
+        assert made.trained == plan(teacher, "gqa", settings).after
+    (row,) = [row for row in made.rows() if "uptraining" in row[0]]
+    assert row[2].endswith(f"({part:.1%})")
+    assert plan(teacher, "gqa", {"kv_heads": 1}).trained is None
 
 
 @pytest.mark.parametrize(

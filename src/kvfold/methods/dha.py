@@ -144,12 +144,8 @@ class DHA(Method[Config]):
         }
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
-        """The cache after uptraining: until then the student keeps all heads."""
-        before, after = (budgets.elements(shape, heads) for heads in (_all(shape), _heads(config, shape)))
-        return [
-            f"the student keeps all heads until uptraining fuses them: it then caches {after:,} elements per token in "
-            f"place of {before:,} ({after / before:.0%}) and loads as a student of gqa does"
-        ]
+        """When the cache shrinks."""
+        return ["the student keeps all heads until uptraining fuses them, and then loads as a student of gqa does"]
 
     def lossless(self, shape: Shape) -> Config:
         """Keep every head."""
@@ -160,6 +156,10 @@ class DHA(Method[Config]):
         return Config(PerSite.of({site: max(1, heads // 2) for site, heads in _all(shape).items()}))
 
     # --- uptraining
+
+    def final(self, config: Config, shape: Shape) -> Shape:
+        """The model with fewer key/value heads. For `auto`: the budget spread evenly over layers."""
+        return _folded(shape, _heads(config, shape))
 
     def stages(self, config: Config) -> Sequence[Stage]:
         """Search, for plain heads; fusion; and training of plain heads."""
@@ -207,14 +207,12 @@ class DHA(Method[Config]):
     def trained(self, student: Learner, config: Config) -> Trained:
         """The plain heads, one for each group, and the query heads in the order of the groups."""
         groups = {site: student.map(site, "k").groups() for site in student.shape.sites}
-        changed = {
-            site: replace(student.shape.sites[site], num_key_value_heads=len(heads)) for site, heads in groups.items()
-        }
+        counts = {site: len(heads) for site, heads in groups.items()}
         return Trained(
-            student.shape.with_sites(changed),
+            _folded(student.shape, counts),
             {site: _plain(student, site, heads) for site, heads in groups.items()},
             {
-                "kv_heads": PerSite.of({site: len(heads) for site, heads in groups.items()}).spelled(),
+                "kv_heads": PerSite.of(counts).spelled(),
                 "groups": {str(site): heads for site, heads in groups.items()},
             },
         )
@@ -229,6 +227,12 @@ def _heads(config: Config, shape: Shape) -> dict[Site, int]:
     if config.kv_heads == AUTO:
         return budgets.alike(config.budget or 1, shape)
     return config.kv_heads.by_site(shape.cached_sites, "kv_heads", "dha")
+
+
+def _folded(shape: Shape, heads: Mapping[Site, int]) -> Shape:
+    return shape.with_sites(
+        {site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()}
+    )
 
 
 def _chosen(student: Learner, config: Config) -> dict[Site, Groups]:
