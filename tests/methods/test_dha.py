@@ -88,7 +88,7 @@ def test_fusion_starts_at_the_teacher_to_the_last_bit(family: str, tiny_checkpoi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "gpt_oss"])
 def test_plain_heads_compute_what_the_fused_model_does(
     family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +238,7 @@ def test_the_plan_says_what_uptraining_ends_in(
     ("family", "settings", "match"),
     [
         ("llama", {"kv_heads": 3}, "kv_heads 3 does not divide the 4 query heads of layer 0; choose 1, 2 or 4"),
+        ("llama", {"kv_heads": 2, "fusion_rate": 0.0}, "fusion_rate must be at least 1"),
         ("llama", {"kv_heads": "auto"}, "kv_heads auto needs a budget"),
         ("llama", {"kv_heads": 2, "budget": 0.5}, "budget does not apply to kv_heads 2"),
         ("llama", {"kv_heads": 2, "search": 0.7, "fusion": 0.4}, "shares of the tokens.*0.7 and 0.4.*at most 1"),

@@ -1,4 +1,4 @@
-"""Fused heads: each key or value head of a layer as a weighted sum of the heads of its group (arXiv 2406.06567, 3.1).
+"""Fused heads: each key or value head of a layer as a weighted sum of the heads of its group.
 
     W^(h) = sum_{j in group of h} omega_hj * W_j        omega_GGE: one weight for each coordinate of a head
 

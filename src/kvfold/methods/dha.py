@@ -1,7 +1,7 @@
 """dha: decoupled-head attention, which learns how the heads of a layer become few.
 
 A student starts as its teacher, with all heads. In training, each key head (and each value head) of a layer is a
-weighted sum of the heads of its group, one weight for each coordinate (Chen et al. 2024, arXiv 2406.06567, section 3):
+weighted sum of the heads of its group, one weight for each coordinate (Chen et al. 2024, arXiv 2406.06567):
 
     W^(h) = sum_{j in group of h} omega_hj * W_j        omega starts at the identity: to the last bit the teacher
 
@@ -92,6 +92,7 @@ class Config:
             )
         refuse(shape, "dha", LIMITS)
         check_range(self, "dha", 0, 1, "search", "fusion")
+        check_range(self, "dha", 1, 1e6, "fusion_rate")
         if self.search + self.fusion > 1:
             raise SettingError(
                 "search and fusion are shares of the tokens",
@@ -252,20 +253,15 @@ def _chosen(student: Learner, config: Config) -> dict[Site, Groups]:
 def _plain(student: Learner, site: Site, groups: Groups) -> Roles:
     """The roles of a site whose groups are handed over: heads of a group follow one another."""
     attention = student.shape.sites[site]
-    firsts, order = [heads[0] for heads in groups], [head for heads in groups for head in heads]
+    heads = attention.num_key_value_heads
+    firsts, order = [group[0] for group in groups], [head for group in groups for head in group]
     roles = {role: student.whole(site, role) for role in attention.roles()}
-    rows = (attention.num_key_value_heads, -1)
-    for role in ("k", "v", "k_bias", "v_bias"):
-        if role in roles:
-            width = roles[role].shape[1:]
-            roles[role] = (
-                roles[role].view(attention.num_key_value_heads, attention.head_dim, *width)[firsts].flatten(0, 1)
-            )
-    for role in ("q", "q_bias", "sinks"):
-        if role in roles:
-            width = roles[role].shape[1:]
-            roles[role] = roles[role].view(*rows, *width)[order].flatten(0, 1)
-    roles["o"] = roles["o"].view(len(roles["o"]), *rows)[:, order].flatten(1)
+    for role, tensor in roles.items():
+        if role in attention.head_roles:
+            roles[role] = tensor.view(heads, -1, *tensor.shape[1:])[firsts].flatten(0, 1)
+        elif role in ("q", "q_bias", "sinks"):
+            roles[role] = tensor.view(heads, -1, *tensor.shape[1:])[order].flatten(0, 1)
+    roles["o"] = roles["o"].view(len(roles["o"]), heads, -1)[:, order].flatten(1)
     return roles
 
 
