@@ -69,6 +69,26 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
         yield say("heads of each layer's own are better than the same bytes spent evenly", _answers(found))
 
 
+def heads_by_layer(records: Sequence[Record]) -> Iterator[str]:
+    """The key/value heads of each layer that training chose within each budget, drawn, of the first seed."""
+    found: dict[float, list[list[list[int]]]] = {}
+    for record in (each for each in records if each.kind == "evaluate" and "budget" in row_of(each, {})):
+        step = (record.metrics.get("made_by") or [{}])[-1]
+        if groups := step.get("found", {}).get("groups"):
+            found.setdefault(float(row_of(record, {})["budget"]), list(groups.values()))
+    if found:
+        columns = sorted(found.items())
+        lines = [
+            [str(layer), *(_drawn(len(groups[layer]), sum(map(len, groups[layer]))) for _, groups in columns)]
+            for layer in range(len(columns[0][1]))
+        ]
+        yield markdown((["layer", *(f"{budget:.0%} of the bytes" for budget, _ in columns)], lines))
+
+
+def _drawn(heads: int, whole: int) -> str:
+    return "█" * heads + "░" * (whole - heads)
+
+
 def _folded(record: Record) -> Iterator[_Folded]:
     row = row_of(record, {}) if record.kind == "evaluate" and record.status != "failed" else {}
     steps = record.metrics.get("made_by", ())

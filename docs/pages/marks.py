@@ -13,6 +13,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     ratios         a benchmark's variants as parts of what it holds them against
     kept           loss, recall and tasks of each student beside its teacher with quantised caches; `kept-short` in
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
+    heads          the heads of each layer that training chose within a budget
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
     bench          a benchmark's models: bytes predicted and allocated, and speed beside the first one
@@ -40,6 +41,7 @@ from kvfold.report.rows import Row, Study
 from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
+from pages.budgets import heads_by_layer
 from pages.compared import compared_tables
 from pages.inspection import inspection_tables
 from pages.kept import goal_tables, kept_tables, short_tables
@@ -293,6 +295,7 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "recall": _recall,
     "kept": kept_tables,
     "kept-short": _kept_short,
+    "heads": heads_by_layer,
     "goals": goal_tables,
     "ratios": _ratios,
     "bench": _bench,

@@ -237,6 +237,25 @@ def test_a_budget_stands_beside_the_same_bytes_spent_evenly() -> None:
     assert "than the same bytes spent evenly: holds for 2 heads; does **not** hold for 4 heads." in page
 
 
+def test_the_heads_that_training_chose_are_drawn_by_layer() -> None:
+    def chosen(name: str, budget: float, *counts: int) -> Record:
+        groups = {f"layer {n}": [[head] for head in range(count)] for n, count in enumerate(counts)}
+        groups["layer 0"][0] += [9] * (4 - counts[0])
+        step = {**made_by("uptrain", 300), "found": {"groups": groups}}
+        row = {"method": "dha", "kv_heads": "auto", "budget": budget}
+        return told(evaluated(name, 2.6, **row), made_by("convert", 1), step)
+
+    marked = f"{START.format('heads dha')}\n{END}"
+    records = [chosen("dha/b", 0.5, 2, 4), chosen("dha/a", 0.25, 1, 2), chosen("dha/c", 0.25, 4, 4)]
+    table = with_tables(marked, [*records, evaluated("dha/d", 2.0)])
+    assert [line.strip("| ").split(" | ") for line in table.splitlines() if "█" in line] == [
+        ["0", "█░░░", "██░░"],
+        ["1", "██", "████"],
+    ]
+    assert "| layer | 25% of the bytes | 50% of the bytes |" in table
+    assert with_tables(marked, [evaluated("dha/d", 2.0)]) == marked
+
+
 def test_attentions_trained_each_on_its_own_are_held_against_what_they_were() -> None:
     trained = {"loss_name": "attention:1.0", "tokens": 600_000, "init": "fit", "seed": 0}
     rows = [

@@ -101,7 +101,7 @@ FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "supra": lambda shape: {},
     "supra hybrid": lambda shape: {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1},
 }
-LOSSLESS = {"identity", "crosslatent"}  # cases whose student is the teacher
+LOSSLESS = {"identity", "crosslatent", "dha"}  # cases whose student is the teacher, of dha until it is trained
 CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "mla fit", "crosslatent fit", "supra hybrid"]
 
 

@@ -260,6 +260,15 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
     assert not any("kv heads 4" in name for name in found)  # its record is a failure
 
 
+def test_a_student_that_starts_as_its_teacher_has_nothing_to_recover() -> None:
+    row = {"role": "student", "method": "dha", "kv_heads": 2, "alpha": 0}
+    trained = {**row, "alpha": 0.05, "loss_name": "kl", "seed": 0}
+    found = [evaluated("run/a/converted", row, TEACHER_LOSS + 1e-5), evaluated("run/a/uptrained", trained, 1.2)]
+    line = rows_of(*tables.headline(studies(found)[0]))["dha, kv heads 2"]
+    assert (line["loss before training"], line["loss"]) == ("1.0000", "1.2000")
+    assert line.get("recovered", tables.NONE) == tables.NONE
+
+
 def test_the_summary_is_the_headline_made_narrow(run_dir: Path) -> None:
     columns, lines = summary(collect(run_dir).records)
     full = tables.headline(studies(collect(run_dir).records)[0])

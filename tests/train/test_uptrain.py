@@ -417,7 +417,7 @@ def test_an_output_knows_its_inputs(student: Path, text: Path, tmp_path: Path) -
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
-def _train_on(values: list[float], folder: Path, student: Path, text: Path) -> None:
+def _train_on(values: list[float], folder: Path, student: Path, text: Path, *, rises: bool = False) -> None:
     """Run the loop on losses that are written down."""
     weight = nn.Parameter(torch.ones(2, 2))
     model, left = nn.Module(), iter(values)
@@ -427,7 +427,7 @@ def _train_on(values: list[float], folder: Path, student: Path, text: Path) -> N
     def loss(ids: Tensor, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         return weight.sum() * 0 + next(left), {}
 
-    works = [Work("ce", len(values), loss, lambda: parameter_groups({"weight": weight}, 0.0))]
+    works = [Work("ce", len(values), loss, lambda: parameter_groups({"weight": weight}, 0.0), rises=rises)]
     train(model, works, token_file(text, student), _settings(text, tokens=64 * len(values)), folder, Silent())
 
 
@@ -448,6 +448,9 @@ def test_a_loss_that_diverges_stops(student: Path, text: Path, tmp_path: Path) -
     with pytest.raises(TrainingError, match=r"the loss diverged, from 2\.0\d+ to \d+\.\d+ at step \d+"):
         _train_on([2.0] * 5 + [30.0] * 40, tmp_path / "work", student, text)
     _train_on([7.0, 5.0, 9.0, 4.0, 12.0, 3.0], tmp_path / "noisy", student, text)
+    _train_on([2.0] * 5 + [30.0] * 40, tmp_path / "scheduled", student, text, rises=True)
+    with pytest.raises(TrainingError, match="the loss is inf at step 2"):
+        _train_on([2.0, math.inf], tmp_path / "infinite", student, text, rises=True)
 
 
 def test_a_learning_rate_that_is_too_high_is_an_error(student: Path, text: Path, tmp_path: Path) -> None:

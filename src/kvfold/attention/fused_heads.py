@@ -1,4 +1,4 @@
-"""Fused heads: each key or value head of a layer as a weighted sum of the heads of its group (arXiv 2406.06567, 3.1).
+"""Fused heads: each key or value head of a layer as a weighted sum of the heads of its group.
 
     W^(h) = sum_{j in group of h} omega_hj * W_j        omega_GGE: one weight for each coordinate of a head
 
@@ -20,9 +20,11 @@ class FusedHeads(nn.Module):
     """A linear map of heads in place of a plain one, whose weight and bias it takes over under the same names.
 
     `fusion` are the weights omega, `multiplier` that of their constraint, and `group` the number of each head's group.
+    The differences of weights from their group's mean count `apart` times.
     """
 
     group: Tensor
+    apart: Tensor
 
     def __init__(self, plain: nn.Linear, head_dim: int) -> None:
         super().__init__()
@@ -31,19 +33,27 @@ class FusedHeads(nn.Module):
         self.fusion = nn.Parameter(_identity(heads, head_dim).flatten())  # a vector, which does not decay
         self.multiplier = nn.Parameter(torch.zeros(1))
         self.register_buffer("group", torch.zeros(heads, dtype=torch.int64))
+        self.register_buffer("apart", torch.ones(1))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The fused heads of an input, `(B, T, G E)`."""
         return linear(x_BTD, *_mixed(self.weight, self.bias, self._omega(self.fusion)))
 
     def _omega(self, fusion: Tensor) -> Tensor:
-        """The weights `omega_GGE`, 0 between heads of different groups."""
+        """The weights `omega_GGE` that count, 0 between heads of different groups."""
         heads = len(self.group)
-        return fusion.view(heads, heads, -1) * self._together()
+        omega_GGE = fusion.view(heads, heads, -1) * self._together()
+        return omega_GGE - (1 - self.apart) * (omega_GGE - self._mean(omega_GGE))
 
     def _together(self) -> Tensor:
         """Which heads share a group, `(G, G, 1)`."""
         return (self.group[:, None] == self.group)[..., None]
+
+    def _mean(self, omega_GGE: Tensor) -> Tensor:
+        """The mean weights of each head's group."""
+        together_GG1 = self._together()
+        share_GG = (together_GG1[..., 0] / together_GG1.sum(1)).to(omega_GGE.dtype)
+        return torch.einsum("hj,jke->hke", share_GG, omega_GGE)
 
     def join(self, groups: Sequence[Sequence[int]]) -> None:
         """Put the heads into these groups, with the weights of the identity."""
@@ -66,12 +76,9 @@ class FusedHeads(nn.Module):
 
     def spread(self) -> Tensor:
         """How far the weights of a group's heads are apart, with a gradient: their fusion loss, 1 at the identity."""
-        together_GG1 = self._together()
-        size_G11 = together_GG1.sum(1, keepdim=True)
-        fusion_GGE = self._omega(_whole(self.fusion))
-        mean_GGE = torch.einsum("hj,jke->hke", together_GG1[..., 0].to(fusion_GGE), fusion_GGE) / size_G11
-        start = (1 - 1 / size_G11).sum() * fusion_GGE.shape[-1]
-        return (fusion_GGE - mean_GGE).square().sum() / start.clamp_min(1)
+        omega_GGE = self._omega(_whole(self.fusion))
+        start = (1 - 1 / self._together().sum(1)).sum() * omega_GGE.shape[-1]
+        return (omega_GGE - self._mean(omega_GGE)).square().sum() / start.clamp_min(1)
 
     def constraint(self, threshold: float) -> Tensor:
         """The term `multiplier * max(spread - threshold, 0)`, whose descent is an ascent for the multiplier."""
@@ -83,6 +90,7 @@ class FusedHeads(nn.Module):
         """Make the first head of each group the mean of its fused heads, and let the others copy it."""
         fusion_GGE = self._omega(_whole(self.fusion))
         copies_GGE = torch.zeros_like(fusion_GGE)
+        self.apart.fill_(1.0)
         for heads in self.groups():
             fusion_GGE[heads[0]] = fusion_GGE[heads].mean(0)
             copies_GGE[heads, heads[0]] = 1
@@ -100,6 +108,7 @@ def _identity(heads: int, width: int) -> Tensor:
 def _mixed(weight: Tensor, bias: Tensor | None, fusion_GGE: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the fused heads."""
     heads, _, width = fusion_GGE.shape
+    fusion_GGE = fusion_GGE.to(weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
         fused_GED = torch.einsum("hje,jed->hed", fusion_GGE, weight.view(heads, width, -1))
         moved = None if bias is None else torch.einsum("hje,je->he", fusion_GGE, bias.view(heads, width)).flatten()

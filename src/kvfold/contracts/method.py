@@ -145,6 +145,10 @@ class Method(Generic[C]):
         """The stages of uptraining. Empty: one stage on every parameter, with the user's losses."""
         return ()
 
+    def final(self, config: C, shape: Shape) -> Shape:
+        """The student's shape after the stages, as far as it is known before them."""
+        return self.student(config, shape).shape
+
     def begin(self, student: Learner, config: C) -> None:
         """Change the model before the first stage. Its weights are not read yet."""
 

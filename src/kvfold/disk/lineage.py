@@ -60,13 +60,14 @@ def descend(
 def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The steps from the root teacher to a student, as records keep them: stage, seconds, tokens trained and FLOPs.
 
-    A conversion also has its resolved settings and its measurements (`found`).
+    A conversion also has its resolved settings, and each step the measurements of its method (`found`).
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     return [
         {"stage": step["stage"], "seconds": step.get("wall_seconds"), "tokens": step.get("tokens")}
         | ({"flops": step["flops"]} if "flops" in step else {})
-        | ({key: step[key] for key in ("settings", "found") if key in step} if step["stage"] == "convert" else {})
+        | ({"settings": step["settings"]} if step["stage"] == "convert" and "settings" in step else {})
+        | ({"found": step["found"]} if "found" in step else {})
         for step in steps
         if step["stage"] != "pretrain"
     ]

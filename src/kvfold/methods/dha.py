@@ -1,7 +1,7 @@
 """dha: decoupled-head attention, which learns how the heads of a layer become few.
 
 A student starts as its teacher, with all heads. In training, each key head (and each value head) of a layer is a
-weighted sum of the heads of its group, one weight for each coordinate (Chen et al. 2024, arXiv 2406.06567, section 3):
+weighted sum of the heads of its group, one weight for each coordinate (Chen et al. 2024, arXiv 2406.06567):
 
     W^(h) = sum_{j in group of h} omega_hj * W_j        omega starts at the identity: to the last bit the teacher
 
@@ -13,12 +13,12 @@ The method has three stages of uptraining, whose shares of the tokens are settin
              augmented Lagrangian for each map, lambda rises by gradient ascent, and t falls from 1 to 0
     after    the mean of a group stands for its heads, and plain heads train on
 
-`init fit` starts from heads in the basis of `gqa`'s closed form (`kvfold.solve.shared_heads`), which are alike before
-anything is learned. Its groups are neighbours, so there is nothing to search.
+`init align` starts from heads that are rotated towards one another (arXiv 2412.20677), which changes nothing that the
+model computes and makes them alike before anything is learned. Groups are neighbours then: there is nothing to search.
 
 Cached per token and layer: `2 G E` elements as converted, and `2 G' E` once uptraining has handed the heads over. The
-result is grouped-query attention that engines load. Lossless at `G' = G`. It loses to `gqa`'s closed form where tokens
-are few: fusion starts without error, and makes most of it at once (docs/methods/dha.md).
+result is grouped-query attention that engines load. Lossless at `G' = G`. It loses to `gqa`'s closed form and repair
+where tokens are few (docs/methods/dha.md).
 
 `kv_heads auto` spends a `budget` of bytes over layers, by the fusion loss of each layer at each number of heads.
 """
@@ -52,6 +52,7 @@ LIMITS: Sequence[Limit] = (
     ("a norm over all heads would change with their number", lambda site, attention: attention.norms == "all_heads"),
 )
 WARM = 0.7  # share of the fusion stage in which the threshold of the spread falls to 0
+STEEP = 10.0  # learning rate of the multipliers, as a multiple of that of the weights
 LOSSES: Mapping[str, float] = {"kl": 1.0, "ce": 0.3}
 
 
@@ -65,14 +66,19 @@ class Config:
             "layer by its fusion loss, within --budget."
         }
     )
-    init: Literal["plain", "fit"] = setting(
-        "plain", "Heads as they are, or in the basis of gqa's closed form, from calibration text."
+    init: Literal["plain", "align"] = setting(
+        "plain", "Heads as they are, or rotated towards one another, by calibration text."
     )
     budget: float | None = setting(
         None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25; required for --kv-heads auto."
     )
     search: float = setting(0.1, "Share of the uptraining tokens that chooses the groups, of plain heads.")
     fusion: float = setting(0.4, "Share of the uptraining tokens that fuses the heads of a group.")
+    constraint: Literal["lagrangian", "schedule"] = setting(
+        "lagrangian",
+        "What draws a group's weights together: the penalty of the paper, or a factor of their differences that falls "
+        "from 1 to 0.",
+    )
     fusion_rate: float = setting(100.0, "Learning rate of the fusion weights, as a multiple of the model's.")
 
     def check(self, shape: Shape) -> None:
@@ -86,6 +92,7 @@ class Config:
             )
         refuse(shape, "dha", LIMITS)
         check_range(self, "dha", 0, 1, "search", "fusion")
+        check_range(self, "dha", 1, 1e6, "fusion_rate")
         if self.search + self.fusion > 1:
             raise SettingError(
                 "search and fusion are shares of the tokens",
@@ -93,15 +100,15 @@ class Config:
                 got=f"{self.search:g} and {self.fusion:g}",
                 allowed="a sum of at most 1",
             )
-        if self.init == "fit" and any(each.norms != "none" for each in shape.sites.values()):
-            raise SettingError("keys are normed, and have no other basis", where="dha", next="set --init plain")
+        if self.init == "align" and any(each.norms != "none" for each in shape.sites.values()):
+            raise SettingError("keys are normed, and cannot be rotated", where="dha", next="set --init plain")
         if self.kv_heads != AUTO:
             budgets.refuse(self.budget, where="dha", setting="kv_heads", value=self.kv_heads)
             budgets.check_divides(self.kv_heads, shape, where="dha")
             return
-        if self.init == "fit":
+        if self.init == "align":
             raise SettingError(
-                "the basis of init fit depends on the groups, which kv_heads auto chooses later",
+                "init align needs the groups that kv_heads auto chooses later",
                 where="dha",
                 next="set --kv-heads, such as the mix that gqa --kv-heads auto chooses",
             )
@@ -113,36 +120,33 @@ class DHA(Method[Config]):
     """Decoupled-head attention: heads that learn to become one."""
 
     without_text: ClassVar = {"init": "plain"}
+    published: ClassVar = ({"init": "plain", "constraint": "lagrangian"},)
 
     def student(self, config: Config, shape: Shape) -> Student:
         """The source's own shape: the stages of uptraining change it."""
         return Student(shape)
 
     def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
-        """Second moments, for the basis of `fit`."""
+        """Second moments, to align heads."""
         if config.init == "plain":
             return ()
         return [kind(site) for site in shape.cached_sites for kind in (InputGram, QueryGram, AttentionGram)]
 
     def convert(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Mapping[Site, Roles]:
-        """The heads as they are, or each in the basis of its group's shared head."""
+        """The heads as they are, or rotated towards the mean of their group."""
         if config.init == "plain":
             return {site: tensors.roles for site, tensors in group.items()}
-        from kvfold.solve.shared_heads import in_shared_basis, moments_of  # loads torch: a plan works without
+        from kvfold.solve.shared_heads import align_site, moments_of  # loads torch: a plan works without
 
         assert config.kv_heads != AUTO
         return {
-            site: in_shared_basis(tensors.attention, tensors.roles, config.kv_heads.at(site), moments_of(site, answers))
+            site: align_site(tensors.attention, tensors.roles, config.kv_heads.at(site), moments_of(site, answers))
             for site, tensors in group.items()
         }
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
-        """The cache after uptraining: until then the student keeps all heads."""
-        before, after = (budgets.elements(shape, heads) for heads in (_all(shape), _heads(config, shape)))
-        return [
-            f"the student keeps all heads until uptraining fuses them: it then caches {after:,} elements per token in "
-            f"place of {before:,} ({after / before:.0%}) and loads as a student of gqa does"
-        ]
+        """When the cache shrinks."""
+        return ["the student keeps all heads until uptraining fuses them, and then loads as a student of gqa does"]
 
     def lossless(self, shape: Shape) -> Config:
         """Keep every head."""
@@ -154,10 +158,14 @@ class DHA(Method[Config]):
 
     # --- uptraining
 
+    def final(self, config: Config, shape: Shape) -> Shape:
+        """The model with fewer key/value heads. For `auto`: the budget spread evenly over layers."""
+        return _folded(shape, _heads(config, shape))
+
     def stages(self, config: Config) -> Sequence[Stage]:
         """Search, for plain heads; fusion; and training of plain heads."""
         search = config.search if config.init == "plain" else 0.0
-        rates = {"fusion": config.fusion_rate, "multiplier": config.fusion_rate}
+        rates = {"fusion": config.fusion_rate, "multiplier": STEEP * config.fusion_rate}
         last = 1 - search - config.fusion
         stages = (
             Stage("search", search, LOSSES, trainable=("fusion",), rates=rates, finish="search"),
@@ -174,13 +182,17 @@ class DHA(Method[Config]):
             for role in "kv":
                 student.put(site, role, FusedHeads(student.map(site, role), attention.head_dim))
 
-    def during(self, stage: str, student: Learner, share: float, config: Config) -> Tensor:
-        """The constraint of every map, at a threshold that falls from 1 to 0."""
+    def during(self, stage: str, student: Learner, share: float, config: Config) -> Tensor | None:
+        """Lower the threshold of every map's spread, or the factor of its differences, from 1 to 0."""
         import torch
 
-        threshold = max(0.0, 1 - share / WARM)
+        left = max(0.0, 1 - share / WARM)
         maps = [student.map(site, role) for site in student.shape.sites for role in "kv"]
-        return torch.stack([each.constraint(threshold) for each in maps]).sum()
+        if config.constraint == "lagrangian":
+            return torch.stack([each.constraint(left) for each in maps]).sum()
+        for each in maps:
+            each.apart.fill_(left)
+        return None
 
     def end(self, finish: str, student: Learner, config: Config) -> None:
         """After the search, join the heads of groups; after the fusion, let one head stand for each."""
@@ -196,14 +208,12 @@ class DHA(Method[Config]):
     def trained(self, student: Learner, config: Config) -> Trained:
         """The plain heads, one for each group, and the query heads in the order of the groups."""
         groups = {site: student.map(site, "k").groups() for site in student.shape.sites}
-        changed = {
-            site: replace(student.shape.sites[site], num_key_value_heads=len(heads)) for site, heads in groups.items()
-        }
+        counts = {site: len(heads) for site, heads in groups.items()}
         return Trained(
-            student.shape.with_sites(changed),
+            _folded(student.shape, counts),
             {site: _plain(student, site, heads) for site, heads in groups.items()},
             {
-                "kv_heads": PerSite.of({site: len(heads) for site, heads in groups.items()}).spelled(),
+                "kv_heads": PerSite.of(counts).spelled(),
                 "groups": {str(site): heads for site, heads in groups.items()},
             },
         )
@@ -220,10 +230,16 @@ def _heads(config: Config, shape: Shape) -> dict[Site, int]:
     return config.kv_heads.by_site(shape.cached_sites, "kv_heads", "dha")
 
 
+def _folded(shape: Shape, heads: Mapping[Site, int]) -> Shape:
+    return shape.with_sites(
+        {site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()}
+    )
+
+
 def _chosen(student: Learner, config: Config) -> dict[Site, Groups]:
-    """The groups of every site: by the distances of its heads, for keys and values alike; neighbours for `fit`."""
+    """The groups of every site: by the distances of its heads, for keys and values alike; neighbours for `align`."""
     shape = student.shape
-    if config.init == "fit":
+    if config.init == "align":
         return {site: contiguous(_all(shape)[site], count) for site, count in _heads(config, shape).items()}
     apart = {site: sum(student.map(site, role).distances() for role in "kv").tolist() for site in shape.sites}
     heads = _heads(config, shape)
@@ -237,20 +253,15 @@ def _chosen(student: Learner, config: Config) -> dict[Site, Groups]:
 def _plain(student: Learner, site: Site, groups: Groups) -> Roles:
     """The roles of a site whose groups are handed over: heads of a group follow one another."""
     attention = student.shape.sites[site]
-    firsts, order = [heads[0] for heads in groups], [head for heads in groups for head in heads]
+    heads = attention.num_key_value_heads
+    firsts, order = [group[0] for group in groups], [head for group in groups for head in group]
     roles = {role: student.whole(site, role) for role in attention.roles()}
-    rows = (attention.num_key_value_heads, -1)
-    for role in ("k", "v", "k_bias", "v_bias"):
-        if role in roles:
-            width = roles[role].shape[1:]
-            roles[role] = (
-                roles[role].view(attention.num_key_value_heads, attention.head_dim, *width)[firsts].flatten(0, 1)
-            )
-    for role in ("q", "q_bias", "sinks"):
-        if role in roles:
-            width = roles[role].shape[1:]
-            roles[role] = roles[role].view(*rows, *width)[order].flatten(0, 1)
-    roles["o"] = roles["o"].view(len(roles["o"]), *rows)[:, order].flatten(1)
+    for role, tensor in roles.items():
+        if role in attention.head_roles:
+            roles[role] = tensor.view(heads, -1, *tensor.shape[1:])[firsts].flatten(0, 1)
+        elif role in ("q", "q_bias", "sinks"):
+            roles[role] = tensor.view(heads, -1, *tensor.shape[1:])[order].flatten(0, 1)
+    roles["o"] = roles["o"].view(len(roles["o"]), heads, -1)[:, order].flatten(1)
     return roles
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from kvfold.contracts.cache import default_context, grouped_cache
 from kvfold.contracts.effort import CORRUPTED, EFFORTS, EffortName
+from kvfold.contracts.method import Student
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import Question
 from kvfold.contracts.site import DTYPE_BYTES, Shape
@@ -140,6 +141,7 @@ class Plan:
     hardware: Hardware
     before: Served
     after: Served
+    trained: Served | None  # where uptraining changes the student's shape
     root_cache_bytes_per_token: int  # of the first checkpoint of the chain, or of the source
     uptraining: Uptraining | None
     training: Training | None
@@ -184,6 +186,9 @@ class Plan:
         if before.cache_bytes_per_encoder_token:
             rows.append(both("cache per token of the encoder's", size, "cache_bytes_per_encoder_token"))
         rows.append(both(f"cache at {self.context:,} tokens x {self.batch}", size, "cache_bytes"))
+        if self.trained is not None:
+            share = f" ({self.trained.cache_bytes / before.cache_bytes:.1%})"
+            rows.append(("  once uptraining has ended", "", size(self.trained.cache_bytes) + share))
         if self.tensor_parallel > 1:
             rows.append(both(f"  on each of {self.tensor_parallel} devices", size, "cache_bytes_per_device"))
         if root != before.cache_bytes_per_token:
@@ -256,6 +261,11 @@ def plan(
     student = made.student.shape
     before = serving.of(source, grouped_cache(source), config["model_type"])
     folded = serving.of(student, made.method.cache_spec(made.settings, made.shape), read["model_type"])
+    final = made.method.final(made.settings, made.shape)
+    trained = None
+    if final != student:
+        ended = student_config(made.config, made.family, made.shape, Student(final), method=method)
+        trained = serving.of(final, grouped_cache(final), ended["model_type"])
     uptraining = _uptraining(options, serving.device, source, student)
     root = root_shape(lineage)
     requests = set(made.method.needs(made.settings, made.shape))
@@ -270,6 +280,7 @@ def plan(
         hardware=serving.device,
         before=before,
         after=folded,
+        trained=trained,
         root_cache_bytes_per_token=(
             grouped_cache(root).bytes_per_token(serving.itemsize, context) if root else before.cache_bytes_per_token
         ),

@@ -12,6 +12,7 @@ from typing import Any
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.record import Record
 
+LEAST_DAMAGE = 1e-3  # nats: a conversion that costs less leaves nothing to recover
 MANY = 12  # layers: a setting of as many is written by its most frequent value
 
 
@@ -167,7 +168,7 @@ class Row:
         if not self.trained or before is None or after is None or self.teacher_loss is None:
             return None
         damage = before.mean - self.teacher_loss
-        return (before.mean - after.mean) / damage if damage > 0 else None
+        return (before.mean - after.mean) / damage if damage > LEAST_DAMAGE else None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Work:
     objective: Objective
     groups: Callable[[], list[dict[str, Any]]]  # parameters, their `share` of the learning rate, `weight_decay`
     finish: Callable[[], None] | None = None  # changes the model at the end of the stretch
+    rises: bool = False  # what is scheduled may raise the loss, which then stops the run only if it is not finite
 
 
 def parameter_groups(
@@ -296,7 +297,7 @@ class _Run:
         else:
             smooth = loss if position.smooth is None else 0.95 * position.smooth + 0.05 * loss
             lowest = smooth if position.lowest is None else min(position.lowest, smooth)
-            if smooth > 3 * lowest + 1:
+            if smooth > 3 * lowest + 1 and not self.work.rises:
                 what = f"the loss diverged, from {lowest:.3f} to {smooth:.3f}"
             else:
                 position.smooth, position.lowest = smooth, lowest

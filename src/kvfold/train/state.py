@@ -160,7 +160,10 @@ class State:
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of the model that training changes, by name."""
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        return state if self.changing is None else {name: state[name].detach() for name in self.changing}
+        once = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # a tied one under one name
+        return {
+            name: state[name].detach() for name in (once if self.changing is None else self.changing) if name in state
+        }
 
     def remove(self) -> None:
         """Delete the state of a run that is complete."""

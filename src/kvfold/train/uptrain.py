@@ -282,6 +282,7 @@ def _stages(source: Checkpoint, settings: UptrainSettings) -> list[Stage]:
         "lora": settings.lora,
         "trainable": settings.trainable,
         "converted_only": settings.converted_only,
+        "levels": settings.levels if settings.levels > 1 else None,
     }
     for name, value in fixed.items():
         if value:
@@ -305,8 +306,8 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     if asked and not needed and settings.data != "self":
         return None
     found = Checkpoint.open(given) if given is not None else root_teacher(source)
-    if found is None and any(stage.finish for stage in asked):
-        found = source  # a student that the stages change, and that still equals its teacher
+    if found is None and source.root_hash() == source.hash() and any(stage.finish for stage in asked):
+        found = source  # what the stages will change is still the teacher
     if found is None and source.root_hash() != source.hash():
         raise CheckpointError(
             f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
@@ -381,6 +382,7 @@ def _works(
                     _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, model, stage)
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
+                rises=stage.scheduled,
             )
         )
         done = end
