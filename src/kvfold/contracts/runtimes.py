@@ -376,6 +376,8 @@ DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 HEADS_BY_KIND: Mapping[Kind, str] = {"self": HEADS, "cross": f"cross_{HEADS}"}
 ENCODER_LATENT = "cross_latent_dim"
 """The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
+CROSSING, FADING = "cross_attention_layers", "fading_cross_attention_layers"
+"""The decoder layers with cross-attention, by default all, and those whose cross-attention a gate multiplies."""
 
 _WHISPER: Mapping[Kind, str] = {**HEADS_BY_KIND, "self": f"self_{HEADS}"}
 """transformers' WhisperConfig reads `num_key_value_heads` as the encoder's heads, also behind `decoder_`."""
@@ -388,50 +390,76 @@ def _names(stock: str) -> Mapping[Kind, str]:
 
 def _heads_by_kind(shape: Shape) -> dict[str, Any]:
     """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
-    kept, found = shape.sites[Site(0, "cross")].kept, {}
+    found: dict[str, Any] = {}
     for kind, name in _names(shape.model_type).items():
-        counts = [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
+        counts = [each.num_key_value_heads for site, each in sorted(shape.sites.items()) if site.kind == kind]
         found[name] = counts[0] if len(set(counts)) == 1 else counts
-    return {**found, **({} if kept is None else {ENCODER_LATENT: kept["latent"]})}
+    kept = shape.sites[shape.crossed[0]].kept
+    if kept is not None:
+        found[ENCODER_LATENT] = kept["latent"]
+    if len(shape.crossed) < shape.num_layers:
+        found[CROSSING] = [site.layer for site in shape.crossed]
+    if fading := [site.layer for site in shape.crossed if shape.sites[site].fades]:
+        found[FADING] = fading
+    return found
 
 
 def _read_kinds(config: Json, sites: Sites) -> Sites:
-    found = dict(sites)
-    layers = sum(site.kind == "cross" for site in sites)
+    found = _read_crossing(config, sites)
     for kind, name in _names(stock_type(config)).items():
-        said = config.get(name)
-        counts = said if isinstance(said, list) else [said] * layers
-        if len(counts) != layers:
-            raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {layers} decoder layers")
-        for layer, count in enumerate(counts):
-            have = sites[Site(layer, kind)].num_key_value_heads
+        said, those = config.get(name), [site for site in found if site.kind == kind]
+        counts = said if isinstance(said, list) else [said] * len(those)
+        if len(counts) != len(those):
+            raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {len(those)} decoder layers")
+        for site, count in zip(those, counts, strict=True):
+            have = sites[site].num_key_value_heads
             if count is not None and count > have:
                 raise UnsupportedModel(
                     f"config.json: {name} cannot be more than the decoder's", got=count, allowed=have
                 )
-            found[Site(layer, kind)] = replace(sites[Site(layer, kind)], num_key_value_heads=count or have)
+            found[site] = replace(found[site], num_key_value_heads=count or have)
     width = config.get(ENCODER_LATENT)
     if width is None:
         return found
-    for layer in range(layers):
-        cross = found[Site(layer, "cross")]
-        if width > cross.input_width:
+    first, *_ = crossed = [site for site in found if site.kind == "cross"]
+    for site in crossed:
+        if width > found[site].input_width:
             raise UnsupportedModel(
-                f"config.json: {ENCODER_LATENT} is wider than the model", got=width, allowed=cross.input_width
+                f"config.json: {ENCODER_LATENT} is wider than the model", got=width, allowed=found[site].input_width
             )
-        found[Site(layer, "cross")] = with_encoder_latent(cross, width, layer)
+        found[site] = with_encoder_latent(found[site], width, None if site == first else first.layer)
     return found
 
 
-_ignored = partial(_without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT), "ignores it in")
+def _read_crossing(config: Json, sites: Sites) -> Sites:
+    """The sites without the cross-attentions that a student does not have; those that fade are marked."""
+    layers = sum(site.kind == "cross" for site in sites)
+    for name in (CROSSING, FADING):
+        said = config.get(name)
+        if said is not None and not (said and said == sorted({each for each in said if 0 <= each < layers})):
+            raise UnsupportedModel(
+                f"config.json: {name} must name layers in ascending order", got=said, allowed=f"0 to {layers - 1}"
+            )
+    kept, fading = config.get(CROSSING), config.get(FADING) or ()
+    return {
+        site: replace(each, fades=True) if site.kind == "cross" and site.layer in fading else each
+        for site, each in sites.items()
+        if site.kind != "cross" or kept is None or site.layer in kept
+    }
+
+
+_ignored = partial(
+    _without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT, CROSSING, FADING), "ignores it in"
+)
 PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
-    "fewer key/value heads in the decoder, or a latent of the encoder's output",
+    "fewer key/value heads or cross-attentions in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
     frozenset(PAIRED),
     lambda shape: (
-        shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
+        len(shape.crossed) < shape.num_layers
+        or any(each.kept is not None or each.fades or each.query_group > 1 for each in shape.sites.values())
     ),
     _heads_by_kind,
     _read_kinds,
@@ -440,6 +468,7 @@ PAIRS = Runtime(
             (*HEADS_BY_KIND.values(), _WHISPER["self"]), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null
         ),
         ENCODER_LATENT: WIDTH.or_null,
+        **dict.fromkeys((CROSSING, FADING), Rule(list[int], "a list of layers").or_null),
     },
 )
 ENCODER_DECODERS = (PAIRS, PAIRS_STOCK)

@@ -12,6 +12,7 @@ from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
 from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.fusion import FusionInDecoder, encoded, read_alone
 from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
@@ -26,6 +27,7 @@ __all__ = [
     "WATCHED",
     "Attended",
     "CacheKind",
+    "FusionInDecoder",
     "Layer",
     "Layers",
     "PairedLayers",
@@ -35,6 +37,7 @@ __all__ = [
     "attention_outputs",
     "build",
     "encode",
+    "encoded",
     "entering",
     "fill",
     "fork",
@@ -52,6 +55,7 @@ __all__ = [
     "outline",
     "probabilities",
     "read",
+    "read_alone",
     "removable",
     "unadapted",
     "with_attention",
