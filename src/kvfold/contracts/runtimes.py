@@ -458,8 +458,7 @@ PAIRS = Runtime(
     "Kvfold",
     frozenset(PAIRED),
     lambda shape: (
-        len(shape.crossed) < shape.num_layers
-        or any(each.kept is not None or each.fades or each.query_group > 1 for each in shape.sites.values())
+        shape.layer_sparse or any(each.kept is not None or each.query_group > 1 for each in shape.sites.values())
     ),
     _heads_by_kind,
     _read_kinds,

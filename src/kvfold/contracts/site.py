@@ -181,6 +181,12 @@ class Shape:
         return sorted(site for site in self.sites if site.kind == "cross")
 
     @property
+    def layer_sparse(self) -> bool:
+        """Whether some decoder layers have no cross-attention, or one that fades, while others do."""
+        crossed = self.crossed
+        return bool(crossed) and (len(crossed) < self.num_layers or any(self.sites[site].fades for site in crossed))
+
+    @property
     def fused(self) -> bool:
         """Whether torch's fused attention computes every site: it has no soft caps, and ignores sinks."""
         return all(attention.softcap is None and not attention.sinks for attention in self.sites.values())

@@ -148,7 +148,7 @@ def _fields(shape: Shape) -> dict[str, Any]:
     """One number of key/value heads for all attentions of the decoder, or a kvfold architecture that has several."""
     decoder = [attention for site, attention in shape.sites.items() if site.kind != "encoder"]
     counts = {attention.num_key_value_heads for attention in decoder}
-    whole = len(shape.crossed) == shape.num_layers and not any(each.kept or each.fades for each in decoder)
+    whole = not shape.layer_sparse and not any(each.kept for each in decoder)
     ours, stock = ENCODER_DECODERS
     return {
         **fields(shape, (stock if whole and len(counts) == 1 else ours,), END),

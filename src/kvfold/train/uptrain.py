@@ -247,6 +247,8 @@ def _save(
         return
     carry_over(source.path, work)
     config = model.config.to_dict()  # type: ignore[operator,union-attr]
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in state.items() if name in source or name not in tied}
     save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
 
 
