@@ -28,7 +28,7 @@ from kvfold.settings import MOST, SEEDS, check_range, setting
 from kvfold.text.documents import read_texts
 
 BLANK = "___"
-COMMON = 0.02  # a word in more than this share of the sentences tells nothing about them
+COMMON, FEW = 0.02, 20  # a word in more than this share of the sentences, and in more than a few, tells little
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _WORD = re.compile(r"[a-z]+", re.IGNORECASE)
 
@@ -119,7 +119,7 @@ class _Sentences:
         self.places: dict[str, list[int]] = {}
         for number, words in enumerate(self.words):
             for word in sorted(set(words)):
-                if word and self.of[word] <= COMMON * len(sentences):
+                if word and self.of[word] <= max(FEW, COMMON * len(sentences)):
                     self.places.setdefault(word, []).append(number)
 
     def record(self, number: int, settings: ClozeSettings) -> dict[str, object] | None:
