@@ -19,6 +19,7 @@ from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
 from pages.cluster import with_memory
+from pages.compared import compared_figure
 from pages.conversion import conversion_pages
 from pages.families import families_page
 from pages.kept import task_figure
@@ -108,6 +109,8 @@ def pages() -> dict[Path, str]:
         made[ROOT / "docs" / "quality-against-bytes.svg"] = real or quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
+    if compared := compared_figure(of_runs(records, lambda name: name.partition("/")[0] == "compare")):
+        made[ROOT / "docs" / "compare.svg"] = compared
     miniature = [each for each in records if each.name.startswith("miniature")]
     if miniature:
         made[ROOT / "docs" / "miniature.md"] = miniature_page(miniature)

@@ -15,6 +15,8 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
+    compared       a teacher and its students beside quantisation, pruning and others
+    levels         uptraining on two levels of depth beside one of the same FLOPs
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -36,7 +38,9 @@ from kvfold.report.rows import Row, Study
 from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
+from pages.compared import compared_tables
 from pages.kept import goal_tables, kept_tables, short_tables
+from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
 from pages.serving import serving_tables
 from pages.students import bare_name
@@ -255,4 +259,6 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "ratios": _ratios,
     "pivot": _pivot,
     "serving": serving_tables,
+    "compared": compared_tables,
+    "levels": levels_tables,
 }

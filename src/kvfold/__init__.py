@@ -20,6 +20,7 @@ _WHERE = {
     "evaluate": "kvfold.evaluate.evaluation",
     "bench": "kvfold.evaluate.bench",
     "cloze": "kvfold.text.cloze",
+    "compare": "kvfold.compare.comparison",
     "report": "kvfold.report",
     "export": "kvfold.export.exporting",
     "serve_check": "kvfold.export.serve_check",
@@ -33,6 +34,7 @@ _WHERE = {
     "EvaluateSettings": "kvfold.evaluate.settings",
     "BenchSettings": "kvfold.evaluate.settings",
     "ClozeSettings": "kvfold.text.cloze",
+    "CompareSettings": "kvfold.compare.settings",
     "ServeSettings": "kvfold.export.settings",
     "KvfoldError": "kvfold.errors",
 }

@@ -23,6 +23,7 @@ from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.families import all_families
 from kvfold.methods.fido import Config, kept_layers
 from kvfold.predict.plan import plan
+from kvfold.train.stages import learner
 from kvfold.train.uptrain import UptrainSettings, uptrain
 from tolerance import assert_same
 
@@ -131,14 +132,15 @@ def test_a_gate_leads_from_the_teacher_to_the_student(name: str, tiny_checkpoint
     fading: Any = hf.load(convert(source, tmp_path / "fading", "fido", {"cross_every": 2, "fade": 0.5}))
     removed = hf.load(convert(source, tmp_path / "removed", "fido", {"cross_every": 2}))
     teacher, ids_BT, found = hf.load(source), ids(2, 9), []
+    student = learner(Checkpoint.open(tmp_path / "fading"), fading)
     method, config = methods.get("fido"), Config(cross_every=2, fade=0.5)
     for share in (0.0, 0.5, 1.0):
-        assert method.during("fade", fading, share, config) is None
+        assert method.during("fade", student, share, config) is None
         found.append(logits(fading, ids_BT))
     assert torch.equal(found[0], logits(teacher, ids_BT))
     assert not torch.equal(found[1], found[0])
     assert torch.equal(found[2], logits(removed, ids_BT)) or name == "bart"
-    method.end("", fading, config)
+    method.end("", student, config)
     assert torch.equal(logits(fading, ids_BT), logits(removed, ids_BT))
     assert {key for key, _ in fading.named_parameters()} == {key for key, _ in removed.named_parameters()}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kvfold import hf, methods
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, Interrupted, KvfoldError, OutputError, SettingError, TrainingError
@@ -222,14 +222,14 @@ def test_a_method_has_its_own_stages_rates_and_ends(
         def stages(self, config: gqa.Config) -> tuple[Stage, ...]:
             return stages
 
-        def end(self, finish: str, student: nn.Module, config: gqa.Config) -> None:
+        def end(self, finish: str, student: Learner, config: gqa.Config) -> None:
             ended.append(f"{finish} {config.kv_heads}")
             with torch.no_grad():
-                student.get_submodule("model.norm").weight.mul_(0.5)  # type: ignore[operator]
+                student.model.get_submodule("model.norm").weight.mul_(0.5)  # type: ignore[operator]
 
-        def during(self, stage: str, student: nn.Module, share: float, config: gqa.Config) -> torch.Tensor:
+        def during(self, stage: str, student: Learner, share: float, config: gqa.Config) -> torch.Tensor:
             shares.append(share)
-            return 0.1 * share * student.get_submodule("model.embed_tokens").weight.square().sum()  # type: ignore[operator]
+            return 0.1 * share * student.model.get_submodule("model.embed_tokens").weight.square().sum()  # type: ignore[operator]
 
     monkeypatch.setitem(methods._PLUGINS, "toy", Toy())
     teacher = tiny_checkpoint("llama")
@@ -424,7 +424,7 @@ def _train_on(values: list[float], folder: Path, student: Path, text: Path) -> N
     model.register_parameter("weight", weight)
     folder.mkdir(exist_ok=True)
 
-    def loss(ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(ids: Tensor, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         return weight.sum() * 0 + next(left), {}
 
     works = [Work("ce", len(values), loss, lambda: parameter_groups({"weight": weight}, 0.0))]

@@ -421,3 +421,6 @@ def families(as_json: bool) -> None:
         _print_json({each.model_types[0]: dataclasses.asdict(each) for each in found})
         return
     table("", COLUMNS, [each.row for each in found], words=len(COLUMNS))
+
+
+from kvfold.cli import comparing as comparing  # noqa: E402 - registers its command, with the names above

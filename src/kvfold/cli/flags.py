@@ -49,7 +49,8 @@ class Flag:
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Let a parser read it, as text or as a switch."""
         if self.is_argument:
-            parser.add_argument(self.name, metavar=self.written, nargs="+" if self.written.endswith("...") else None)
+            several = {"...": "+", "..]": "*"}.get(self.written[-3:])  # `RECIPE...`, `[STUDENT...]`
+            parser.add_argument(self.name, metavar=self.written, nargs=several)
             return
         written, slash, _ = self.written.partition("/")
         action: Any = "append" if self.repeatable else "store" if self.values else "store_true"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, get
 from kvfold.contracts.cache import CacheSpec, grouped_cache, root_elements
 from kvfold.contracts.requests import Answers, Question
 from kvfold.contracts.site import Attention, Roles, Shape, Site, SiteTensors
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.errors import SettingError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class Config(Protocol):
@@ -38,6 +38,15 @@ class Student:
 
 Folded = tuple[Mapping[Site, Roles], Mapping[Site, Any]]
 """The new roles of a group of sites, and measurements of each site for kvfold.json."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a method's stages: its shape, the new roles, and measurements for kvfold.json."""
+
+    shape: Shape
+    roles: Mapping[Site, Roles]
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method(Generic[C]):
@@ -136,7 +145,10 @@ class Method(Generic[C]):
         """The stages of uptraining. Empty: one stage on every parameter, with the user's losses."""
         return ()
 
-    def during(self, stage: str, student: nn.Module, share: float, config: C) -> Tensor | None:
+    def begin(self, student: Learner, config: C) -> None:
+        """Change the model before the first stage. Its weights are not read yet."""
+
+    def during(self, stage: str, student: Learner, share: float, config: C) -> Tensor | None:
         """Set what changes while a `scheduled` stage runs, and return a term that is added to its loss.
 
         `share`, in [0, 1), is the part of the stage's steps that is done. What it sets is a function of `share`, so
@@ -144,8 +156,15 @@ class Method(Generic[C]):
         """
         return None
 
-    def end(self, finish: str, student: nn.Module, config: C) -> None:
-        """Change the model at the end of a stage that names a `finish`."""
+    def end(self, finish: str, student: Learner, config: C) -> None:
+        """Change the model at the end of a stage that names a `finish`.
+
+        A resumed run calls it before the saved weights and buffers are read: what it decides must lie in these.
+        """
+
+    def trained(self, student: Learner, config: C) -> Trained | None:
+        """The student that the stages made, if its shape is not that of the conversion. All ranks call it."""
+        return None
 
 
 Limit = tuple[str, Callable[[Site, Attention], bool]]

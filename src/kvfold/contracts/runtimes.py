@@ -307,11 +307,14 @@ _FUSED = frozenset({"phi3", "gpt_neox", "gptj", "codegen", "falcon", "gpt2", "gp
 _EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"})
 _NORMED = frozenset({"olmo3", "gemma2", "gemma3_text", "exaone4", "stablelm"})
 
+SEPARATE = _APART | _EXPERTS | _NORMED | {"phi"}
+"""Architectures whose maps of q, k, v and o are modules of their own, and whose layers may differ in their heads."""
+
 STOCK = Runtime(
     "grouped heads",
     "",
     "",
-    _APART | _EXPERTS | _NORMED | _FUSED | {"gemma3", "phi", "internlm3"},
+    SEPARATE | _FUSED | {"gemma3", "internlm3"},
     lambda shape: True,
     _heads,
     partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
@@ -320,7 +323,7 @@ LAYERS = Runtime(
     "layers that differ in their key/value heads",
     OWN,
     "Kvfold",
-    _APART | _EXPERTS | _NORMED | {"phi", "phi3", "gpt_bigcode"},
+    SEPARATE | {"phi3", "gpt_bigcode"},
     lambda shape: mixed(shape) or (shape.model_type == "gpt_bigcode" and not _one_or_all(shape)),
     _heads_by_layer,
     _read_layers,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvfold.contracts.site import Shape, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,30 @@ class Stage:
     losses: Mapping[str, float]  # weights of `ce`, `kl` and `attention` (the distance between attention outputs)
     trainable: tuple[str, ...] = ()  # roles; empty: every parameter
     converted: bool = False  # train only the attention that the conversion changed
-    rates: Mapping[str, float] = field(default_factory=dict)  # role -> factor of the learning rate
+    rates: Mapping[str, float] = field(default_factory=dict)  # role -> factor of the learning rate; 0: does not train
     scheduled: bool = False  # `Method.during` is called before each forward pass
     finish: str | None = None  # passed to `Method.end` when the stage is over
     taught: bool = False  # each attention reads the teacher's input of that attention, with the loss `attention` alone
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A student in training: its model, the shape of its checkpoint, and the parameter of each role."""
+
+    model: nn.Module
+    shape: Shape
+    parameter: Callable[[Site, str], str]  # its name in the model
+
+    def map(self, site: Site, role: str) -> Any:
+        """The module of a role."""
+        return self.model.get_submodule(self.parameter(site, role).removesuffix(".weight"))
+
+    def put(self, site: Site, role: str, module: nn.Module) -> None:
+        """Replace the module of a role."""
+        self.model.set_submodule(self.parameter(site, role).removesuffix(".weight"), module)
+
+    def whole(self, site: Site, role: str) -> Tensor:
+        """The tensor of a role without its gradient, whole on every rank: all ranks call it."""
+        tensor: Any = self.model.get_parameter(self.parameter(site, role)).detach()
+        found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return found

@@ -23,6 +23,7 @@ def descend(
     tokens: int | None = None,
     seed: int | None = None,
     wall_seconds: float | None = None,
+    flops: float | None = None,
 ) -> dict[str, Any]:
     """The lineage of a stage's output, made from `source`; `save_model` and `convert` add the content hash."""
     before = source.lineage or {"steps": []}
@@ -44,6 +45,8 @@ def descend(
         "versions": versions(),
         "wall_seconds": wall_seconds,
     }
+    if flops is not None:
+        step["flops"] = flops
     return {
         "format": FORMAT,
         "inputs": inputs,
@@ -55,13 +58,14 @@ def descend(
 
 
 def steps_since_root(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The steps from the root teacher to a student, as records keep them: stage, seconds, tokens trained.
+    """The steps from the root teacher to a student, as records keep them: stage, seconds, tokens trained and FLOPs.
 
     A conversion also has its resolved settings and its measurements (`found`).
     """
     steps = (checkpoint.lineage or {}).get("steps", ())
     return [
         {"stage": step["stage"], "seconds": step.get("wall_seconds"), "tokens": step.get("tokens")}
+        | ({"flops": step["flops"]} if "flops" in step else {})
         | ({key: step[key] for key in ("settings", "found") if key in step} if step["stage"] == "convert" else {})
         for step in steps
         if step["stage"] != "pretrain"

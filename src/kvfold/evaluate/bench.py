@@ -66,7 +66,9 @@ def bench(
     for each in opened:
         if each.family.audio:
             raise SettingError("bench reads texts, and this model sound", where=each.path, next="kvfold plan counts it")
-    checkpoints = dict(zip(_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True))
+    checkpoints = dict(
+        zip(distinct_names([each.path for each in opened], [each.name for each in opened]), opened, strict=True)
+    )
     name = name or "-".join(checkpoints)
     places = {"models": [str(each) for each in models]}
     asked = {**asdict(settings), **places}
@@ -115,7 +117,7 @@ def _other_bytes(rows: Rows, path: Path) -> KvfoldError | None:
     )
 
 
-def _names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+def distinct_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
     """The models' names in the rows, or the shortest ends of their paths where names are alike."""
     parts = [path.resolve().parts[1:] for path in paths]
     if len(set(parts)) < len(parts):
@@ -214,7 +216,7 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
         for context in settings.context if settings.memory is not None else ():
             lots = {}
             for each in contenders:
-                if not each.fp8:
+                if each.stored == "native":
                     lots[each] = drawn(_largest_batch(each.checkpoint, context, settings), context)
                     each.prefill(lots[each][:, :context], piece=PIECE)()
             found, times = time_decode(lots, settings.repeats)
@@ -233,7 +235,7 @@ def _measure(checkpoints: Mapping[str, Checkpoint], settings: BenchSettings, pro
 
 def _with_fp8(contenders: list[Contender]) -> list[str]:
     """Insert the teacher with an fp8 cache after the teacher; where transformers has none, return the reason."""
-    quantised = replace(contenders[0], fp8=True)
+    quantised = replace(contenders[0], stored="fp8")
     try:
         hf.new_cache(quantised.model, quantised.cache, 1)
     except SettingError as error:

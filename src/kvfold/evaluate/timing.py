@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Contender:
     model: Any
     dtype: str
     new_tokens: int  # that are decoded after each prompt
-    fp8: bool = False
+    stored: Literal["native", "fp8", "int4", "int2"] = "native"  # the format of the cache
     kernel: str = hf.ATTENTION  # of a decode step; prompts are read with kvfold's
     held: Any = None  # the cache after the prompts; decoding goes into forks of it
     live: Any = None  # the last of these forks
@@ -62,7 +62,7 @@ class Contender:
     def cache(self) -> hf.CacheKind:
         """A static cache is not copied in each step; with a window it rolls, and is copied too."""
         windowed = any(each.window for site, each in self.checkpoint.shape.sites.items() if site.kind == "self")
-        return "fp8" if self.fp8 else "growing" if windowed else "static"
+        return self.stored if self.stored != "native" else "growing" if windowed else "static"
 
     @property
     def paired(self) -> bool:
@@ -76,10 +76,15 @@ class Contender:
             return hf.ATTENTION, "eager"
         return KERNELS[:-1] if self.paired else KERNELS
 
-    def predicted_bytes(self, context: int, batch: int) -> int:
-        """The plan's bytes; an fp8 cache adds a float32 scale for the keys and one for the values of a layer."""
+    def predicted_bytes(self, context: int, batch: int) -> int | None:
+        """The plan's bytes; an fp8 cache adds a float32 scale for the keys and one for the values of a layer.
+
+        None for what hqq packs.
+        """
         spec, tokens = grouped_cache(self.checkpoint.shape), (1 if self.paired else context) + self.new_tokens
-        if self.fp8:
+        if self.stored in hf.HQQ:
+            return None
+        if self.stored == "fp8":
             return spec.bytes(tokens, batch=batch, itemsize=1) + 4 * len(spec.slots)
         return spec.bytes(tokens, batch=batch, itemsize=DTYPE_BYTES[self.dtype], encoder_tokens=context)
 
@@ -89,8 +94,8 @@ class Contender:
         own, read = (self.new_tokens, context) if self.paired else (context, 0)
         spec, dtype = grouped_cache(shape), self.dtype
         step = decode_step(shape, spec, context=own, batch=batch, dtype=dtype, tied=tied, encoder_context=read)
-        if self.fp8:
-            step = replace(step, cache_bytes=step.cache_bytes / DTYPE_BYTES[dtype])
+        if self.stored != "native":
+            step = replace(step, cache_bytes=step.cache_bytes * hf.DECODED[self.stored][1] / (8 * DTYPE_BYTES[dtype]))
         return step.seconds(hardware("local"), dtype)
 
     def prefill(self, ids_BS: Tensor, *, piece: int | None = None) -> Callable[[], object]:
@@ -150,14 +155,14 @@ def time_decode(ids_BT: Mapping[Contender, Tensor], repeats: int) -> tuple[Rows,
         rows.append(
             {
                 "model": each.name,
-                "cache": "fp8" if each.fp8 else "native",
+                "cache": each.stored,
                 "context": context,
                 "batch": batch,
                 "cache_bytes": hf.live_cache_bytes(each.live),
                 "predicted_cache_bytes": each.predicted_bytes(context, batch),
                 "decode_s_per_token": step,
                 "tokens_per_s": batch / step,
-                "kernel": each.kernel if each.fp8 else f"{each.kernel}, {each.cache} cache",
+                "kernel": each.kernel if each.stored != "native" else f"{each.kernel}, {each.cache} cache",
             }
         )
         each.release()

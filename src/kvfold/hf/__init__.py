@@ -11,11 +11,11 @@ from kvfold.hf import linear as linear
 from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
-from kvfold.hf.caches import CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.caches import DECODED, HQQ, CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
 from kvfold.hf.fusion import FusionInDecoder, encoded, read_alone
 from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, Layers, Through, entering
-from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer
+from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer, twin
 from kvfold.hf.lora import add_lora, lora_factor, lora_parameters, lora_products, unadapted
 from kvfold.hf.observe import WATCHED, Attended, attend, probabilities
 from kvfold.hf.outline import fill, outline
@@ -23,6 +23,8 @@ from kvfold.hf.paired_layers import PairedLayers
 
 __all__ = [
     "ATTENTION",
+    "DECODED",
+    "HQQ",
     "QUANTISED",
     "WATCHED",
     "Attended",
@@ -57,6 +59,7 @@ __all__ = [
     "read",
     "read_alone",
     "removable",
+    "twin",
     "unadapted",
     "with_attention",
     "without",

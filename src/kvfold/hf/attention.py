@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.grouped import grouped_attention
 from kvfold.errors import SettingError
+from kvfold.hf.quantised import through_hqq
 
 NAME = "kvfold"
 """Its name in `attn_implementation`."""
@@ -103,7 +104,11 @@ def through_q4(heads_BGSE: Tensor) -> Tensor:
     return (steps * (largest / -8).half().float()).flatten(-2).to(heads_BGSE.dtype)
 
 
-ROUNDINGS: Mapping[str, Callable[[Tensor], Tensor]] = {NAME_FP8: through_fp8, NAME_Q4: through_q4}
+ROUNDINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    NAME_FP8: through_fp8,
+    NAME_Q4: through_q4,
+    **{f"{NAME}_int{bits}": partial(through_hqq, bits) for bits in (4, 2)},
+}
 """By attention: how it rounds what is cached."""
 
 QUANTISED: Mapping[str, tuple[str, float]] = {"fp8": (NAME_FP8, 8.0), "q4_0": (NAME_Q4, 4.5)}

@@ -13,8 +13,21 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, Q
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvfold.errors import SettingError
+from kvfold.hf.attention import NAME, QUANTISED
+from kvfold.hf.quantised import GROUP, hqq_cache
 
-CacheKind = Literal["growing", "static", "fp8"]
+CacheKind = Literal["growing", "static", "fp8", "int4", "int2"]
+
+HQQ: Mapping[CacheKind, int] = {"int4": 4, "int2": 2}
+"""Bits of the caches that hqq quantises."""
+
+DECODED: Mapping[CacheKind, tuple[str, float]] = {
+    "fp8": QUANTISED["fp8"],
+    **{kind: (f"{NAME}_{kind}", bits + 32 / GROUP) for kind, bits in HQQ.items()},
+}
+"""By quantised cache that transformers decodes with: the attention that rounds alike, and the bits of a cached number,
+with its part of a scale and of an offset of 16 bits.
+"""
 
 
 def generate(model: Any, ids_BT: Tensor | None, *, max_new_tokens: int, **options: Any) -> Tensor:
@@ -37,23 +50,24 @@ def generate(model: Any, ids_BT: Tensor | None, *, max_new_tokens: int, **option
 
 
 def new_cache(model: Any, kind: CacheKind, length: int) -> Cache:
-    """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing in `fp8`.
+    """An empty cache: `growing` with each token, `static` with room for `length` tokens, or growing quantised.
 
     The cache of an encoder-decoder has a second part, for cross-attention, which grows once and is never static. Raises
-    SettingError if transformers has no fp8 cache for this model (a sliding window, an encoder-decoder).
+    SettingError if transformers has no such cache for this model (a sliding window, an encoder-decoder), and without
+    hqq for one that it quantises.
     """
     pair = bool(model.config.is_encoder_decoder)
     config = model.get_decoder().config if pair else model.config  # the encoder may have another number of layers
-    if kind != "fp8":
+    if kind in ("growing", "static"):
         own = DynamicCache(config=config) if kind == "growing" else StaticCache(config=config, max_cache_len=length)
         return EncoderDecoderCache(own, DynamicCache()) if pair else own
     if pair:
-        raise SettingError("transformers has no fp8 cache for encoder-decoders")
+        raise SettingError(f"transformers has no {kind} cache for encoder-decoders")
     try:
-        return QuantizedCache("fp8", model.config)
+        return QuantizedCache("fp8", model.config) if kind == "fp8" else hqq_cache(model.config, HQQ[kind])
     except ValueError as error:
         what = "that share keys and values" if getattr(model.config, "kv_sharing_modes", None) else "with a window"
-        raise SettingError(f"transformers has no fp8 cache for layers {what}") from error
+        raise SettingError(f"transformers has no {kind} cache for layers {what}") from error
 
 
 def read(model: Any, ids_BT: Tensor, cache: Cache, encoded_BSD: Tensor | None = None) -> Tensor:

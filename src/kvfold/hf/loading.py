@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -73,6 +74,14 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", atten
         setattr(model.generation_config, name, value)
     assert isinstance(model, nn.Module)
     return model
+
+
+def twin(model: Any, attention: str, *, weights: bool = False) -> Any:
+    """A copy of a model with another attention, which shares its weights unless it has `weights` of its own."""
+    shared = () if weights else (*model.parameters(), *model.buffers())
+    made = copy.deepcopy(model, {id(each): each for each in shared})
+    made.set_attn_implementation(attention)
+    return made
 
 
 def load_source(source: Checkpoint, *, device: str = "cpu") -> nn.Module:

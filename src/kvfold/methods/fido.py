@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from kvfold.contracts.method import Method, Student
+from kvfold.contracts.method import Method, Student, Trained
 from kvfold.contracts.requests import Answers, ConvertedKL, Question
 from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 AUTO = "auto"
 REPAIRED = ("q", "o", "gate", "up", "down")
@@ -169,14 +169,21 @@ class FiDO(Method[Config]):
             Stage("sparse", 1 - config.fade, LOSSES),
         )
 
-    def during(self, stage: str, student: nn.Module, share: float, config: Config) -> Tensor | None:
+    def during(self, stage: str, student: Learner, share: float, config: Config) -> Tensor | None:
         """Lower the gate in a straight line."""
-        student.get_decoder().gate = 1 - share  # type: ignore[operator]
+        model: Any = student.model
+        model.get_decoder().gate = 1 - share
         return None
 
-    def end(self, finish: str, student: nn.Module, config: Config) -> None:
+    def end(self, finish: str, student: Learner, config: Config) -> None:
         """Remove the branches whose gate is closed."""
-        student.remove_faded()  # type: ignore[operator]
+        model: Any = student.model
+        model.remove_faded()
+
+    def trained(self, student: Learner, config: Config) -> Trained:
+        """The student without these branches."""
+        shape = student.shape
+        return Trained(shape.without([site for site in shape.crossed if shape.sites[site].fades]), {})
 
     def lossless(self, shape: Shape) -> Config:
         """Every layer keeps its cross-attention."""

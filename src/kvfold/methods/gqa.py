@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from kvfold.contracts.method import Folded, Method, Student, note_normed_keys
-from kvfold.contracts.per_layer import PerSite, divisors
+from kvfold.contracts.per_layer import PerSite
 from kvfold.contracts.requests import (
     Answers,
     AttentionGram,
@@ -117,15 +117,7 @@ class Config:
             budgets.check(self.budget, shape, least, where="gqa", setting="kv_heads", smallest="one head everywhere")
             return
         budgets.refuse(self.budget, where="gqa", setting="kv_heads", value=self.kv_heads)
-        for site, heads in heads_by_site(self, shape).items():
-            have = shape.sites[site].num_key_value_heads
-            if have % heads:
-                kind = "query" if have == shape.sites[site].num_attention_heads else "key/value"
-                raise SettingError(
-                    f"kv_heads {heads} does not divide the {have} {kind} heads of {site}",
-                    where="gqa",
-                    next=f"choose {choices(divisors(have))}",
-                )
+        budgets.check_divides(self.kv_heads, shape, where="gqa")
 
 
 def heads_by_site(config: Config, shape: Shape) -> dict[Site, int]:

@@ -28,7 +28,7 @@ from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, hardware
 from kvfold.predict.serving import Served, Serving
 from kvfold.predict.student_config import Draft, draft, student_config
-from kvfold.predict.training_memory import Checkpointing, Rank, Training, training
+from kvfold.predict.training_memory import Checkpointing, Rank, Training, training, training_flops
 from kvfold.settings import MOST, check_range, setting
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 weights and the two moments of AdamW
@@ -339,7 +339,7 @@ def _uptraining(options: PlanSettings, device: Hardware, teacher: Shape, student
     tokens = options.uptraining_tokens
     if tokens is None:
         return None
-    flops = float(tokens) * (6 * student.parameters + (2 * teacher.parameters if options.kl else 0))
+    flops = training_flops(tokens, student, teacher if options.kl else None)
     return Uptraining(
         tokens=tokens,
         alpha=None if options.pretraining_tokens is None else tokens / options.pretraining_tokens,

@@ -27,6 +27,11 @@ ACCUMULATED = 8  # whole gradients stay on a rank between passes where they take
 Checkpointing = Literal["none", "selective", "block"]
 
 
+def training_flops(tokens: int, student: Shape, teacher: Shape | None) -> float:
+    """FLOPs of training on `tokens`: 6 N a token of the student, and 2 N of a teacher that runs too."""
+    return float(tokens) * (6 * student.parameters + (2 * teacher.parameters if teacher else 0))
+
+
 @dataclass(frozen=True)
 class Rank:
     """What a rank computes, and with how many others."""

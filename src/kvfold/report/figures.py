@@ -28,6 +28,7 @@ _HALO = "label-"  # prefix of the ids of labels, which get an outline in the col
 _HOVERED = 12  # points of a line in its hover text, at most
 WIDE, NARROW = 12.0, 5.2  # inches of 72 units: for a page and for a phone
 _HEIGHT = 3.3
+LINEAR = 0.01  # nats of KL
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,15 @@ def _hover(line: Line, x_label: str, y_label: str) -> str:
     return "\n".join([line.label, f"{x_label}: {y_label}", *(f"{x:,.6g}: {y:.4g}" for x, y in shown)])
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One scatter of a figure: its points, what x is, and the same in a word."""
+
+    points: Sequence[Point]
+    x_label: str
+    x_word: str
+
+
 def scatter(
     name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str, width: float = NARROW
 ) -> str:
@@ -108,32 +118,66 @@ def scatter(
     The front steps through the points that no other beats in both x and y; less is better. A label without room is left
     out.
     """
-    groups = list(dict.fromkeys(point.group for point in points))
+    front = "Front: no student with an unquantised cache beats one on this line in both bytes and loss"
     with _figure(0) as (figure, axes):
         figure.set_size_inches(width, _HEIGHT + min(3.0, 0.14 * sum(point.labelled for point in points)))
-        hovers = {}
-        for number, point in enumerate(points):
-            colour, marker = _STAND_INS[groups.index(point.group) % 8], _MARKERS[groups.index(point.group) % 8]
-            if point.low is not None and point.high is not None and point.high > point.low:
-                axes.vlines(point.x, point.low, point.high, color=colour, linewidth=1.2)
-            look = {"color": colour, "markersize": 7.0, "markeredgewidth": 1.2, "zorder": 3 - 0.5 * point.hollow}
-            face = _PAPER if point.hollow else colour
-            axes.plot([point.x], [point.y], marker, markerfacecolor=face, gid=f"point-{number}", **look)
-            shown = [point.label, point.about, f"{x_label}: {point.x:,.0f}", f"{y_label}: {point.y:.4f}"]
-            hovers[f"point-{number}"] = "\n".join(filter(None, shown))
-        axes.axhline(0, color=_GRID, linewidth=1.4, zorder=0)
-        front = front_of([point for point in points if point.in_front])
-        if len(front) > 1:
-            steps = {"drawstyle": "steps-post", "color": _INK, "linewidth": 1, "alpha": 0.4, "zorder": 1}
-            axes.plot([point.x for point in front], [point.y for point in front], gid="front", **steps)
-            hovers["front"] = (
-                "Front: no student with an unquantised cache beats one on this line in both bytes and loss"
-            )
-        _doubling(axes, sorted({point.x for point in points}), around=1.6)
-        axes.margins(y=0.09)
-        _words(axes, x_label, y_label)
-        _labels(figure, axes, points, front)
+        hovers = _points(axes, Panel(points, x_label, ""), y_label, "", front)
+        _labels(figure, [axes], [points], [""])
         return _svg(figure, name, title, hovers)
+
+
+def panels(name: str, title: str, drawn: Sequence[Panel], *, y_label: str, width: float) -> str:
+    """Scatters of the same y side by side as inline SVG, each with its front and a label at each point.
+
+    y is linear up to `LINEAR` and logarithmic above.
+    """
+    hovers: dict[str, str] = {}
+    with _figure(0) as (figure, first):
+        figure.set_size_inches(width, _HEIGHT + min(3.0, 0.14 * max(len(panel.points) for panel in drawn)))
+        first.remove()
+        axes = list(figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0])
+        prefixes = [f"{number}-" for number in range(len(drawn))]
+        for each, panel, prefix in zip(axes, drawn, prefixes, strict=True):
+            each.set_yscale("symlog", linthresh=LINEAR)
+            each.yaxis.set_major_formatter("{x:g}")
+            front = f"Front: no other row beats one on this line in both {panel.x_word} and {y_label}"
+            hovers |= _points(each, panel, y_label if each is axes[0] else "", prefix, front)
+        _labels(figure, axes, [panel.points for panel in drawn], prefixes)
+        return _svg(figure, name, title, hovers)
+
+
+def _points(axes: Any, panel: Panel, y_label: str, prefix: str, about_front: str) -> dict[str, str]:
+    """Draw the points of a panel with their front, and return the hover texts by id."""
+    points, hovers = panel.points, {}
+    groups = list(dict.fromkeys(point.group for point in points))
+    for number, point in enumerate(points):
+        colour, marker = _STAND_INS[groups.index(point.group) % 8], _MARKERS[groups.index(point.group) % 8]
+        if point.low is not None and point.high is not None and point.high > point.low:
+            axes.vlines(point.x, point.low, point.high, color=colour, linewidth=1.2)
+        look = {"color": colour, "markersize": 7.0, "markeredgewidth": 1.2, "zorder": 3 - 0.5 * point.hollow}
+        face = _PAPER if point.hollow else colour
+        axes.plot([point.x], [point.y], marker, markerfacecolor=face, gid=f"{prefix}point-{number}", **look)
+        shown = [
+            point.label,
+            point.about,
+            f"{panel.x_label}: {_number(point.x)}",
+            f"{y_label}: {point.y:.4f}",
+        ]
+        hovers[f"{prefix}point-{number}"] = "\n".join(filter(None, shown))
+    axes.axhline(0, color=_GRID, linewidth=1.4, zorder=0)
+    front = _front(points)
+    if len(front) > 1:
+        steps = {"drawstyle": "steps-post", "color": _INK, "linewidth": 1, "alpha": 0.4, "zorder": 1}
+        axes.plot([point.x for point in front], [point.y for point in front], gid=f"{prefix}front", **steps)
+        hovers[f"{prefix}front"] = about_front
+    _doubling(axes, sorted({point.x for point in points}), around=1.6)
+    axes.margins(y=0.09)
+    _words(axes, panel.x_label, y_label)
+    return hovers
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    return front_of([point for point in points if point.in_front])
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
@@ -145,13 +189,19 @@ def front_of(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def _labels(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
+def _labels(figure: Any, axes: Sequence[Any], drawn: Sequence[Sequence[Point]], prefixes: Sequence[str]) -> None:
     """Write labels beside their marks if there is room, with a line to a mark that is far away."""
     figure.draw_without_rendering()  # lays it out: data now have places
     figure.set_layout_engine("none")
+    for each, points, prefix in zip(axes, drawn, prefixes, strict=True):
+        _label(each, points, prefix)
+
+
+def _label(axes: Any, points: Sequence[Point], prefix: str) -> None:
+    """Write the labels of one scatter."""
     labelled = [point for point in points if point.labelled]
     look = {"fontsize": 8.5, "ha": "left", "va": "bottom", "zorder": 4}
-    texts = [axes.text(0, 0, point.label, gid=f"{_HALO}{at}", **look) for at, point in enumerate(labelled)]
+    texts = [axes.text(0, 0, point.label, gid=f"{_HALO}{prefix}{at}", **look) for at, point in enumerate(labelled)]
     sizes = [text.get_window_extent().size for text in texts]
     places = {id(point): tuple(axes.transData.transform((point.x, point.y))) for point in points}
     avoided = [(x - 4.5, y - 4.5, x + 4.5, y + 4.5) for x, y in places.values()]
@@ -159,7 +209,7 @@ def _labels(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Poi
         low, high = (point.y if end is None else end for end in (point.low, point.high))
         ends = [axes.transData.transform((point.x, end)) for end in (low, high)]
         avoided.append((ends[0][0] - 1, ends[0][1], ends[1][0] + 1, ends[1][1]))
-    for (x, y), (to_x, to_y) in pairwise(places[id(point)] for point in front):
+    for (x, y), (to_x, to_y) in pairwise(places[id(point)] for point in _front(points)):
         avoided += [(x, y - 1, to_x, y + 1), (to_x - 1, to_y, to_x + 1, y)]
     (left, bottom), (right, top) = axes.get_window_extent().get_points()
     boxes = place([places[id(point)] for point in labelled], sizes, avoided, (left + 1, bottom + 1, right + 6, top))
@@ -229,9 +279,13 @@ def _doubling(axes: Any, values: Sequence[float], around: float = 1.25) -> None:
     for value in values:
         if not kept or value >= 1.35 * kept[-1]:
             kept.append(value)
-    axes.set_xticks(kept, [f"{value:,.0f}" for value in kept])
+    axes.set_xticks(kept, [_number(value) for value in kept])
     axes.set_xticks([], minor=True)
     axes.set_xlim(values[0] / around, values[-1] * around)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _words(axes: Any, x_label: str, y_label: str) -> None:
@@ -256,7 +310,7 @@ def _svg(figure: Any, name: str, title: str, hovers: Mapping[str, str] | None = 
     text = text.replace("xlink:href", "href")
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
-    text = re.sub(rf'<g id="{name}-{_HALO}\d+"', r'\g<0> class="halo"', text)
+    text = re.sub(rf'<g id="{name}-{_HALO}[\d-]+"', r'\g<0> class="halo"', text)
     for part, hover in (hovers or {}).items():
         group = f'<g id="{name}-{part}">'
         text = text.replace(group, f"{group}<title>{escape(hover)}</title>", 1)

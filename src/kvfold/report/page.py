@@ -29,14 +29,20 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Prog
     out. Raises DataError if there is nothing to report, and OutputError if the page cannot be written.
     """
     run = collect(run_dir, progress)
-    page = Path(out) if out is not None else run.folder / "report.html"
+    page = write_page(run, Path(out) if out is not None else run.folder / "report.html")
+    with disk_errors(page):
+        write_cards(run)
+    return page
+
+
+def write_page(run: Run, page: Path) -> Path:
+    """Write the page of a run and return its path. Raises OutputError if it cannot be written."""
     _check(page)
     text = render(run)
     with disk_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
         with replacing(page) as sibling:
             sibling.write_text(text, encoding="utf-8")
-        write_cards(run)
     return page
 
 

@@ -159,14 +159,65 @@ class _Plan(_Metrics):
     speedup: Number
 
 
-METRICS: dict[str, type[Part]] = {"evaluate": _Evaluation, "bench": _Bench, "plan": _Plan}
+class _ComparedRow(_Measured, _Metrics):
+    loss: Number
+    kl: Number
+    weight_bytes: Natural
+    cache_bytes_per_token: Positive
+    training_tokens: Count
+
+
+class _ComparedTime(Part):
+    model: str
+    context: Natural
+    batch: Natural
+    prefill_s: Positive
+    decode_s_per_token: Positive
+
+
+class _Comparison(_Metrics):
+    rows: Annotated[list[_ComparedTime], Field(min_length=1)]
+    peaks: dict[str, Natural]
+
+
+class _ShownRow(Part):
+    name: Words
+    group: Words
+    about: str
+
+
+class _ComparedRowSettings(Part):
+    row: _ShownRow
+
+
+class _ComparisonSettings(Part):
+    rows: list[str]
+
+
+METRICS: dict[str, type[Part]] = {
+    "evaluate": _Evaluation,
+    "bench": _Bench,
+    "plan": _Plan,
+    "compare-row": _ComparedRow,
+    "compare": _Comparison,
+}
+SETTINGS: dict[str, type[Part]] = {
+    "evaluate": _EvaluationSettings,
+    "compare-row": _ComparedRowSettings,
+    "compare": _ComparisonSettings,
+}
 
 
 def record_fault(record: Record) -> str | None:
     """Why a record cannot be shown; None if it can."""
     if wrong := fault(METRICS.get(record.kind, _Metrics), record.metrics):
         return f"metrics.{wrong}"
-    wrong = fault(_EvaluationSettings, record.settings) if record.kind == "evaluate" else None
+    return settings_fault(record)
+
+
+def settings_fault(record: Record) -> str | None:
+    """Why the settings of a record, of a failure too, cannot be shown; None if they can."""
+    wrong = fault(SETTINGS.get(record.kind, Part), record.settings)
     return wrong and f"settings.{wrong}"
 
 

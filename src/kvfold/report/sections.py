@@ -9,6 +9,7 @@ from typing import Any
 
 from kvfold.report import figures, tables
 from kvfold.report.blocks import Block, Section, tabulated
+from kvfold.report.comparison import comparison_section
 from kvfold.report.figures import Line, Point
 from kvfold.report.folder import RECIPE, Run, commands, findings
 from kvfold.report.kept import ABOUT, kept, shown
@@ -29,6 +30,7 @@ def sections(run: Run) -> list[Section]:
     """Every section of a run that has something to show, in reading order."""
     found = run.studies
     made = [
+        comparison_section(run.records),
         *(section for number, study in enumerate(found) for section in _of_study(study, run, number)),
         plans(run, found),
         planes_section(run),

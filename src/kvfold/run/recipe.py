@@ -41,6 +41,9 @@ class Recipe:
     )
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     bench: Mapping[str, Any] | None = None
+    compare: Mapping[str, Any] | None = setting(
+        None, "Compare the source and the students with quantisation and others, by `kvfold compare`."
+    )
     control: bool = setting(False, "Train the unconverted teacher on the same tokens too.")
     matrix: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)

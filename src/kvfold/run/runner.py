@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from kvfold import methods
+from kvfold.compare.comparison import compare
+from kvfold.compare.settings import CompareSettings
 from kvfold.convert.conversion import convert
 from kvfold.convert.settings import ADVANCED_NAMES, ConvertSettings
 from kvfold.disk import record
@@ -39,6 +41,8 @@ from kvfold.train.settings import PretrainSettings, UptrainSettings
 from kvfold.train.uptrain import uptrain
 
 STAGES = ("converted", "uptrained", "finetuned")  # folders of a run with its outputs
+COMPARED = "compared"
+"""The folder of a run with what a comparison makes."""
 AFTER = "after"
 """Key of a `convert` section for the conversion that comes first."""
 FIRST = ("effort", "thorough")
@@ -109,6 +113,9 @@ def run(
         timing = decode(BenchSettings, recipe.bench, "bench")
         models: list[str | Path] = [reference, *students.values()]
         bench(models, timing, records=work.records, name=recipe.name, **work.how)
+    if recipe.compare is not None:
+        made, folder = list(students.values()), work.folder / COMPARED
+        compare(reference, made, _comparing(recipe), out=folder, records=work.records, name=recipe.name, **work.how)
     page = report(work.folder, progress=progress)
     if work.missed:
         raise GateMissed("; ".join(work.missed), where="gate", next=f"see {page}")
@@ -121,7 +128,7 @@ def _check_places(work: _Run, file: Path | None) -> None:
     recipe = work.recipe
     reads = {"data": recipe.data, "heldout text": recipe.heldout, "recipe": file}
     reads |= {"calibration text": recipe.convert.get("calibration")}
-    for stage in STAGES:
+    for stage in (*STAGES, COMPARED):
         check_apart(work.folder / stage, reads)
     if recipe.pretrain is None:
         check_apart(work.folder / "new", {"source": recipe.source})
@@ -190,6 +197,7 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
         evaluation.setdefault("control", "the run's own")  # known when the control has been evaluated
     decode(EvaluateSettings, evaluation, "evaluate")
     decode(BenchSettings, work.recipe.bench or {}, "bench")
+    _comparing(work.recipe)
 
 
 def _check_texts(recipe: Recipe, rows: Sequence[Cell]) -> None:
@@ -281,6 +289,14 @@ def _pretraining(work: _Run, given: Mapping[str, Any]) -> PretrainSettings:
 
 def _uptraining(work: _Run, given: Mapping[str, Any]) -> UptrainSettings:
     return decode(UptrainSettings, {**given, "data": work.recipe.data}, "uptrain")
+
+
+def _comparing(recipe: Recipe) -> CompareSettings:
+    """The settings of the comparison, whose pruned model trains on the text of the recipe."""
+    given = {"data": recipe.heldout, **(recipe.compare or {})}
+    if given.get("tokens") is not None:
+        given.setdefault("train_data", recipe.data)
+    return decode(CompareSettings, given, "compare")
 
 
 def _task(work: _Run, seed: int) -> UptrainSettings:

@@ -9,14 +9,14 @@ root teacher's cache, so that it means the same for students of students.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvfold.contracts.cache import root_elements
-from kvfold.contracts.per_layer import divisors
+from kvfold.contracts.per_layer import PerSite, divisors
 from kvfold.contracts.requests import Answers, FoldedKL, FoldedRecall
 from kvfold.contracts.site import Shape, Site
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, choices
 
 Heads = dict[Site, int]
 Cost = type[FoldedKL] | type[FoldedRecall]
@@ -68,6 +68,19 @@ def refuse(budget: float | None, *, where: str, setting: str, value: object) -> 
         )
 
 
+def check_divides(kv_heads: PerSite, shape: Shape, *, where: str) -> None:
+    """Raise SettingError for a head count that does not divide the source's, naming what does."""
+    for site, heads in kv_heads.by_site(shape.cached_sites, "kv_heads", where).items():
+        have = shape.sites[site].num_key_value_heads
+        if have % heads:
+            kind = "query" if have == shape.sites[site].num_attention_heads else "key/value"
+            raise SettingError(
+                f"kv_heads {heads} does not divide the {have} {kind} heads of {site}",
+                where=where,
+                next=f"choose {choices(divisors(have))}",
+            )
+
+
 def alike(budget: float, shape: Shape) -> Heads:
     """The most even head counts within the budget: the estimate before anything is measured."""
     heads, most = dict.fromkeys(shape.cached_sites, 1), room(budget, shape)
@@ -83,12 +96,17 @@ def alike(budget: float, shape: Shape) -> Heads:
 
 def cheapest(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> Heads:
     """The head counts of the smallest price within the budget; among equal prices, those of the fewest bytes."""
+    return cheapest_mix(budget, shape, lambda site, count: price(shape, answers, {site: count}, costs))
+
+
+def cheapest_mix(budget: float, shape: Shape, price_of: Callable[[Site, int], float]) -> Heads:
+    """The head counts of the smallest sum of prices within the budget; among equal sums, those of the fewest bytes."""
     import numpy as np  # a plan works without
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     sites = shape.cached_sites
     options = [(site, count) for site in sites for count in choices_of(shape, site)]
-    prices_N = np.array([_steps(price(shape, answers, {site: count}, costs)) for site, count in options])
+    prices_N = np.array([_steps(price_of(site, count)) for site, count in options])
     sizes_N = np.array([elements(shape, {site: count}) for site, count in options])
     unit = int(np.gcd.reduce(sizes_N))
     one_each_LN = np.array([[owner == site for owner, _ in options] for site in sites])

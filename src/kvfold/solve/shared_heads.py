@@ -255,6 +255,24 @@ class KeyLifts:
         if self.free_JFF is not None:
             queries_RED[:, rotated:] = self.free_JFF[head].mT @ queries_RED[:, rotated:]
 
+    def unfold(self, head: int, key_ED: Tensor) -> None:
+        """Apply the inverse of the lift to the head itself, in place."""
+        rotated = self.rope.dims if self.rope else 0
+        if self.rope and self.planes_JP is not None:
+            turned_1PD = to_planes(key_ED[None], self.rope) / self.planes_JP[head][:, None]
+            put_planes(key_ED[None], turned_1PD, self.rope)
+        if self.free_JFF is not None:
+            key_ED[rotated:] = torch.linalg.solve(self.free_JFF[head], key_ED[rotated:])
+
+    def bounded(self) -> KeyLifts:
+        """The lifts with small factors raised, so that their inverses stay bounded."""
+        planes_JP = self.planes_JP
+        if planes_JP is not None:
+            least_P = SMALLEST * planes_JP.abs().amax(0)
+            size_JP = planes_JP.abs()
+            planes_JP = torch.where(size_JP > 0, planes_JP.sgn(), 1) * size_JP.clamp_min(least_P)
+        return replace(self, planes_JP=planes_JP, free_JFF=None if self.free_JFF is None else _bounded(self.free_JFF))
+
 
 def shared_key(
     keys_JED: Tensor,
@@ -360,3 +378,46 @@ class Maps:
             return gram_DD
         above = torch.cat([gram_DD, first_D[:, None]], dim=1)
         return torch.cat([above, torch.cat([second_D, second_D.new_ones(1)])[None]])
+
+
+# --- the same heads in the basis of the shared one -------------------------------------------------------------------
+
+SMALLEST = 0.1  # singular value of a lift, as a part of its largest: the inverse stays bounded
+
+
+def in_shared_basis(attention: Attention, roles: Roles, heads: int, moments: Moments) -> Roles:
+    """The heads of a site in the basis of those that `fit` would share among `heads` contiguous groups, float64.
+
+    Head j is `L_j u` as far as one head u can stand for it: its map becomes `L_j^-1 A_j`, and its readers take `L_j`
+    in. The site computes the same, and the heads of a group become alike. Where a lift almost drops a direction, its
+    singular value is raised to `SMALLEST` of the largest.
+    """
+    new = {role: tensor.to(torch.float64, copy=True) for role, tensor in roles.items()}
+    keys, values, queries = (Maps.of(new, role, attention) for role in "kvq")
+    output_DGRE = new["o"].view(attention.hidden_size, -1, attention.query_group, attention.head_dim)
+    queries_GRED = queries.rows_HED.view(-1, attention.query_group, *queries.rows_HED.shape[1:])
+    looks_GEE = moments.query_HEE.view(len(queries_GRED), attention.query_group, *moments.query_HEE.shape[1:]).sum(1)
+    key_gram_DD = keys.with_one(moments.gram_DD, moments.mean_D, moments.mean_D)
+    value_gram_DD = values.with_one(moments.attended_DD, moments.attended_mean_D, moments.attended_mean_D)
+    size = attention.num_key_value_heads // heads
+    for first in range(0, attention.num_key_value_heads, size):
+        mine = slice(first, first + size)
+        _, lifts, _ = shared_key(keys.rows_HED[mine], looks_GEE[mine], key_gram_DD, attention, "fit")
+        lifts = lifts.bounded()
+        seen_JEE = torch.einsum("djre,djrf->jef", output_DGRE[:, mine], output_DGRE[:, mine])
+        lift_JEE = _bounded(shared_value(values.rows_HED[mine], seen_JEE, value_gram_DD, "fit").lift_JER)
+        for number, head in enumerate(range(first, first + size)):
+            lifts.unfold(number, keys.rows_HED[head])
+            lifts.fold(number, queries_GRED[head])
+        values.rows_HED[mine] = torch.linalg.solve(lift_JEE, values.rows_HED[mine])
+        output_DGRE[:, mine] = torch.einsum("djre,jef->djrf", output_DGRE[:, mine], lift_JEE)
+    for role, maps in (("k", keys), ("v", values), ("q", queries)):
+        maps.put(new, role)
+    return new
+
+
+def _bounded(lift_JEE: Tensor) -> Tensor:
+    """Lifts whose small singular values are raised."""
+    left, size_JE, right = torch.linalg.svd(lift_JEE)
+    raised_JEE: Tensor = (left * size_JE.clamp_min(SMALLEST * size_JE[..., :1])[..., None, :]) @ right
+    return raised_JEE

@@ -7,6 +7,7 @@ loss, its parts and the gradient's norm are those of the whole batch, and all ra
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from kvfold.disk.output import Output, damaged, disk_errors, dropped_on_error, o
 from kvfold.errors import Interrupted, TrainingError
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.progress import Progress, task
+from kvfold.train.levels import LEVELS
 from kvfold.train.placing import Root, local
 from kvfold.train.settings import Settings, TrainSettings, decide, rate
 from kvfold.train.state import STATE, Log, NoLog, Position, State
@@ -101,6 +103,7 @@ def train_into(
         with disk_errors(output.work), dropped_on_error(output, STATE):
             make(settings, output)
     State(output.work).remove()
+    shutil.rmtree(output.work / LEVELS, ignore_errors=True)
     output.commit()
     return output.path
 

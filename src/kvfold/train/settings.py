@@ -154,6 +154,11 @@ class UptrainSettings(TrainSettings):
         None, "Rank of LoRA factors, merged when saved (needs kvfold[lora]). Default: full weights."
     )
     converted_only: bool = setting(False, "Train only the attention that the conversion changed.")
+    levels: int = setting(
+        1, "Levels of depth; with 2, a student of half the layers trains first and is put back into the whole one."
+    )
+    level_share: float = setting(0.5, "Share of the tokens on which the student of half the layers trains.")
+    interpolation: float = setting(0.25, "Share of its weights in the whole student that trains on.")
 
     def __post_init__(self) -> None:
         """Raise SettingError for values out of range, and for settings that contradict each other."""
@@ -167,7 +172,9 @@ class UptrainSettings(TrainSettings):
             )
         check_range(self, "uptrain", 1, LARGEST, "pretraining_tokens")
         check_range(self, "uptrain", 1, RANK, "lora")
-        check_positive(self, "uptrain", "alpha", "temperature")
+        check_positive(self, "uptrain", "alpha", "temperature", "level_share", "interpolation")
+        check_range(self, "uptrain", 0, 1, "level_share", "interpolation")
+        check_range(self, "uptrain", 1, 2, "levels")
         if self.loss is not None and self.stages is not None:
             raise SettingError("loss and stages exclude each other", where="uptrain", next="leave out one of them")
         if self.lora is not None and self.trainable:

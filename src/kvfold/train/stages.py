@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvfold import methods
 from kvfold.contracts.method import Method
 from kvfold.contracts.site import Site
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, did_you_mean
 from kvfold.settings import decode
@@ -119,12 +119,17 @@ def converted_sites(source: Checkpoint) -> set[Site]:
 # --- parameters and ends -------------------------------------------------------------------------------------------
 
 
+def learner(source: Checkpoint, model: nn.Module) -> Learner:
+    """The student in training, as the hooks of its method see it."""
+    return Learner(model, source.shape, source.family.tensor)
+
+
 def finish_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], None]:
     """The end of a stage: `Method.end` with this name."""
     made = method_of(source)
     assert made is not None  # only the stages of a method have a finish
     method, config = made
-    return lambda: method.end(name, model, config)
+    return lambda: method.end(name, learner(source, model), config)
 
 
 def schedule_of(source: Checkpoint, model: nn.Module, name: str) -> Schedule:
@@ -132,19 +137,20 @@ def schedule_of(source: Checkpoint, model: nn.Module, name: str) -> Schedule:
     made = method_of(source)
     assert made is not None  # only the stages of a method are scheduled
     method, config = made
-    return lambda share: method.during(name, model, share, config)
+    return lambda share: method.during(name, learner(source, model), share, config)
 
 
-def _names(source: Checkpoint, role: str) -> set[str]:
-    """The parameters of a role, over all sites."""
-    return {source.family.tensor(site, role) for site in source.shape.sites}
+def _names(source: Checkpoint, role: str, parameters: Iterable[str]) -> set[str]:
+    """The parameters of a role, over all sites, or those of this name that a method added."""
+    of_sites = {source.family.tensor(site, role) for site in source.shape.sites}
+    return {name for name in parameters if name in of_sites or name.endswith(f".{role}")}
 
 
 def parameters_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     """The parameters that a stage trains, by name. Raises SettingError for a role that the model does not have."""
     parameters = dict(model.named_parameters())
     for role in (*stage.trainable, *stage.rates):
-        if not _names(source, role) & set(parameters):
+        if not _names(source, role, parameters):
             known = sorted({role for attention in source.shape.sites.values() for role in attention.roles()})
             raise SettingError(
                 f"the model has no role {role!r}",
@@ -152,17 +158,22 @@ def parameters_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[st
                 allowed=", ".join(known),
                 next=did_you_mean(role, known),
             )
+    rates = rates_of(source, model, stage)
+    parameters = {name: parameter for name, parameter in parameters.items() if rates.get(name) != 0}
     if not stage.trainable and not stage.converted:
         return parameters
-    sites = converted_sites(source) if stage.converted else set(source.shape.sites)
-    wanted = {
-        source.family.tensor(site, role)
-        for site in sites
-        for role in stage.trainable or source.shape.sites[site].roles()
-    }
+    if not stage.converted:
+        wanted = {name for role in stage.trainable for name in _names(source, role, parameters)}
+    else:
+        wanted = {
+            source.family.tensor(site, role)
+            for site in converted_sites(source)
+            for role in stage.trainable or source.shape.sites[site].roles()
+        }
     return {name: parameter for name, parameter in parameters.items() if name in wanted}
 
 
-def rates_of(source: Checkpoint, stage: Stage) -> dict[str, float]:
+def rates_of(source: Checkpoint, model: nn.Module, stage: Stage) -> dict[str, float]:
     """The factor of the learning rate by parameter name."""
-    return {name: rate for role, rate in stage.rates.items() for name in _names(source, role)}
+    names = [name for name, _ in model.named_parameters()]
+    return {name: rate for role, rate in stage.rates.items() for name in _names(source, role, names)}

@@ -19,18 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from kvfold import hf, ranks
+from kvfold.contracts.method import Student, Trained
 from kvfold.contracts.stages import Stage
 from kvfold.disk.checkpoint import Checkpoint, save_model, save_tensors
 from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
-from kvfold.disk.sidecar import carry_over
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
+from kvfold.predict.student_config import student_config
+from kvfold.predict.training_memory import training_flops
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
+from kvfold.train.levels import Start, check_levels, lower_level
 from kvfold.train.loop import Objective, Work, parameter_groups, train, train_into
 from kvfold.train.placing import place, whole
 from kvfold.train.settings import UptrainSettings
@@ -41,6 +44,8 @@ from kvfold.train.stages import (
     converted_sites,
     finish_of,
     formula,
+    learner,
+    method_of,
     method_stages,
     needs_teacher,
     parameters_of,
@@ -79,7 +84,7 @@ def uptrain(
     amount = training_tokens(settings, source)
     guide = _teacher(source, settings, teacher)
     check_apart(out, {"teacher": guide and guide.path})
-    stages = settings.asked() or method_stages(source) or [settings.single("ce" if guide is None else GUIDED)]
+    stages = _stages(source, settings) or [settings.single("ce" if guide is None else GUIDED)]
     check_shares(stages)
     if settings.data == "self":  # the teacher writes the text
         (guide or source).require_finite(progress)
@@ -96,14 +101,13 @@ def uptrain(
     for each in (source, guide):
         if each is not None:
             each.require_finite(progress)
-    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens)
-    if ranks.current().world > 1 and any(stage.finish for stage in stages):
-        raise SettingError(
-            "a stage whose end changes the model trains on one rank", where="uptrain", got=formula(stages)
-        )
+    check_levels(source, stages, settings)
+    run = _Run(source, guide if needs_teacher(stages) else None, stages, amount, tokens, Start(source))
 
     def make(settings: UptrainSettings, output: Output) -> None:
-        ranks.everywhere(_train, run, settings, output.work, output.inputs, run.equal(), progress=progress)
+        start = lower_level(source, run.teacher, stages, amount, settings, output.work, uptrain, progress)
+        chosen = dataclasses.replace(run, start=start, amount=max(1, amount - start.tokens))
+        ranks.everywhere(_train, chosen, settings, output.work, output.inputs, chosen.equal(), progress=progress)
 
     return train_into(out, settings, run.identity, make, source="student", overwrite=overwrite, progress=progress)
 
@@ -117,6 +121,7 @@ class _Run:
     stages: Sequence[Stage]
     amount: int  # tokens
     tokens: TokenFile | Corpus
+    start: Start  # the source, or on two levels what the lower one makes of it
 
     def identity(self, settings: UptrainSettings) -> dict[str, Any]:
         """The settings and inputs that decide the weights."""
@@ -136,17 +141,22 @@ class _Run:
         if self.teacher is None:
             return set()
         theirs = self.teacher.digests
-        same = {name for name, found in self.source.digests.items() if theirs.get(name) == found}
-        return {name for name in same if self.source.spec(name) == self.teacher.spec(name)}
+        ours = self.start.checkpoint
+        ours.hash()
+        same = {name for name, found in ours.digests.items() if theirs.get(name) == found}
+        return {name for name in same if ours.spec(name) == self.teacher.spec(name)}
 
 
 def _train(
     run: _Run, settings: UptrainSettings, work: Path, inputs: str, equal: Collection[str], *, progress: Progress
 ) -> None:
     """Train on every rank, and save the student."""
-    source = run.source
+    source, made = run.start.checkpoint, method_of(run.source)
+    fixed = not any(stage.finish for stage in run.stages)
 
     def adapt(model: nn.Module) -> None:
+        if made is not None and not fixed:
+            made[0].begin(learner(source, model), made[1])
         if settings.lora:
             hf.add_lora(model, _adapted(source, settings), settings.lora, seed=settings.seed)
 
@@ -154,7 +164,6 @@ def _train(
         for stage in run.stages:
             yield from _trained(source, model, stage, settings).values()
 
-    fixed = not any(stage.finish for stage in run.stages)
     matching = any("attention" in stage.losses for stage in run.stages)
     root = place(
         source,
@@ -171,12 +180,14 @@ def _train(
     kept = {id(each) for each in model.parameters() if fixed and not each.requires_grad}
     position = train(root, works, run.tokens, settings, work, progress)
     tensors = _stored(source, model, kept)
+    result = made[0].trained(learner(source, model), made[1]) if made is not None and not fixed else None
     if not ranks.current().main:
         for _ in tensors:  # every rank takes part in making them whole
             pass
         return
+    flops = training_flops(position.tokens, source.shape, None if run.teacher is None else run.teacher.shape)
     lineage = descend(
-        source,
+        run.source,
         inputs=inputs,
         stage="uptrain",
         settings={
@@ -185,14 +196,15 @@ def _train(
             "text": run.tokens.hash,
             "teacher": run.teacher.hash() if run.teacher else None,
         },
-        tokens=position.tokens,
+        tokens=position.tokens + run.start.tokens,
         seed=settings.seed,
-        wall_seconds=position.seconds,
+        wall_seconds=position.seconds + run.start.seconds,
+        flops=flops + run.start.flops,
     )
-    if fixed:
+    if result is None or made is None:
         save_tensors(work, source, tensors, lineage)
     else:
-        _save(work, source, dict(tensors), model, lineage)
+        _save(work, source, tensors, result, lineage)
 
 
 def training_tokens(settings: UptrainSettings, source: Checkpoint) -> int:
@@ -239,20 +251,47 @@ def _stored(source: Checkpoint, model: nn.Module, kept: Collection[int]) -> Iter
 
 
 def _save(
-    work: Path, source: Checkpoint, state: Mapping[str, Tensor], model: nn.Module, lineage: Mapping[str, Any]
+    work: Path, source: Checkpoint, tensors: Iterator[tuple[str, Tensor]], made: Trained, lineage: Mapping[str, Any]
 ) -> None:
-    """Write a student whose model the end of a stage may have changed."""
-    if set(source.names()) <= set(state):
-        save_tensors(work, source, state.items(), lineage)
-        return
-    carry_over(source.path, work)
-    config = model.config.to_dict()  # type: ignore[operator,union-attr]
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor for name, tensor in state.items() if name in source or name not in tied}
-    save_model(work, config=config, state=state, lineage=lineage, dtype=source.shape.dtype)
+    """Write a student whose stages gave some of its sites another shape."""
+    state = {name: tensor for name, tensor in tensors if name in source}
+    for site, roles in made.roles.items():
+        attention = made.shape.sites[site]
+        for name, held in source.family.stored(site, attention).items():
+            state[name] = source.family.joined(attention, {role: roles[role] for role in held})
+    lineage["steps"][-1]["found"] = dict(made.found)
+    method = next(step["settings"]["method"] for step in reversed(lineage["steps"]) if step["stage"] == "convert")
+    config = student_config(source.config, source.family, source.shape, Student(made.shape), method=method)
+    save_model(work, config=config, state=state, lineage=lineage, like=source)
 
 
 # --- teacher and stages --------------------------------------------------------------------------------------------
+
+
+def _stages(source: Checkpoint, settings: UptrainSettings) -> list[Stage]:
+    """The user's stages, or the method's; empty if neither has any.
+
+    Where the end of a stage changes the model, a `loss` is that of each. Raises SettingError for settings that such
+    stages leave no choice of.
+    """
+    own, asked = method_stages(source), settings.asked()
+    if not any(stage.finish for stage in own):
+        return asked or own
+    fixed = {
+        "stages": settings.stages,
+        "lora": settings.lora,
+        "trainable": settings.trainable,
+        "converted_only": settings.converted_only,
+    }
+    for name, value in fixed.items():
+        if value:
+            raise SettingError(
+                f"the stages of the method decide what trains, and {name} does not apply",
+                where="uptrain",
+                got=value,
+                next=f"leave out --{name.replace('_', '-')}",
+            )
+    return [dataclasses.replace(stage, losses=asked[0].losses) if asked else stage for stage in own]
 
 
 def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | None) -> Checkpoint | None:
@@ -261,11 +300,13 @@ def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | 
     Raises SettingError if it is needed and there is none, or if its vocabulary differs; CheckpointError if the root
     of the lineage is not found.
     """
-    asked = settings.asked() or method_stages(source)
+    asked = _stages(source, settings)
     needed = needs_teacher(asked)
     if asked and not needed and settings.data != "self":
         return None
     found = Checkpoint.open(given) if given is not None else root_teacher(source)
+    if found is None and any(stage.finish for stage in asked):
+        found = source  # a student that the stages change, and that still equals its teacher
     if found is None and source.root_hash() != source.hash():
         raise CheckpointError(
             f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
@@ -337,7 +378,7 @@ def _works(
                     schedule=schedule_of(source, model, stage.name) if stage.scheduled else None,
                 ),
                 groups=lambda stage=stage: parameter_groups(  # type: ignore[misc]
-                    _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, stage)
+                    _trained(source, model, stage, settings), settings.weight_decay, rates_of(source, model, stage)
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
             )

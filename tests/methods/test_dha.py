@@ -1,0 +1,273 @@
+"""dha: its start is the teacher, its end plain heads; groups, budgets and bases; a run that stops in any stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kvfold import hf
+from kvfold.contracts.method import Trained
+from kvfold.contracts.per_layer import PerSite
+from kvfold.contracts.site import Shape, Site
+from kvfold.contracts.stages import Learner
+from kvfold.convert.conversion import ConvertSettings, convert
+from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import SettingError
+from kvfold.families import all_families
+from kvfold.methods import dha
+from kvfold.predict.plan import plan
+from kvfold.progress import Silent
+from kvfold.train.uptrain import UptrainSettings, uptrain
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+IDS_BT = torch.arange(34).view(2, 17) + 40
+STEPS = 8
+SHARES = {"search": 0.25, "fusion": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
+
+
+def shape_of(family: str, **changes: Any) -> Shape:
+    found = all_families()[family]
+    return found.shape({**found.tiny(), **changes})
+
+
+def settings_of(text: Path, **changes: Any) -> UptrainSettings:
+    given: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "tokens": STEPS * 64, "log_every": 1}
+    return UptrainSettings(data=str(text), **{**given, "precision": "fp32", **changes})
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "train.jsonl").read_text().splitlines()][:-1]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.eval()(IDS_BT).logits
+    return found
+
+
+def kept_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits of the model in training when it is saved."""
+    found: list[Tensor] = []
+    original = dha.DHA.trained
+
+    def trained(self: dha.DHA, student: Learner, config: dha.Config) -> Trained:
+        found.append(logits(student.model))
+        return original(self, student, config)
+
+    monkeypatch.setattr(dha.DHA, "trained", trained)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mixtral"])
+def test_fusion_starts_at_the_teacher_to_the_last_bit(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    source = Checkpoint.open(tiny_checkpoint(family, tokenizer=False))
+    model = hf.load(source.path)
+    expected = logits(model)
+    student, config = Learner(model, source.shape, source.family.tensor), dha.METHOD.example(source.shape)
+    dha.METHOD.begin(student, config)
+    assert torch.equal(logits(model), expected)
+    dha.METHOD.end("search", student, config)
+    assert torch.equal(logits(model), expected)
+    dha.METHOD.end("fusion", student, config)
+    assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_plain_heads_compute_what_the_fused_model_does(
+    family: str, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_checkpoint(family)
+    student = convert(teacher, tmp_path / "student", "dha", {"kv_heads": 2, **SHARES})
+    assert Checkpoint.open(student).hash() == Checkpoint.open(teacher).hash(), "plain heads start as the teacher"
+    last = kept_logits(monkeypatch)
+    out = uptrain(student, tmp_path / "out", settings_of(text, learning_rate=3e-3))
+    lines = lines_of(out)
+    assert [line["stage"] for line in lines] == ["search"] * 2 + ["fusion"] * 4 + ["after"] * 2
+    assert lines[0]["kl"] == 0
+    assert lines[2]["kl"] == 0, "the search leaves the weights as they are"
+    assert lines[-1]["kl"] > 0
+    assert [("penalty" in line) for line in lines] == [False] * 2 + [True] * 4 + [False] * 2
+    made = Checkpoint.open(out)
+    assert made.config["model_type"] == Checkpoint.open(teacher).config["model_type"], "stock engines load it"
+    assert {each.num_key_value_heads for each in made.shape.sites.values()} == {2}
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), last[0], rtol=1e-4, atol=1e-5)
+    found = json.loads((out / "kvfold.json").read_text())["steps"][-1]["found"]
+    assert found["kv_heads"] == 2
+    assert all(
+        sorted(head for heads in groups for head in heads) == [0, 1, 2, 3] for groups in found["groups"].values()
+    )
+
+
+@pytest.mark.slow
+def test_fused_heads_draw_together(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """With a step of 0.05 for the weights, a spread of 1 vanishes in the fusion stage."""
+    student = convert(tiny_checkpoint("llama"), tmp_path / "s", "dha", {"kv_heads": 1, "search": 0.0, "fusion": 1.0})
+    spreads: list[float] = []
+
+    class Spy(Silent):
+        def advance(self, amount: float, note: str = "") -> None: ...
+
+    original = dha.DHA.end
+
+    def end(self: dha.DHA, finish: str, learner: Learner, config: dha.Config) -> None:
+        spreads.append(float(learner.map(Site(0), "k").spread()))
+        original(self, finish, learner, config)
+
+    dha.DHA.end = end  # type: ignore[method-assign]
+    try:
+        uptrain(student, tmp_path / "out", settings_of(text, learning_rate=5e-4, schedule="constant", tokens=60 * 64))
+    finally:
+        dha.DHA.end = original  # type: ignore[method-assign]
+    assert spreads[0] == 1
+    assert spreads[1] < 0.01
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_in_any_stage_ends_as_if_it_had_not(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    student = convert(teacher, tmp_path / "student", "dha", {"kv_heads": "auto", "budget": 0.5, **SHARES})
+    settings = settings_of(text, learning_rate=3e-3)
+    whole = uptrain(student, tmp_path / "whole", settings)
+
+    class At(Silent):
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+        def advance(self, amount: float, note: str = "") -> None:
+            self.left -= note.startswith("loss")
+            if self.left == 0:
+                raise RuntimeError("pulled the plug")
+
+    for steps in (1, 2, 1, 2, 1):  # in the search, at its end, in the fusion, near its end, in plain heads
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            uptrain(student, tmp_path / "cut", replace(settings, checkpoint_steps=1), progress=At(steps + 1))
+    cut = uptrain(student, tmp_path / "cut", settings)
+    ours, theirs = load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [line["stage"] for line in lines_of(cut)] == [line["stage"] for line in lines_of(whole)]
+
+
+@pytest.mark.slow
+def test_a_budget_goes_to_the_layers_whose_heads_are_apart(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    settings = {"kv_heads": "auto", "budget": 0.5, "search": 1.0, "fusion": 0.0}
+    student = convert(teacher, tmp_path / "student", "dha", settings)
+    shape = Checkpoint.open(student).shape
+    model = hf.load(student)
+    learner = Learner(model, shape, Checkpoint.open(student).family.tensor)
+    config = dha.Config(kv_heads="auto", budget=0.5, fusion=0.0)
+    dha.METHOD.begin(learner, config)
+    with torch.no_grad():
+        for site in shape.sites:
+            for role in "kv":  # weights that stay apart in layer 0, and are almost equal in the others
+                fusion = learner.map(site, role).fusion
+                fusion.copy_(torch.rand(fusion.shape, generator=torch.Generator().manual_seed(1)))
+                if site.layer:
+                    fusion.mul_(1e-2)
+    dha.METHOD.end("search", learner, config)
+    counts = [len(learner.map(site, "k").groups()) for site in shape.sites]
+    assert counts[0] == 4
+    assert sum(counts) <= 8
+    out = uptrain(student, tmp_path / "out", settings_of(text))
+    made = Checkpoint.open(out)
+    assert sum(each.num_key_value_heads for each in made.shape.sites.values()) <= 8
+    assert logits(AutoModelForCausalLM.from_pretrained(out)).isfinite().all()
+
+
+def images(teacher: Path) -> None:
+    """Make the heads of each pair linear images of one another, in place; keys by a factor for each plane."""
+    source = Checkpoint.open(teacher)
+    tensors = load_file(teacher / "model.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    for site in source.shape.sites:
+        keys, values = (tensors[source.family.tensor(site, role)].view(4, 8, -1) for role in "kv")
+        for head in (1, 3):
+            factor_P = torch.polar(0.5 + torch.rand(4, generator=generator), 6 * torch.rand(4, generator=generator))
+            planes_PD = torch.complex(keys[head - 1, :4], keys[head - 1, 4:]) * factor_P[:, None]
+            keys[head] = torch.cat([planes_PD.real, planes_PD.imag])
+            turn_EE = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+            values[head] = turn_EE @ values[head - 1]
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+def test_the_basis_of_fit_keeps_the_function_and_makes_heads_alike(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    options = ConvertSettings(calibration=str(text), calibration_tokens=600)
+    expected = logits(hf.load(teacher))
+    plain = convert(teacher, tmp_path / "plain", "dha", {"kv_heads": 2, "init": "fit"}, options=options)
+    torch.testing.assert_close(logits(hf.load(plain)), expected, rtol=1e-4, atol=1e-4)
+
+    images(teacher)
+    expected = logits(hf.load(teacher))
+    settings = {"kv_heads": 2, "init": "fit", "fusion": 0.0}
+    student = convert(teacher, tmp_path / "images", "dha", settings, options=options)
+    assert [stage.share for stage in dha.METHOD.stages(dha.Config(PerSite.parse(2), init="fit", fusion=0.0))] == [
+        0,
+        0,
+        1,
+    ]
+    out = uptrain(student, tmp_path / "out", settings_of(text, tokens=64, learning_rate=1e-12))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_says_what_uptraining_ends_in(tiny_checkpoint: Callable[..., Path]) -> None:
+    made = plan(tiny_checkpoint("llama", tokenizer=False), "dha", {"kv_heads": 1})
+    assert made.cache_ratio == 1
+    (note,) = [each for each in made.warnings if "fuses" in each]
+    assert "caches 64 elements per token in place of 256 (25%)" in note
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "match"),
+    [
+        ("llama", {"kv_heads": 3}, "kv_heads 3 does not divide the 4 query heads of layer 0; choose 1, 2 or 4"),
+        ("llama", {"kv_heads": "auto"}, "kv_heads auto needs a budget"),
+        ("llama", {"kv_heads": 2, "budget": 0.5}, "budget does not apply to kv_heads 2"),
+        ("llama", {"kv_heads": 2, "search": 0.7, "fusion": 0.4}, "shares of the tokens.*0.7 and 0.4.*at most 1"),
+        ("llama", {"kv_heads": "auto", "budget": 0.5, "init": "fit"}, "depends on the groups"),
+        ("olmo2", {"kv_heads": 2}, "layer 0: a norm over all heads.*choose gqa"),
+        ("qwen3", {"kv_heads": 2, "init": "fit"}, "keys are normed"),
+        ("gpt_neox", {"kv_heads": 2}, "no maps of q, k, v and o of their own"),
+        ("t5", {"kv_heads": 2}, "no maps of q, k, v and o of their own"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(family: str, settings: dict[str, Any], match: str) -> None:
+    shape = shape_of(family)
+    kv_heads = settings["kv_heads"] if settings["kv_heads"] == "auto" else PerSite.parse(settings["kv_heads"])
+    with pytest.raises(SettingError, match=match):
+        dha.Config(**{**settings, "kv_heads": kv_heads}).check(shape)
+
+
+def test_settings_that_the_stages_decide_are_refused(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "dha", {"kv_heads": 2})
+    for name, value in {"lora": 2, "trainable": ("q",), "converted_only": True, "stages": "kl:1.0"}.items():
+        with pytest.raises(
+            SettingError, match=f"the stages of the method decide what trains, and {name} does not apply"
+        ):
+            uptrain(student, tmp_path / "out", settings_of(text, **{name: value}))
