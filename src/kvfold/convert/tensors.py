@@ -48,9 +48,7 @@ class Job:
         """Lay out the student's tensors, from shapes alone."""
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
         family = student_family(source.family, student)
-        removed = source.shape.sites.keys() - student.shape.sites.keys()
-        branches = tuple(f"{path}." for site in removed for path in source.family.branch(site))
-        gone = {name for name in source.names() if name.startswith(branches)}
+        gone = source.gone(student.shape)
         specs = {name: source.spec(name) for name in source.names() if name not in gone}
         for site in (site for group in groups for site in group):
             before, after = source.shape.sites[site], student.shape.sites[site]
