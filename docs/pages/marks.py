@@ -17,6 +17,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     serving        what each engine computed of each kind of student
     compared       a teacher and its students beside quantisation, pruning and others
     levels         uptraining on two levels of depth beside one of the same FLOPs
+    readers        readers of passages: right answers, time by part of the model, bytes of a passage
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -42,6 +43,7 @@ from pages.compared import compared_tables
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
+from pages.readers import reader_tables
 from pages.serving import serving_tables
 from pages.students import bare_name
 
@@ -261,4 +263,5 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "serving": serving_tables,
     "compared": compared_tables,
     "levels": levels_tables,
+    "readers": reader_tables,
 }
