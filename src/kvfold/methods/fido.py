@@ -48,8 +48,8 @@ class Config:
     cross_every: int = setting(6, "Layers per layer with cross-attention: of every K, the last one keeps it.")
     cross_layers: str | None = setting(
         None,
-        "Layers that keep it instead, such as 5,11; `auto`: as many as --cross-every keeps, those whose removal costs "
-        "most on calibration text.",
+        "Layers that keep it, such as 5,11, instead of every K-th; `auto`: as many, those whose removal costs most on "
+        "calibration text.",
     )
     fade: float = setting(
         0.0, "Share of uptraining in which a gate fades the other branches, which are then removed; 0: removed at once."

@@ -18,14 +18,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from kvfold.disk.output import disk_errors, replacing
 from kvfold.errors import DataError, OutputError
 from kvfold.progress import SILENT, Progress, task
 from kvfold.settings import MOST, SEEDS, check_range, setting
 from kvfold.text.documents import read_texts
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 BLANK = "___"
 COMMON, FEW = 0.02, 20  # a word in more than this share of the sentences, and in more than a few, tells little
@@ -63,6 +65,8 @@ def cloze(
 
     Raises DataError for a text with too few sentences, OutputError if `out` exists and is not overwritten.
     """
+    import numpy as np  # not loaded for the help of the command
+
     out = Path(out)
     if out.exists() and not overwrite:
         raise OutputError("exists", where=out, next="give another path, or --overwrite")
@@ -74,7 +78,7 @@ def cloze(
         for number in order:
             if len(lines) == settings.records:
                 break
-            made = found.record(int(number), settings)
+            made = found.record(int(number), settings, np.random.default_rng((settings.seed, int(number))))
             if made is not None:
                 lines.append(json.dumps(made, ensure_ascii=False))
                 progress.advance(1)
@@ -122,7 +126,7 @@ class _Sentences:
                 if word and self.of[word] <= max(FEW, COMMON * len(sentences)):
                     self.places.setdefault(word, []).append(number)
 
-    def record(self, number: int, settings: ClozeSettings) -> dict[str, object] | None:
+    def record(self, number: int, settings: ClozeSettings, generator: Generator) -> dict[str, object] | None:
         """The question about a sentence; None if no word of it can be asked for, or too few passages resemble it."""
         sentence, words = self.sentences[number], self.words[number]
         known = [
@@ -138,7 +142,6 @@ class _Sentences:
         others = self._alike(number, asked, words[at], settings.passages - 1)
         if len(others) < settings.passages - 1:
             return None
-        generator = np.random.default_rng((settings.seed, number))
         shown = generator.permutation([number, *others])
         return {
             "question": " ".join([*sentence[first:at], BLANK, *sentence[at + 1 : last]]),

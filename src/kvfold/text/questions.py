@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import DataError
-from kvfold.text.spans import Ids
+
+if TYPE_CHECKING:
+    from kvfold.text.spans import Ids
 
 KEYS = ("question", "ctxs")
 COLUMNS = (*KEYS, "answers", "target")
