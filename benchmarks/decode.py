@@ -20,7 +20,11 @@ times the weights; multi-head, 8 heads and 1 head by `kvfold bench`, beside the 
 the same run. Predicted: by bytes 3.6x and 15x; the roofline about 3.6x and 7x, for with 1 head arithmetic bounds a step
 on a CPU; measured 2.5x and 5x.
 
-    python benchmarks/decode.py [--quick] [--rounds 15] [--results results] [--note TEXT]
+Latents of the same model (record `decode-mla`): grouped heads, `elitekv` and `mla` at 1/8 to 1/7 of the cache. A head
+multiplies each cached token of a latent with 64 + 2 x 512 numbers instead of 2 x 64, so that a step is 8 times the
+arithmetic on a seventh of the bytes. Predicted: grouped heads 4x as fast as multi-head, both latents 0.8x to 1.5x.
+
+    python benchmarks/decode.py [--only steps|models|latents] [--quick] [--rounds 15] [--results results] [--note TEXT]
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +67,14 @@ MODEL = {
     "tie_word_embeddings": True,
     "dtype": "float32",
 }
-FOLDED = (8, 1)
+HEADS = {f"kv-heads-{heads}": ("gqa", {"kv_heads": heads}) for heads in (8, 1)}
+LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kv-heads-4": ("gqa", {"kv_heads": 4}),
+    "elitekv-64-512": ("elitekv", {"rope_chunks": "1", "latent_dim": "512"}),
+    "mla-64-512": ("mla", {"rope_dim": 64, "latent_dim": 512}),
+}
+"""Students by name: method and settings."""
+Students = Mapping[str, tuple[str, Mapping[str, Any]]]
 TARGET = 0.5  # of multi-head's best kernel, for 8 key/value heads in float32
 AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -172,39 +183,45 @@ def steps(given: argparse.Namespace) -> Record:
 # --- whole models ----------------------------------------------------------------------------------------------------
 
 
-def models(given: argparse.Namespace, room: Path) -> Record:
-    """Random models of 32, 8 and 1 key/value heads by `kvfold bench`; this machine's bandwidth is measured anew."""
+def models(given: argparse.Namespace, name: str, students: Students, room: Path) -> Record:
+    """A random multi-head model and its students by `kvfold bench`; this machine's bandwidth is measured anew."""
     os.environ["KVFOLD_CACHE"] = str(room / "cache")
     config = {**all_families()["llama"].tiny(), **MODEL}
     teacher = room / "multi-head"
     hf.build(config, seed=0).save_pretrained(teacher)  # type: ignore[operator]
-    students = [convert(teacher, room / f"kv-heads-{heads}", "gqa", {"kv_heads": heads}) for heads in FOLDED]
+    made = [convert(teacher, room / label, method, settings) for label, (method, settings) in students.items()]
     settings = BenchSettings(
         context=(512,) if given.quick else (4096,),
         batch=(2,) if given.quick else (8,),
         repeats=2 if given.quick else 5,
         fp8=False,
     )
-    return bench([teacher, *students], settings, records=room / "records", name="decode-model", progress=Lines())
+    whole = bench([teacher, *made], settings, records=room / "records", name=name, progress=Lines())
+    # the models are made in each run: the record names their shapes, not their paths
+    kept = {**whole.settings, "models": ["multi-head", *students]}
+    kept |= {"config": MODEL, "quick": given.quick, "note": given.note}
+    return record.Record(**{**vars(whole), "kind": "benchmark", "settings": kept, "identity": ""})
 
 
 def main() -> None:
-    given = parser(__doc__, rounds=15).parse_args()
-    made = steps(given)
-    for row in made.metrics["rows"]:
-        print(f"{row['dtype']:9} {row['kv_heads'] or '':>3} {row['kernel']:10} {row['ms']:9.3f} ms")
-    for dtype in AGREE:
-        print(dtype, made.metrics[dtype])
-    print(made.metrics["target"], record.write(made, given.results))
-    with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
-        whole = models(given, Path(room))
-    # the models are made in each run: the record names their shapes, not their paths
-    settings = {**whole.settings, "models": ["multi-head", *(f"kv-heads-{heads}" for heads in FOLDED)]}
-    settings |= {"config": MODEL, "quick": given.quick, "note": given.note}
-    whole = record.Record(**{**vars(whole), "kind": "benchmark", "settings": settings, "identity": ""})
-    for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
-        print(row)
-    print(record.write(whole, given.results))
+    flags = parser(__doc__, rounds=15)
+    flags.add_argument("--only", choices=("steps", "models", "latents"), help="one of the three (default: all)")
+    given = flags.parse_args()
+    if given.only in (None, "steps"):
+        made = steps(given)
+        for row in made.metrics["rows"]:
+            print(f"{row['dtype']:9} {row['kv_heads'] or '':>3} {row['kernel']:10} {row['ms']:9.3f} ms")
+        for dtype in AGREE:
+            print(dtype, made.metrics[dtype])
+        print(made.metrics["target"], record.write(made, given.results))
+    for part, name, students in (("models", "decode-model", HEADS), ("latents", "decode-mla", LATENTS)):
+        if given.only not in (None, part):
+            continue
+        with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
+            whole = models(given, name, students, Path(room))
+        for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
+            print(row)
+        print(record.write(whole, given.results))
 
 
 if __name__ == "__main__":

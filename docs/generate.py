@@ -18,10 +18,11 @@ from kvfold.cli.commands import COMMANDS
 from kvfold.cli.flags import Flag
 from kvfold.disk import record
 from kvfold.report import first_planes
-from pages.cluster import with_memory
+from pages.cluster import with_cluster
 from pages.compared import compared_figure
 from pages.conversion import conversion_pages
 from pages.families import families_page
+from pages.inspection import inspection_figures
 from pages.kept import task_figure
 from pages.marks import with_tables
 from pages.miniature import miniature_page, of_runs, quality_figure
@@ -109,6 +110,7 @@ def pages() -> dict[Path, str]:
         made[ROOT / "docs" / "quality-against-bytes.svg"] = real or quality_figure([*headline, *linear])
     if planes := first_planes(headline):
         made[ROOT / "docs" / "elitekv-planes.svg"] = planes
+    made |= {ROOT / "docs" / name: text for name, text in inspection_figures(records).items()}
     if compared := compared_figure(of_runs(records, lambda name: name.partition("/")[0] == "compare")):
         made[ROOT / "docs" / "compare.svg"] = compared
     miniature = [each for each in records if each.name.startswith("miniature")]
@@ -117,7 +119,7 @@ def pages() -> dict[Path, str]:
     made |= {ROOT / "docs" / name: text for name, text in conversion_pages(records).items()}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if path not in made:
-            made[path] = with_memory(with_tables(path.read_text(encoding="utf-8"), records))
+            made[path] = with_cluster(with_tables(path.read_text(encoding="utf-8"), records), records)
     return made
 
 

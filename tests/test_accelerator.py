@@ -66,6 +66,38 @@ with Far():
 
 
 @pytest.mark.slow
+def test_the_sums_of_a_repair_stay_on_the_device(tmp_path: Path) -> None:
+    code = """
+import torch
+import kvfold.machine
+from far_device import Far
+from kvfold.repair.mlp import InnerFit
+kvfold.machine.best_device = lambda: "far:0"
+
+@torch.inference_mode()
+def fitted(device):
+    draw = torch.Generator().manual_seed(0)
+    up_FD, down_DF, x_BTD, lacks_BTD, slope_BTF = (
+        torch.randn(size, generator=draw).to(device) for size in ((8, 6), (6, 8), (2, 5, 6), (2, 5, 6), (2, 5, 8))
+    )
+    up, down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+    up.weight, down.weight = (torch.nn.Parameter(each.clone(), requires_grad=False) for each in (up_FD, down_DF))
+    with InnerFit([up], down, [5, 5]) as fit:
+        fit.add(0, x_BTD, [slope_BTF], lacks_BTD)
+        sums = (fit.gram_DD, fit.slopes_MFF, fit.missing_MFD)
+        assert {(each.device.type, each.dtype) for each in sums} == {(device, torch.float64)}
+        fit.solve(steps=4, damping=1e-2, batches=[(0, 2)])
+    assert not torch.equal(up.weight, up_FD)
+    return up.weight.cpu()
+
+with Far():
+    far_FD = fitted("far")
+torch.testing.assert_close(far_FD, fitted("cpu"), rtol=1e-6, atol=1e-6)
+"""
+    run_script(code, tmp_path)
+
+
+@pytest.mark.slow
 def test_every_stage_of_a_decoder(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

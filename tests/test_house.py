@@ -25,7 +25,7 @@ ROWS = [  # docs/architecture.md says what lives in each: a package imports from
     {"disk"},
     {"hf", "text", "predict"},
     {"calibrate", "repair", "train", "evaluate", "export", "report"},
-    {"convert", "compare", "run"},
+    {"convert", "compare", "run", "inspection"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}

@@ -15,6 +15,8 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
                    the columns that a newcomer needs, or `front` where no task and no recall was measured
     goals          what was to be kept of a real language model, beside the best student
     serving        what each engine computed of each kind of student
+    bench          a benchmark's models: bytes predicted and allocated, and speed beside the first one
+    inspection     how well inspections predicted: losses of folds, and the heads that copy
     compared       a teacher and its students beside quantisation, pruning and others
     levels         uptraining on two levels of depth beside one of the same FLOPs
     readers        readers of passages: right answers, time by part of the model, bytes of a passage
@@ -40,6 +42,7 @@ from kvfold.report.speed import largest_batches
 from kvfold.report.studies import studies
 from kvfold.report.tables import asked, markdown, recall
 from pages.compared import compared_tables
+from pages.inspection import inspection_tables
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
@@ -138,20 +141,25 @@ def _equal_bytes(records: Sequence[Record]) -> Iterator[str]:
     """Who is best at the same bytes and tokens, and whether the seeds can tell."""
     for study in studies(records):
         lines: list[list[str]] = []
-        bold = set()
-        for alike in _alike(study):
+        bold, lots = set(), _alike(study)
+        distances = sorted({int(key) for lot in lots for row in lot for key in row.keyed("copy_gain")})
+        for alike in lots:
             best = alike[0]
             bold.add((len(lines), 1))
             for row in alike:
                 part = (row.cache_bytes or 0) / (row.teacher_cache_bytes or 1)
                 lines.append([f"{part:.3g}", row.name, row.schooling, tables.cell(row.metric("loss")), _kl(row)])
+                lines[-1] += _copied(row, distances)
                 lines[-1].append(tables.NONE if row.gap_closed is None else f"{row.gap_closed:.0%}")
                 lines[-1].append(tables.NONE if row is best else _behind(best, row))
         if lines:
-            columns = ["of the teacher's cache", "student", "training", "loss", "KL", "gap closed", "behind the best"]
+            columns = ["of the teacher's cache", "student", "training", "loss", "KL"]
+            columns += [*(f"copy gain over {key:,}" for key in distances), "gap closed", "behind the best"]
             yield markdown((columns, lines), words=3, bold=bold)
             loss = study.teacher.metric("loss") if study.teacher else None
             teacher = f", the teacher's {loss.mean:.4f}" if loss else ""
+            if study.teacher and distances:
+                teacher += f" (copy gain {', '.join(_copied(study.teacher, distances))})"
             yield f"{_about(study)}{teacher}{_gap(study)}. {_device(study)}"
 
 
@@ -169,6 +177,11 @@ def _alike(study: Study) -> list[list[Row]]:
 def _loss(row: Row) -> float:
     loss = row.metric("loss")
     return float("inf") if loss is None else loss.mean
+
+
+def _copied(row: Row, distances: Sequence[int]) -> list[str]:
+    """By how many nats a span is easier the second time, at each distance."""
+    return [tables.cell(row.keyed("copy_gain").get(str(key)), 2) for key in distances]
 
 
 def _kl(row: Row) -> str:
@@ -232,6 +245,31 @@ def _pivot(records: Sequence[Record], part: str, line: str, column: str, cell: s
         yield _where(record)
 
 
+def _bench(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each model and place of a benchmark of whole models."""
+    for record in (each for each in records if each.kind == "benchmark"):
+        first: dict[tuple[int, int], Mapping[str, Any]] = {}
+        lines = []
+        for row in record.metrics["rows"]:
+            place = row["context"], row["batch"]
+            teacher = first.setdefault(place, row)
+            part = tables.part_of(row["cache_bytes"] / teacher["cache_bytes"])
+            size = [f"{row[name]:,}" for name in ("predicted_cache_bytes", "cache_bytes")]
+            speed = [f"{teacher[name] / row[name]:.2f}×" for name in ("decode_s_per_token", "prefill_s")]
+            lines.append([row["model"], f"{place[0]:,} × {place[1]}", *size, part, *speed])
+        columns = [
+            "model",
+            "tokens × batch",
+            "predicted bytes",
+            "allocated bytes",
+            "of multi-head",
+            "decode",
+            "prefill",
+        ]
+        yield markdown((columns, lines))
+        yield _where(record)
+
+
 def _words(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -259,8 +297,10 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "kept-short": _kept_short,
     "goals": goal_tables,
     "ratios": _ratios,
+    "bench": _bench,
     "pivot": _pivot,
     "serving": serving_tables,
+    "inspection": inspection_tables,
     "compared": compared_tables,
     "levels": levels_tables,
     "readers": reader_tables,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ NOT_RUN = "not run"
 
 
 def serving_tables(records: Sequence[Record]) -> Iterator[str]:
-    """One row for each kind of student, one column for each engine, and the versions below."""
+    """One row for each kind of student, those first that most engines load, and the versions below."""
     cells = {(each.settings["kind"], each.settings["engine"]): each for each in records}
     kinds, engines = (list(dict.fromkeys(key[at] for key in cells)) for at in (0, 1))
+    kinds.sort(
+        key=lambda kind: -sum("refused" not in cells[kind, each].metrics for each in engines if (kind, each) in cells)
+    )
     lines = [
         [kind, *(_cell(cells[kind, engine].metrics) if (kind, engine) in cells else NOT_RUN for engine in engines)]
         for kind in kinds
@@ -28,7 +32,8 @@ def serving_tables(records: Sequence[Record]) -> Iterator[str]:
 
 def _cell(metrics: Mapping[str, Any]) -> str:
     if "refused" in metrics:
-        return f"no: {str(metrics['refused']).rpartition('Value error, ')[2]}"  # pydantic's words in front of vLLM's
+        reason = str(metrics["refused"]).rpartition("Value error, ")[2]  # pydantic's words in front of vLLM's
+        return f"no: {re.sub('^cannot be exported to .*?: ', '', reason)}"
     if metrics["problem"] is not None:
         return f"differs: {metrics['problem']}"
     ties = f" ({metrics['near_ties']} near ties)" if metrics["near_ties"] else ""

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "plan": "kvfold.predict.plan",
+    "inspect": "kvfold.inspection.inspection",
     "convert": "kvfold.convert.conversion",
     "uptrain": "kvfold.train.uptrain",
     "pretrain": "kvfold.train.pretrain",
@@ -28,6 +29,7 @@ _WHERE = {
     "load": "kvfold.hf",
     "FusionInDecoder": "kvfold.hf",
     "PlanSettings": "kvfold.predict.plan",
+    "InspectSettings": "kvfold.inspection.settings",
     "ConvertSettings": "kvfold.convert.settings",
     "UptrainSettings": "kvfold.train.settings",
     "PretrainSettings": "kvfold.train.settings",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvfold.errors import SettingError
 from kvfold.machine import available
@@ -253,8 +253,10 @@ def spread(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def solved(solve: Callable[[Callable[[Tensor], Tensor]], Tensor], apply: Callable[[Tensor], Tensor]) -> Tensor:
-    """`solve(apply)` by rank 0, for tensors of the CPU: each call of `apply` runs on all ranks, with its argument.
+def solved(
+    solve: Callable[[Callable[[Tensor], Tensor]], Tensor], apply: Callable[[Tensor], Tensor], like: Tensor
+) -> Tensor:
+    """`solve(apply)` by rank 0: each call of `apply` runs on all ranks, with its argument, a tensor as `like`.
 
     Rank 0 alone decides when it ends, and gives the solution to all.
     """
@@ -263,17 +265,15 @@ def solved(solve: Callable[[Callable[[Tensor], Tensor]], Tensor], apply: Callabl
     if current().main:
 
         def together(argument: Tensor) -> Tensor:
-            broadcast_object((argument, None))
-            return apply(argument)
+            broadcast_object(True)
+            return apply(spread(argument.contiguous()))
 
         solution = solve(together)
-        broadcast_object((None, solution))
-        return solution
-    argument, found = broadcast_object(None)
-    while argument is not None:
-        apply(argument)
-        argument, found = broadcast_object(None)
-    return cast("Tensor", found)
+        broadcast_object(False)
+        return spread(solution.contiguous())
+    while broadcast_object(None):
+        apply(spread(like.new_empty(like.shape)))
+    return spread(like.new_empty(like.shape))
 
 
 def each(

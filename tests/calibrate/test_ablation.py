@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from circuits import HEADS, VOCABULARY, planted
 from kvfold import hf
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.recall import copies
 from kvfold.calibrate.sensitivity import COPY_LENGTH, measure
-from kvfold.contracts.requests import COPIED, FoldedRecall, HeadKL, Question
+from kvfold.contracts.requests import COPIED, AblatedKL, AblatedRecall, FoldedRecall, HeadKL, Question
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
@@ -45,9 +45,9 @@ def copied_rows(vocabulary: int = 96, count: int = COPIED[FoldedRecall]) -> Tens
     return rows_BT
 
 
-def copy_loss(model: Any) -> float:
+def copy_loss(model: Any, count: int = COPIED[FoldedRecall]) -> float:
     """Mean loss of the second occurrence, token by token, but for its first."""
-    rows_BT = copied_rows(model.config.vocab_size)
+    rows_BT = copied_rows(model.config.vocab_size, count)
     log_p_BTV = model(rows_BT).logits.double().log_softmax(-1)
     at_T = range(rows_BT.shape[1] - SPAN + 1, rows_BT.shape[1])
     return -float(np.mean([log_p_BTV[row, at - 1, ids_T[at]] for row, ids_T in enumerate(rows_BT) for at in at_T]))
@@ -57,10 +57,11 @@ def copy_loss(model: Any) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
-def test_the_kl_of_a_head_is_that_of_a_hooked_teacher(tiny_checkpoint: Make, family: str) -> None:
+def test_what_a_head_is_worth_is_what_a_hooked_teacher_lacks(tiny_checkpoint: Make, family: str) -> None:
     teacher = tiny_checkpoint(family, tokenizer=False, num_hidden_layers=2, num_key_value_heads=2)
     source, model = Checkpoint.open(teacher), hf.load(teacher, dtype="float64")
-    questions = [HeadKL(Site(1), 1), HeadKL(Site(0), 0)]
+    heads = [(Site(1), 1), (Site(0), 0)]
+    questions = [kind(*head) for kind in (HeadKL, AblatedKL, AblatedRecall) for head in heads]
     found = measure(source, gqa.METHOD, ONE, questions, {}, token_file())
     attention = source.shape.sites[Site(0)]
 
@@ -74,17 +75,26 @@ def test_the_kl_of_a_head_is_that_of_a_hooked_teacher(tiny_checkpoint: Make, fam
 
         return before
 
-    rows_BT = copied_rows(count=COPIED[HeadKL])
+    copied_BT, text_BT = copied_rows(count=COPIED[HeadKL]), spread_rows(token_file())
     with torch.inference_mode():
-        p_BTV = model(rows_BT).logits.log_softmax(-1)
-        for each in questions:
-            output = model.get_submodule(f"model.layers.{each.site.layer}.self_attn.o_proj")
-            handle = output.register_forward_pre_hook(averaged(each.head))
-            q_BTV = model(rows_BT).logits.log_softmax(-1)
+        whole = [model(rows_BT).logits.log_softmax(-1) for rows_BT in (copied_BT, text_BT)]
+        before = copy_loss(model, COPIED[AblatedRecall])
+        for head in heads:
+            output = model.get_submodule(f"model.layers.{head[0].layer}.self_attn.o_proj")
+            handle = output.register_forward_pre_hook(averaged(head[1]))
+            for kind, p_BTV, rows_BT in zip((HeadKL, AblatedKL), whole, (copied_BT, text_BT), strict=True):
+                expected = float((p_BTV.exp() * (p_BTV - model(rows_BT).logits.log_softmax(-1))).sum(-1).mean())
+                assert expected > 1e-5  # or the comparison would say little
+                assert found[kind(*head)]["kl"].item() == pytest.approx(expected, rel=1e-3)
+            rise = copy_loss(model, COPIED[AblatedRecall]) - before
             handle.remove()
-            expected = float((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).mean())
-            assert expected > 1e-5  # or the comparison would say little
-            assert found[each]["kl"].item() == pytest.approx(expected, rel=1e-3)
+            assert abs(rise) > 1e-4
+            assert found[AblatedRecall(*head)]["rise"].item() == pytest.approx(rise, rel=1e-2, abs=1e-5)
+
+
+def spread_rows(tokens: TokenFile) -> Tensor:
+    """Two rows of 256 of 600 tokens: the first and the last."""
+    return torch.stack([torch.from_numpy(tokens.tokens[at : at + 256].astype("int64")) for at in (0, 344)])
 
 
 def test_the_recall_of_a_fold_is_that_of_a_student(tiny_checkpoint: Make, tmp_path: Path) -> None:
@@ -100,62 +110,6 @@ def test_the_recall_of_a_fold_is_that_of_a_student(tiny_checkpoint: Make, tmp_pa
 
 
 # --- a planted induction circuit -------------------------------------------------------------------------------------
-
-VOCABULARY = 2000  # so that few tokens occur twice in a row by chance
-CODE, WIDTH, HEADS, HIDDEN, SLOW = 24, 64, 4, 128, 20
-TOKEN, BEFORE, NEXT = (slice(CODE * part, CODE * (part + 1)) for part in range(3))  # of the residual stream
-ALWAYS, NOISE = 3 * CODE, slice(3 * CODE + 1, HIDDEN)
-
-
-def planted(tiny_checkpoint: Make) -> Path:
-    """Head 1 of layer 0 attends to the token before, head 2 of layer 1 to what followed the same token before.
-
-    A token is a code of signs in its part of the residual stream. The other heads are noise, larger than the circuit,
-    and neither its heads nor the output read what they write.
-    """
-    folder = tiny_checkpoint(
-        "llama",
-        tokenizer=False,
-        vocab_size=VOCABULARY,
-        num_hidden_layers=2,
-        hidden_size=HIDDEN,
-        head_dim=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        tie_word_embeddings=False,
-    )
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
-    generator = torch.Generator().manual_seed(0)
-    codes_VC = torch.randn(VOCABULARY, CODE, generator=generator).sign()
-    embedding_VD = tensors["model.embed_tokens.weight"]
-    embedding_VD[:, TOKEN], embedding_VD[:, ALWAYS] = codes_VC, 4.0
-    embedding_VD[:, NOISE] = torch.randn(VOCABULARY, HIDDEN - ALWAYS - 1, generator=generator).sign()  # of one norm
-    tensors["lm_head.weight"][:, NEXT] = codes_VC
-    for name, tensor in tensors.items():
-        if "norm" in name:
-            tensor.fill_(1.0)
-    planes = torch.arange(WIDTH // 2)
-    slow = torch.cat([planes[SLOW:], planes[SLOW:] + WIDTH // 2])  # these hardly turn over a row
-    for layer, planted_head in ((0, 1), (1, 2)):
-        prefix = f"model.layers.{layer}.self_attn."
-        q, k, v = (tensors[f"{prefix}{role}_proj.weight"].view(HEADS, WIDTH, HIDDEN) for role in "qkv")
-        o = tensors[f"{prefix}o_proj.weight"].view(HIDDEN, HEADS, WIDTH)
-        for head in set(range(HEADS)) - {planted_head}:
-            for weight in (q, k, v):
-                weight[head, :, NOISE] = torch.randn(WIDTH, HIDDEN - ALWAYS - 1, generator=generator)
-            o[NOISE, head] = torch.randn(HIDDEN - ALWAYS - 1, WIDTH, generator=generator) / (32 if layer else 256)
-        v[planted_head, :CODE, TOKEN] = torch.eye(CODE)
-        if layer == 0:
-            turn_P = 10_000.0 ** (-planes / len(planes))
-            q[planted_head, :, ALWAYS] = 5 * torch.cat([turn_P.cos(), -turn_P.sin()])
-            k[planted_head, : len(planes), ALWAYS] = 5
-            o[BEFORE, planted_head, :CODE] = torch.eye(CODE)
-        else:
-            q[planted_head, slow, TOKEN] = 5 * torch.eye(CODE)
-            k[planted_head, slow, BEFORE] = 5 * torch.eye(CODE)
-            o[NEXT, planted_head, :CODE] = 2 * torch.eye(CODE)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_logits_that_are_not_finite(tiny_checkpoint: Make) -> None:
 
 
 def test_a_short_text_and_a_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = sensitivity._spread
+    spread = sensitivity.spread
     assert spread(token_file(160), 64, CalibrationSettings(sensitivity_tokens=8)).shape == (1, 16)
     every = spread(token_file(160), 64, CalibrationSettings())
     assert torch.equal(every.flatten(), torch.from_numpy(token_file(160).tokens.astype("int64")))

@@ -12,6 +12,7 @@ from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 
 COMMANDS = {
+    "inspect": ["inspect", "teacher", "--out", "out", "--data", "{text}"],
     "convert": ["convert", "teacher", "out", "--kv-heads", "2", "--calibration", "{text}"],
     "uptrain": ["uptrain", "student", "out", "--tokens", "1k", "--data", "{text}"],
     "evaluate": ["evaluate", "student", "--data", "{text}"],

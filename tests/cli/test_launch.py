@@ -133,7 +133,7 @@ def test_torchrun_uptrains_as_one_process_does(
     assert len(losses[0]) == 8
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert tensors(one).keys() == tensors(two).keys()
-    assert len([line for line in done.stderr.splitlines() if line.startswith("train: ")]) == 2  # its begin and its end
+    assert done.stderr.splitlines().count("train: 1,024 tokens") == 1, "one rank shows progress"
 
 
 # --- endings ---------------------------------------------------------------------------------------------------------
@@ -223,6 +223,16 @@ def test_gpus_inside_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("RANK", "1")  # which rank 0 speaks for
     assert run_command(["evaluate", "kvfold:demo", "--data", "stdlib", "--gpus", "2"]) == 2
     assert not capsys.readouterr().err
+
+
+def test_a_command_of_one_device_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "kvfold:demo", "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == "kvfold: bench: this command runs on one device; leave out --gpus\n"
+    for name, value in zip(VARIABLES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert run_command(["bench", "kvfold:demo"]) == 2
+    said = "kvfold: bench: this command runs on one device (got rank 0 of 2); start it without torchrun\n"
+    assert capsys.readouterr().err == said
 
 
 def test_incomplete_variables_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

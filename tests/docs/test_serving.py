@@ -22,15 +22,16 @@ def test_cells_are_equal_different_refused_or_not_run() -> None:
         _record("vllm", "heads", EQUAL),
         _record("ct2", "heads", EQUAL | {"version": "CT2 4", "near_ties": 1, "cache_bytes_per_token": None}),
         _record("vllm", "latents", {"refused": "it failed: Value error, no such class"}),
+        _record("ct2", "latents", {"refused": "cannot be exported to CT2 4: no: latents"}),
         _record("vllm", "shared", EQUAL | {"problem": "logits differ"}),
     ]
     table, versions = serving_tables(records)
-    head, _, heads, latents, shared = table.splitlines()
+    head, _, heads, shared, latents = table.splitlines()  # by the engines that load them
     assert head == "| student | vllm | ct2 |"
     vllm, ct2 = heads.split(" | ")[1:]
     assert vllm == ("70 of 72 tokens the same, logits within 1.5e-05, cache 8,704 bytes per token (predicted 8,704)")
     assert ct2 == "70 of 72 tokens the same (1 near ties), logits within 1.5e-05 |"
-    assert latents == f"| latents | no: no such class | {NOT_RUN} |"
+    assert latents == "| latents | no: no such class | no: no: latents |"
     assert shared == f"| shared | differs: logits differ | {NOT_RUN} |"
     assert versions == "Run with vLLM 1; CT2 4, in float32 on a machine."
     assert not list(serving_tables([]))

@@ -17,6 +17,7 @@ import pytest
 from exports import HAS_GGUF, Make, needs_ct2, needs_gguf, needs_llama_cpp
 from kvfold import hf
 from kvfold.cli.commands import run_command
+from kvfold.convert.conversion import convert
 from kvfold.errors import DataError, SettingError, UnsupportedModel
 from kvfold.export import agreement, ask_llama_cpp
 from kvfold.export.engine_process import TOP
@@ -98,6 +99,19 @@ def test_an_engine_that_answers_as_transformers_is_equal(
     fake(answer)
     assert run_command(["serve-check", str(checkpoint), "--engine", engine, *words]) == 3
     assert f"its cache takes {2 * predicted:,} bytes per token, not {predicted:,}" in capsys.readouterr().err
+
+
+def test_vllm_runs_students_of_mla_in_transformers_classes(
+    fake: Callable[[Answer], str], tmp_path: Path, tiny_checkpoint: Make
+) -> None:
+    """Its own class would not read the bias that holds their norm still."""
+    for norm, options in (("exact", {"model_impl": "transformers"}), ("trained", {})):
+        sizes = {"rope_dim": 4, "latent_dim": 12, "norm": norm}
+        student = convert(tiny_checkpoint("llama", name=f"for-{norm}"), tmp_path / norm, "mla", sizes)
+        answer, _ = _asked(student, fake, tmp_path, "vllm")
+        assert json.loads((tmp_path / "question.json").read_text())["options"] == options
+        answer["cache_bytes_per_token"] = 4 * 4 * (4 + 12)
+        assert serve_check(student, "vllm", SHORT, python=fake(answer)).equal
 
 
 def test_another_token_differs_and_a_near_tie_does_not(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kvfold import hf
 from kvfold.contracts.requests import AttentionGram, Computed, InputGram, QueryGram
@@ -70,7 +70,6 @@ def test_it_asks_for_what_it_reads() -> None:
     ("family", "changes", "line"),
     [
         ("qwen3", {}, "model_type is not one whose layers are those of stock deepseek_v3 (got qwen3)"),
-        ("llama", {"attention_bias": True}, "layer 0: queries have a bias, and stock deepseek_v3 has none"),
         (
             "llama",
             {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16},
@@ -89,9 +88,24 @@ def test_what_deepseek_v3_cannot_be_is_refused(family: str, changes: dict[str, A
     assert line in str(told.value)
 
 
-def test_biases_of_the_mlp_are_refused_by_field(tiny_checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(UnsupportedModel, match="mlp_bias: stock deepseek_v3 has no biases in its MLP"):
-        plan(tiny_checkpoint("llama", mlp_bias=True), "mla", {"rope_dim": 4, "latent_dim": 12})
+@pytest.mark.parametrize(("family", "field"), [("llama", "mlp_bias"), ("ernie4_5", "use_bias")])
+def test_biases_of_the_mlp_are_refused_by_field(family: str, field: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{field}: stock deepseek_v3 has no biases in its MLP"):
+        plan(tiny_checkpoint(family, **{field: True}), "mla", {"rope_dim": 4, "latent_dim": 12})
+
+
+@pytest.mark.parametrize("source", mla.SOURCES)
+def test_fields_that_a_source_leaves_out_mean_the_same_in_its_student(
+    source: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """The values that transformers' config classes have for them."""
+    names = ("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "tie_word_embeddings")
+    family = next(each for each in all_families().values() if source in each.architectures)
+    config = {name: value for name, value in family.tiny().items() if name not in names} | {"model_type": source}
+    adopt = all_families()["deepseek_v3"].adopt
+    assert adopt is not None
+    theirs, ours = CONFIG_MAPPING[source](**config), CONFIG_MAPPING["deepseek_v3"](**adopt(config))
+    assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
 
 
 def test_a_student_is_no_source(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -106,8 +120,9 @@ def test_a_plan_names_the_sizes_that_have_kernels(tiny_checkpoint: Callable[...,
     wide = tiny_checkpoint("llama", tokenizer=False, hidden_size=512, head_dim=128)
     known, other = (plan(wide, "mla", {"rope_dim": 64, "latent_dim": width, "planes": "even"}) for width in (512, 500))
     assert not any("kernels" in line for line in known.warnings)
-    assert any("fast kernels for 512 + 64, 256 + 64, not for 500 + 64" in line for line in other.warnings)
-    loads = {engine.name: engine.loads for engine in known.engines}
+    assert any("kernels for 512 + 64 and 256 + 64, not for 500 + 64" in line for line in other.warnings)
+    loads, without = ({engine.name: engine.loads for engine in each.engines} for each in (known, other))
+    assert without == loads | {"vLLM": False}
     assert loads == {"transformers": True, "vLLM": True, "llama.cpp": False, "CTranslate2": False, "SGLang": False}
     assert known.after.model_type == "deepseek_v3"
     assert known.after.cache_bytes_per_token == 4 * 4 * (512 + 64)
@@ -162,17 +177,35 @@ def test_a_repair_of_the_whole_changes_nothing(tiny_checkpoint: Callable[..., Pa
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_queries_with_a_bias_are_not_refitted(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """They come from a latent, which changes nothing: the absorbed attention reads it as the stock class does."""
+    teacher = tiny_checkpoint("qwen2", initializer_range=0.2)
+    sizes = {"rope_dim": 4, "latent_dim": 12}
+    bare, repaired = (
+        Checkpoint.open(convert(teacher, tmp_path / name, "mla", sizes, options=replace(read(tmp_path), repair=roles)))
+        for name, roles in (("bare", ()), ("repaired", REPAIRABLE))
+    )
+    same = {name for name in bare.names() if torch.equal(bare.read(name), repaired.read(name))}
+    changed = {name.split(".", 3)[-1] for name in bare.names() if name not in same}
+    assert changed == {"self_attn.o_proj.weight", *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down"))}
+    assert repaired.config["q_lora_rank"] == 33
+    with torch.inference_mode():
+        stock = AutoModelForCausalLM.from_pretrained(repaired.path, dtype=torch.float32)(IDS).logits
+        torch.testing.assert_close(hf.load(repaired.path)(IDS).logits, stock, rtol=1e-4, atol=1e-4)
+
+
 def test_text_is_repaired_after_it_was_weighed_by_outputs_alone() -> None:
     assert mla.METHOD.repairs(mla.Config(ratio=0.5)) == REPAIRABLE
     assert not mla.METHOD.repairs(mla.Config(ratio=0.5, metric="inputs"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_whole_is_the_teacher_in_every_format(
-    dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    dtype: str, family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Stock classes on both sides. Formats of half the width differ by as much as the teacher does from itself."""
-    teacher = tiny_checkpoint("llama", tokenizer=False, num_key_value_heads=2, initializer_range=0.2)
+    teacher = tiny_checkpoint(family, tokenizer=False, num_key_value_heads=2, initializer_range=0.2)
     lossless = mla.METHOD.lossless(Checkpoint.open(teacher).shape)
     settings = {"rope_dim": lossless.rope_dim, "latent_dim": lossless.latent_dim, "planes": lossless.planes}
     student = convert(teacher, tmp_path / "student", "mla", settings, options=ConvertSettings(dtype=dtype))
@@ -203,7 +236,7 @@ class Absent:
             raise ImportError("kvfold is not here")
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 model, found = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 problems = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
 with torch.inference_mode():

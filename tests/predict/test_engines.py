@@ -104,6 +104,7 @@ MATRIX |= {name: (name, {}, NEITHER) for name in SOURCES if all(name != case[0] 
 METHODS: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
     "mixed": ("llama", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
     "mla": ("llama", "mla", {"rope_dim": 4, "latent_dim": 12}, NEITHER),
+    "mla-qwen2": ("qwen2", "mla", {"rope_dim": 4, "latent_dim": 12}, NEITHER),
     "mixed-qwen2": ("qwen2", "gqa", {"kv_heads": "4/2/1/2"}, BOTH),
     "mixed-qwen3": ("qwen3", "gqa", {"kv_heads": "4/2/1/2"}, CT2),
     "mixed-phi": ("phi", "gqa", {"kv_heads": "4/2/1/2"}, CT2),

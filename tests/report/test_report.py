@@ -629,6 +629,23 @@ def test_equal_bytes_are_held_against_one_another_with_what_the_seeds_can_tell(t
         ("**gqa, kv heads 2, init mean**", tables.NONE),
         ("gqa, kv heads 2, init first", "0.0500 (within the seeds' spread)"),
     ]
+    copied = [dataclasses.replace(each, metrics={**each.metrics, "copy_gain": {"64": 0.5}}) for each in records]
+    text = with_tables(f"{START.format('equal-bytes toy')}\n{END}", copied)
+    assert "| KL | copy gain over 64 | gap closed |" in text
+    assert "| 0.50 ± 0.00 |" in text
+
+
+def test_a_benchmark_of_models_is_held_against_its_first_one() -> None:
+    first = {
+        **{"model": "whole", "context": 4096, "batch": 8, "cache_bytes": 4000, "predicted_cache_bytes": 4000},
+        **{"decode_s_per_token": 0.5, "prefill_s": 9.0},
+    }
+    other = first | {"model": "few", "cache_bytes": 500, "predicted_cache_bytes": 500, "decode_s_per_token": 0.2}
+    made = record.make("benchmark", "speed", {"note": "busy"}, {"rows": [first, other]})
+    page = with_tables(f"{START.format('bench speed')}\n{END}", [made])
+    assert "| whole | 4,096 × 8 | 4,000 | 4,000 | 100% | 1.00× | 1.00× |" in page
+    assert "| few | 4,096 × 8 | 500 | 500 | 12.5% | 2.50× | 1.00× |" in page
+    assert "(busy)." in page
 
 
 def test_ratios_of_a_benchmark_stand_by_shape_and_dtype() -> None:

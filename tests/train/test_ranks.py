@@ -12,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from kvfold.convert.conversion import convert
+from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import Interrupted
+from kvfold.families import all_families
 from kvfold.progress import Silent
+from kvfold.train.pretrain import PretrainSettings, pretrain
 from kvfold.train.uptrain import UptrainSettings, uptrain
 from processes import on_ranks, start_ranks
 
@@ -36,6 +39,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "shared layers": ("qwen2", {}, "cla", {"layout": "0,0,2,3"}, {"checkpointing": "selective"}),
     "latent": ("llama", {}, "elitekv", ELITE, {}),
     "state": ("llama", {}, "supra", {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1}, {}),
+    "compiled": ("llama", {}, "gqa", {"kv_heads": 1}, {"compile": True}),
     "fused": ("qwen2", {}, "dha", {"kv_heads": 2, "search": 0.25, "fusion": 0.5}, {}),
     "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
     "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),
@@ -44,11 +48,19 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "t5gemma": ("t5gemma", {}, "gqa", CROSSED, {}),
 }
 TRAIN = """
+from functools import partialmethod
+
+from kvfold.train.pretrain import PretrainSettings, pretrain
 from kvfold.train.uptrain import UptrainSettings, uptrain
+
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # which needs no compiler
 
 def command():
     for student, out, settings in json.loads(Path(arguments[0]).read_text()):
-        uptrain(student, out, UptrainSettings(**settings))
+        if isinstance(student, dict):
+            pretrain(student, out, PretrainSettings(**settings))
+        else:
+            uptrain(student, out, UptrainSettings(**settings))
 """
 
 
@@ -77,7 +89,7 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
             **options,
         }
         settings["data"] = str({"pairs": pairs}.get(settings["data"], text))
-        plain = {**settings, "replicas": 1, "checkpointing": "none"}
+        plain = {**settings, "replicas": 1, "checkpointing": "none", "compile": False}
         uptrain(student, tmp_path / f"{name} one", UptrainSettings(**plain))
         jobs.append([str(student), str(tmp_path / f"{name} two"), settings])
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
@@ -91,6 +103,50 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3), (name, ours["step"])
         there = {path.name for path in (tmp_path / f"{name} two").iterdir()}
         assert there == {path.name for path in (tmp_path / f"{name} one").iterdir()}, "no file of a rank is left"
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """Twenty steps of a model sharded over four ranks, and of two copies that are each sharded over two."""
+    student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 1})
+    options = {"data": str(text), "sequence_length": 16, "batch_size": 8, "tokens": 20 * 128, "log_every": 1}
+    options |= {"precision": "fp32", "learning_rate": 3e-3}
+    uptrain(student, tmp_path / "one", UptrainSettings(**options))
+    jobs = [[str(student), str(tmp_path / f"{copies}"), {**options, "replicas": copies}] for copies in (1, 2)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"], world=4)
+    losses = [[line["loss"] for line in _lines(tmp_path / name)] for name in ("one", "1", "2")]
+    assert len(losses[0]) == 20
+    assert losses[0][-1] < losses[0][0] - 0.01, "it learns"
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=1e-5)
+
+
+FRESH: dict[str, dict[str, Any]] = {  # config.json of what is pre-trained
+    "llama": {**all_families()["llama"].tiny(), "vocab_size": 300},
+    "tied": {**all_families()["qwen2"].tiny(), "vocab_size": 300, "tie_word_embeddings": True},
+    "t5": {**all_families()["t5"].tiny(), "vocab_size": 400, "dropout_rate": 0.0},
+}
+
+
+@pytest.mark.slow
+def test_a_model_is_pretrained_on_two_ranks_as_on_one(text: Path, tmp_path: Path) -> None:
+    """From the same random weights, to the same losses; what is written is a whole checkpoint with its tokenizer."""
+    options = {"data": str(text), "sequence_length": 16, "batch_size": 4, "tokens": STEPS * 64, "log_every": 1}
+    options |= {"precision": "fp32"}
+    jobs = [[config, str(tmp_path / f"{name} two"), options] for name, config in FRESH.items()]
+    for name, config in FRESH.items():
+        pretrain(config, tmp_path / f"{name} one", PretrainSettings(**options))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    on_ranks(TRAIN, [tmp_path / "jobs.json"])
+    for name in FRESH:
+        one, two = tmp_path / f"{name} one", tmp_path / f"{name} two"
+        for ours, theirs in zip(_lines(one), _lines(two), strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5), (name, ours["step"])
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3), (name, ours["step"])
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert load_file(one / "model.safetensors").keys() == load_file(two / "model.safetensors").keys()
+        assert Checkpoint.open(two).lineage["steps"][0]["tokens"] == STEPS * 64
 
 
 STOPPED = """

@@ -137,10 +137,10 @@ def check_enough(needed: int, tokens: TokenFile | Corpus) -> None:
     if tokens.read_tokens < needed:
         raise SettingError(
             "there are too few calibration tokens to determine what is fitted",
-            where="convert",
+            where="calibration",
             got=f"{tokens.read_tokens:,} tokens",
             allowed=f"at least {needed:,}, the directions of an input",
-            next="raise --calibration-tokens, or give a longer text",
+            next="give a longer text, or raise --calibration-tokens of a conversion",
         )
 
 

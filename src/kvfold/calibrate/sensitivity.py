@@ -8,8 +8,8 @@ those of its owner. Next-token distributions are compared on a sample of the cal
 
 The mean over ordinary text hardly sees copying, which few heads do. So a second sample is rows whose last tokens repeat
 the first ones (`kvfold.calibrate.recall`). On it, the rise of the loss of the repetition is a second cost of converted
-sites, and a KL is measured without the query heads that read one key/value head: their outputs are replaced by their
-means over a row (zeros would take a bias away too).
+sites. What the query heads that read one key/value head are worth is measured without them, on either sample: their
+outputs are replaced by their means over a row (zeros would take a bias away too).
 
 The hidden states before a changed site do not change, so only its layer and those above it run again; of an
 encoder-decoder, those of the decoder, on inputs and targets. Answers are
@@ -41,6 +41,9 @@ from kvfold.contracts.method import Method
 from kvfold.contracts.per_layer import spelled
 from kvfold.contracts.requests import (
     COPIED,
+    Ablated,
+    AblatedKL,
+    AblatedRecall,
     Alone,
     Answers,
     ConvertedKL,
@@ -56,6 +59,7 @@ from kvfold.disk.output import cache_folder, disk_errors, fingerprint, prepare_c
 from kvfold.errors import CheckpointError
 from kvfold.machine import best_device
 from kvfold.progress import SILENT, Progress, task
+from kvfold.settings import MOST
 from kvfold.text.copies import SPAN
 from kvfold.text.pairs import Corpus, Row
 from kvfold.text.tokens import TokenFile
@@ -63,6 +67,7 @@ from kvfold.text.tokens import TokenFile
 FORMAT = 4  # of the kept answers
 LENGTH = 256  # tokens of a row
 COPY_LENGTH = 96  # tokens of a row whose end repeats its beginning
+HEAD_TOKENS = 2048  # of the text on which the KL without a head is measured
 LOGITS_BYTES = 32 << 20  # of one batch's logits in float32
 
 
@@ -212,7 +217,7 @@ def _order(question: Alone) -> tuple[tuple[Site, ...], int]:
 
 
 def _key(question: Alone) -> str:
-    if isinstance(question, HeadKL):
+    if isinstance(question, Ablated):
         return f"{question.site}, head {question.head}"
     if isinstance(question, ConvertedKL):
         return " with ".join(map(str, question.sites))
@@ -234,8 +239,8 @@ def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
 
 
 def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:
-    """The settings that all questions of a kind share; None for the KL of a head, which nothing converts."""
-    if isinstance(question, HeadKL):
+    """The settings that all questions of a kind share; None for the ablation of a head, which nothing converts."""
+    if isinstance(question, Ablated):
         return None
     one = replace(question, heads=1) if isinstance(question, FoldedKL | FoldedRecall) else ConvertedKL(())
     return _config(method, config, one, shape)
@@ -244,7 +249,7 @@ def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
 def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alone, answers: Answers) -> Changed:
     """These sites converted alone, each shared head repeated for the heads that read it; or a head without readers."""
     family = source.family
-    if isinstance(question, HeadKL):
+    if isinstance(question, Ablated):
         attention = source.shape.sites[question.site]
         width = attention.query_group * attention.head_dim
         columns = slice(question.head * width, (question.head + 1) * width)
@@ -288,10 +293,10 @@ class _Sample:
 Cost = Callable[[Tensor], float]
 
 
-def _spread(tokens: TokenFile, longest: int, settings: CalibrationSettings) -> Tensor:
-    """Rows `ids_BT`, about `sensitivity_tokens` tokens in all, spread evenly over a text."""
+def spread(tokens: TokenFile, longest: int, settings: CalibrationSettings, most: int = MOST) -> Tensor:
+    """Rows `ids_BT` of a text, spread evenly: about `sensitivity_tokens` tokens in all, and at most `most`."""
     length = min(LENGTH, longest, len(tokens))
-    rows = max(1, min(settings.sensitivity_tokens, len(tokens)) // length)
+    rows = max(1, min(settings.sensitivity_tokens, most, len(tokens)) // length)
     starts = [row * (len(tokens) - length) // max(1, rows - 1) for row in range(rows)]
     return torch.stack([torch.from_numpy(tokens.tokens[at : at + length].astype("int64")) for at in starts])
 
@@ -340,5 +345,7 @@ class _Kind:
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
     _Kind(HeadKL, "kl", partial(_copied, count=COPIED[HeadKL]), _kl),
     _Kind(FoldedRecall, "rise", partial(_copied, count=COPIED[FoldedRecall]), _rise, SPAN),
-    _Kind(FoldedKL | ConvertedKL, "kl", _spread, _kl),
+    _Kind(FoldedKL | ConvertedKL, "kl", spread, _kl),
+    _Kind(AblatedKL, "kl", partial(spread, most=HEAD_TOKENS), _kl),
+    _Kind(AblatedRecall, "rise", partial(_copied, count=COPIED[AblatedRecall]), _rise, SPAN),
 )

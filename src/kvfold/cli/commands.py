@@ -182,6 +182,24 @@ def plan(src: str, options: Any, chosen: Mapping[str, Any], method: str, as_json
 
 
 @command(
+    SOURCE,
+    Flag("out", "--out", "Folder for the HTML page. [default: inspection]", "DIR", "inspection"),
+    Flag("records", "--records", "Folder for the record. Default: --out.", "DIR"),
+    *(NAME, OVERWRITE, AS_JSON),
+    settings="inspection.settings:InspectSettings",
+)
+def inspect(src: str, options: Any, as_json: bool, **given: Any) -> None:
+    """Show what each head is for, and suggest how many to keep."""
+    made = api.inspect(src, options, **given, progress=_progress())
+    if as_json:
+        _print_json(dataclasses.asdict(made))
+        return
+    from kvfold.cli.inspection import show
+
+    show(made)
+
+
+@command(
     *(SOURCE, Flag("dst", "DST", "Directory of the student."), METHOD, GPUS, OVERWRITE, AS_JSON),
     settings="convert.settings:ConvertSettings",
     methods=True,

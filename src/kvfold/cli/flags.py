@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from kvfold.cli.launch import on_ranks
+from kvfold.cli.launch import check_alone, on_ranks
 from kvfold.errors import SettingError, did_you_mean
 from kvfold.methods import all_methods
 from kvfold.settings import decode, metavar
@@ -113,6 +113,7 @@ class Command:
         if "gpus" in values:
             on_ranks(name, values.pop("gpus"), words, partial(self.function, **values))
         else:
+            check_alone(name)
             self.function(**values)
 
     def _stage(self) -> type[Any]:
@@ -167,6 +168,8 @@ def _read(name: str, flags: Sequence[Flag], words: Sequence[str]) -> dict[str, A
     if others:
         known = [part for flag in flags for part in flag.written.split("/")]
         what, near = "unexpected argument", None
+        if others[0].partition("=")[0] == "--gpus":
+            raise SettingError("this command runs on one device", where=name, next="leave out --gpus")
         if others[0].startswith("-"):
             what, near = "unknown flag", did_you_mean(others[0].partition("=")[0], known)
         raise SettingError(f"{what} {others[0]}", where=name, next=near or f"see kvfold {name} --help")

@@ -58,6 +58,14 @@ def on_ranks(name: str, gpus: str | None, words: Sequence[str], command: Callabl
         lead(command)
 
 
+def check_alone(name: str) -> None:
+    """Raise SettingError for a command that ranks do not share, started by torchrun."""
+    ranks = of_environment()
+    if ranks.world > 1:
+        got = f"rank {ranks.rank} of {ranks.world}"
+        raise SettingError("this command runs on one device", where=name, got=got, next="start it without torchrun")
+
+
 def launched() -> bool:
     """Whether a launcher of kvfold waits for this process, and reports a rank that was killed."""
     return LAUNCHER in os.environ

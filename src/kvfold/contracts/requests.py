@@ -133,6 +133,22 @@ class HeadKL(_OneSite):
 
 
 @dataclass(frozen=True)
+class AblatedKL(_OneSite):
+    """KL to the teacher in nats per token of text, without the query heads that read one key/value head: `kl`."""
+
+    site: Site
+    head: int
+
+
+@dataclass(frozen=True)
+class AblatedRecall(_OneSite):
+    """How much the loss of copying rises without the query heads that read one key/value head: `rise`."""
+
+    site: Site
+    head: int
+
+
+@dataclass(frozen=True)
 class FoldedRecall(_OneSite):
     """How much the loss of copying rises with this site alone at `heads` key/value heads: `rise`, nats per token."""
 
@@ -152,10 +168,13 @@ class Computed:
         return 8 * attention.hidden_size * attention.head_dim
 
 
-Alone = FoldedKL | ConvertedKL | FoldedRecall | HeadKL
+Ablated = HeadKL | AblatedKL | AblatedRecall
+"""What is measured with the outputs of one key/value head's readers replaced by their means."""
+
+Alone = FoldedKL | ConvertedKL | FoldedRecall | Ablated
 """What is measured by changing a few sites of the teacher and no others."""
 
-COPIED: Mapping[type, int] = {HeadKL: 384, FoldedRecall: 768}  # a KL has less noise than a loss
+COPIED: Mapping[type, int] = {HeadKL: 384, FoldedRecall: 768, AblatedRecall: 1536}  # a KL has less noise than a loss
 """Tokens of the rows whose ends repeat their beginnings, on which these are measured."""
 
 Question = Request | Alone | Computed | RecallDrop

@@ -229,7 +229,7 @@ def _mla_fields(shape: Shape) -> dict[str, Any]:
     return {
         HEADS: heads,
         "kv_lora_rank": kept["latent"],
-        "q_lora_rank": None,
+        "q_lora_rank": attention.extra.get("q_down", (None,))[0],
         "qk_nope_head_dim": attention.head_dim - kept["rotated"],
         "qk_rope_head_dim": kept["rotated"],
         "head_dim": kept["rotated"],  # as transformers writes it: rotary frequencies are computed for this width
@@ -246,7 +246,8 @@ def _read_mla(config: Json, sites: Sites) -> Sites:
     names = {"rotated": "qk_rope_head_dim", "free": "qk_nope_head_dim", "value": "v_head_dim", "width": "kv_lora_rank"}
     sizes = {name: config[field] for name, field in names.items()}
     biased = bool(config.get("attention_bias"))
-    return {site: with_mla(attention, biased=biased, **sizes) for site, attention in sites.items()}
+    queries = config.get("q_lora_rank")
+    return {site: with_mla(attention, biased=biased, queries=queries, **sizes) for site, attention in sites.items()}
 
 
 def _linear_fields(shape: Shape) -> dict[str, Any]:

@@ -6,6 +6,10 @@ from dataclasses import replace
 
 from kvfold.contracts.site import Attention, Linear
 
+KERNELS = ((512, 64), (256, 64))
+"""Widths of the latent and of the rotated key of `with_mla` for which engines have kernels."""
+WITH_KERNELS = " and ".join(f"{latent} + {key}" for latent, key in KERNELS)
+
 
 def with_latent(attention: Attention, planes: int, width: int) -> Attention:
     """The same site with latent keys and values: of each key head `planes` rotated planes, and one latent for the rest.
@@ -32,26 +36,34 @@ def with_latent(attention: Attention, planes: int, width: int) -> Attention:
     )
 
 
-def with_mla(attention: Attention, *, rotated: int, free: int, value: int, width: int, biased: bool) -> Attention:
+def with_mla(
+    attention: Attention, *, rotated: int, free: int, value: int, width: int, biased: bool, queries: int | None = None
+) -> Attention:
     """The same site with multi-head latent attention (arXiv 2405.04434), as DeepSeek-V3's classes have it.
 
     Heads of queries and keys have `free` coordinates without rotation, then `rotated` ones whose neighbours rotate
     together; heads of values have `value`. Roles: `kv_down` (R + rotated, D) makes the latent and the one rotated key
     that all heads share, `kv_norm` (R) is the weight of the latent's RMS norm, and `kv_up` (H (free + value), R) makes
-    unrotated keys and values, head by head. If `biased`, `kv_down` and `o` have biases.
+    unrotated keys and values, head by head. If `biased`, `kv_down` and `o` have biases. With `queries`, these come from
+    a normed latent of that width too: `q_down` (with a bias, if `biased`), `q_down_norm` and `q_up`, in place of `q`.
     """
     heads, hidden, head = attention.num_attention_heads, attention.hidden_size, free + rotated
     extra: dict[str, tuple[int, ...]] = {"q": (heads * head, hidden), "o": (hidden, heads * value)}
     extra |= {"kv_down": (width + rotated, hidden), "kv_norm": (width,), "kv_up": (heads * (free + value), width)}
     if biased:
         extra |= {"kv_down_bias": (width + rotated,), "o_bias": (hidden,)}
+    if queries is not None:
+        del extra["q"]
+        extra |= {"q_down": (queries, hidden), "q_down_norm": (queries,), "q_up": (heads * head, queries)}
+        if biased:
+            extra["q_down_bias"] = (queries,)
     return replace(
         attention,
         num_key_value_heads=heads,
         head_dim=head,
         biases=frozenset(),
         extra=extra,
-        without=frozenset({"k", "v"}),
+        without=frozenset({"q", "k", "v"}),
         kept={"latent": width, "rotated": rotated},
         read=rotated + 2 * width,
         rope=attention.rope and replace(attention.rope, dims=head, half_split=False),  # the first ones by no angle

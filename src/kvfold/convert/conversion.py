@@ -67,7 +67,7 @@ def convert(
     holds something else or cannot be written, and Interrupted on Ctrl-C: the same call then continues.
     """
     started, dst, chosen = time.monotonic(), Path(dst), methods.get(method)
-    source, config, options = _plan(src, dst, method, settings or {}, options)
+    source, config, options = settled(src, dst, method, settings or {}, options)
     calibration = Calibration.prepare(source, method, chosen.needs(config, source.shape), options, progress)
     # without calibration nothing is left to resolve: `8` and `self=8` are the same student
     known = spelled(config if calibration else chosen.resolve(config, source.shape, {}))
@@ -116,10 +116,13 @@ def convert(
     return output.path
 
 
-def _plan(
+def settled(
     src: str | Path, dst: Path, method: str, settings: Mapping[str, Any], options: ConvertSettings
 ) -> tuple[Checkpoint, Any, ConvertSettings]:
-    """Open the source and decode all settings; refuse what cannot be converted before anything is read or written."""
+    """The opened source, the decoded settings, and the roles that a repair refits. Nothing is written.
+
+    Raises SettingError, CheckpointError and UnsupportedModel for what cannot be converted, before a tensor is read.
+    """
     source, chosen = Checkpoint.open(src), methods.get(method)
     reads = {"source": source.path, "root teacher": source.root_path, "calibration text": options.calibration}
     check_apart(dst, reads)

@@ -117,7 +117,7 @@ class Job:
 
     def _dtype(self, site: Site) -> str:
         """The format of a site's tensors in the student."""
-        return self.specs[self.family.tensor(site, "q")].dtype
+        return self.specs[self.family.tensor(site, "o")].dtype
 
     def found(self) -> dict[str, Any]:
         """The method's measurements of the sites that are converted, by continued work too."""

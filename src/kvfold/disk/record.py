@@ -26,7 +26,8 @@ from kvfold.progress import SILENT, Progress
 
 FORMAT = 2  # 1 has no `identity`
 LONGEST_NAME = 220  # bytes of a record's name in that of its file
-KINDS = ("plan-", "convert-", "uptrain-", "evaluate-", "bench-", "compare-")  # prefixes of the names of record files
+KINDS = ("plan-", "inspect-", "convert-", "uptrain-", "evaluate-", "bench-", "compare-")
+"""Prefixes of the names of record files."""
 RUN = "kvfold_records"  # the first key of a file of JSON lines
 VOLATILE = ("device", "versions", "commit")  # in the first line of a run's file, once for all records that share them
 

@@ -28,6 +28,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=len(prompts),
         max_logprobs=question["top"],
         logprobs_mode="raw_logits",
+        **question["options"],
     )
     how = vllm.SamplingParams(
         temperature=0, max_tokens=count, ignore_eos=True, logprobs=question["top"], detokenize=False

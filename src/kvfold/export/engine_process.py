@@ -2,9 +2,9 @@
 
 Neither kvfold nor its dependencies need to be installed there. Nothing is downloaded, and servers bind to loopback.
 
-The question: `model` (a path), `prompts` (ids of one length), `new_tokens`, `dtype`, `threads`, `top`. The answer:
-`version`, `answers` (ids), `logits` (of each answer and step, `[id, logit]` of the `top` best) and, where the engine
-gives it, `cache_bytes_per_token`; or `error`, and `missing` where a module is not installed.
+The question: `model` (a path), `prompts` (ids of one length), `new_tokens`, `dtype`, `threads`, `top`, and `options` of
+the engine. The answer: `version`, `answers` (ids), `logits` (of each answer and step, `[id, logit]` of the `top` best)
+and, where the engine gives it, `cache_bytes_per_token`; or `error`, and `missing` where a module is not installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,16 @@ class EngineProcess:
     script: str  # a file beside this one
     advice: str | None = None  # where it cannot run a model
 
-    def ask(self, model: Path, known: Reference, dtype: str, threads: int, python: str | None = None) -> Answered:
-        """Continue the prompts of `known` in `python`, by default this one.
+    def ask(
+        self,
+        model: Path,
+        known: Reference,
+        dtype: str,
+        threads: int,
+        python: str | None = None,
+        options: Mapping[str, Any] = {},
+    ) -> Answered:
+        """Continue the prompts of `known` in `python`, by default this one. `options` are the engine's own.
 
         Raises SettingError if the engine is not installed there, and UnsupportedModel if it cannot run the model.
         """
@@ -74,7 +83,7 @@ class EngineProcess:
         script = (Path(__file__).parent / self.script).read_text(encoding="utf-8") + _MAIN
         try:
             done = subprocess.run(
-                [python, "-", json.dumps({**asked, "threads": threads, "top": TOP})],
+                [python, "-", json.dumps({**asked, "threads": threads, "top": TOP, "options": dict(options)})],
                 input=script,
                 env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **_OFFLINE},
                 capture_output=True,

@@ -88,7 +88,7 @@ def export(
 
 def _stored_dtype(source: Checkpoint, engine: Engine, dtype: str) -> str:
     """The dtype of the stored weights; no other engine takes float64. Raises SettingError."""
-    stored = source.spec(source.family.tensor(next(iter(source.shape.sites)), "q")).dtype
+    stored = source.spec(source.family.tensor(next(iter(source.shape.sites)), "o")).dtype
     if engine.keeps_dtype and dtype not in ("source", stored):
         raise SettingError(f"the weights stay {stored}", where="dtype", got=dtype, next="leave it out")
     weights = stored if dtype == "source" else dtype

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kvfold.contracts.cache import grouped_cache
-from kvfold.contracts.runtimes import stock_type
+from kvfold.contracts.runtimes import MLA, stock_type
 from kvfold.contracts.site import DTYPE_BYTES
+from kvfold.contracts.student_site import WITH_KERNELS
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import DataError, SettingError, UnsupportedModel, choices, did_you_mean
 from kvfold.export import agreement
@@ -35,6 +36,7 @@ a new one, because the stones of the piers were found to be sound."""
 
 _BOOKKEEPING = 0.01  # of the cache, that an engine may allocate besides keys and values
 _PLUGIN = "students of kvfold's own model types need kvfold beside vLLM: pip install --no-deps kvfold"
+_WIDTHS = f"vLLM has kernels for latents of {WITH_KERNELS} (on a CPU, the first alone)"
 _VLLM = EngineProcess("vLLM", "vllm", "pip install vllm", "ask_vllm.py", _PLUGIN)
 _LLAMA_CPP = EngineProcess("llama.cpp", "llama_cpp", "pip install llama-cpp-python", "ask_llama_cpp.py")
 
@@ -177,7 +179,11 @@ def _in_vllm(
 
     if source.family.encoder_decoder:
         raise UnsupportedModel("vLLM has no encoder-decoders of text", where=source.path, next="use ctranslate2")
-    return _VLLM.ask(source.path, known, dtype, torch.get_num_threads(), python)
+    latent = MLA.holds(source.shape)
+    biased = latent and source.config.get("attention_bias")  # vLLM's own class has no such bias
+    options = {"model_impl": "transformers"} if biased else {}
+    engine = replace(_VLLM, advice=_WIDTHS) if latent else _VLLM
+    return engine.ask(source.path, known, dtype, torch.get_num_threads(), python, options)
 
 
 _ASK: Mapping[str, Callable[..., Answered]] = {

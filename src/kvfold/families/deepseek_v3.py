@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from kvfold.contracts.config import LAYERS, WIDTH, YES_NO, Fields, Rule, Rules, decimal, only, whole
+from kvfold.contracts.config import LAYERS, WIDTH, YES_NO, Fields, Rules, decimal, only, whole
 from kvfold.contracts.family import Json
 from kvfold.errors import UnsupportedModel
 from kvfold.families._decoder import TENSORS, Layout, decoder
 
 _RULES: Rules = {
     **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), WIDTH.needed),
-    "q_lora_rank": Rule(None, "null: queries of the students have no latent", required=True),
+    "q_lora_rank": replace(WIDTH.or_null, required=True),
     "rope_interleave": only(True, "true"),
     "attention_bias": YES_NO,
     "first_k_dense_replace": LAYERS.needed,
@@ -29,7 +31,23 @@ _SAME = (
     *("initializer_range", "use_cache", "dtype", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
 )
-"""Fields that have the same meaning, and where they are absent the same default, in Llama's config.json."""
+"""Fields that have the same meaning in the config.json of every source."""
+
+_ENDS = ("bos_token_id", "eos_token_id")
+"""Fields whose null is no default."""
+
+_SILENT: Mapping[str, Json] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": {"bos_token_id": None, "eos_token_id": None},
+    "internlm3": {"rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+    "helium": {"rms_norm_eps": 1e-8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    "ernie4_5": {
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    },
+}
+"""Defaults of absent fields, by source, where this architecture has others."""
 
 
 def _check(fields: Fields) -> None:
@@ -47,11 +65,15 @@ def _check(fields: Fields) -> None:
 
 
 def _adopt(config: Json) -> dict[str, Any]:
-    """The fields of a Llama or a Mistral that a student keeps. Raises UnsupportedModel for biases of the MLP."""
-    if config.get("mlp_bias"):
-        raise UnsupportedModel("mlp_bias: stock deepseek_v3 has no biases in its MLP", got=True, next="choose elitekv")
-    silent = {"max_position_embeddings": 2048}  # where this architecture has another default
-    return silent | {name: config[name] for name in _SAME if config.get(name) is not None}
+    """The fields of a source that a student keeps. Raises UnsupportedModel for biases of the MLP."""
+    for name in ("mlp_bias", "use_bias"):
+        if config.get(name):
+            raise UnsupportedModel(
+                f"{name}: stock deepseek_v3 has no biases in its MLP", got=True, next="choose elitekv"
+            )
+    silent = {"max_position_embeddings": 2048, **_SILENT[config["model_type"]]}
+    said = {name: config[name] for name in _SAME if name in config}
+    return silent | {name: value for name, value in said.items() if value is not None or name in _ENDS}
 
 
 FAMILY = decoder(
@@ -67,6 +89,10 @@ FAMILY = decoder(
     },
     tensors={
         **TENSORS,
+        "q_down": "q_a_proj.weight",
+        "q_down_bias": "q_a_proj.bias",
+        "q_down_norm": "q_a_layernorm.weight",
+        "q_up": "q_b_proj.weight",
         "kv_down": "kv_a_proj_with_mqa.weight",
         "kv_down_bias": "kv_a_proj_with_mqa.bias",
         "kv_norm": "kv_a_layernorm.weight",

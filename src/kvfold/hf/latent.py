@@ -133,15 +133,16 @@ class SharedLatentAttention(_Attention):
     """
 
     shared = True
-    q_proj: nn.Module
+    queries: tuple[str, ...]  # the modules between the input and the queries
     kv_a_proj_with_mqa: nn.Module
     kv_a_layernorm: nn.Module
     kv_b_proj: nn.Linear
 
     def __init__(self, config: Any, stock: Any) -> None:
         stock.head_dim = stock.qk_head_dim
-        names = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
-        super().__init__(config, stock, *names)
+        queries = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+        super().__init__(config, stock, *queries, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+        self.queries = queries
         self.rotated, self.width, self.free = stock.qk_rope_head_dim, stock.kv_lora_rank, stock.qk_nope_head_dim
 
     def forward(
@@ -154,7 +155,10 @@ class SharedLatentAttention(_Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """The stock attention's signature: `hidden_states` (B, T, D) -> `(o_BTD, weights or None)`."""
         cos_B1TE, sin_B1TE = (each[:, None] for each in self.rotation(*position_embeddings))
-        q_BHTE = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query: Any = hidden_states
+        for name in self.queries:
+            query = self.get_submodule(name)(query)
+        q_BHTE = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q_BHTE = rotate(q_BHTE, cos_B1TE, sin_B1TE, half_split=False)
         latent, key = self.kv_a_proj_with_mqa(hidden_states)[:, None].split([self.width, self.rotated], dim=-1)
         latent_B1SR = self.kv_a_layernorm(latent)

@@ -49,6 +49,8 @@ def unadapted(name: str) -> str:
 
 def lora_products(model: nn.Module) -> dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor]]:
     """The names of the adapted weights, each with what is added to it: a function of what makes a tensor whole."""
+    if not lora_parameters(model):  # peft may be missing
+        return {}
     from peft.tuners.lora import LoraLayer
 
     def product(module: Any, whole: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvfold.attention.grouped import masked_softmax
+from kvfold.attention.grouped import masked_softmax, with_causal
 from kvfold.hf.attention import biased, forward
 from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer
@@ -51,6 +51,18 @@ class Attended:
         """Some of the rows. All rows have the same mask."""
         by_row = ("input_BTD", "query_BHTE", "key_BGSE", "heads_BTN", "output_BTD")
         return replace(self, **{name: getattr(self, name)[first : first + count] for name in by_row})
+
+    def probabilities(self) -> Tensor:
+        """The softmax over keys of every query head of a self-attention, `p_BHTS`; sinks take a part of it."""
+        heads, groups = self.query_BHTE.shape[1], self.key_BGSE.shape[1]
+        logits_BHTS = self.scale * (self.query_BHTE @ self.key_BGSE.repeat_interleave(heads // groups, dim=1).mT)
+        if self.softcap is not None:
+            logits_BHTS = self.softcap * torch.tanh(logits_BHTS / self.softcap)
+        if self.bias_1HTS is not None:
+            logits_BHTS = logits_BHTS + self.bias_1HTS
+        tokens, keys = logits_BHTS.shape[2:]
+        mask = with_causal(None, tokens, keys, logits_BHTS.device) if self.mask is None else self.mask
+        return masked_softmax(logits_BHTS, mask, sinks_H=self.sinks_H)
 
 
 class _Done(Exception):

@@ -17,8 +17,9 @@ heads share and that alone is rotated. The student is a stock `deepseek_v3` with
 Components are complex principal components across all key heads, plane by plane (`solve.mla`). Cached per token and
 layer: `rope_dim + latent_dim` elements. Lossless, with `exact`, when every component of every plane is rotated
 (`rope_dim` is the width of all key heads) and the latent is one number wider than the values, `min(D, G E) + 1`; the
-norm is computed in float32. It loses most where heads need different positions in the same plane. It needs queries
-without bias, and the layers of a Llama.
+norm is computed in float32. It loses most where heads need different positions in the same plane. It needs the layers
+of a Llama. A bias of queries, which the stock class lacks, becomes a column behind a latent of them: the input itself
+and a constant (`q_lora_rank` is the model's width and 1).
 
 `ratio` sets the cache as a part of the root teacher's. Both sizes are the same in all layers, because config.json has
 one number for each: those of the least expected error, in sum over layers.
@@ -36,7 +37,7 @@ from kvfold.contracts.cache import layer_elements
 from kvfold.contracts.method import Folded, Limit, Method, Student, check_ratio, refuse, refuse_mixed_heads
 from kvfold.contracts.requests import Answers, AttentionGram, Computed, InputGram, QueryGram, Question
 from kvfold.contracts.site import REPAIRABLE, Attention, Roles, Rope, Shape, Site, SiteTensors
-from kvfold.contracts.student_site import with_mla
+from kvfold.contracts.student_site import KERNELS, WITH_KERNELS, with_mla
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 from kvfold.solve import Metric
@@ -47,16 +48,12 @@ if TYPE_CHECKING:
     from kvfold.solve.mla import Pool, Source
 
 STOCK = "deepseek_v3"
-SOURCES = ("llama", "mistral")
-KERNELS = ((512, 64), (256, 64))
-"""Widths of latent and rotated key for which engines have fast kernels."""
-
+SOURCES = ("llama", "mistral", "qwen2", "internlm3", "helium", "ernie4_5")
 _SCALINGS = ("default", "linear", "llama3", "yarn")
 
 LIMITS: Sequence[Limit] = (
     ("keys are not rotated, and one key of the student is", lambda _, attention: attention.rope is None),
     ("it reads the keys and values of another layer", lambda _, attention: attention.source is not None),
-    (f"queries have a bias, and stock {STOCK} has none", lambda _, attention: "q" in attention.biases),
     (f"it has a sliding window, and stock {STOCK} has none", lambda _, attention: attention.window is not None),
     ("its RoPE scaling changes with the length of the text", lambda _, attention: _kind(attention) not in _SCALINGS),
 )
@@ -262,8 +259,7 @@ class MLA(Method[Config]):
         if config.ratio is not None:
             found.append(f"ratio {config.ratio:g}: the plan rotates a quarter of it; the conversion chooses both sizes")
         elif (width, rotated) not in KERNELS:
-            pairs = ", ".join(f"{latent} + {key}" for latent, key in KERNELS)
-            found.append(f"engines have fast kernels for {pairs}, not for {width} + {rotated}; transformers runs any")
+            found.append(f"engines have kernels for {WITH_KERNELS}, not for {width} + {rotated}; transformers runs any")
         if config.planes not in ("even", "folded"):
             found.append(
                 "the frequencies are named by rope_type longrope, which engines' own deepseek classes may lack"
@@ -280,7 +276,10 @@ class MLA(Method[Config]):
         for site, attention in shape.sites.items():
             one = replace(attention, rope=rope, scale=None)
             head = attention.head_dim
-            made[site] = with_mla(one, rotated=rotated, free=head, value=head, width=width, biased=exact)
+            queries = attention.hidden_size + 1 if "q" in attention.biases else None
+            made[site] = with_mla(
+                one, rotated=rotated, free=head, value=head, width=width, biased=exact, queries=queries
+            )
         return Student(replace(shape.with_sites(made), family=STOCK, model_type=STOCK))
 
     def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Folded:

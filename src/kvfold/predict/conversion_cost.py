@@ -233,7 +233,7 @@ def _repair(
         own = text.run(site, after)
         both, attend = both + text.run(site, before) + own, attend + own  # this attention, and those before it
         count("both models", Work(passes=text.run(site, before) + own))
-        if "q" in roles:
+        if "q" in roles and "q" in after.roles():
             read, logits = min(tokens, settings.q_tokens), heads * text.keys(site)
             once = 8 * logits * after.head_dim + 2 * hidden**2 + 2 * width * hidden + 2 * TOUCHES * logits
             step = 3 * logits * after.head_dim + 4 * width * hidden + TOUCHES * logits

@@ -17,6 +17,7 @@ from typing import Any
 from kvfold.contracts.method import Student
 from kvfold.contracts.runtimes import IN_VLLM, LAYERS, MLA, PAIRS, STOCK, mixed
 from kvfold.contracts.site import Attention, Rope, Shape
+from kvfold.contracts.student_site import KERNELS, WITH_KERNELS
 from kvfold.errors import UnsupportedModel, plain
 
 NOT_RUN = "not run with"
@@ -86,7 +87,13 @@ _MIXED = (  # heads for which the stock class has no field, such as those that d
 
 _MLA = (  # a stock deepseek_v3 without experts, whose latent has a bias
     _Known("transformers", "AutoModelForCausalLM, without kvfold", MLA.models, MLA.models, "loaded in the tests"),
-    _Known("vLLM", "its backend for transformers' classes: --model-impl transformers", MLA.models, frozenset(), ""),
+    _Known(
+        "vLLM",
+        "its backend for transformers' classes: --model-impl transformers",
+        MLA.models,
+        MLA.models,
+        _VLLM_CHECKED,
+    ),
     _Known("llama.cpp", "its deepseek2 has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
     _Known("CTranslate2", "has no latent attention", frozenset(), frozenset(), ""),
     _Known("SGLang", "its class has no bias in front of the norm of the latent", frozenset(), frozenset(), ""),
@@ -160,6 +167,8 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
         problem = f"does not know {shape.model_type}"
     elif known.name in _SILU_ALONE and shape.model_type in _LAYOUT and activation(config, shape) not in _SILU:
         problem = f"its MLP supports only silu (got {activation(config, shape)})"
+    elif known.name == "vLLM" and MLA.holds(shape) and _widths(shape) not in KERNELS:
+        problem = f"has kernels for latents of {WITH_KERNELS}"
     elif known.name == "vLLM" and shape.model_type == "olmoe" and config.get("clip_qkv") is not None:
         problem = f"its class does not clip q, k and v (got clip_qkv {config['clip_qkv']:g})"
     if problem is not None and not known.model_types:  # the table says why it loads no model of this kind
@@ -167,6 +176,12 @@ def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
     tried = known.checked if shape.model_type in known.ran else f"{NOT_RUN} {shape.model_type}"
     how = known.others.get(shape.model_type, known.how)
     return Engine(known.name, problem is None, problem or how, tried if problem is None else "no")
+
+
+def _widths(shape: Shape) -> tuple[int, int]:
+    """The widths of the latent and of the rotated key."""
+    cached = next(iter(shape.sites.values())).cached
+    return cached["latent"], cached["rotated"]
 
 
 def _sharing(model_type: str) -> tuple[Engine, ...]:
@@ -240,6 +255,8 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     """Why kvfold cannot export a model of this config.json and shape to an engine of `EXPORTED`; None if it can."""
     if engine == "CTranslate2" and any(site.kind == "cross" for site in shape.sites):
         return _of_paired(config, shape)
+    if MLA.holds(shape):
+        return Refusal(next(known.how for known in _MLA if known.name == engine))
     if shape.model_type not in DECODERS[engine]:
         allowed = ", ".join(sorted(DECODERS[engine]))
         return Refusal("its architecture is not supported", shape.model_type, allowed)

@@ -187,7 +187,7 @@ class _Pass:
         behind = self.middles[: len(teacher.attentions)]
         behind = [*behind[: len(student.attentions) - 1], behind[-1]]
         for own, part, middle in zip(teacher.attentions, student.attentions, behind, strict=False):
-            if "q" in wanted:
+            if "q" in wanted and part.q is not None:
                 self._repair_q((teacher, own), (student, part))
                 found |= self._saved("q", student, part.site)
             if "o" in wanted:

@@ -40,12 +40,12 @@ class InnerFit(ExitStack):
         maps, (wide, hidden) = len(inner), inner[0].weight.shape
         widths = (hidden, maps * wide)
         check_room(sum(spool_bytes(sum(lengths), width) for width in widths))
-        self.inputs, self.slopes = (
-            self.enter_context(Spool(lengths, width, device=self.weight_DF.device)) for width in widths
+        device = self.weight_DF.device
+        self.inputs, self.slopes = (self.enter_context(Spool(lengths, width, device=device)) for width in widths)
+        self.gram_DD, self.slopes_MFF, self.missing_MFD = (
+            torch.zeros(size, dtype=torch.float64, device=device)
+            for size in ((hidden, hidden), (maps, wide, wide), (maps, wide, hidden))
         )
-        self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
-        self.slopes_MFF = torch.zeros(maps, wide, wide, dtype=torch.float64)
-        self.missing_MFD = torch.zeros(maps, wide, hidden, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, row: int, x_BTD: Tensor, slopes_BTF: Sequence[Tensor], missing_BTD: Tensor) -> None:
@@ -53,10 +53,10 @@ class InnerFit(ExitStack):
         self.inputs.write(row, x_BTD)
         self.slopes.write(row, torch.cat(list(slopes_BTF), dim=-1))
         x_ND, pulled_NF = x_BTD.flatten(0, 1), missing_BTD.flatten(0, 1) @ self.weight_DF
-        self.gram_DD += (x_ND.T @ x_ND).cpu()
+        self.gram_DD += x_ND.T @ x_ND
         for number, slope_NF in enumerate(each.flatten(0, 1) for each in slopes_BTF):
-            self.slopes_MFF[number] += (slope_NF.T @ slope_NF).cpu()
-            self.missing_MFD[number] += ((slope_NF * pulled_NF).T @ x_ND).cpu()
+            self.slopes_MFF[number] += slope_NF.T @ slope_NF
+            self.missing_MFD[number] += (slope_NF * pulled_NF).T @ x_ND
         self.tokens += len(x_ND)
 
     def solve(self, *, steps: int, damping: float, batches: Sequence[tuple[int, int]], tolerance: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class InnerFit(ExitStack):
 
         def solve(sweep: Callable[[Tensor], Tensor]) -> Tensor:
             gram_DD = self.gram_DD / self.tokens
-            left_MFF = self.slopes_MFF / self.tokens * wired_FF.cpu()
+            left_MFF = self.slopes_MFF / self.tokens * wired_FF
             # float32 is enough for a preconditioner, and these are the widest products of a repair
             left_inverse_MFF = damped_inverse(left_MFF, FLOOR).float()
             inverse_DD = damped_inverse(gram_DD, damping).float()
@@ -90,7 +90,9 @@ class InnerFit(ExitStack):
                 tolerance=tolerance,
             )
 
-        change_ND = ranks.solved(solve, lambda change_ND: self._sweep(batches, wired_FF, change_ND))
+        change_ND = ranks.solved(
+            solve, lambda change_ND: self._sweep(batches, wired_FF, change_ND), self.missing_MFD.flatten(0, 1)
+        )
         for linear, change_FD in zip(self.inner, change_ND.view(self.missing_MFD.shape), strict=True):
             linear.weight += change_FD.to(linear.weight)
 
@@ -105,7 +107,7 @@ class InnerFit(ExitStack):
             x_TD, slope_TN = (spool.read(*batch).to(wired_FF).flatten(0, 1) for spool in (self.inputs, self.slopes))
             moved_TF = (slope_TN * (x_TD @ change_DN)).view(len(x_TD), maps, -1).sum(1)
             pulled_TN = slope_TN * (moved_TF @ wired_FF).repeat(1, maps)
-            return [(pulled_TN.T @ x_TD).double().cpu()]
+            return [(pulled_TN.T @ x_TD).double()]
 
         found = summed(moved, batches)
         return ranks.sum_to_main(found[0] if found else torch.zeros_like(change_ND)) / self.tokens

@@ -24,7 +24,9 @@ class AttentionPart:
         family, body = checkpoint.family, checkpoint.family.body
         self.layer, self.site, self.shape = layer, site, checkpoint.shape.sites[site]
         self.module = layer.owner(family.module(site))
-        self.q, self.o = (layer.owner(family.alone(site, role)) for role in "qo")
+        roles = self.shape.roles()  # a student of mla may have no single map of queries
+        self.q = layer.owner(family.alone(site, "q")) if "q" in roles else None
+        self.o = layer.owner(family.alone(site, "o"))
         offset, normed = self.shape.norm_offset, self.shape.norms != "none"
         self.q_norm = Norm(layer.owner(family.tensor(site, "q_norm")), offset) if normed else None
         after = Norm(layer.module(body.after[site.kind]), offset) if site.kind in body.after else None

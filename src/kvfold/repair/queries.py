@@ -59,12 +59,14 @@ class LogitFit(ExitStack):
         sizes = [(lengths, hidden), (looked, student.num_key_value_heads * width), (lengths, heads * width)]
         sizes.append((logits, heads))
         check_room(sum(spool_bytes(sum(rows), each) for rows, each in sizes))
+        device = q.weight.device
         self.inputs, self.keys, self.means, self.attention = (
-            self.enter_context(Spool(rows, each, device=q.weight.device)) for rows, each in sizes
+            self.enter_context(Spool(rows, each, device=device)) for rows, each in sizes
         )
-        self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
-        self.missing_HED = torch.zeros(heads, width, hidden, dtype=torch.float64)
-        self.powers_G = torch.zeros(student.num_key_value_heads, dtype=torch.float64)
+        self.gram_DD, self.missing_HED, self.powers_G = (
+            torch.zeros(size, dtype=torch.float64, device=device)
+            for size in ((hidden, hidden), (heads, width, hidden), (student.num_key_value_heads,))
+        )
         self.tokens = 0
         self.seen: hf.Attended | None = None  # one of the longest rows: shorter ones rotate as its beginning does
 
@@ -121,8 +123,8 @@ class LogitFit(ExitStack):
         turn = Turn(student, self.student.rope, self.norm, own_BHTE)
         query_BHTE = self.student.logit_scale * turn.whole(own_BHTE)
         products_BHTE = _covariances(attention_BHTS, mean_BHTE, key_BGSE, query_BHTE, logits_BHTS, causal=self.causal)
-        gram_DD = (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).double().cpu()
-        return gram_DD, self._pull(products_BHTE, turn, x_BTD), key_BGSE.double().square().mean(-1).sum((0, 2)).cpu()
+        gram_DD = (x_BTD.flatten(0, 1).T @ x_BTD.flatten(0, 1)).double()
+        return gram_DD, self._pull(products_BHTE, turn, x_BTD), key_BGSE.double().square().mean(-1).sum((0, 2))
 
     def solve(
         self,
@@ -139,7 +141,7 @@ class LogitFit(ExitStack):
         rows on which coordinates of queries are weighed.
         """
         heads, width = self.student.num_attention_heads, self.student.head_dim
-        weight_HED = self.linear.weight.double().cpu().view(heads, width, -1)
+        weight_HED = self.linear.weight.double().view(heads, width, -1)
         self.tokens = sum(ranks.gather_in_order(self.tokens))
         rows, spread_HEE = sum(ranks.gather_in_order(len(sampled))), self._spread(sampled)
         for total in (self.gram_DD, self.missing_HED, self.powers_G, spread_HEE):
@@ -160,13 +162,13 @@ class LogitFit(ExitStack):
                 tolerance=tolerance,
             )
 
-        change_HED = ranks.solved(solve, lambda change_HED: self._sweep(batches, change_HED))
+        change_HED = ranks.solved(solve, lambda change_HED: self._sweep(batches, change_HED), self.missing_HED)
         self.linear.weight.copy_((weight_HED + change_HED).flatten(0, 1))
 
     def _spread(self, rows: Sequence[int]) -> Tensor:
         """The weight `R^T C R` of the coordinates of a query, its mean over tokens of each row, summed: HEE."""
         group, width = self.student.query_group, self.student.head_dim
-        total_HEE = torch.zeros(len(self.missing_HED), width, width, dtype=torch.float64)
+        total_HEE = self.missing_HED.new_zeros(len(self.missing_HED), width, width)
         for row in rows:
             key_BHSE = _heads(self.keys.read(row), width).repeat_interleave(group, dim=1)
             tokens = self.inputs.lengths[row]
@@ -177,7 +179,7 @@ class LogitFit(ExitStack):
             mean_QHE = (attention_QHS[:, :, None] @ turned_QHSE)[:, :, 0]
             centred_QHSE = (turned_QHSE - mean_QHE[:, :, None]) * attention_QHS.sqrt()[..., None]
             rows_HNE = centred_QHSE.transpose(0, 1).flatten(1, 2).double()  # a product of them is semidefinite
-            total_HEE += (rows_HNE.mT @ rows_HNE / len(at_Q)).cpu()
+            total_HEE += rows_HNE.mT @ rows_HNE / len(at_Q)
         return self.student.logit_scale**2 * total_HEE
 
     def _back(self, key_BHSE: Tensor, at_Q: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ class LogitFit(ExitStack):
         """The gradient by W_q of a gradient by the queries."""
         pulled_BTN = _rows(turn.back(self.student.logit_scale * products_BHTE))
         change_ND = pulled_BTN.flatten(0, 1).T @ x_BTD.flatten(0, 1)
-        return change_ND.cpu().double().view_as(self.missing_HED)
+        return change_ND.double().view_as(self.missing_HED)
 
 
 def _covariances(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -26,6 +26,9 @@ _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", "-.", ":")
 _HALO = "label-"  # prefix of the ids of labels, which get an outline in the colour of the paper
 _HOVERED = 12  # points of a line in its hover text, at most
+_NUMBERED = 12  # columns of a heat map with room for numbers
+_FAINT = 0.04  # opacity of the cells of a heat map at least, which can then be pointed at
+_TICKS = 32  # of an axis of a heat map, at most
 WIDE, NARROW = 12.0, 5.2  # inches of 72 units: for a page and for a phone
 _HEIGHT = 3.3
 LINEAR = 0.01  # nats of KL
@@ -234,6 +237,63 @@ def marks(name: str, title: str, rows: Sequence[Line], *, x_label: str, y_ticks:
         axes.grid(visible=False, axis="y")
         _words(axes, x_label, "")
         return _svg(figure, name, title)
+
+
+def heat_map(
+    name: str,
+    title: str,
+    rows: Sequence[Sequence[float | None]],
+    *,
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[str] = (),
+    y_ticks: Sequence[str] = (),
+    digits: int = 2,
+    most: float | None = None,
+    root: bool = False,
+    marked: Collection[tuple[int, int]] = (),
+) -> str:
+    """A grid of cells as inline SVG, the darker the larger; the first row is the top one.
+
+    The colour grows with a number, or with its `root`, up to `most` (default: the largest); numbers below 0 are 0.
+    Cells of `marked` (row, column) have a frame. Numbers that do not round to 0 stand in the cells if there is room;
+    hover texts have all of them.
+    """
+    width = max(map(len, rows))
+    top = most or max((value for row in rows for value in row if value is not None), default=0) or 1
+    hovers = {}
+    with _figure(0) as (figure, axes):
+        from matplotlib.patches import Rectangle
+
+        figure.set_figheight(max(1.6, 0.24 * len(rows) + 0.7))
+        for at, row in enumerate(rows):
+            for column, value in enumerate(row):
+                if value is None:
+                    continue
+                part, place = min(1.0, max(0.0, value / top)), f"cell-{at}-{column}"
+                shade = max(_FAINT, part**0.5 if root else part)
+                frame = {"edgecolor": _INK, "linewidth": 1.4} if (at, column) in marked else {"linewidth": 0}
+                cell = Rectangle((column - 0.48, at - 0.46), 0.96, 0.92, facecolor=(_STAND_INS[0], shade), **frame)
+                axes.add_patch(cell).set_gid(place)
+                words = [f"{_tick(y_label, y_ticks, at)}, {_tick(x_label, x_ticks, column)}", f"{value:.{digits + 1}f}"]
+                hovers[place] = ": ".join(words)
+                if width <= _NUMBERED and round(value, digits):
+                    look = {"ha": "center", "va": "center", "fontsize": 7.5, "color": _PAPER if shade > 0.6 else _INK}
+                    axes.text(column, at, f"{value:.{digits}f}", **look)
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        for axis, ticks, count in ((axes.xaxis, x_ticks, width), (axes.yaxis, y_ticks, len(rows))):
+            shown = range(0, count, -(-count // _TICKS))
+            axis.set_ticks(shown, [ticks[at] if ticks else str(at) for at in shown])
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        _words(axes, x_label, y_label)
+        return _svg(figure, name, title, hovers)
+
+
+def _tick(label: str, ticks: Sequence[str], at: int) -> str:
+    return f"{label} {ticks[at] if ticks else at}"
 
 
 @contextmanager

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kvfold.disk.output import disk_errors, replacing, written_by_kvfold
+from kvfold.disk.record import Record
 from kvfold.errors import OutputError
 from kvfold.progress import SILENT, Progress
 from kvfold.report import figures
 from kvfold.report.card import templates, write_cards
 from kvfold.report.folder import Run, collect
+from kvfold.report.inspection import inspection_sections
 from kvfold.report.outcome import cards, summary_of
 from kvfold.report.sections import sections
 from kvfold.report.verdict import RULE
@@ -66,21 +70,41 @@ def render(run: Run) -> str:
     gated = any(record.metrics.get("gate") for record in run.records)
     roots = sorted({checkpoint.lineage["root"]["name"] for checkpoint in run.checkpoints})
     students = cards(run)
-    text = (
-        templates("html")
-        .get_template("report.html.j2")
-        .render(
-            title=run.folder.resolve().name,
-            about=f"Folded from {', '.join(roots)}." if roots else "",
-            date=max((record.date for record in run.records), default="")[:10],
-            device=next((record.device for record in run.records if record.device), ""),
-            verdict=f"missed by {', '.join(missed)}" if missed else "all hold" if gated else "",
-            missed=bool(missed),
-            students=students,
-            summary=summary_of(students),
-            rule=RULE,
-            sections=sections(run),
-            figure_style=figures.style(),
-        )
+    return _html(
+        run.records,
+        brand="kvfold report",
+        title=run.folder.resolve().name,
+        about=f"Folded from {', '.join(roots)}." if roots else "",
+        verdict=f"missed by {', '.join(missed)}" if missed else "all hold" if gated else "",
+        missed=bool(missed),
+        students=students,
+        summary=summary_of(students),
+        rule=RULE,
+        sections=sections(run),
     )
+
+
+def render_inspection(record: Record) -> str:
+    """The page of an inspection as HTML; the same record gives the same bytes."""
+    read = f"Its heads, inspected on {record.metrics['tokens']:,} tokens of {record.settings['data']}."
+    return _html(
+        [record],
+        brand="kvfold inspect",
+        title=record.name,
+        about=read,
+        verdict="",
+        missed=False,
+        students=(),
+        summary="",
+        rule=(),
+        sections=inspection_sections(record),
+    )
+
+
+def _html(records: Sequence[Record], **parts: Any) -> str:
+    """The template with these parts, and with date and device of the records."""
+    page = templates("html").get_template("report.html.j2")
+    date = max((each.date for each in records), default="")[:10]
+    device = next((each.device for each in records if each.device), "")
+    text = page.render(date=date, device=device, figure_style=figures.style(), **parts)
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from kvfold.contracts.site import DTYPE_BYTES
 from kvfold.disk.manifest import Count, Number, Part, Step, fault
@@ -162,6 +162,60 @@ class _Plan(_Metrics):
     speedup: Number
 
 
+Numbers = Annotated[list[Number], Field(min_length=1)]
+Table = Annotated[list[Numbers], Field(min_length=1)]
+Triple = Annotated[list[Number], Field(min_length=3, max_length=3)]
+ByHeads = dict[Annotated[str, StringConstraints(pattern=r"^\d{1,6}$")], Number]
+
+
+class _Inspected(Part):
+    """The key/value heads of a layer, in order."""
+
+    layer: Count
+    heads: Natural
+    fewest: Natural | None = None
+    kl: Numbers | None = None
+    rise: Numbers | None = None
+    fold_kl: ByHeads | None = None
+    fold_rise: ByHeads | None = None
+    entropy: Numbers
+    distance: Numbers
+    sink: Numbers
+    local: Numbers
+    far: Numbers
+    induction: Numbers
+    key_rank: Numbers
+    value_rank: Numbers
+    keys: Table
+    values: Table
+    planes: Table | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Inspected:
+        for name, value in self:
+            if isinstance(value, list) and len(value) != self.heads:
+                raise ValueError(f"{name} needs a number for each of {self.heads} heads")
+        return self
+
+
+class _Fold(Part):
+    kv_heads: Natural | Words
+    cache: Positive
+    kl: Number
+    rise: Number
+
+
+class _Inspection(_Metrics):
+    tokens: Count
+    layers: Annotated[list[_Inspected], Field(min_length=1)]
+    duplicates: list[Triple]
+    recall_heads: list[Triple] | None = None
+    predicted: dict[str, _Fold] | None = None
+    uniform: _Fold | None = None
+    mix: _Fold | None = None
+    copying: list[Count] | None = None
+
+
 class _ComparedRow(_Measured, _Metrics):
     loss: Number
     kl: Number
@@ -201,6 +255,7 @@ METRICS: dict[str, type[Part]] = {
     "evaluate": _Evaluation,
     "bench": _Bench,
     "plan": _Plan,
+    "inspect": _Inspection,
     "compare-row": _ComparedRow,
     "compare": _Comparison,
 }

@@ -126,10 +126,14 @@ def cheapest_mix(budget: float, shape: Shape, price_of: Callable[[Site, int], fl
 
 def uniform(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> Heads:
     """The cheapest mix within the budget in which every site keeps the same number of heads."""
-    common = math.gcd(*(choices_of(shape, site)[-1] for site in shape.cached_sites))
-    mixes = [dict.fromkeys(shape.cached_sites, count) for count in divisors(common)]
-    within = [heads for heads in mixes if elements(shape, heads) <= room(budget, shape)]
+    within = [heads for heads in everywhere(shape) if elements(shape, heads) <= room(budget, shape)]
     return min(within, key=lambda heads: (_steps(price(shape, answers, heads, costs)), elements(shape, heads)))
+
+
+def everywhere(shape: Shape) -> list[Heads]:
+    """The head counts that every site can keep alike, ascending."""
+    common = math.gcd(*(choices_of(shape, site)[-1] for site in shape.cached_sites))
+    return [dict.fromkeys(shape.cached_sites, count) for count in divisors(common)]
 
 
 def price(shape: Shape, answers: Answers, heads: Mapping[Site, int], costs: Sequence[Cost] = KL) -> float:

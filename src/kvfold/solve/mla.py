@@ -240,7 +240,7 @@ def convert_site(source: Source, pools: Sequence[Pool], width: int, *, exact: bo
     up_HNR = up_HNR.repeat_interleave(attention.query_group, 0)
     scale = attention.logit_scale * (head + len(parts.key_PX)) ** 0.5  # of deepseek_v3: 1 / sqrt(width of a head)
     q_HND = scale * torch.cat([parts.rest.q_HEX, parts.query_HPD], dim=1)
-    new: Roles = {"q": q_HND.flatten(0, 1), "o": source.roles["o"]}
+    new: Roles = {"o": source.roles["o"]} | queries(source, q_HND.flatten(0, 1), dtype)
     key_PD = parts.key_PX[:, :hidden]
     part = lost / whole if whole > 0 else 0.0
     if not exact:
@@ -263,6 +263,25 @@ def convert_site(source: Source, pools: Sequence[Pool], width: int, *, exact: bo
     return new, part
 
 
+def queries(source: Source, q_NX: Tensor, dtype: str) -> Roles:
+    """The roles of queries: one map, or two where they have a bias, with the input and a constant between them.
+
+    The input is scaled by a power of two to a mean square of about 1, as the constant expects.
+    """
+    hidden = source.attention.hidden_size
+    if q_NX.shape[1] == hidden:
+        return {"q": q_NX}
+    constant, norm_R, gain = constants(hidden + 1, dtype)
+    power = float(source.gram_DD.diagonal().mean().clamp_min(LEAST))
+    scale = 2.0 ** -round(math.log2(power) / 2)
+    return {
+        "q_down": scale * torch.eye(hidden + 1, hidden, dtype=torch.float64),
+        "q_down_bias": torch.cat([q_NX.new_zeros(hidden), q_NX.new_tensor([constant])]),
+        "q_down_norm": norm_R,
+        "q_up": torch.cat([q_NX[:, :hidden] / (scale * gain), q_NX[:, hidden:]], dim=1),
+    }
+
+
 def _all_rotated(attention: Attention, pools: Sequence[Pool]) -> bool:
     """Whether no part of a key is left unrotated."""
     planes, groups = rope_of(attention).dims // 2, attention.num_key_value_heads
@@ -274,12 +293,13 @@ def constants(width: int, dtype: str) -> tuple[float, Tensor, float]:
     """The constant of a latent in this format, the weights of its norm, and what these still make of a latent.
 
     The norm divides by `sqrt(constant^2 / R + |z|^2 / R)`, which differs from one number by a part of
-    `|z|^2 / (2 constant^2)`. Its weights are powers of two, exact in every format; the last one makes the constant 1.
+    `|z|^2 / (2 constant^2)`. Its weights are powers of two, exact in every format; the last one makes the constant 1,
+    which comes out of the norm as the square root of R.
     """
     power, kind = POWERS.get(dtype, POWER), getattr(torch, dtype)
     constant = float(torch.tensor(2.0**power * math.sqrt(width), dtype=torch.float64).to(kind))
     norm_R = torch.full((width,), 2.0**power, dtype=torch.float64)
-    norm_R[-1] = width**-0.5
+    norm_R[-1] = 1 / float(torch.tensor(math.sqrt(width), dtype=torch.float64).to(kind))
     return constant, norm_R, 2.0**power / math.sqrt(constant**2 / width + EPSILON)
 
 

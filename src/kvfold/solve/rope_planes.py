@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfold.contracts.site import Attention, Rope
+from kvfold.solve.linalg import LEAST
 from kvfold.solve.rope import frequencies, pairs
 
 MOST = 16_384  # pairs of a key head
@@ -73,6 +74,12 @@ def elite(seen: Pairs) -> Tensor:
 def contribution(seen: Pairs) -> Tensor:
     """Planes by their mean contribution to a logit, descending, `order_C`: the baseline of arXiv 2410.08703."""
     return seen.product_XC.mean(0).argsort(descending=True, stable=True)
+
+
+def importance(seen: Pairs) -> Tensor:
+    """How much the logits change without the rotation of each plane, as a part of the sum over planes, `part_C`."""
+    change_C = seen.lost_XC.abs().mean(0)
+    return change_C / change_C.sum().clamp_min(LEAST)
 
 
 def uniform(planes: int, kept: int) -> Tensor:

@@ -147,8 +147,13 @@ def reported(lost: Sequence[float], weight: Tensor) -> dict[str, list[Any]]:
 
     A loss that rounding to the format of `weight` can cause counts as none.
     """
-    nothing = max(NOTHING, (torch.finfo(weight.dtype).eps / 2) ** 2)
+    nothing = rounding(weight)
     return {"lost": list(lost), "lossless": [number for number, share in enumerate(lost) if share <= nothing]}
+
+
+def rounding(weight: Tensor) -> float:
+    """The part of a second moment that rounding to the format of `weight` can lose: a smaller loss counts as none."""
+    return max(NOTHING, (torch.finfo(weight.dtype).eps / 2) ** 2)
 
 
 # --- a site's heads, group by group ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from kvfold.errors import Interrupted, TrainingError
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
 from kvfold.progress import Progress, task
 from kvfold.train.levels import LEVELS
-from kvfold.train.placing import Root, local
+from kvfold.train.placing import Root, compile_errors, local
 from kvfold.train.settings import Settings, TrainSettings, decide, rate
 from kvfold.train.state import STATE, Log, NoLog, Position, State
 
@@ -217,7 +217,8 @@ class _Run:
         settings, position = self.settings, self.position
         before = position.seconds
         while position.stage_step < self.work.steps:
-            measured = self.step()
+            with compile_errors(settings.compile):
+                measured = self.step()
             position.step, position.stage_step = position.step + 1, position.stage_step + 1
             position.tokens += settings.step_tokens
             position.seconds = round(before + time.monotonic() - self.started, 3)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from kvfold import hf, ranks
 from kvfold.contracts.family import Family
 from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import Checkpoint
+from kvfold.errors import SettingError
 from kvfold.machine import best_device, device_memory
 from kvfold.predict.training_memory import ACCUMULATED
 from kvfold.train.settings import TrainSettings
@@ -79,6 +81,21 @@ def prepare(model: nn.Module, settings: TrainSettings, blocks: Sequence[nn.Modul
     if settings.compile:
         for block in blocks:
             block.compile()
+
+
+@contextmanager
+def compile_errors(compiled: bool) -> Iterator[None]:
+    """Raise SettingError where torch.compile cannot compile a block, which its first pass shows."""
+    if not compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        said = " ".join(str(error).split("\n\n")[0].split())
+        raise SettingError(f"torch.compile failed: {said}", where="compile", next="train without --compile") from error
 
 
 def place(
