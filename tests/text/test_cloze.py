@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvfold.errors import DataError, OutputError, SettingError
-from kvfold.text.cloze import BLANK, ClozeSettings, cloze
+from kvfold.text.cloze import ClozeSettings, cloze
 
 ANIMALS = ("badger", "falcon", "lizard", "otter")
 PLACES = ("river", "forest", "meadow", "harbor", "valley")
@@ -41,9 +41,9 @@ def test_the_answer_stands_in_one_passage_whose_words_the_question_repeats(told:
         assert len(set(texts)) == len(texts) == 3
         holding = [number for number, text in enumerate(texts) if answer in text.lower().replace(".", "").split()]
         assert len(holding) == 1
-        assert question.split().count(BLANK) == 1
+        assert question.split().count(SMALL.blank) == 1
         assert len(question.split()) <= 7
-        left, right = question.split(BLANK)
+        left, right = question.split(SMALL.blank)
         assert left.strip() in texts[holding[0]]
         assert right.strip() in texts[holding[0]]
         assert answer not in question.lower().split()

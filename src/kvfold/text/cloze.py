@@ -29,7 +29,6 @@ from kvfold.text.documents import read_texts
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-BLANK = "___"
 COMMON, FEW = 0.02, 20  # a word in more than this share of the sentences, and in more than a few, tells little
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _WORD = re.compile(r"[a-z]+", re.IGNORECASE)
@@ -43,6 +42,7 @@ class ClozeSettings:
     passages: int = setting(20, "Passages of a question, one of which holds its answer.")
     words: int = setting(24, "Longest sentence, in words; the shortest has half of them.")
     around: int = setting(4, "Words of the question on each side of the blank.")
+    blank: str = setting("___", "What stands for the word; <extra_id_0> is the sentinel of a T5.")
     occurrences: int = setting(50, "Sentences that hold an answer, at least: the words of answers are frequent ones.")
     seed: int = setting(0, "Seed of the sentences that are asked about, and of the order of passages.")
 
@@ -144,7 +144,7 @@ class _Sentences:
             return None
         shown = generator.permutation([number, *others])
         return {
-            "question": " ".join([*sentence[first:at], BLANK, *sentence[at + 1 : last]]),
+            "question": " ".join([*sentence[first:at], settings.blank, *sentence[at + 1 : last]]),
             "answers": [words[at]],
             "ctxs": [{"title": "", "text": " ".join(self.sentences[each])} for each in shown],
         }
