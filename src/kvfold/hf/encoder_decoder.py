@@ -221,7 +221,7 @@ def _keep(stream: list[Tensor], module: nn.Module, args: tuple[Tensor, ...], kwa
 def _gated(decoder: Any, stream: list[Tensor], module: nn.Module, args: Any, result: Any) -> Any:
     if isinstance(result, tuple):
         return (decoder.gate * result[0], *result[1:])
-    return torch.lerp(stream[0], result, decoder.gate) if stream else decoder.gate * result
+    return torch.lerp(stream.pop().to(result), result, decoder.gate) if stream else decoder.gate * result
 
 
 def inside_decoder(path: str) -> str:
