@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, get_args, get_type_hints
-
-import pydantic
+from typing import Any, get_args, get_type_hints
 
 from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
-from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
+from kvfold.contracts.paired_fields import COUNT, KINDS, heads_by_kind, read_kinds
+from kvfold.contracts.site import Attention, Linear, Shape, Site
+from kvfold.contracts.stock import HEADS as HEADS
 from kvfold.contracts.stock import PAIRED, stock_class
-from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear, with_mla
+from kvfold.contracts.student_site import with_latent, with_linear, with_mla
 from kvfold.errors import UnsupportedModel
 
 Json = Mapping[str, Any]
@@ -111,7 +111,6 @@ def fields(shape: Shape, runtimes: Iterable[Runtime], end: str) -> dict[str, Any
 
 # --- decoders -------------------------------------------------------------------------------------------------------
 
-HEADS = "num_key_value_heads"
 PER_LAYER, SOURCES = "per_layer_config", "kv_source_layers"
 PLANES, WIDTHS = "rope_chunks", "latent_dims"
 TYPES, SETTINGS = "layer_types", "linear_attention"
@@ -119,8 +118,7 @@ TYPES, SETTINGS = "layer_types", "linear_attention"
 LINEAR_LAYER = "kvfold_linear"
 """The name of a layer of linear attention in `layer_types`, and of its cache layer in transformers' caches."""
 
-_COUNT = Annotated[int, pydantic.Field(ge=1)]
-_COUNTS = Rule(list[_COUNT], "a list of positive whole numbers").or_null
+_COUNTS = Rule(list[COUNT], "a list of positive whole numbers").or_null
 _LINEAR_FIELDS: Rules = {
     name: (whole(0, 1 << 31) if kind is int else one_of(*get_args(kind))).needed
     for name, kind in get_type_hints(Linear).items()
@@ -377,84 +375,7 @@ DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
 
-HEADS_BY_KIND: Mapping[Kind, str] = {"self": HEADS, "cross": f"cross_{HEADS}"}
-ENCODER_LATENT = "cross_latent_dim"
-"""The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
-CROSSING, FADING = "cross_attention_layers", "fading_cross_attention_layers"
-"""The decoder layers with cross-attention, by default all, and those whose cross-attention a gate multiplies."""
-
-_WHISPER: Mapping[Kind, str] = {**HEADS_BY_KIND, "self": f"self_{HEADS}"}
-"""transformers' WhisperConfig reads `num_key_value_heads` as the encoder's heads, also behind `decoder_`."""
-
-
-def _names(stock: str) -> Mapping[Kind, str]:
-    """The fields that have the key/value heads of each kind."""
-    return _WHISPER if stock == "whisper" else HEADS_BY_KIND
-
-
-def _heads_by_kind(shape: Shape) -> dict[str, Any]:
-    """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
-    found: dict[str, Any] = {}
-    for kind, name in _names(shape.model_type).items():
-        counts = [each.num_key_value_heads for site, each in sorted(shape.sites.items()) if site.kind == kind]
-        found[name] = counts[0] if len(set(counts)) == 1 else counts
-    kept = shape.sites[shape.crossed[0]].kept
-    if kept is not None:
-        found[ENCODER_LATENT] = kept["latent"]
-    if len(shape.crossed) < shape.num_layers:
-        found[CROSSING] = [site.layer for site in shape.crossed]
-    if fading := [site.layer for site in shape.crossed if shape.sites[site].fades]:
-        found[FADING] = fading
-    return found
-
-
-def _read_kinds(config: Json, sites: Sites) -> Sites:
-    found = _read_crossing(config, sites)
-    for kind, name in _names(stock_type(config)).items():
-        said, those = config.get(name), [site for site in found if site.kind == kind]
-        counts = said if isinstance(said, list) else [said] * len(those)
-        if len(counts) != len(those):
-            raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {len(those)} decoder layers")
-        for site, count in zip(those, counts, strict=True):
-            have = sites[site].num_key_value_heads
-            if count is not None and count > have:
-                raise UnsupportedModel(
-                    f"config.json: {name} cannot be more than the decoder's", got=count, allowed=have
-                )
-            found[site] = replace(found[site], num_key_value_heads=count or have)
-    width = config.get(ENCODER_LATENT)
-    if width is None:
-        return found
-    first, *_ = crossed = [site for site in found if site.kind == "cross"]
-    for site in crossed:
-        if width > found[site].input_width:
-            raise UnsupportedModel(
-                f"config.json: {ENCODER_LATENT} is wider than the model", got=width, allowed=found[site].input_width
-            )
-        found[site] = with_encoder_latent(found[site], width, None if site == first else first.layer)
-    return found
-
-
-def _read_crossing(config: Json, sites: Sites) -> Sites:
-    """The sites without the cross-attentions that a student does not have; those that fade are marked."""
-    layers = sum(site.kind == "cross" for site in sites)
-    for name in (CROSSING, FADING):
-        said = config.get(name)
-        if said is not None and not (said and said == sorted({each for each in said if 0 <= each < layers})):
-            raise UnsupportedModel(
-                f"config.json: {name} must name layers in ascending order", got=said, allowed=f"0 to {layers - 1}"
-            )
-    kept, fading = config.get(CROSSING), config.get(FADING) or ()
-    return {
-        site: replace(each, fades=True) if site.kind == "cross" and site.layer in fading else each
-        for site, each in sites.items()
-        if site.kind != "cross" or kept is None or site.layer in kept
-    }
-
-
-_ignored = partial(
-    _without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT, CROSSING, FADING), "ignores it in"
-)
+_ignored = partial(_without, tuple(KINDS), "ignores it in")
 PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
     "fewer key/value heads or cross-attentions in the decoder, or a latent of the encoder's output",
@@ -464,15 +385,9 @@ PAIRS = Runtime(
     lambda shape: (
         shape.layer_sparse or any(each.kept is not None or each.query_group > 1 for each in shape.sites.values())
     ),
-    _heads_by_kind,
-    _read_kinds,
-    {
-        **dict.fromkeys(
-            (*HEADS_BY_KIND.values(), _WHISPER["self"]), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null
-        ),
-        ENCODER_LATENT: WIDTH.or_null,
-        **dict.fromkeys((CROSSING, FADING), Rule(list[int], "a list of layers").or_null),
-    },
+    heads_by_kind,
+    read_kinds,
+    KINDS,
 )
 ENCODER_DECODERS = (PAIRS, PAIRS_STOCK)
 

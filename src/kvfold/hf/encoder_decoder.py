@@ -35,7 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
 from kvfold.contracts.family import Family
-from kvfold.contracts.runtimes import CROSSING, FADING, PAIRS, PAIRS_STOCK
+from kvfold.contracts.paired_fields import CROSSING, FADING
+from kvfold.contracts.runtimes import PAIRS, PAIRS_STOCK
 from kvfold.contracts.site import Attention, Site
 from kvfold.contracts.stock import STEMS
 from kvfold.errors import UnsupportedModel
