@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from examples import APART, CORE, clips, example, generate, paired, read
@@ -97,12 +98,13 @@ FOLDED: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "mla": lambda shape: {"rope_dim": 4, "latent_dim": 12, "planes": "even"},
     "mla fit": lambda shape: {"rope_dim": 8, "latent_dim": 12, "planes": "2/1/1/0"},
     "crosslatent": lambda shape: {},
+    "fido fit": lambda shape: {"cross_every": 2, "cross_layers": "auto"},
     "crosslatent fit": lambda shape: {"cross_latent_dim": 12},
     "supra": lambda shape: {},
     "supra hybrid": lambda shape: {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1},
 }
 LOSSLESS = {"identity", "crosslatent", "dha"}  # cases whose student is the teacher, of dha until it is trained
-CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "mla fit", "crosslatent fit", "supra hybrid"]
+CASES = [*METHODS, "gqa fit", "cla fit", "elitekv fit", "mla fit", "crosslatent fit", "fido fit", "supra hybrid"]
 
 
 def _takes(case: str, source: str) -> bool:
@@ -191,6 +193,14 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"cross_latent_dim": 0}, "cross_latent_dim"),
         ({"cross_latent_dim": "wide"}, "cross_latent_dim"),
         ({"cross_latent_dim": 8, "metric": "cosine"}, "metric"),
+    ],
+    "fido": [
+        ({"cross_every": 0}, "cross_every"),
+        ({"cross_every": 5}, "cross_every"),
+        ({"cross_layers": "3,1"}, "cross_layers"),
+        ({"cross_layers": "1,4"}, "cross_layers"),
+        ({"cross_layers": "few"}, "cross_layers"),
+        ({"cross_every": 2, "fade": 1}, "fade"),
     ],
     "identity": [({"kv_heads": 2}, "kv_heads")],
     "supra": [
@@ -331,13 +341,19 @@ def _repeated(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
         "self_num_key_value_heads",
         "cross_num_key_value_heads",
         "cross_latent_dim",
+        "cross_attention_layers",
         "model_type",
     )
     known = {key: value for key, value in config.items() if key not in ours}
     made = transformers.AutoConfig.for_model(config["model_type"].removeprefix("kvfold_"), **known)
     model = getattr(transformers, config["architectures"][0].removeprefix("Kvfold"))(made)
-    there = model.state_dict()
-    width = family_of(config).shape(config).sites[Site(0)].head_dim
+    family = family_of(config)
+    shape, stack = family.shape(config), model.get_submodule(family.body.layers)
+    for layer in set(range(shape.num_layers)) - {site.layer for site in shape.crossed}:
+        for path in family.branch(Site(layer, "cross")):
+            model.set_submodule(path, _Nothing())
+        stack[layer].register_forward_pre_hook(_unread, with_kwargs=True)
+    there, width = model.state_dict(), shape.sites[Site(0)].head_dim
     for name, tensor in tensors.items():
         if len(tensor) < len(there[name]):
             heads = tensor.unflatten(0, (-1, width))
@@ -345,6 +361,20 @@ def _repeated(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
         there[name].copy_(tensor)
     model.load_state_dict(there)
     return model
+
+
+def _unread(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As FiDO's authors remove a cross-attention: the layer is given no encoder output."""
+    bound = signature(layer.forward).bind(*args, **kwargs)
+    bound.arguments["encoder_hidden_states"] = None
+    return bound.args, bound.kwargs
+
+
+class _Nothing(nn.Module):
+    """In place of a removed module: a T5Gemma calls its cross-attention whether there is an encoder output or not."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return (torch.zeros_like(hidden_states), None) if kwargs else hidden_states
 
 
 def _summed(gradient: Tensor, like: Tensor, width: int) -> Tensor:

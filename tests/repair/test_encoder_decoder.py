@@ -109,7 +109,7 @@ class Seen:
         with torch.inference_mode(), hf.probabilities(takers):
             for _, length in LENGTHS:
                 batch = batched([row for row in pairs.pairs if len(row[1]) == length])
-                given = batch.alone(torch.float32)
+                given = batch.read(torch.float32)
                 begun_BT = batch.shifted(start_id(model.config))
                 self.logits.append(model(**given, decoder_input_ids=begun_BT, use_cache=False).logits.flatten(0, 1))
         for handle in handles:

@@ -25,13 +25,10 @@ from kvfold.text.pairs import (
     are_pairs,
     batched,
     corpus,
-    corrupted,
-    noise_counts,
-    noise_mask,
     read_pairs,
-    row_tokens,
     sentinels_of,
 )
+from kvfold.text.spans import corrupted, noise_counts, noise_mask, row_tokens
 
 Make = Callable[..., Path]
 TEXT = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote. " * 30

@@ -100,13 +100,17 @@ class _Pass:
 
     def add(self, batch: Pairs) -> int:
         """Read a batch and return its number of tokens."""
+        from kvfold import hf
+
+        encoded, decoded = int(batch.seen_BS.sum()), batch.target_BT.numel()
         begun_BT = batch.shifted(start_id(self.model.config))
-        self.model(**batch.alone(self.model.dtype), decoder_input_ids=begun_BT, use_cache=False)
+        read = hf.read_alone(self.model, batch.read(self.model.dtype))
+        self.model(**read, decoder_input_ids=begun_BT, use_cache=False)
         self.sums.add(self.seen)
         self.seen.clear()
-        self.tokens["encoder"] += batch.seen_BS.numel()
-        self.tokens["decoder"] += batch.target_BT.numel()
-        return batch.seen_BS.numel() + batch.target_BT.numel()
+        self.tokens["encoder"] += encoded
+        self.tokens["decoder"] += decoded
+        return encoded + decoded
 
     def gather(self) -> None:
         """Count the tokens of all ranks."""

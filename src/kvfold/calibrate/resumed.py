@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.text.pairs import Pairs, start_id
 
@@ -28,6 +29,7 @@ class Changed:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # in place of its own
     reads: Mapping[str, str] = field(default_factory=dict)  # modules that put out what another module did
     averaged: Mapping[str, slice] = field(default_factory=dict)  # columns of a module's input -> their means
+    removed: Collection[Site] = ()  # cross-attentions, with their branches
 
 
 class Resumed(ExitStack):
@@ -116,13 +118,13 @@ class ResumedPairs(ExitStack):
         from kvfold import hf  # loads transformers, which answers from the cache do not need
 
         super().__init__()
-        encoded = [batch.seen_BS.shape[1] for batch in batches for _ in batch.seen_BS]
+        encoded = [int(row.sum()) for batch in batches for row in batch.seen_BS]
         self.layers = self.enter_context(hf.PairedLayers(source, encoded, device=device, attention=hf.ATTENTION))
         self.rows = [0, *accumulate(len(batch.target_BT) for batch in batches)]
         start = start_id(self.layers.model.config)
         self.ids, self.hidden = [batch.shifted(start).to(device) for batch in batches], list[Tensor]()
         for row, ids_BT, batch in zip(self.rows, self.ids, batches, strict=False):
-            self.hidden.append(self.layers.embed(row, batch.to(device).alone(torch.float32), ids_BT))
+            self.hidden.append(self.layers.embed(row, batch.to(device).read(torch.float32), ids_BT))
         self.final, self.at = self._through(0, len(self.layers)), 0
 
     def advance(self, layer: int) -> None:
@@ -136,7 +138,8 @@ class ResumedPairs(ExitStack):
     def changed(self, batch: int, change: Changed, last: int) -> Tensor:
         """The same with other tensors in the layer where it stands, or above."""
         at = (self.at, self.hidden[batch], self.rows[batch], self.ids[batch])
-        return self.layers.logits(*at, {name: tensor.to(self.hidden[batch]) for name, tensor in change.tensors.items()})
+        tensors = {name: tensor.to(self.hidden[batch]) for name, tensor in change.tensors.items()}
+        return self.layers.logits(*at, tensors, removed=change.removed)
 
     def _through(self, first: int, end: int) -> list[Tensor]:
         """Hidden states behind the layers from `first` to before `end`."""

@@ -255,10 +255,11 @@ def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alo
         columns = slice(question.head * width, (question.head + 1) * width)
         return Changed(averaged={family.tensor(question.site, "o").removesuffix(".weight"): columns})
     alone = _config(method, config, question, source.shape)
-    group = {site: source.roles(site) for site in question.sites}
     student = method.student(alone, source.shape).shape
+    removed = {site for site in question.sites if site not in student.sites}
+    group = {site: source.roles(site) for site in question.sites if site not in removed}
     found, reads = {}, {}
-    for site, roles in method.convert(group, answers, alone).items():
+    for site, roles in method.convert(group, answers, alone).items() if group else ():
         before, after = source.shape.sites[site], student.sites[site]
         whole = dict(roles)
         for role, tensor in roles.items():
@@ -274,7 +275,7 @@ def _changed(source: Checkpoint, method: Method[Any], config: Any, question: Alo
             for role in {"k", "v", "k_norm"} & before.roles().keys():
                 mine, theirs = (family.tensor(each, role).removesuffix(".weight") for each in (site, owner))
                 reads[mine] = theirs
-    return Changed(found, reads)
+    return Changed(found, reads, removed=removed)
 
 
 # --- samples, and what a change costs on them -----------------------------------------------------------------------

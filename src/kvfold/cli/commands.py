@@ -353,6 +353,17 @@ def _summary(page: Path, as_json: bool) -> None:
 
 
 @command(
+    Flag("text", "TEXT", "A text: a file, a folder or a hub data set."),
+    Flag("out", "OUT", "The .jsonl of questions."),
+    *(OVERWRITE, AS_JSON),
+    settings="text.cloze:ClozeSettings",
+)
+def cloze(text: str, out: str, options: Any, overwrite: bool, as_json: bool) -> None:
+    """Write questions with many passages about a text, a task for readers."""
+    _made("questions", api.cloze(text, out, options, overwrite=overwrite, progress=_progress()), as_json)
+
+
+@command(
     Flag("config", "CONFIG", "A config.json of a supported architecture, or a recipe."),
     Flag("out", "OUT", "Directory of the model."),
     *(GPUS, OVERWRITE, AS_JSON),

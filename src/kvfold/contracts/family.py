@@ -41,6 +41,7 @@ class Body:
     after: Mapping[str, str] = field(default_factory=dict)
     post_norm: bool = False
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
+    crossing: tuple[str, ...] = ()  # norms of the branch of cross-attention, relative to a layer
     residual: str = ""  # field of config.json: the factor of what attention and MLP add to the residual stream
 
     def inside(self, layer: int, path: str = "") -> str:
@@ -107,6 +108,10 @@ class Family:
     def module(self, site: Site) -> str:
         """Path of the attention module of a site."""
         return self.attention[site.kind].format(layer=site.layer)
+
+    def branch(self, site: Site) -> tuple[str, ...]:
+        """Paths of a cross-attention and of the norms of its branch."""
+        return self.module(site), *(self.body.inside(site.layer, name) for name in self.body.crossing)
 
     def tensor(self, site: Site, role: str) -> str:
         """Name of the tensor of a role, of the layer's MLP too; a role that no source has is named after itself."""

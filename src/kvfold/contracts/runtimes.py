@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, get_args, get_type_hints
-
-import pydantic
+from typing import Any, get_args, get_type_hints
 
 from kvfold.contracts.config import WIDTH, Fields, Rule, Rules, one_of, whole
-from kvfold.contracts.site import Attention, Kind, Linear, Shape, Site
+from kvfold.contracts.paired_fields import COUNT, KINDS, heads_by_kind, read_kinds
+from kvfold.contracts.site import Attention, Linear, Shape, Site
+from kvfold.contracts.stock import HEADS as HEADS
 from kvfold.contracts.stock import PAIRED, stock_class
-from kvfold.contracts.student_site import with_encoder_latent, with_latent, with_linear, with_mla
+from kvfold.contracts.student_site import with_latent, with_linear, with_mla
 from kvfold.errors import UnsupportedModel
 
 Json = Mapping[str, Any]
@@ -111,7 +111,6 @@ def fields(shape: Shape, runtimes: Iterable[Runtime], end: str) -> dict[str, Any
 
 # --- decoders -------------------------------------------------------------------------------------------------------
 
-HEADS = "num_key_value_heads"
 PER_LAYER, SOURCES = "per_layer_config", "kv_source_layers"
 PLANES, WIDTHS = "rope_chunks", "latent_dims"
 TYPES, SETTINGS = "layer_types", "linear_attention"
@@ -119,8 +118,7 @@ TYPES, SETTINGS = "layer_types", "linear_attention"
 LINEAR_LAYER = "kvfold_linear"
 """The name of a layer of linear attention in `layer_types`, and of its cache layer in transformers' caches."""
 
-_COUNT = Annotated[int, pydantic.Field(ge=1)]
-_COUNTS = Rule(list[_COUNT], "a list of positive whole numbers").or_null
+_COUNTS = Rule(list[COUNT], "a list of positive whole numbers").or_null
 _LINEAR_FIELDS: Rules = {
     name: (whole(0, 1 << 31) if kind is int else one_of(*get_args(kind))).needed
     for name, kind in get_type_hints(Linear).items()
@@ -377,74 +375,19 @@ DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
 
-HEADS_BY_KIND: Mapping[Kind, str] = {"self": HEADS, "cross": f"cross_{HEADS}"}
-ENCODER_LATENT = "cross_latent_dim"
-"""The width of the latent that all cross-attentions read; without it each has keys and values of its own."""
-
-_WHISPER: Mapping[Kind, str] = {**HEADS_BY_KIND, "self": f"self_{HEADS}"}
-"""transformers' WhisperConfig reads `num_key_value_heads` as the encoder's heads, also behind `decoder_`."""
-
-
-def _names(stock: str) -> Mapping[Kind, str]:
-    """The fields that have the key/value heads of each kind."""
-    return _WHISPER if stock == "whisper" else HEADS_BY_KIND
-
-
-def _heads_by_kind(shape: Shape) -> dict[str, Any]:
-    """Key/value heads of each kind, one number or one for each decoder layer, and the width of a latent."""
-    kept, found = shape.sites[Site(0, "cross")].kept, {}
-    for kind, name in _names(shape.model_type).items():
-        counts = [shape.sites[Site(layer, kind)].num_key_value_heads for layer in range(shape.num_layers)]
-        found[name] = counts[0] if len(set(counts)) == 1 else counts
-    return {**found, **({} if kept is None else {ENCODER_LATENT: kept["latent"]})}
-
-
-def _read_kinds(config: Json, sites: Sites) -> Sites:
-    found = dict(sites)
-    layers = sum(site.kind == "cross" for site in sites)
-    for kind, name in _names(stock_type(config)).items():
-        said = config.get(name)
-        counts = said if isinstance(said, list) else [said] * layers
-        if len(counts) != layers:
-            raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {layers} decoder layers")
-        for layer, count in enumerate(counts):
-            have = sites[Site(layer, kind)].num_key_value_heads
-            if count is not None and count > have:
-                raise UnsupportedModel(
-                    f"config.json: {name} cannot be more than the decoder's", got=count, allowed=have
-                )
-            found[Site(layer, kind)] = replace(sites[Site(layer, kind)], num_key_value_heads=count or have)
-    width = config.get(ENCODER_LATENT)
-    if width is None:
-        return found
-    for layer in range(layers):
-        cross = found[Site(layer, "cross")]
-        if width > cross.input_width:
-            raise UnsupportedModel(
-                f"config.json: {ENCODER_LATENT} is wider than the model", got=width, allowed=cross.input_width
-            )
-        found[Site(layer, "cross")] = with_encoder_latent(cross, width, layer)
-    return found
-
-
-_ignored = partial(_without, (*HEADS_BY_KIND.values(), _WHISPER["self"], ENCODER_LATENT), "ignores it in")
+_ignored = partial(_without, tuple(KINDS), "ignores it in")
 PAIRS_STOCK = Runtime("heads of their own", "", "", frozenset(PAIRED), lambda shape: True, lambda shape: {}, _ignored)
 PAIRS = Runtime(
-    "fewer key/value heads in the decoder, or a latent of the encoder's output",
+    "fewer key/value heads or cross-attentions in the decoder, or a latent of the encoder's output",
     OWN,
     "Kvfold",
     frozenset(PAIRED),
     lambda shape: (
-        shape.sites[Site(0, "cross")].kept is not None or any(each.query_group > 1 for each in shape.sites.values())
+        shape.layer_sparse or any(each.kept is not None or each.query_group > 1 for each in shape.sites.values())
     ),
-    _heads_by_kind,
-    _read_kinds,
-    {
-        **dict.fromkeys(
-            (*HEADS_BY_KIND.values(), _WHISPER["self"]), Rule(_COUNT | list[_COUNT], "a positive whole number").or_null
-        ),
-        ENCODER_LATENT: WIDTH.or_null,
-    },
+    heads_by_kind,
+    read_kinds,
+    KINDS,
 )
 ENCODER_DECODERS = (PAIRS, PAIRS_STOCK)
 

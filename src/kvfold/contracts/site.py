@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,6 +86,8 @@ class Attention:
     read: int | None = None  # elements per token that one query head multiplies with; None: `2 head_dim`
     linear: Linear | None = None  # attention to tokens behind a window; None: softmax over all
     encoder_size: int | None = None  # of cross-attention: width of the encoder's output; None: `hidden_size`
+    beside: int = 0  # of cross-attention: parameters of the norms of its branch, which go with it
+    fades: bool = False  # of cross-attention: a gate multiplies its branch, which uptraining removes
 
     @property
     def input_width(self) -> int:
@@ -174,6 +176,17 @@ class Shape:
         return [site for site in self.sites if site.kind != "encoder"]
 
     @property
+    def crossed(self) -> list[Site]:
+        """The cross-attentions, from the first layer on: none in a decoder, not all layers in some students."""
+        return sorted(site for site in self.sites if site.kind == "cross")
+
+    @property
+    def layer_sparse(self) -> bool:
+        """Whether some decoder layers have no cross-attention, or one that fades, while others do."""
+        crossed = self.crossed
+        return bool(crossed) and (len(crossed) < self.num_layers or any(self.sites[site].fades for site in crossed))
+
+    @property
     def fused(self) -> bool:
         """Whether torch's fused attention computes every site: it has no soft caps, and ignores sinks."""
         return all(attention.softcap is None and not attention.sinks for attention in self.sites.values())
@@ -191,6 +204,12 @@ class Shape:
         """The same model with other attentions at these sites; the parameter count follows."""
         more = sum(attention.parameters - self.sites[site].parameters for site, attention in changed.items())
         return replace(self, sites={**self.sites, **changed}, parameters=self.parameters + more)
+
+    def without(self, removed: Collection[Site]) -> Shape:
+        """The same model without these attentions and the norms of their branches."""
+        fewer = sum(self.sites[site].parameters + self.sites[site].beside for site in removed)
+        left = {site: attention for site, attention in self.sites.items() if site not in removed}
+        return replace(self, sites=left, parameters=self.parameters - fewer)
 
 
 @dataclass(frozen=True)

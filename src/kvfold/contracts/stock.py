@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+HEADS = "num_key_value_heads"
+
 PAIRED = {
     **{"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "t5gemma": "T5Gemma"},
     **{"bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "m2m_100": "M2M100", "marian": "Marian"},

@@ -70,23 +70,23 @@ def with_mla(
     )
 
 
-def with_encoder_latent(attention: Attention, width: int, layer: int) -> Attention:
-    """The same cross-attention over one latent of the encoder's output, which the first layer caches for all.
+def with_encoder_latent(attention: Attention, width: int, source: int | None) -> Attention:
+    """The same cross-attention over one latent of the encoder's output, which the first one caches for all.
 
     Roles: `k` and `v` (G E, R) read keys and values off it, and `v_bias` (G E) is added to these, `k_bias` to those
-    whose logits are capped, which would else not feel it; `kv_down` (R, D), in
-    the first layer alone, makes it. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias beyond those
-    that there were.
+    whose logits are capped, which would else not feel it; `kv_down` (R, D), in the first alone, makes it; the others
+    have the layer of the first as `source`. The encoder's output itself, `R = D`, needs no `kv_down`, and no bias
+    beyond those that there were.
     """
     rows, narrow = attention.num_key_value_heads * attention.head_dim, width < attention.input_width
     extra: dict[str, tuple[int, ...]] = {"k": (rows, width), "v": (rows, width)}
     biased = attention.biases & {"k", "v"} | ({"v"} if narrow else set())
     biased |= {"k"} if narrow and attention.softcap is not None else set()
     extra |= {f"{role}_bias": (rows,) for role in sorted(biased)}
-    if narrow and layer == 0:
+    if narrow and source is None:
         extra["kv_down"] = (width, attention.input_width)
     kept = {"latent": width}
-    return replace(attention, extra=extra, kept=kept, read=2 * width, source=0 if layer else None)
+    return replace(attention, extra=extra, kept=kept, read=2 * width, source=source)
 
 
 def with_linear(attention: Attention, linear: Linear) -> Attention:

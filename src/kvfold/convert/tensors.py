@@ -38,6 +38,7 @@ class Job:
     family: Family  # of the student
     groups: Sequence[tuple[Site, ...]]
     specs: Mapping[str, TensorSpec]
+    gone: Sequence[str]  # tensors of the source that belong to attentions that the student does not have
     notes: Path
 
     @classmethod
@@ -47,7 +48,8 @@ class Job:
         """Lay out the student's tensors, from shapes alone."""
         groups, student = method.groups(config, source.shape), method.student(config, source.shape)
         family = student_family(source.family, student)
-        specs = {name: source.spec(name) for name in source.names()}
+        gone = source.gone(student.shape)
+        specs = {name: source.spec(name) for name in source.names() if name not in gone}
         for site in (site for group in groups for site in group):
             before, after = source.shape.sites[site], student.shape.sites[site]
             kinds: dict[str, str] = {}
@@ -61,7 +63,7 @@ class Job:
                 name: TensorSpec(spec.shape, dtype if spec.floating else spec.dtype) for name, spec in specs.items()
             }
         ordered = {name: specs[name] for name in sorted(specs, key=natural)}
-        return cls(source, method, config, answers, student, family, groups, ordered, notes)
+        return cls(source, method, config, answers, student, family, groups, ordered, sorted(gone), notes)
 
     def run(self, writer: Writer, progress: Progress) -> None:
         """Write the tensors that are missing, in the student's order: this thread converts, others copy."""
@@ -76,6 +78,8 @@ class Job:
         torch.set_num_threads(max(1, min(before, CORES - CREW)))  # more threads than cores wait for each other
         try:
             with task(progress, "converting", size, "bytes"), Crew(progress) as crew:
+                for name in self.gone:
+                    crew.give(self._note, name, self.source.read(name))
                 for name in left:
                     group = groups.get(name)
                     if group is None:

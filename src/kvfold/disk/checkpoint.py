@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -100,6 +100,12 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Names of the tensors; layer 2 comes before layer 10."""
         return sorted(self._stored, key=natural)
+
+    def gone(self, student: Shape) -> set[str]:
+        """Names of the tensors of attentions that a student of this shape lacks, and of the norms of their branches."""
+        removed = [site for site in self.shape.sites if site not in student.sites]
+        branches = tuple(f"{path}." for site in removed for path in self.family.branch(site))
+        return {name for name in self.names() if name.startswith(branches)}
 
     @property
     def origin(self) -> Checkpoint:
@@ -394,6 +400,7 @@ def save_model(
     state: Mapping[str, Tensor],
     lineage: Mapping[str, Any],
     like: Checkpoint | None = None,
+    gone: Collection[str] = (),
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> str:
@@ -401,11 +408,11 @@ def save_model(
 
     With `like`, each tensor has the dtype of its namesake there, and tokenizer and other files are copied from there;
     otherwise the dtype is `dtype`, or the config's. An output projection that is tied to the embedding is not saved.
-    Raises CheckpointError if `state` lacks a tensor of `like` or a weight is NaN or infinite, SettingError for a weight
-    that its dtype cannot hold, and OutputError if the disk refuses.
+    Raises CheckpointError if `state` lacks a tensor of `like` that is not `gone`, or a weight is NaN or infinite,
+    SettingError for a weight that its dtype cannot hold, and OutputError if the disk refuses.
     """
     config = without_code(config)
-    names = like.names() if like else sorted(state, key=natural)
+    names = [name for name in like.names() if name not in gone] if like else sorted(state, key=natural)
     if config.get("tie_word_embeddings") and not like:
         names = [name for name in names if name != TIED]
     missing = [name for name in names if name not in state]

@@ -7,13 +7,16 @@ With answers and targets as strings, over all pairs:
     bleu        = sacrebleu's corpus BLEU, 0 to 100, with its default tokeniser
     rouge1, rouge2, rougeL = mean F of rouge-score without stemming, 0 to 100
 
-Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1.
+Edit distance is Levenshtein's: insertions, deletions and substitutions cost 1. Answers to questions with passages
+have SQuAD's exact match and F1 to the best of the right answers instead (`kvfold.evaluate.squad`), and the share of
+the time of each part of the model (`kvfold.evaluate.reader`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold import hf, ranks
-from kvfold.evaluate import loss
+from kvfold.evaluate import loss, reader, squad
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress, task
 from kvfold.text.pairs import UNSEEN, Corpus, PairFile, Row, batched
@@ -74,8 +77,8 @@ def answers(
 
     def answer(part: Sequence[Row]) -> list[str]:
         batch = batched(part).to(device)
-        ids_BT = hf.generate(
-            model,
+        generate = hf.FusionInDecoder(model).generate if pairs.answers else partial(hf.generate, model)
+        ids_BT = generate(
             batch.input_BS,
             attention_mask=batch.seen_BS.long(),
             num_beams=beams,
@@ -89,8 +92,11 @@ def answers(
     return [text for texts in found for text in texts]
 
 
-def judge(answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """The metrics of answers, without those of a library that is not installed."""
+def judge(answers: Sequence[str], targets: Sequence[str], accepted: Sequence[Sequence[str]] = ()) -> dict[str, float]:
+    """The metrics of answers, without those of a library that is not installed; `accepted` are right answers."""
+    if accepted:
+        named = (("exact_match", squad.exact_match), ("f1", squad.f1))
+        return {name: squad.best(metric, answers, accepted) for name, metric in named}
     pairs = [(answer.strip(), target.strip()) for answer, target in zip(answers, targets, strict=True)]
     found = {
         "exact_match": sum(answer == target for answer, target in pairs) / len(pairs),
@@ -145,8 +151,11 @@ def measure(
         for who, model in models.items():
             for beams in sorted(settings.beams):
                 texts = answers(model, tokenizer, read, settings, beams=beams, length=length, progress=progress)
-                for name, value in judge(texts, targets).items():
+                for name, value in judge(texts, targets, read.answers[: settings.answers]).items():
                     own[who].setdefault(name, {})[str(beams)] = value
                 if beams == min(settings.beams):
                     answered = [{**row, who: text} for row, text in zip(answered, texts, strict=False)]
+        if read.answers:
+            for who, model in models.items():
+                own[who] |= reader.measure(model, read, settings, length=length)
     return loss.metrics(own, sums) | ({"answered": answered} if answered else {})

@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str | None, str | None]] = {  # metric -> its key, and 
     **dict.fromkeys(("copy_loss", "copy_gain"), ("DISTANCE", "copy_distances")),
     **dict.fromkeys(("passkey", "passkey_loss"), ("CONTEXT", "passkey_contexts")),
     "lm_eval": ("TASK.METRIC", "lm_eval"),
-    **dict.fromkeys(("exact_match", "cer", "bleu", "rouge1", "rouge2", "rougeL"), ("BEAMS", "beams")),
+    **dict.fromkeys(("exact_match", "f1", "cer", "bleu", "rouge1", "rouge2", "rougeL"), ("BEAMS", "beams")),
 }
 OF_THE_PAIR = ("kl", "agreement")  # measured between student and teacher: the teacher alone has none
 

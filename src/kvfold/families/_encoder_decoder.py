@@ -8,6 +8,7 @@ has a T5Gemma whose attentions differ from one another.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from kvfold.contracts.config import (
@@ -72,7 +73,12 @@ ATTENTIONS = {
 NAMES = {**TENSORS, "o": "out_proj.weight", "o_bias": "out_proj.bias"}
 """Where both keep their attentions, and the tensors of these."""
 
-BODY = Body(layers="model.decoder.layers", norm="", mlp={"up": "fc1", "act": "activation_fn", "down": "fc2"})
+BODY = Body(
+    layers="model.decoder.layers",
+    norm="",
+    mlp={"up": "fc1", "act": "activation_fn", "down": "fc2"},
+    crossing=("encoder_attn_layer_norm",),
+)
 
 _ALIASES = {
     "hidden_size": "d_model",
@@ -114,17 +120,19 @@ def paired_shape(
 ) -> Shape:
     """The shape of a model of these attentions; `encoder` and `decoder` count their parameters outside of those.
 
+    The norms of a branch of cross-attention belong to its attention.
+
     `embeddings` counts those of both, and of the output projection.
     """
     read = encoder + sum(each.parameters for site, each in sites.items() if site.kind == "encoder")
-    written = decoder + sum(each.parameters for site, each in sites.items() if site.kind != "encoder")
+    written = decoder + sum(each.parameters + each.beside for site, each in sites.items() if site.kind != "encoder")
     return Shape(
         family=family,
         model_type=stock_type(config),
         sites=sites,
         hidden_size=width,
         vocab_size=vocab,
-        num_layers=sum(site.kind == "cross" for site in sites),
+        num_layers=sum(site.kind == "self" for site in sites),
         parameters=embeddings + read + written,
         dtype=dtype_of(config),
         max_positions=positions,
@@ -145,7 +153,8 @@ def stacked_shape(
 ) -> Shape:
     """The shape of a model with the fields `STACKS`; `encoder` and `decoder` count parameters outside of their layers.
 
-    The MLPs have no gate and two biases; layers of the encoder have two LayerNorms, those of the decoder three.
+    The MLPs have no gate and two biases; layers have two LayerNorms,
+    and the branch of cross-attention one.
     """
     hidden, vocab = config["d_model"], config["vocab_size"]
     layers, heads, inner = (
@@ -153,7 +162,7 @@ def stacked_shape(
     )
     alone = {part: Attention(hidden, n, n, hidden // n, biases=frozenset(biases)) for part, n in heads.items()}
     sites = {Site(layer, "encoder"): alone["encoder"] for layer in range(layers["encoder"])}
-    sites |= decoder_sites(config, alone["decoder"], alone["decoder"], layers["decoder"])
+    sites |= decoder_sites(config, alone["decoder"], replace(alone["decoder"], beside=2 * hidden), layers["decoder"])
     forward = {part: 2 * hidden * width + width + hidden for part, width in inner.items()}
     return paired_shape(
         config,
@@ -164,6 +173,6 @@ def stacked_shape(
         positions=positions,
         embeddings=vocab * hidden,
         encoder=layers["encoder"] * (forward["encoder"] + 4 * hidden) + encoder,
-        decoder=layers["decoder"] * (forward["decoder"] + 6 * hidden) + decoder,
+        decoder=layers["decoder"] * (forward["decoder"] + 4 * hidden) + decoder,
         encoder_positions=encoder_positions,
     )

@@ -39,6 +39,8 @@ from kvfold.families._encoder_decoder import PAIRED, architectures, decoder_site
 POSITIONS = 1 << 15  # texts have no limit: all distances above `relative_attention_max_distance` share a bucket
 BIAS = "relative_attention_bias"  # (buckets, H): a role of the first self-attention of a stack, in UMT5 of all
 
+BODY = Body("", "decoder.block", crossing=("layer.1.layer_norm",))
+
 _ACTIVATIONS = get_args(ACTIVATION.kind)
 _RULES: Rules = {
     **PAIRED,
@@ -97,7 +99,7 @@ def _gated(config: Json) -> bool:
 def _body(config: Json) -> Body:
     inner = {"gate": "wi_0", "up": "wi_1"} if _gated(config) else {"up": "wi"}
     path, parts = "layer.2.DenseReluDense", {**inner, "act": "act", "down": "wo"}
-    return Body("", "decoder.block", mlp={part: f"{path}.{name}" for part, name in parts.items()})
+    return replace(BODY, mlp={part: f"{path}.{name}" for part, name in parts.items()})
 
 
 def _shape(config: Json) -> Shape:
@@ -108,7 +110,7 @@ def _shape(config: Json) -> Shape:
     alone = Attention(hidden, heads, heads, width, scale=1.0)
     table = {BIAS: (int(config.get("relative_attention_num_buckets") or 32), heads)}
     sites = {Site(layer, "encoder"): alone for layer in range(layers)}
-    sites |= decoder_sites(config, alone, alone, decoders)
+    sites |= decoder_sites(config, alone, replace(alone, beside=hidden), decoders)
     biased = [site for site in sites if site.kind != "cross" and (site.layer == 0 or stock_type(config) == "umt5")]
     sites |= {site: replace(sites[site], extra=table) for site in biased}
     forward = (3 if _gated(config) else 2) * hidden * inner
@@ -121,7 +123,7 @@ def _shape(config: Json) -> Shape:
         positions=POSITIONS,
         embeddings=vocab * hidden * (2 if config.get("tie_word_embeddings") is False else 1),
         encoder=layers * (forward + 2 * hidden) + hidden,
-        decoder=decoders * (forward + 3 * hidden) + hidden,
+        decoder=decoders * (forward + 2 * hidden) + hidden,
     )
 
 
@@ -159,7 +161,7 @@ FAMILY = Family(
         "pad_token_id": 0,
         "dtype": "float32",
     },
-    body=Body("", "decoder.block"),
+    body=BODY,
     body_of=_body,
     encoder_decoder=True,
 )

@@ -98,7 +98,7 @@ def _shape(config: Json) -> Shape:
         for layer, window in enumerate(_windows(encoder))
     }
     own, windows = _attention(decoder), _windows(decoder)
-    cross = replace(own, rope=None, encoder_size=None if read == hidden else read)
+    cross = replace(own, rope=None, encoder_size=None if read == hidden else read, beside=2 * hidden)
     sites |= decoder_sites(config, own, cross, len(windows))
     sites |= {Site(layer): replace(sites[Site(layer)], window=window) for layer, window in enumerate(windows)}
     return paired_shape(
@@ -110,7 +110,7 @@ def _shape(config: Json) -> Shape:
         positions=min(int(part.get("max_position_embeddings") or 8192) for part in (encoder, decoder)),
         embeddings=vocab * hidden if config.get("tie_word_embeddings") is False else 0,
         encoder=_outside(encoder, norms=4),
-        decoder=_outside(decoder, norms=6),
+        decoder=_outside(decoder, norms=4),
     )
 
 
@@ -148,9 +148,12 @@ def _fields(shape: Shape) -> dict[str, Any]:
     """One number of key/value heads for all attentions of the decoder, or a kvfold architecture that has several."""
     decoder = [attention for site, attention in shape.sites.items() if site.kind != "encoder"]
     counts = {attention.num_key_value_heads for attention in decoder}
-    alike = len(counts) == 1 and all(attention.kept is None for attention in decoder)
+    whole = not shape.layer_sparse and not any(each.kept for each in decoder)
     ours, stock = ENCODER_DECODERS
-    return {**fields(shape, (stock if alike else ours,), END), "decoder.num_key_value_heads": max(counts)}
+    return {
+        **fields(shape, (stock if whole and len(counts) == 1 else ours,), END),
+        "decoder.num_key_value_heads": max(counts),
+    }
 
 
 def _tiny_part() -> dict[str, Any]:
@@ -209,6 +212,7 @@ FAMILY = Family(
             **{kind: f"post_{kind}_attn_layernorm" for kind in ("self", "cross")},
             "mlp": "post_feedforward_layernorm",
         },
+        crossing=("pre_cross_attn_layernorm", "post_cross_attn_layernorm"),
     ),
     encoder_decoder=True,
 )

@@ -12,6 +12,7 @@ from kvfold.hf import per_layer as per_layer
 from kvfold.hf.attention import NAME as ATTENTION
 from kvfold.hf.attention import QUANTISED, attention_outputs, removable, with_attention, without
 from kvfold.hf.caches import DECODED, HQQ, CacheKind, encode, fork, generate, live_cache_bytes, new_cache, read
+from kvfold.hf.fusion import FusionInDecoder, encoded, read_alone
 from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, Layers, Through, entering
 from kvfold.hf.loading import build, load, load_extractor, load_source, load_tokenizer, twin
@@ -28,6 +29,7 @@ __all__ = [
     "WATCHED",
     "Attended",
     "CacheKind",
+    "FusionInDecoder",
     "Layer",
     "Layers",
     "PairedLayers",
@@ -37,6 +39,7 @@ __all__ = [
     "attention_outputs",
     "build",
     "encode",
+    "encoded",
     "entering",
     "fill",
     "fork",
@@ -54,6 +57,7 @@ __all__ = [
     "outline",
     "probabilities",
     "read",
+    "read_alone",
     "removable",
     "twin",
     "unadapted",

@@ -30,14 +30,18 @@ with its part of a scale and of an offset of 16 bits.
 """
 
 
-def generate(model: Any, ids_BT: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
+def generate(model: Any, ids_BT: Tensor | None, *, max_new_tokens: int, **options: Any) -> Tensor:
     """Continue each row by `max_new_tokens`. Returns the ids of prompt and continuation.
 
     The options are those of transformers' `generate`; decoding is greedy by default. Left-padded rows need an
-    `attention_mask`.
+    `attention_mask`. `ids_BT` is None for a decoder whose `encoder_outputs` are given.
     """
-    options.setdefault("attention_mask", torch.ones_like(ids_BT))
+    if ids_BT is not None:
+        options.setdefault("attention_mask", torch.ones_like(ids_BT))
     options.setdefault("do_sample", False)
+    if model.config.is_encoder_decoder and "cache_implementation" not in options:
+        # transformers' own has as many layers as the encoder of a T5, and its decoder may have more
+        options.setdefault("past_key_values", new_cache(model, "growing", 0))
     if model.generation_config.pad_token_id is None:
         options.setdefault("pad_token_id", 0)
     with torch.no_grad():

@@ -7,29 +7,37 @@ each. Modules, tensor names and caches are the stock ones. So are the forwards o
 that of `GroupedAttention`, because the stock one gives keys the shape of queries, or has an `eager` that cannot share
 heads.
 
-If the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`. The first layer computes the
-latent of the encoder's output and caches it; the other layers read it. It is stored in the cross-attention cache as the
-keys of layer 0, a single head, with values of width 0, so that growing and static caches, beam search and assisted
+If the config has `cross_attention_layers`, the other layers have no cross-attention, as in FiDO (de Jong et al. 2022,
+arXiv 2212.08153): it and the norms of its branch are modules without parameters that add nothing to the residual
+stream. The branches of `fading_cross_attention_layers` are multiplied by the decoder's `gate`, 1 in a loaded model.
+
+If the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`. The first one computes the
+latent of the encoder's output and caches it; the others read it. It is stored in the cross-attention cache as the keys
+of its layer, a single head, with values of width 0, so that growing and static caches, beam search and assisted
 generation work unchanged. Importing this module registers the classes with transformers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from types import ModuleType
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
+from kvfold.contracts.family import Family
+from kvfold.contracts.paired_fields import CROSSING, FADING
 from kvfold.contracts.runtimes import PAIRS, PAIRS_STOCK
-from kvfold.contracts.site import Attention
+from kvfold.contracts.site import Attention, Site
 from kvfold.contracts.stock import STEMS
 from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
@@ -117,9 +125,9 @@ class LatentCrossAttention(_Replacing):
     ) -> tuple[Tensor | None, ...]:
         """The stock attention's signature: `hidden_states` (B, T, D) -> `o_BTD` and the other outputs."""
         shared, encoded_BSD = kwargs.pop(STATES), kwargs.pop(self.looked_at)
-        if self.layer_idx == 0:
-            shared[0] = self._latent(encoded_BSD, past_key_values)
-        latent_BSR, fresh = shared[0]
+        if self.shape.source is None:
+            shared[self.layer_idx] = self._latent(encoded_BSD, past_key_values)
+        latent_BSR, fresh = shared[self.layer_idx if self.shape.source is None else self.shape.source]
         if self._writes_out(hidden_states.shape[1], fresh):
             kwargs[self.looked_at] = latent_BSR
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc,no-any-return]
@@ -148,13 +156,13 @@ class LatentCrossAttention(_Replacing):
 
     def _latent(self: Any, encoded_BSD: Tensor, past: Any) -> tuple[Tensor, bool]:
         """The latent `(B, S, R)`, and whether it was computed now or comes from the cache."""
-        if past is not None and past.is_updated.get(0):
-            return past.cross_attention_cache.layers[0].keys[:, 0], False
+        if past is not None and past.is_updated.get(self.layer_idx):
+            return past.cross_attention_cache.layers[self.layer_idx].keys[:, 0], False
         latent_BSR = self.kv_down(encoded_BSD) if hasattr(self, "kv_down") else encoded_BSD
         if past is not None:
             one_B1SR = latent_BSR[:, None]
-            latent_BSR = past.cross_attention_cache.update(one_B1SR, one_B1SR[..., :0], 0)[0][:, 0]
-            past.is_updated[0] = True
+            latent_BSR = past.cross_attention_cache.update(one_B1SR, one_B1SR[..., :0], self.layer_idx)[0][:, 0]
+            past.is_updated[self.layer_idx] = True
         return latent_BSR, True
 
     def _writes_out(self: Any, tokens: int, fresh: bool) -> bool:
@@ -165,6 +173,61 @@ class LatentCrossAttention(_Replacing):
         shape, latent = self.shape, self.shape.kept["latent"]
         heads, groups = shape.num_attention_heads, shape.num_key_value_heads
         return not absorbs(tokens, fresh, groups, heads, shape.head_dim, 0, latent)
+
+
+class Silent(nn.Module):
+    """In place of a cross-attention that is removed: adds nothing to the residual stream, and caches nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """`hidden_states` (B, T, D) -> zeros, and the other outputs of the stock attention."""
+        none_BTD = torch.zeros_like(hidden_states)
+        return (none_BTD, kwargs["position_bias"], None) if "position_bias" in kwargs else (none_BTD, None)
+
+
+def silence(decoder: nn.Module, family: Family, site: Site) -> None:
+    """Remove a cross-attention and the norms of its branch from a decoder."""
+    for path in family.branch(site):
+        decoder.set_submodule(inside_decoder(path), Silent() if path == family.module(site) else nn.Identity())
+
+
+@contextmanager
+def silenced(decoder: nn.Module, family: Family, sites: Collection[Site]) -> Iterator[None]:
+    """A context in which these cross-attentions are removed."""
+    paths = [inside_decoder(path) for site in sites for path in family.branch(site)]
+    before = {path: decoder.get_submodule(path) for path in paths}
+    for site in sites:
+        silence(decoder, family, site)
+    try:
+        yield
+    finally:
+        for path, module in before.items():
+            decoder.set_submodule(path, module)
+
+
+def fade(decoder: nn.Module, family: Family, site: Site) -> None:
+    """Multiply what the branch of a cross-attention adds to the residual stream by the `gate` of the decoder."""
+    body, attention = family.body, decoder.get_submodule(inside_decoder(family.module(site)))
+    norm = body.after.get("cross")
+    last = attention if norm is None else decoder.get_submodule(inside_decoder(body.inside(site.layer, norm)))
+    stream = list[Tensor]()
+    if body.post_norm:  # it puts out the stream behind the branch
+        attention.register_forward_pre_hook(partial(_keep, stream), with_kwargs=True)
+    last.register_forward_hook(partial(_gated, decoder, stream))
+
+
+def _keep(stream: list[Tensor], module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
+    stream[:] = [args[0] if args else kwargs["hidden_states"]]
+
+
+def _gated(decoder: Any, stream: list[Tensor], module: nn.Module, args: Any, result: Any) -> Any:
+    if isinstance(result, tuple):
+        return (decoder.gate * result[0], *result[1:])
+    return torch.lerp(stream.pop().to(result), result, decoder.gate) if stream else decoder.gate * result
+
+
+def inside_decoder(path: str) -> str:
+    """The path of a module below the decoder."""
+    return path.partition("decoder.")[2]
 
 
 class _Fewer:
@@ -183,10 +246,12 @@ class _Fewer:
             shape = family.shape(config.to_dict())
         except UnsupportedModel as error:  # transformers' own models raise ValueError
             raise ValueError(str(error)) from error
+        for layer in set(range(shape.num_layers)) - {site.layer for site in shape.crossed}:
+            silence(decoder, family, Site(layer, "cross"))
         for site, attention in shape.sites.items():
             if site.kind == "encoder":
                 continue
-            path, _, name = family.module(site).partition("decoder.")[2].rpartition(".")
+            path, _, name = inside_decoder(family.module(site)).rpartition(".")
             holder = decoder.get_submodule(path)
             module = getattr(holder, name)
             module.num_key_value_groups = attention.query_group  # read by transformers' attention
@@ -198,7 +263,21 @@ class _Fewer:
                 setattr(holder, name, made(module, attention, names))
         if any(attention.kept is not None for attention in shape.sites.values()):
             decoder.register_forward_pre_hook(hand_out, with_kwargs=True)
+        decoder.gate = 1.0
+        for site in shape.crossed:
+            if shape.sites[site].fades:
+                fade(decoder, family, site)
         model.post_init()  # initialises the new weights
+
+    def remove_faded(self: Any) -> None:
+        """Remove the cross-attentions that fade, as their gate is closed."""
+        family = family_of(self.config.to_dict())
+        shape = family.shape(self.config.to_dict())
+        removed = [site for site in shape.crossed if shape.sites[site].fades]
+        for site in removed:
+            silence(self.get_decoder(), family, site)
+        setattr(self.config, CROSSING, [site.layer for site in shape.crossed if site not in removed])
+        setattr(self.config, FADING, None)
 
 
 def narrow(module: nn.Module, name: str, attention: Attention) -> None:

@@ -6,7 +6,7 @@ cross-attentions find it by the number of the row. All layers but the open one r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvfold.contracts.site import Site
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.spool import Spool
+from kvfold.hf.encoder_decoder import silenced
+from kvfold.hf.fusion import read_alone
 from kvfold.hf.hooks import hooked
 from kvfold.hf.layers import Layer, entering
 from kvfold.hf.loading import filled
@@ -34,7 +36,7 @@ class PairedLayers(ExitStack):
         super().__init__()
         self.source, self.device = source, torch.device(device)
         self.model: Any = filled(source, device=device, attention=attention).requires_grad_(False)
-        width = source.shape.sites[Site(0, "cross")].input_width
+        width = source.shape.sites[source.shape.crossed[0]].input_width
         self.encoded = self.enter_context(Spool(encoded, width, device=self.device))
         body = source.family.body
         self._stack: Any = self.model.get_submodule(body.layers.rpartition(".")[0])
@@ -47,20 +49,20 @@ class PairedLayers(ExitStack):
         return len(self._layers)
 
     def embed(self, row: int, given: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
-        """The input of layer 0, `hidden_BTD`, of the rows from `row` on, whose encoder reads what is `given`."""
-        seen: dict[str, Tensor] = {}
+        """The input of layer 0, `hidden_BTD`, of the rows from `row` on, whose encoder reads what is `given`.
 
-        def read(module: nn.Module, args: Any, result: Any) -> None:
-            self.encoded.write(row, result[0])
+        No row is padded, except passages of one row.
+        """
+        seen: dict[str, Tensor] = {}
+        read = read_alone(self.model, given)
+        self.encoded.write(row, read["encoder_outputs"].last_hidden_state)
 
         def enter(module: nn.Module, args: Any) -> None:
             seen["hidden"] = args[0]
             raise _Done
 
-        reading = self.model.get_encoder().register_forward_hook(read)
-        entered = self._shown[0].register_forward_pre_hook(enter)
-        with hooked(reading, entered), suppress(_Done):
-            self.model(**given, decoder_input_ids=ids_BT, use_cache=False)
+        with hooked(self._shown[0].register_forward_pre_hook(enter)), suppress(_Done):
+            self.model(**read, decoder_input_ids=ids_BT, use_cache=False)
         return seen["hidden"]
 
     def open(self, number: int) -> PairedLayer:
@@ -77,16 +79,27 @@ class PairedLayers(ExitStack):
         return above_BTD
 
     def logits(
-        self, first: int, hidden_BTD: Tensor, row: int, ids_BT: Tensor, tensors: Mapping[str, Tensor] = {}
+        self,
+        first: int,
+        hidden_BTD: Tensor,
+        row: int,
+        ids_BT: Tensor,
+        tensors: Mapping[str, Tensor] = {},
+        removed: Collection[Site] = (),
     ) -> Tensor:
         """The model's logits from hidden states before layer `first`, with these tensors in place of its own.
 
+        They are those without the cross-attentions `removed`, of layers from `first` on.
         `first` may be the number of layers: the hidden states are then those behind the last.
         """
         encoded_BSD = self.encoded.read(row, len(hidden_BTD))
         self._hand_on(first, hidden_BTD, encoded_BSD)
         given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded_BSD), "decoder_input_ids": ids_BT}
-        with self._showing(range(first, len(self))), entering(self._shown[min(first, len(self) - 1)], hidden_BTD):
+        with (
+            self._showing(range(first, len(self))),
+            entering(self._shown[min(first, len(self) - 1)], hidden_BTD),
+            silenced(self._stack, self.source.family, removed),
+        ):
             run: Any = functional_call(self.model, dict(tensors), (), {**given, "use_cache": False})
         logits_BTV: Tensor = run.logits
         return logits_BTV

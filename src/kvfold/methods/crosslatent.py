@@ -57,7 +57,7 @@ class Config:
 
     def check(self, shape: Shape) -> None:
         """Refuse models without cross-attention, keys that are no linear maps, and latents that save nothing."""
-        sites = crossed(shape)
+        sites = shape.crossed
         if not sites:
             raise SettingError(
                 "there is no cross-attention whose cache layers could share",
@@ -77,14 +77,9 @@ class Config:
             )
 
 
-def crossed(shape: Shape) -> list[Site]:
-    """The cross-attentions, from the first layer on."""
-    return sorted(site for site in shape.sites if site.kind == "cross")
-
-
 def read_width(shape: Shape) -> int:
     """The width of the encoder's output."""
-    return shape.sites[crossed(shape)[0]].input_width
+    return shape.sites[shape.crossed[0]].input_width
 
 
 def width_of(config: Config, shape: Shape) -> int:
@@ -101,7 +96,7 @@ class CrossLatent(Method[Config]):
         """Moments of the encoder's output, and of how each layer reads it, for a latent that is narrower."""
         if width_of(config, shape) == read_width(shape) or config.metric == "weights":
             return ()
-        sites = crossed(shape)
+        sites = shape.crossed
         reads: list[Request] = [request(site) for site in sites for request in (QueryGram, AttentionGram)]
         return [InputGram(sites[0]), *(reads if config.metric == "outputs" else ())]  # all have the input of the first
 
@@ -112,7 +107,7 @@ class CrossLatent(Method[Config]):
 
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
         """How much is read and computed, for what is held."""
-        width, sites = width_of(config, shape), [shape.sites[site] for site in crossed(shape)]
+        width, sites = width_of(config, shape), [shape.sites[site] for site in shape.crossed]
         held, read = sum(site.cached_elements for site in sites), len(sites) * width
         more = width / sites[0].head_dim
         return (
@@ -123,12 +118,16 @@ class CrossLatent(Method[Config]):
 
     def groups(self, config: Config, shape: Shape) -> Sequence[tuple[Site, ...]]:
         """All cross-attentions together."""
-        return [tuple(crossed(shape))]
+        return [tuple(shape.crossed)]
 
     def student(self, config: Config, shape: Shape) -> Student:
         """The same model whose cross-attentions read one latent, an architecture of kvfold's own."""
         width = width_of(config, shape)
-        changed = {site: with_encoder_latent(shape.sites[site], width, site.layer) for site in crossed(shape)}
+        first = shape.crossed[0]
+        changed = {
+            site: with_encoder_latent(shape.sites[site], width, None if site == first else first.layer)
+            for site in shape.crossed
+        }
         return Student(shape.with_sites(changed))
 
     def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Folded:

@@ -98,7 +98,7 @@ def conversion_cost(
     mlp, text = _mlp(family, config, source), _Text(tokens, encoded, source.encoder_positions or length)
     repaired = replace(text, length=source.encoder_positions or repair.length)
     layers = [
-        [(site, source.sites[site], student.sites[site]) for site in source.cached_sites if site.layer == number]
+        [(site, source.sites[site], student.sites.get(site)) for site in source.cached_sites if site.layer == number]
         for number in range(source.num_layers)
     ]
     rest = source.encoder_parameters - sum(
@@ -212,7 +212,7 @@ def _measured(question: Question, shape: Shape, mlp: _Mlp, text: _Text, tokens: 
 
 
 def _repair(
-    layer: Sequence[tuple[Site, Attention, Attention]],
+    layer: Sequence[tuple[Site, Attention, Attention | None]],
     mlp: _Mlp,
     roles: Sequence[str],
     settings: RepairSettings,
@@ -226,6 +226,9 @@ def _repair(
         parts[name] = parts.get(name, Work()) + work
 
     for site, before, after in layer:
+        if after is None:
+            count("both models", Work(passes=text.run(site, before)))
+            continue
         heads, width = after.num_attention_heads, after.num_attention_heads * after.head_dim
         own = text.run(site, after)
         both, attend = both + text.run(site, before) + own, attend + own  # this attention, and those before it

@@ -146,8 +146,9 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
         return tuple(_engine(known, shape, config) for known in _MLA)
     kept = next((each.cached for each in shape.sites.values() if each.kept is not None), None)
     own = student.model_type
-    if own is not None or kept is not None:
-        what = own if kept is None else f"attention that keeps {' and '.join(kept)}"
+    if own is not None or kept is not None or shape.layer_sparse:
+        sparse = "cross-attention in some layers alone" if shape.layer_sparse else own
+        what = sparse if kept is None else f"attention that keeps {' and '.join(kept)}"
         ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
         rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
         return (ours, *rest)
@@ -298,6 +299,9 @@ def _of_paired(config: Mapping[str, Any], shape: Shape) -> Refusal | None:
     if len(heads) > 1:
         what = "encoder and decoder have different numbers of heads, which was not tried"
         return Refusal(what, " and ".join(map(str, sorted(heads))))
+    if shape.layer_sparse:
+        got = f"{len(shape.crossed)} of {shape.num_layers} layers"
+        return Refusal("the engine has cross-attention in every layer", got, "a student of gqa")
     return _kept(shape)
 
 

@@ -177,13 +177,16 @@ class _Pass:
         for row, count in self._batches():
             *middles, above_BTD = teacher.streams(self.teacher.read(row, count), row)
             self.above.write(row, above_BTD)
-            for spool, middle_BTD in zip(self.middles, middles, strict=True):
+            for spool, middle_BTD in zip(self.middles, middles, strict=False):  # a layer may have fewer attentions
                 spool.write(row, middle_BTD)
         found = dict(done or {})
         for name, tensor in found.items():
             student.layer.write(name, tensor)
         wanted = [role for role in REPAIRABLE if role in self.roles] if done is None else []
-        for own, part, middle in zip(teacher.attentions, student.attentions, self.middles, strict=True):
+        # the last attention that the student has stands in for those of the teacher behind it
+        behind = self.middles[: len(teacher.attentions)]
+        behind = [*behind[: len(student.attentions) - 1], behind[-1]]
+        for own, part, middle in zip(teacher.attentions, student.attentions, behind, strict=False):
             if "q" in wanted and part.q is not None:
                 self._repair_q((teacher, own), (student, part))
                 found |= self._saved("q", student, part.site)

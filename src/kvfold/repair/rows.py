@@ -79,7 +79,7 @@ class Rows:
         if isinstance(model, hf.PairedLayers):
             assert not isinstance(self.tokens, TokenFile)
             batch = batched(self.tokens[row : row + count]).to(model.device)
-            return model.embed(row, batch.alone(torch.float32), batch.shifted(start_id(model.model.config)))
+            return model.embed(row, batch.read(torch.float32), batch.shifted(start_id(model.model.config)))
         assert isinstance(self.tokens, TokenFile)
         length, own = self.lengths[0], self.numbers[row : row + count]
         rows = [self.tokens.tokens[number * length : (number + 1) * length] for number in own]

@@ -28,7 +28,7 @@ _SUMMARY: Mapping[Outcome, str] = {
     "measure": "to measure first",
 }
 PLANNED = "planned, not measured"
-_ANSWERS = ("exact_match", "cer", "bleu", "rougeL")  # of encoder-decoders, in the order that a card prefers them
+_ANSWERS = ("exact_match", "f1", "cer", "bleu", "rougeL")  # of encoder-decoders, in the order that a card prefers them
 _APART = 0.25  # doublings: runs whose tokens differ by less say little about more tokens
 _LOG_LINES = 40  # a log with fewer lines is too short to read a trend from
 

@@ -39,6 +39,9 @@ class _Measured(Part):
     last_word: Number | None = None
     last_word_stderr: Number | None = None
     exact_match: Keyed | None = None
+    f1: Keyed | None = None
+    seconds_per_answer: dict[str, Number] | None = None
+    passage_cache_bytes: dict[str, Number] | None = None
     cer: Keyed | None = None
     bleu: Keyed | None = None
     rougeL: Keyed | None = None

@@ -67,6 +67,7 @@ def _cells(row: Row, place: tuple[int, int] | None) -> dict[str, str]:
         "recovered": NONE if row.recovered is None else f"{row.recovered:.0%}",
         "gap closed": NONE if row.gap_closed is None else f"{row.gap_closed:.0%}",
         "exact match": percent(next(iter(row.keyed("exact_match").values()), None)),  # fewest beams
+        "F1": percent(next(iter(row.keyed("f1").values()), None)),
         "CER": percent(next(iter(row.keyed("cer").values()), None)),
     }
     if row.cache_bytes and row.teacher_cache_bytes:

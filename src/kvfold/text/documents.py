@@ -5,6 +5,7 @@ A row of a `.jsonl`, `.json` or `.parquet` is a document by the first of these k
     text, or content            a string
     messages, or conversations  a chat, through the tokenizer's chat template
     prompt and completion       two strings, concatenated, or two lists of messages of one chat
+    question and ctxs           a question with passages and answers (`kvfold.text.questions`)
 
 A row in which they are null has no text and is left out. Half of a surrogate pair, which no encoding can hold, becomes
 U+FFFD. Both kinds of rows are counted, and the user sees the counts.
@@ -24,6 +25,7 @@ from typing import Any
 
 from kvfold.errors import DataError, SettingError
 from kvfold.text.files import COMPRESSED, FOLDER, PLAIN, REFUSED, ROWS, check_kind, kind_of, rows, whole
+from kvfold.text.questions import COLUMNS, KEYS, is_question, read_question
 
 Chat = Callable[[Sequence[Any], Any], str]
 """Messages and tools of a chat -> its text."""
@@ -146,6 +148,8 @@ def _hub(name: str, chat: Chat | None, notes: Counter[str]) -> Iterator[str]:
 
 def _columns(names: Sequence[str]) -> list[str]:
     """The columns that documents are made of."""
+    if set(KEYS) <= set(names):
+        return [name for name in COLUMNS if name in names]
     if not any(name in names for name in (*_STRINGS, *_CHATS)) and not set(_PAIR) <= set(names):
         return []
     return [name for name in names if name in (*_STRINGS, *_CHATS, *_PAIR, "tools", "role")]
@@ -175,6 +179,8 @@ def _text(row: Any, where: str, chat: Chat | None) -> str | None:
     if not isinstance(row, Mapping):
         raise DataError('is not one JSON object with a "text"', where=where, got=type(row).__name__)
     given = {key: value for key, value in row.items() if value is not None}
+    if is_question(given):
+        return read_question(given, where).document()
     for key in _STRINGS:
         if key in given and not (key == "content" and "role" in row):
             if not isinstance(given[key], str):

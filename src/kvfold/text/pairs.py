@@ -1,17 +1,9 @@
 """Text for encoder-decoders: span corruption of a text, and pairs from a file.
 
-Span corruption is T5's objective (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Of a row of T tokens,
-`n = round(0.15 T)` are noise, in `m = round(n / 3)` spans. Noise and the other tokens are each divided into m parts
-(all divisions are equally likely) and alternate; noise comes second. A sentinel replaces each span in the input, and
-the target holds the spans after their sentinels:
-
-    a b c d e f g h  ->  a b <0> e f <1> </s>,    <0> c d <1> g h </s>
-
-The input has `T - n + m + 1` tokens, the target `n + m + 1`: of a row of 568 tokens, 512 and 114.
-
 Pairs are lines of a `.tsv` (input, tab, target) or rows of a `.jsonl` (`input` and `target`); `pairs:PATH` reads any
-file as a `.tsv`. For a model that reads sound, the input is the path of a sound file, relative to the file of pairs.
-The batch of step `n` is a function of (seed, n).
+file as a `.tsv`. Rows with a `question` and passages are records of Fusion-in-Decoder (`kvfold.text.questions`). For a
+model that reads sound, the input is the path of a sound file, relative to the file of pairs. The batch of step `n` is a
+function of (seed, n).
 """
 
 from __future__ import annotations
@@ -30,23 +22,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.contracts.effort import CORRUPTED
 from kvfold.disk.output import fingerprint
 from kvfold.errors import DataError, KvfoldError, SettingError
 from kvfold.inputs import check_regular, read_bytes
 from kvfold.progress import SILENT, Progress
 from kvfold.text.documents import LEFT_OUT, MENDED, local_files, mend, noted
 from kvfold.text.files import ROWS, kind_of, opened, rows
+from kvfold.text.questions import COLUMNS, KEYS, Passages, Question, is_question, read_question
 from kvfold.text.sound import Clip, Reader
+from kvfold.text.spans import DENSITY, Ids, corrupted, noise_counts, noise_mask, row_tokens
 from kvfold.text.tokens import TokenFile, batch_places, check_vocabulary, token_file, tokenizer_hash
 
-DENSITY, SPAN = CORRUPTED, 3.0  # T5's values: the share of noise in a row, and the mean length of a span
 UNSEEN = -100  # the label of padding in a target
 PREFIX = "pairs:"
 SIDES = ("input", "target")  # the keys of a pair
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
-Ids = NDArray[np.int64]
-Row = tuple[Ids | Clip, Ids]
+Row = tuple[Ids | Clip | Passages, Ids]
 """Input and target."""
 
 
@@ -54,8 +45,9 @@ Row = tuple[Ids | Clip, Ids]
 class Pairs:
     """A batch: `input_BS` with its mask `seen_BS` (False: padding), and `target_BT`, padded with `UNSEEN`.
 
-    Of sound, the input is `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position.
-    `targets` divides a sum over targets; in a part of a batch it is the mean over parts, so that losses average to its.
+    Of passages, input and mask are `(B, N, S)`, and the encoder reads each of the N by itself. Of sound, the input is
+    `(B, M, F)`, the features of F frames, and `seen_BS` has a place for each encoder position. `targets` divides a sum
+    over targets; in a part of a batch it is the mean over parts, so that losses average to its.
     """
 
     input_BS: Tensor
@@ -92,10 +84,6 @@ class Pairs:
             return {"input_features": self.input_BS.to(dtype)}
         return {"input_ids": self.input_BS, "attention_mask": self.seen_BS}
 
-    def alone(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The input of rows of one length, of which nothing is padded, without a mask."""
-        return {name: each for name, each in self.read(dtype).items() if name != "attention_mask"}
-
     def shifted(self, start: int) -> Tensor:
         """The decoder's input `ids_BT`: the id `start`, then the target without its last token."""
         shifted_BT = self.target_BT.roll(1, dims=1)
@@ -111,67 +99,32 @@ def start_id(config: Any) -> int:
 
 def batched(rows: Sequence[Row]) -> Pairs:
     """Batch rows of input and target, padded on the right."""
-    lengths = [max(len(row[part]) for row in rows) for part in (0, 1)]
-    seen_BS = np.zeros((len(rows), lengths[0]), dtype=bool)
-    input_BS: NDArray[Any] = np.zeros(seen_BS.shape, dtype=np.int64)
-    target_BT = np.full((len(rows), lengths[1]), UNSEEN, dtype=np.int64)
-    for number, (given, target) in enumerate(rows):
-        seen_BS[number, : len(given)] = True
+    target_BT = np.full((len(rows), max(len(target) for _, target in rows)), UNSEEN, dtype=np.int64)
+    for number, (_, target) in enumerate(rows):
         target_BT[number, : len(target)] = target
-        if not isinstance(given, Clip):
-            input_BS[number, : len(given)] = given
+    # where the tokens of each passage stand, and of an input, which is like one passage
+    parts = [
+        (where, part)
+        for number, (given, _) in enumerate(rows)
+        for where, part in (
+            [((number, n), each) for n, each in enumerate(given.ids)]
+            if isinstance(given, Passages)
+            else [((number,), given)]
+        )
+    ]
+    shape = [max(place) + 1 for place in zip(*(where for where, _ in parts), strict=True)]
+    seen_BS = np.zeros((*shape, max(len(part) for _, part in parts)), dtype=bool)
+    input_BS: NDArray[Any] = np.zeros(seen_BS.shape, dtype=np.int64)
+    for where, part in parts:
+        seen_BS[(*where, slice(len(part)))] = True
+        if not isinstance(part, Clip):
+            input_BS[(*where, slice(len(part)))] = part
     if clips := [given for given, _ in rows if isinstance(given, Clip)]:
         input_BS = np.stack([each.features() for each in clips])
     return Pairs(torch.from_numpy(input_BS), torch.from_numpy(seen_BS), torch.from_numpy(target_BT))
 
 
 # --- span corruption ------------------------------------------------------------------------------------------------
-
-
-def noise_counts(tokens: int, density: float = DENSITY, span: float = SPAN) -> tuple[int, int]:
-    """The number of noise tokens in a row, at least 1 and at most T - 1, and the number of spans."""
-    noise = min(max(round(tokens * density), 1), tokens - 1)
-    return noise, min(max(round(noise / span), 1), tokens - noise)
-
-
-def noise_mask(tokens: int, generator: np.random.Generator, density: float = DENSITY, span: float = SPAN) -> Any:
-    """The noise mask of a row, `(T,)`. It begins without noise and ends with noise."""
-    noise, spans = noise_counts(tokens, density, span)
-    lengths = np.empty(2 * spans, dtype=np.int64)
-    lengths[0::2] = _parts(tokens - noise, spans, generator)
-    lengths[1::2] = _parts(noise, spans, generator)
-    return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
-
-
-def _parts(items: int, parts: int, generator: np.random.Generator) -> Ids:
-    """The lengths of a random division into non-empty parts; all divisions are equally likely."""
-    cuts = np.sort(generator.choice(items - 1, parts - 1, replace=False)) + 1
-    return np.diff(cuts, prepend=0, append=items)
-
-
-def corrupted(ids_N: Ids, noise_N: Any, sentinels: Sequence[int], end: int) -> tuple[Ids, Ids]:
-    """Input and target of a row: the input replaces each span of noise by a sentinel, the target all other spans."""
-    return _replaced(ids_N, noise_N, sentinels, end), _replaced(ids_N, ~noise_N, sentinels, end)
-
-
-def _replaced(ids_N: Ids, hidden_N: Any, sentinels: Sequence[int], end: int) -> Ids:
-    """A row with a sentinel in place of each hidden span, and the end token."""
-    first_N = hidden_N & ~np.concatenate([[False], hidden_N[:-1]])
-    marked_N = np.where(first_N, np.asarray(sentinels)[np.maximum(first_N.cumsum() - 1, 0)], ids_N)
-    return np.append(marked_N[first_N | ~hidden_N], end)
-
-
-def row_tokens(inputs: int) -> int:
-    """The length of the longest row whose input, with sentinels and end token, has at most `inputs` tokens."""
-
-    def input_tokens(tokens: int) -> int:
-        noise, spans = noise_counts(tokens)
-        return tokens - noise + spans + 1
-
-    tokens = max(inputs, 2)
-    while input_tokens(tokens + 1) <= inputs:
-        tokens += 1
-    return tokens
 
 
 @dataclass(frozen=True)
@@ -257,6 +210,7 @@ class PairFile:
     source: str
     hash: str
     vocab_size: int
+    answers: Sequence[Sequence[str]] = ()  # of questions with passages: all that are right
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -308,7 +262,7 @@ def are_pairs(source: str | Path) -> bool:
         _, first = next(rows(Path(name), _columns), ("", None))
     except KvfoldError:
         return False  # the reader of texts then reports the error
-    return isinstance(first, Mapping) and set(SIDES) <= set(first)
+    return is_question(first) or (isinstance(first, Mapping) and set(SIDES) <= set(first))
 
 
 def read_pairs(source: str | Path, notes: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
@@ -350,7 +304,17 @@ def _sides(path: Path) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _columns(names: Sequence[str]) -> Sequence[str]:
+    if set(KEYS) <= set(names):
+        return [name for name in COLUMNS if name in names]
     return SIDES if set(SIDES) <= set(names) else ()
+
+
+def read_questions(source: str | Path) -> list[Question]:
+    """The questions with passages of a file; none of a file of pairs. Raises DataError for a row that is none."""
+    path = Path(source)
+    if kind_of(source) not in ROWS or not is_question(next(rows(path, _columns), ("", None))[1]):
+        return []
+    return [read_question(row, where) for where, row in rows(path, _columns) if row is not None]
 
 
 def corpus(
@@ -420,28 +384,45 @@ def _pair_file(
     reader: Reader | None,
 ) -> PairFile:
     """All pairs, or the first pairs of `max_tokens` tokens, in the file's order or in a random one if `seed` is set."""
-    notes = Counter[str]()
-    texts = list(read_pairs(source, notes))
+    notes, asked = Counter[str](), read_questions(source)
+    texts = [(each.question, each.target) for each in asked] or list(read_pairs(source, notes))
     for line in noted(source, notes):
         progress.say(line)
     if not texts:
         raise DataError("there are no pairs", where=source)
     if seed is not None:
-        texts = [texts[number] for number in np.random.default_rng(seed).permutation(len(texts))]
+        order = np.random.default_rng(seed).permutation(len(texts))
+        texts, asked = ([each[number] for number in order] if each else [] for each in (texts, asked))
     targets = _tokenised([target for _, target in texts], tokenizer, end, "text_target")
     folder, inputs = Path(source.removeprefix(PREFIX)).parent, [given for given, _ in texts]
-    read = [Clip(folder / each, reader) for each in inputs] if reader else _tokenised(inputs, tokenizer, end, "text")
+    read: Sequence[Ids | Clip | Passages]
+    if reader:
+        read = [Clip(folder / each, reader) for each in inputs]
+    elif asked:
+        passages = _tokenised([text for each in asked for text in each.inputs()], tokenizer, end, "text")
+        read = Passages.grouped(passages, [len(each.passages) for each in asked])
+    else:
+        read = _tokenised(inputs, tokenizer, end, "text")
     pairs: list[Row] = list(zip(read, targets, strict=True))
     if max_tokens is not None:
         before = np.cumsum([0, *(len(given) + len(target) for given, target in pairs)])
         count = max(1, int((before < max_tokens).sum()))
-        pairs, texts = pairs[:count], texts[:count]
-    digest = hashlib.sha256("\n".join("\t".join(pair) for pair in texts).encode("utf-8", "replace")).hexdigest()
-    largest = max(int(ids.max()) for pair in pairs for ids in pair if not isinstance(ids, Clip))
+        pairs, texts, asked = pairs[:count], texts[:count], asked[:count]
+    lines = [each.document() for each in asked] or ["\t".join(pair) for pair in texts]
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
+    largest = max(int(ids.max()) for pair in pairs for side in pair for ids in _ids(side))
     clips = [each for each, _ in pairs if isinstance(each, Clip)]
     sounds = [hashlib.sha256(read_bytes(clip.path, error=DataError)).hexdigest() for clip in clips]
     identity = fingerprint(["pairs", digest, tokenizer_hash(tokenizer), *sounds])
-    return PairFile(pairs, texts, source, identity, max(int(tokenizer.vocab_size), largest + 1))
+    vocabulary = max(int(tokenizer.vocab_size), largest + 1)
+    return PairFile(pairs, texts, source, identity, vocabulary, [each.answers for each in asked])
+
+
+def _ids(side: Ids | Clip | Passages) -> Sequence[Ids]:
+    """The ids of one side of a pair: none of sound."""
+    if isinstance(side, Passages):
+        return side.ids
+    return () if isinstance(side, Clip) else (side,)
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Any, end: int, side: str) -> list[Ids]:

@@ -79,8 +79,8 @@ def hidden_states(model: Any, batch: Tensor | Pairs) -> Tensor:
         h_BTD = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     else:
         config = model.config
-        read_BSD = model.get_encoder()(**batch.read(model.dtype)).last_hidden_state
-        masked = {} if batch.sounds else {"encoder_attention_mask": batch.seen_BS}
+        read_BSD, seen_BS = hf.encoded(model, batch.read(model.dtype))
+        masked = {} if seen_BS is None else {"encoder_attention_mask": seen_BS}
         h_BTD = model.get_decoder()(
             input_ids=batch.shifted(start_id(config)),
             encoder_hidden_states=read_BSD,

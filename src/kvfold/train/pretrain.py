@@ -118,8 +118,12 @@ def _train(run: _Run, settings: PretrainSettings, work: Path, name: str, inputs:
     named = dict(model.named_parameters())
 
     def objective(batch: Tensor | Pairs, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        read, target_BT, _ = losses.parted(batch)  # rows of a text are full: every target counts
-        return losses.token_losses(losses.hidden_states(model, read), losses.Head.of(model), target_BT, {"ce": 1.0})
+        read, target_BT, counts_BT = losses.parted(batch)
+        counted = slice(None) if counts_BT is None else counts_BT
+        h_BTD, targets = losses.hidden_states(model, read), batch.targets if isinstance(batch, Pairs) else None
+        return losses.token_losses(
+            h_BTD[counted], losses.Head.of(model), target_BT[counted], {"ce": 1.0}, targets=targets
+        )
 
     steps = math.ceil(run.amount / settings.step_tokens)
     stretch = Work("ce", steps, objective, lambda: parameter_groups(named, settings.weight_decay))

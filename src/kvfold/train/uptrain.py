@@ -262,7 +262,7 @@ def _save(
     lineage["steps"][-1]["found"] = dict(made.found)
     method = next(step["settings"]["method"] for step in reversed(lineage["steps"]) if step["stage"] == "convert")
     config = student_config(source.config, source.family, source.shape, Student(made.shape), method=method)
-    save_model(work, config=config, state=state, lineage=lineage, like=source)
+    save_model(work, config=config, state=state, lineage=lineage, like=source, gone=source.gone(made.shape))
 
 
 # --- teacher and stages --------------------------------------------------------------------------------------------
