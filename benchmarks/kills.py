@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.families import all_families

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 
 SCRIPT = """
 import sys
@@ -20,7 +20,7 @@ from far_device import Far
 import kvfold.machine
 kvfold.machine.best_device = lambda: "far:0"
 kvfold.machine.device_memory = lambda device: 1 << 32
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 with Far():
     for line in sys.stdin.read().splitlines():
         print("$", line, flush=True)

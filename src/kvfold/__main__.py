@@ -21,8 +21,8 @@ def main() -> None:
     prepare_threads()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for terminals without UTF-8
-    from kvfold.cli.commands import run_command  # here: a spawned worker imports this file
     from kvfold.cli.console import silence
+    from kvfold.cli.main import run_command  # here: a spawned worker imports this file
 
     status = run_command(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

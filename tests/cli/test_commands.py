@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from kvfold.cli.commands import COMMANDS, run_command
+from kvfold.cli.commands import COMMANDS
+from kvfold.cli.main import run_command
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Writer
 from kvfold.methods import all_methods, gqa
@@ -155,7 +156,7 @@ BELOW_A_FILE = ["convert", "teacher", "text.txt/student", "--kv-heads", "2"]
 EMPTY = lambda folder: (folder / "text.txt").write_text("") and None  # noqa: E731
 QUANTISED = _config(quantization_config={"quant_method": "gptq", "bits": 4})
 MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
-    "unknown command": (["fold"], _nothing, "no command is named 'fold'; allowed: plan, convert"),
+    "unknown command": (["fold"], _nothing, "no command is named 'fold'; allowed: plan, inspect, convert"),
     "near command": (["covert"], _nothing, "did you mean 'convert'?"),
     "unknown option of all": (["--verson"], _nothing, "--version"),
     "unknown flag": (["convert", "teacher", "student", "--kv-head", "2"], _nothing, "--kv-heads"),
@@ -363,7 +364,9 @@ def test_help_is_plain_text_of_80_columns(command: str, kvfold: Run, monkeypatch
     assert out.startswith(f"Usage: kvfold {command}")
     assert max(map(len, out.splitlines())) <= 80
     assert out.isascii()
-    assert "..." not in out.replace("[ARGS]...", "").replace("RECIPE...", "").replace("OUT...", "")
+    for repeated in ("[ARGS]...", "[STUDENT...]", "RECIPE...", "OUT..."):
+        out = out.replace(repeated, "")
+    assert "..." not in out
 
 
 def test_help_shows_each_method_in_a_panel_of_its_own_after_the_common_flags(kvfold: Run) -> None:
@@ -396,7 +399,7 @@ def test_fields_of_a_group_have_a_panel_of_their_own(kvfold: Run, monkeypatch: p
 
 def test_the_list_of_commands_and_the_help_of_a_plan_are_light() -> None:
     code = (
-        "import sys; from kvfold.cli.commands import run_command; run_command(['--help']); "
+        "import sys; from kvfold.cli.main import run_command; run_command(['--help']); "
         "early = {'kvfold.methods.gqa', 'kvfold.predict.plan'} & set(sys.modules); run_command(['plan', '--help']); "
         "sys.exit(str(sorted(early | {'torch', 'transformers', 'numpy'} & set(sys.modules))))"
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.cli.commands import COMMANDS, run_command
+from kvfold.cli.commands import COMMANDS
 from kvfold.cli.console import ERR, OUT, table
 from kvfold.cli.flags import Command
+from kvfold.cli.main import run_command
 
 PLAN = [sys.executable, "-m", "kvfold", "plan", "kvfold:demo", "--kv-heads", "2"]
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from kvfold.cli import commands
+from kvfold.cli import main
 from kvfold.convert.conversion import convert
 from kvfold.errors import Interrupted, OutputError
 from kvfold.evaluate.bench import BenchSettings, bench
@@ -154,7 +154,7 @@ def test_wherever_the_machine_fails_a_command_ends_in_one_line(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(import_module("kvfold.predict.plan"), "plan", fail)
-    assert commands.run_command(["plan", "anything", "--kv-heads", "1"]) == code
+    assert main.run_command(["plan", "anything", "--kv-heads", "1"]) == code
     signal.signal(signal.SIGTERM, before)
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -206,8 +206,8 @@ def test_an_export_whose_disk_is_full_leaves_nothing(
 FULL = """
 import sys
 from pathlib import Path
-import kvfold.cli.commands
-sys.exit(kvfold.cli.commands.run_command(["convert", sys.argv[1], str(Path(sys.argv[2]) / "out"), "--kv-heads", "2"]))
+import kvfold.cli.main
+sys.exit(kvfold.cli.main.run_command(["convert", sys.argv[1], str(Path(sys.argv[2]) / "out"), "--kv-heads", "2"]))
 """
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.convert.conversion import convert
 from kvfold.disk.checkpoint import Checkpoint
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.disk import record
 from kvfold.ranks import VARIABLES
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.convert.conversion import convert
 from kvfold.disk.lock import FILE
 from kvfold.disk.output import MANIFEST, write_json

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvfold import hf
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.compare import weights
 from kvfold.compare.comparison import PAGE, compare
 from kvfold.compare.settings import CompareSettings

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from examples import CORE
 from kvfold import methods
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.contracts.cache import CacheSpec, grouped_cache
 from kvfold.contracts.effort import EFFORTS
 from kvfold.contracts.family import MLP

@@ -16,7 +16,7 @@ import pytest
 
 from exports import HAS_GGUF, Make, needs_ct2, needs_gguf, needs_llama_cpp
 from kvfold import hf
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.convert.conversion import convert
 from kvfold.errors import DataError, SettingError, UnsupportedModel
 from kvfold.export import agreement, ask_llama_cpp

@@ -22,7 +22,8 @@ import pytest
 import yaml
 
 import kvfold
-from kvfold.cli.commands import COMMANDS, run_command
+from kvfold.cli.commands import COMMANDS
+from kvfold.cli.main import run_command
 from kvfold.disk import record
 from kvfold.disk.record import Record
 from kvfold.errors import KvfoldError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.source import PUBLISHED, place
 from kvfold.errors import CheckpointError, SettingError

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from circuits import VOCABULARY, planted
 from kvfold.calibrate.resumed import Resumed
-from kvfold.cli.commands import run_command
+from kvfold.cli.main import run_command
 from kvfold.contracts.per_layer import PerSite
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint

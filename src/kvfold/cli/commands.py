@@ -1,123 +1,21 @@
-"""The command line: the functions of the Python API, with flags generated from their settings.
-
-Exit status: 0 success, 2 an error that the user can correct (one line on standard error), 3 a missed gate or a
-different engine, 130 interrupted. Any other exception is a bug in kvfold: exit status 1, with its traceback.
-"""
+"""The commands: the functions of the Python API, with flags generated from their settings."""
 
 from __future__ import annotations
 
 import dataclasses
-import signal
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import kvfold
 from kvfold.cli.console import ERR, OUT, Bars, Lines, table
-from kvfold.cli.flags import HELP, SHOW_HELP, Command, Flag, Panel, help_text
-from kvfold.cli.launch import LOST, Ended, launched
-from kvfold.errors import GateMissed, Interrupted, KvfoldError, SettingError, did_you_mean
-from kvfold.faults import fault_of
+from kvfold.cli.flags import Command, Flag
+from kvfold.errors import GateMissed, SettingError
 from kvfold.formats import json_text, size
 from kvfold.methods import all_methods
 from kvfold.progress import Progress
-from kvfold.ranks import current, lost, reports
 
 api: Any = kvfold  # its functions are imported when they are called
-BUG = 1  # the exit status of an exception that is not the user's error
-
-
-def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status. An error of the user is one line on standard error."""
-    stopped = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        raise KeyboardInterrupt
-
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    for kind, handler in before.items():
-        if handler is not signal.SIG_IGN:  # a shell ignores SIGINT for background jobs
-            signal.signal(kind, stop)
-    try:
-        _run(arguments)
-    except KvfoldError as error:
-        return _line(str(error), error.exit_code)
-    except Ended as ended:
-        return ended.status
-    except KeyboardInterrupt:
-        return _interrupted()
-    except (Exception, SystemExit) as error:
-        if lost(error):
-            return _lost()
-        if stopped:  # importing a C extension turns Ctrl-C into ImportError
-            return _interrupted()
-        fault = fault_of(error, paths=True)
-        return _bug(error) if fault is None else _line(str(fault), fault.exit_code)
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-    return 0
-
-
-def _run(arguments: Sequence[str]) -> None:
-    first, *others = arguments or ["--help"]
-    if first in HELP:
-        _print(_help())
-    elif first == "--version":
-        _print(f"kvfold {kvfold.__version__}")
-    elif first not in COMMANDS:
-        near = did_you_mean(first, [*COMMANDS, *HELP, "--version"])
-        raise SettingError(
-            f"no command is named {first!r}", allowed=", ".join(COMMANDS), next=near or "see kvfold --help"
-        )
-    elif any(word in HELP for word in others):
-        _print(COMMANDS[first].help(first))
-    else:
-        COMMANDS[first].run(first, others)
-
-
-def _help() -> str:
-    listed = [Flag(name, name, each.function.__doc__ or "") for name, each in COMMANDS.items()]
-    return help_text(
-        "COMMAND [arguments] [flags]",
-        "Fold the KV cache of a trained transformer.",
-        [
-            Panel("Commands", listed),
-            Panel("Flags", [Flag("version", "--version", "Print the version and exit."), SHOW_HELP]),
-        ],
-        "Start with `kvfold demo`; `kvfold COMMAND --help` lists the flags of a command.",
-    )
-
-
-def _line(message: str, status: int) -> int:
-    """Print the line of an error, unless another rank reports it."""
-    if reports():
-        rank = "" if current().main else f"rank {current().rank}: "
-        ERR.show(f"kvfold: {rank}{' '.join(message.split())}")
-    return status
-
-
-def _lost() -> int:
-    """End a rank that lost another one, which its launcher names; that of torchrun does not say it in a line."""
-    return LOST if launched() else _line("another rank has ended, and this one with it", LOST)
-
-
-def _interrupted() -> int:
-    return _line("interrupted; the same command continues from what is finished", Interrupted.exit_code)
-
-
-def _bug(error: BaseException) -> int:
-    """Print a traceback and ask for a report."""
-    if not reports():
-        return BUG
-    for line in "".join(traceback.format_exception(error)).splitlines():
-        ERR.show(line)
-    message = f"this is a bug in kvfold {kvfold.__version__}: please report the lines above, with the command and "
-    return _line(f"{message}the versions of torch and transformers", BUG)
 
 
 # --- the table of commands -----------------------------------------------------------------------------------------
@@ -138,12 +36,8 @@ def _progress() -> Progress:
     return Bars() if ERR.is_terminal else Lines()
 
 
-def _print(text: str) -> None:
-    OUT.print(text, markup=False, soft_wrap=True)
-
-
 def _print_json(value: Any) -> None:
-    _print(json_text(value, indent=2, ascii_only=True))  # ASCII, controls escaped
+    OUT.write(json_text(value, indent=2, ascii_only=True))  # ASCII, controls escaped
 
 
 def _made(what: str, path: Path, as_json: bool) -> None:
@@ -164,6 +58,8 @@ GPUS = Flag(
     "gpus", "--gpus", "GPUs to use, with one process each; without GPUs, processes. Default: 1, or torchrun's.", "N"
 )
 AS_JSON = Flag("as_json", "--json", "Print the result as one JSON object.", default=False)
+
+WIDE = ("peak memory", "training tokens", "how")  # columns that a terminal has no room for
 
 
 # --- the commands, in the order of their help ----------------------------------------------------------------------
@@ -286,6 +182,35 @@ def bench(models: Sequence[str], options: Any, as_json: bool, **given: Any) -> N
         table(title, ["tokens", "model", "batch", "cache", "tokens/s"], largest)
     for note in made.metrics["notes"]:
         OUT.show(note)
+
+
+@command(
+    SOURCE,
+    Flag("students", "[STUDENT...]", "Converted checkpoints of the source."),
+    Flag("out", "--out", "Folder of the page and of the models it needs. Default: runs/ and the name.", "DIR"),
+    Flag("records", "--records", "Folder for the records. Default: records in --out.", "DIR"),
+    Flag("name", "--name", "Name of the records. Default: compare- and the source's name.", "TEXT"),
+    *(OVERWRITE, AS_JSON),
+    settings="compare.settings:CompareSettings",
+)
+def compare(src: str, students: Sequence[str], options: Any, as_json: bool, **given: Any) -> None:
+    """Compare a checkpoint and its students with quantisation, pruning and others."""
+    made = api.compare(src, students, options, **given, progress=_progress())
+    if as_json:
+        _print_json([dataclasses.asdict(each) for each in made])
+        return
+    from kvfold.compare.comparison import PAGE
+    from kvfold.report.comparison import comparisons
+    from kvfold.report.tables import NONE
+
+    for each in comparisons(made):
+        columns, rows = each.table()
+        kept = [at for at, column in enumerate(columns) if column not in WIDE]
+        table(each.times.name, [columns[at] for at in kept], [[row[at] for at in kept] for row in rows])
+        for row in rows:
+            if row[1] != NONE:
+                OUT.show(f"{row[0]}: {row[1]}")
+    OUT.show(f"report: {Path(given['out'] or Path('runs') / made[0].name) / PAGE}")
 
 
 @command(
@@ -439,6 +364,3 @@ def families(as_json: bool) -> None:
         _print_json({each.model_types[0]: dataclasses.asdict(each) for each in found})
         return
     table("", COLUMNS, [each.row for each in found], words=len(COLUMNS))
-
-
-from kvfold.cli import comparing as comparing  # noqa: E402 - registers its command, with the names above

@@ -31,6 +31,10 @@ class Screen(Console):
         """Print one line, with control characters escaped."""
         self.print(plain(text, LONGEST), markup=False, soft_wrap=True)
 
+    def write(self, text: str) -> None:
+        """Print lines as they are."""
+        self.print(text, markup=False, soft_wrap=True)
+
     @override
     def on_broken_pipe(self) -> None:
         self.quiet = True
