@@ -215,8 +215,8 @@ def cache_bytes(
 ) -> tuple[float | None, float | None]:
     """Cache bytes per token of the teacher and of the row: by its plan, else by its own evaluations.
 
-    For a teacher or a control, any plan will do; for a student whose shape training changed, none. Of an encoder-decoder, bytes are those of a token written and a token
-    read together.
+    For a teacher or a control, any plan will do; for a student whose shape training changed, none. Of an
+    encoder-decoder, bytes are those of a token written and a token read together.
     """
     plan = plan_of(records, row)
     if plan is None and row.get("role") != "student":
