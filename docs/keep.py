@@ -19,7 +19,7 @@ from kvfold.disk import record
 from kvfold.disk.record import Record
 from kvfold.evaluate.bench import BenchSettings
 from kvfold.evaluate.evaluation import EvaluateSettings
-from kvfold.report.studies import plan_of, row_of
+from kvfold.report.studies import changed_by_training, plan_of, row_of
 from kvfold.settings import decode, differing
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -58,7 +58,7 @@ def _cache(made: Record, plans: Sequence[Record]) -> dict[str, Any]:
     """What student and teacher cache, by the plan of a record's conversion; of a teacher or a control, by any."""
     row = row_of(made, {})
     plan = plan_of(plans, row) or (plans[0] if plans and row.get("role") != "student" else None)
-    if plan is None:
+    if plan is None or changed_by_training(plan, row):
         return {}
     before, after = (_side(plan.metrics, side) for side in ("before", "after"))
     return {"student": after if row.get("role") == "student" else before, "teacher": before}

@@ -27,7 +27,7 @@ from kvfold.report.benches import speedups
 from kvfold.report.card import MARK, card_path
 from kvfold.report.folder import Folded, collect, commands
 from kvfold.report.rows import spread
-from kvfold.report.studies import plan_of, studies
+from kvfold.report.studies import cache_bytes, plan_of, studies
 from pages.marks import END, START, with_tables
 from pages.miniature import compare, miniature_page, quality_figure
 
@@ -258,6 +258,18 @@ def test_the_headline_says_what_the_records_say(run_dir: Path) -> None:
     assert grouped["decode at 256 × 8"] == f"{(1e-3 + 8e-9 * size) / (1e-3 + 2e-9 * size):.2f}×"
     assert "gap closed" not in grouped  # every student is mean-pooled: there is nothing to close
     assert not any("kv heads 4" in name for name in found)  # its record is a failure
+
+
+def test_a_student_that_training_changed_caches_what_its_own_record_says() -> None:
+    sides = {side: {"cache_bytes": 1000} for side in ("before", "after")}
+    metrics = {"method": "dha", "settings": {"kv_heads": 2}, "batch": 1, "context": 10, **sides}
+    row = {"role": "student", "method": "dha", "kv_heads": 2, "alpha": 0}
+    cache = {"student": {"bytes_per_token": 25.0}, "teacher": {"bytes_per_token": 100.0}}
+    own = [evaluated("run/a/uptrained", {**row, "tokens": 64}, 1.2, cache=cache)]
+    for trained, expected in ({"cache_bytes": 250}, (100.0, 25.0)), (None, (100.0, 100.0)):
+        plans = [record.make("plan", "run/dha", {}, {**metrics, "trained": trained}, **MADE_UP)]
+        assert cache_bytes(plans, {**row, "tokens": 64}, own) == expected
+        assert cache_bytes(plans, row, own) == (100.0, 100.0)
 
 
 def test_a_student_that_starts_as_its_teacher_has_nothing_to_recover() -> None:

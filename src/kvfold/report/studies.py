@@ -205,18 +205,23 @@ def plan_of(records: Sequence[Record], row: Mapping[str, Any]) -> Record | None:
     return max(found, key=lambda each: each[:2])[2] if found else None
 
 
+def changed_by_training(plan: Record, row: Mapping[str, Any]) -> bool:
+    """Whether a row was trained into another shape than its plan has for the conversion."""
+    return bool(plan.metrics.get("trained") and (row.get("tokens") or row.get("alpha")))
+
+
 def cache_bytes(
     records: Sequence[Record], row: Mapping[str, Any], own: Sequence[Record] = ()
 ) -> tuple[float | None, float | None]:
     """Cache bytes per token of the teacher and of the row: by its plan, else by its own evaluations.
 
-    For a teacher or a control, any plan will do. Of an encoder-decoder, bytes are those of a token written and a token
-    read together.
+    For a teacher or a control, any plan will do; for a student whose shape training changed, none. Of an
+    encoder-decoder, bytes are those of a token written and a token read together.
     """
     plan = plan_of(records, row)
     if plan is None and row.get("role") != "student":
         plan = next((record for record in records if record.kind == "plan" and record.status == "done"), None)
-    if plan is not None:
+    if plan is not None and not changed_by_training(plan, row):
         tokens = plan.metrics["batch"] * plan.metrics["context"]
         return plan.metrics["before"]["cache_bytes"] / tokens, plan.metrics["after"]["cache_bytes"] / tokens
     found: Mapping[str, Any] = next((record.metrics["cache"] for record in own if record.metrics.get("cache")), {})
