@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from kernels import matmul, parser
+from kernels import matmul, parser, random_decoder
 from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
@@ -110,19 +110,7 @@ class Layer:
         ours = {"model_type": "kvfold_t5", "architectures": ["KvfoldT5ForConditionalGeneration"]}
         config = {**all_families()["t5"].tiny(), **sizes["model"], **one, **ours, **variant.fields()}
         self.shape: Shape = all_families()["t5"].shape(config)
-        with torch.device("meta"):
-            self.decoder: Any = hf.build(config, seed=0, attention=hf.ATTENTION).eval().decoder
-        self.decoder.to_empty(device=best_device()).to(getattr(torch, dtype))
-        shared = {} if first is None else dict(first.decoder.named_parameters())
-        draw = torch.Generator().manual_seed(0)
-        for name, weight in list(self.decoder.named_parameters()):
-            owner, _, last = name.rpartition(".")
-            there = shared.get(name)
-            if there is not None and there.shape == weight.shape:
-                setattr(self.decoder.get_submodule(owner), last, there)
-            else:
-                spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 1.0
-                weight.data.copy_(torch.randn(weight.shape, generator=draw) * spread)
+        self.decoder = random_decoder(config, dtype, first and first.decoder)
         self.decoder.block[0].layer[1].layer_norm.weight.data.fill_(0.1)  # so that no query looks at one token alone
 
     def fill(self, batch: int) -> None:

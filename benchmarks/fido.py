@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from kernels import parser
+from kernels import parser, random_decoder
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.site import DTYPE_BYTES, Shape
@@ -74,19 +74,7 @@ class Reader:
         layers = {"num_layers": 1, "num_decoder_layers": EVERY}
         config = {**all_families()["t5"].tiny(), **sizes["model"], **layers, **ours, **VARIANTS[name]}
         self.shape: Shape = all_families()["t5"].shape(config)
-        with torch.device("meta"):
-            self.decoder: Any = hf.build(config, seed=0, attention=hf.ATTENTION).eval().decoder
-        self.decoder.to_empty(device=best_device()).to(getattr(torch, DTYPE))
-        shared = {} if first is None else dict(first.decoder.named_parameters())
-        draw = torch.Generator().manual_seed(0)
-        for path, weight in list(self.decoder.named_parameters()):
-            owner, _, last = path.rpartition(".")
-            there = shared.get(path)
-            if there is not None and there.shape == weight.shape:
-                setattr(self.decoder.get_submodule(owner), last, there)
-            else:
-                spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 1.0
-                weight.data.copy_(torch.randn(weight.shape, generator=draw) * spread)
+        self.decoder = random_decoder(config, DTYPE, first and first.decoder)
         for site in self.shape.crossed:  # so that no query looks at one token alone
             self.decoder.block[site.layer].layer[1].layer_norm.weight.data.fill_(0.1)
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from kvfold import hf
+from kvfold.machine import best_device
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -20,3 +26,21 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
 def matmul(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
     """Multi-head attention as two matrix products with the softmax between them."""
     return ((q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.mT).softmax(-1) @ v_BHSE
+
+
+def random_decoder(config: Mapping[str, Any], dtype: str, first: Any = None) -> Any:
+    """The decoder of an encoder-decoder with random weights, shared with the decoder `first` where shapes are equal."""
+    with torch.device("meta"):
+        model: Any = hf.build(dict(config), seed=0, attention=hf.ATTENTION).eval()
+    decoder = model.decoder.to_empty(device=best_device()).to(getattr(torch, dtype))
+    shared = {} if first is None else dict(first.named_parameters())
+    draw = torch.Generator().manual_seed(0)
+    for path, weight in list(decoder.named_parameters()):
+        owner, _, last = path.rpartition(".")
+        there = shared.get(path)
+        if there is not None and there.shape == weight.shape:
+            setattr(decoder.get_submodule(owner), last, there)
+        else:
+            spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 1.0
+            weight.data.copy_(torch.randn(weight.shape, generator=draw) * spread)
+    return decoder
