@@ -25,8 +25,8 @@ from kvfold.errors import SettingError
 from kvfold.families import all_families
 from kvfold.methods import dha
 from kvfold.predict.plan import plan
-from kvfold.progress import Silent
 from kvfold.train.uptrain import UptrainSettings, uptrain
+from plug import Plug
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -153,18 +153,9 @@ def test_a_run_that_stops_in_any_stage_ends_as_if_it_had_not(
     settings = settings_of(text, learning_rate=3e-3)
     whole = uptrain(student, tmp_path / "whole", settings)
 
-    class At(Silent):
-        def __init__(self, left: int) -> None:
-            self.left = left
-
-        def advance(self, amount: float, note: str = "") -> None:
-            self.left -= note.startswith("loss")
-            if self.left == 0:
-                raise RuntimeError("pulled the plug")
-
     for steps in (1, 2, 1, 2, 1):  # in the search, at its end, in the fusion, near its end, in plain heads
         with pytest.raises(RuntimeError, match="pulled the plug"):
-            uptrain(student, tmp_path / "cut", replace(settings, checkpoint_steps=1), progress=At(steps + 1))
+            uptrain(student, tmp_path / "cut", replace(settings, checkpoint_steps=1), progress=Plug(steps + 1))
     cut = uptrain(student, tmp_path / "cut", settings)
     ours, theirs = load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kvfold.methods.fido import Config, kept_layers
 from kvfold.predict.plan import plan
 from kvfold.train.stages import learner
 from kvfold.train.uptrain import UptrainSettings, uptrain
+from plug import Plug
 from tolerance import assert_same
 
 Make = Callable[..., Path]
@@ -159,6 +161,13 @@ def test_uptraining_fades_and_removes_the_branches(tiny_checkpoint: Make, text: 
     assert [line["stage"] for line in lines if "stage" in line] == ["fade"] * 2 + ["sparse"] * 2
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6), "the first step's student is the teacher"
     assert lines[2]["kl"] > 1e-6
+    for steps in (1, 2):  # in the fading, and behind it
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            uptrain(fading, tmp_path / "cut", replace(settings, checkpoint_steps=1), progress=Plug(steps))
+    cut = load_file(uptrain(fading, tmp_path / "cut", settings) / "model.safetensors")
+    whole = load_file(trained.path / "model.safetensors")
+    assert cut.keys() == whole.keys()
+    assert all(torch.equal(cut[name], whole[name]) for name in cut)
 
 
 def test_repair_stands_in_for_what_is_gone(tiny_checkpoint: Make, tmp_path: Path) -> None:

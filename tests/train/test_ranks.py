@@ -41,6 +41,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "state": ("llama", {}, "supra", {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1}, {}),
     "compiled": ("llama", {}, "gqa", {"kv_heads": 1}, {"compile": True}),
     "fused": ("qwen2", {}, "dha", {"kv_heads": 2, "search": 0.25, "fusion": 0.5}, {}),
+    "fading": ("t5", {}, "fido", {"cross_every": 2, "fade": 0.5}, {}),
     "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
     "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),
     "t5 latent": ("t5", {}, "crosslatent", {"cross_latent_dim": 12}, {"data": "pairs"}),

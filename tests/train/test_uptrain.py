@@ -36,6 +36,7 @@ from kvfold.train.settings import rate
 from kvfold.train.stages import parse_loss, parse_stages
 from kvfold.train.state import State
 from kvfold.train.uptrain import UptrainSettings, uptrain
+from plug import Plug
 
 STEPS = 6
 SMALL: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "tokens": STEPS * 64, "log_every": 1}
@@ -250,7 +251,7 @@ def test_a_method_has_its_own_stages_rates_and_ends(
     assert penalties[5] > 1.5 * penalties[4]
 
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        uptrain(student, tmp_path / "cut", dataclasses.replace(settings, checkpoint_steps=1), progress=_Cut(5))
+        uptrain(student, tmp_path / "cut", dataclasses.replace(settings, checkpoint_steps=1), progress=Plug(5))
     cut = uptrain(student, tmp_path / "cut", settings)
     assert _weights(cut) == _weights(whole), "an end is passed again, and the weights come from the state"
     step = json.loads((cut / "kvfold.json").read_text())["steps"][-1]
@@ -260,28 +261,13 @@ def test_a_method_has_its_own_stages_rates_and_ends(
 # --- continuing ----------------------------------------------------------------------------------------------------
 
 
-class _Cut(Silent):
-    """Pull the plug after a number of steps."""
-
-    def __init__(self, steps: int, how: Callable[[], None] | None = None) -> None:
-        self.left, self.how = steps, how
-
-    def advance(self, amount: float, note: str = "") -> None:
-        self.left -= note.startswith("loss")
-        if self.left == 0:
-            self.left = -1
-            if self.how is None:
-                raise RuntimeError("pulled the plug")
-            self.how()
-
-
 @pytest.mark.slow
 def test_a_run_that_broke_off_ends_as_if_it_had_not(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, loss="kl+ce", learning_rate=3e-3, checkpoint_steps=2)
     whole = uptrain(student, tmp_path / "whole", settings)
     for steps in (1, 3, 3):  # before the first state, after the second step's, after the fourth's
         with pytest.raises(RuntimeError, match="pulled the plug"):
-            uptrain(student, tmp_path / "cut", settings, progress=_Cut(steps))
+            uptrain(student, tmp_path / "cut", settings, progress=Plug(steps))
     done = State(tmp_path / "cut.partial").position()
     assert done is not None
     assert done.step == 4
@@ -297,7 +283,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(student: Path, text: Path, t
 def test_a_signal_saves_the_last_step(student: Path, text: Path, tmp_path: Path, kind: signal.Signals) -> None:
     settings, before = _settings(text), signal.getsignal(kind)
     with pytest.raises(Interrupted, match=r"stopped at step 3.*the same command continues") as caught:
-        uptrain(student, tmp_path / "out", settings, progress=_Cut(3, lambda: os.kill(os.getpid(), kind)))
+        uptrain(student, tmp_path / "out", settings, progress=Plug(3, lambda: os.kill(os.getpid(), kind)))
     assert caught.value.exit_code == 130
     assert signal.getsignal(kind) is before
     again = uptrain(student, tmp_path / "out", settings)
@@ -606,7 +592,7 @@ def test_a_pretraining_that_broke_off_ends_as_if_it_had_not(text: Path, tmp_path
     settings = PretrainSettings(**{"data": str(text), **SMALL, "checkpoint_steps": 2})
     whole = pretrain(_config(), tmp_path / "whole", settings)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        pretrain(_config(), tmp_path / "cut", settings, progress=_Cut(3))
+        pretrain(_config(), tmp_path / "cut", settings, progress=Plug(3))
     assert _weights(pretrain(_config(), tmp_path / "cut", settings)) == _weights(whole)
 
 
