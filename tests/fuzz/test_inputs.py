@@ -153,7 +153,7 @@ def _nothing_long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def stop_stages(replace: Callable[[object, str, Any], None]) -> None:
     """Replace every stage that reads weights by a stop, and the measurement of this machine."""
     for name, where in kvfold._WHERE.items():
-        if name in ("convert", "uptrain", "evaluate", "bench", "export"):
+        if name in ("inspect", "convert", "uptrain", "evaluate", "bench", "compare", "cloze", "export"):
             replace(importlib.import_module(where), name, _stop)
     for name in ("_plans", "pretrain", "uptrain", "evaluate", "bench", "convert"):
         replace(importlib.import_module("kvfold.run.runner"), name, _stop)
@@ -319,6 +319,9 @@ _USUAL = {
     "uptrain": ["SRC", "DST", "--data", "stdlib", "--tokens", "1M"],
     "evaluate": ["SRC", "--data", "stdlib"],
     "bench": ["SRC", "SRC"],
+    "inspect": ["SRC", "--data", "stdlib"],
+    "compare": ["SRC", "SRC", "--data", "stdlib"],
+    "cloze": ["stdlib", "DST"],
     "report": ["DST"],
     "fetch": ["smollm2"],
     "serve-check": ["SRC", "--engine", "ctranslate2"],

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from examples import CORE, example, read
@@ -25,7 +24,7 @@ from kvfold.contracts.method import Method, Student
 from kvfold.contracts.per_layer import PerSite, spelled
 from kvfold.contracts.requests import Answers, AttentionGram, CrossGram, HeadKL, InputGram, QueryGram, Request
 from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import Learner, Stage
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
@@ -513,12 +512,12 @@ class Toy(Method[ToyConfig]):
             Stage("mend", 0.5, {"ce": 0.5, "kl": 0.5}, finish="merge"),
         )
 
-    def end(self, finish: str, student: nn.Module, config: ToyConfig) -> None:
+    def end(self, finish: str, student: Learner, config: ToyConfig) -> None:
         """Leave a mark that no training would: the last norm's first weight."""
         assert config.lean != "auto"
-        self.ended[finish] = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
+        self.ended[finish] = {name: tensor.detach().clone() for name, tensor in student.model.named_parameters()}
         with torch.no_grad():
-            student.get_parameter("model.norm.weight")[0] = 7.0 if finish == "fuse" else 9.0
+            student.model.get_parameter("model.norm.weight")[0] = 7.0 if finish == "fuse" else 9.0
 
     def lossless(self, shape: Shape) -> ToyConfig:
         return ToyConfig(kv_heads=4)

@@ -47,10 +47,9 @@ def _memory(rank: Rank) -> RankMemory:
 def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
     config = {**WIDE, "num_key_value_heads": 2}
     model: Any = hf.build(config, seed=0, attention=hf.ATTENTION)
-    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
     if bf16:  # as FSDP2 gathers the parameters of blocks
         model.base_model.layers.to(torch.bfloat16)
-        weights |= {each.untyped_storage().data_ptr() for each in model.parameters()}
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
 
