@@ -1,4 +1,4 @@
-"""Pages: every relative link leads somewhere, and every page is in the navigation of the site."""
+"""Pages and records: links lead somewhere, every page is in the navigation, and no record names a machine's path."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def paths(part: Any) -> Iterator[str]:
     else:
         for each in part.values() if isinstance(part, dict) else part:
             yield from paths(each)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_no_record_names_a_path_of_the_machine_that_made_it(path: Path) -> None:
+    found = re.findall(r'"(?:/|[A-Za-z]:\\\\)[^"]*"', path.read_text())
+    assert found == []
