@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from kernels import matmul, parser, random_decoder
+from kernels import decoding_step, matmul, parser, random_decoder
 from kvfold import hf
 from kvfold.attention.grouped import grouped_attention
 from kvfold.attention.latent import absorbed_attention
@@ -139,17 +139,7 @@ class Layer:
 
     def step(self, kernel: str) -> Callable[[], Tensor]:
         """Make ready to decode a token, each time the same."""
-        self.decoder.set_attn_implementation(kernel)
-        live = hf.fork(self.cache)
-
-        def work() -> Tensor:
-            with torch.inference_mode():
-                made = self.decoder(
-                    inputs_embeds=self.token, encoder_hidden_states=self.encoded, past_key_values=live, use_cache=True
-                )
-            return made.last_hidden_state  # type: ignore[no-any-return]
-
-        return work
+        return decoding_step(self.decoder, kernel, self.token, self.encoded, self.cache)
 
     def caches(self, kernel: Callable[..., Tensor]) -> Callable[[], Tensor]:
         """The attention over what is cached, without the layer's weights; `kernel` is that of heads."""

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from kernels import parser, random_decoder
+from kernels import decoding_step, parser, random_decoder
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.site import DTYPE_BYTES, Shape
@@ -110,17 +110,7 @@ class Reader:
 
     def step(self, kernel: str) -> Callable[[], Tensor]:
         """Make ready to decode a token, each time the same."""
-        self.decoder.set_attn_implementation(kernel)
-        live = hf.fork(self.cache)
-
-        def work() -> Tensor:
-            with torch.inference_mode():
-                made = self.decoder(
-                    inputs_embeds=self.token, encoder_hidden_states=self.encoded, past_key_values=live, use_cache=True
-                )
-            return made.last_hidden_state  # type: ignore[no-any-return]
-
-        return work
+        return decoding_step(self.decoder, kernel, self.token, self.encoded, self.cache)
 
     def head(self) -> Callable[[], Tensor]:
         """The product with the output matrix, here the embedding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,3 +44,16 @@ def random_decoder(config: Mapping[str, Any], dtype: str, first: Any = None) -> 
             spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 1.0
             weight.data.copy_(torch.randn(weight.shape, generator=draw) * spread)
     return decoder
+
+
+def decoding_step(decoder: Any, kernel: str, token: Tensor, encoded: Tensor, cache: Any) -> Callable[[], Tensor]:
+    """Make ready to decode a token with this kernel, into a fork of the cache: each time the same."""
+    decoder.set_attn_implementation(kernel)
+    live = hf.fork(cache)
+
+    def work() -> Tensor:
+        with torch.inference_mode():
+            made = decoder(inputs_embeds=token, encoder_hidden_states=encoded, past_key_values=live, use_cache=True)
+        return made.last_hidden_state  # type: ignore[no-any-return]
+
+    return work

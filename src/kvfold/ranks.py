@@ -253,6 +253,12 @@ def spread(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def whole(tensor: Any) -> Tensor:
+    """The whole of a tensor that may be sharded over ranks, with its gradient, on every rank: all ranks call it."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
 def solved(
     solve: Callable[[Callable[[Tensor], Tensor]], Tensor], apply: Callable[[Tensor], Tensor], like: Tensor
 ) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kvfold.ranks import whole
+
 
 class FusedHeads(nn.Module):
     """A linear map of heads in place of a plain one, whose weight and bias it takes over under the same names.
@@ -71,30 +73,30 @@ class FusedHeads(nn.Module):
 
     def distances(self) -> Tensor:
         """The fusion loss of each pair of heads, `(G, G)`: `1/G sum_j (omega_hj - omega_h'j)^2`, a mean over E."""
-        flat_GX = self._omega(_whole(self.fusion)).detach().double().flatten(1)
+        flat_GX = self._omega(whole(self.fusion)).detach().double().flatten(1)
         return torch.cdist(flat_GX, flat_GX).square() / flat_GX.shape[1]
 
     def spread(self) -> Tensor:
         """How far the weights of a group's heads are apart, with a gradient: their fusion loss, 1 at the identity."""
-        omega_GGE = self._omega(_whole(self.fusion))
+        omega_GGE = self._omega(whole(self.fusion))
         start = (1 - 1 / self._together().sum(1)).sum() * omega_GGE.shape[-1]
         return (omega_GGE - self._mean(omega_GGE)).square().sum() / start.clamp_min(1)
 
     def constraint(self, threshold: float) -> Tensor:
         """The term `multiplier * max(spread - threshold, 0)`, whose descent is an ascent for the multiplier."""
-        excess, multiplier = (self.spread() - threshold).clamp_min(0), _whole(self.multiplier).sum()
+        excess, multiplier = (self.spread() - threshold).clamp_min(0), whole(self.multiplier).sum()
         return multiplier.detach() * excess + (multiplier.detach() - multiplier) * excess.detach()
 
     @torch.no_grad()
     def hand_over(self) -> None:
         """Make the first head of each group the mean of its fused heads, and let the others copy it."""
-        fusion_GGE = self._omega(_whole(self.fusion))
+        fusion_GGE = self._omega(whole(self.fusion))
         copies_GGE = torch.zeros_like(fusion_GGE)
         self.apart.fill_(1.0)
         for heads in self.groups():
             fusion_GGE[heads[0]] = fusion_GGE[heads].mean(0)
             copies_GGE[heads, heads[0]] = 1
-        weight, bias = _mixed(_whole(self.weight), None if self.bias is None else _whole(self.bias), fusion_GGE)
+        weight, bias = _mixed(whole(self.weight), None if self.bias is None else whole(self.bias), fusion_GGE)
         _put(self.weight, weight)
         if self.bias is not None and bias is not None:
             _put(self.bias, bias)
@@ -113,12 +115,6 @@ def _mixed(weight: Tensor, bias: Tensor | None, fusion_GGE: Tensor) -> tuple[Ten
         fused_GED = torch.einsum("hje,jed->hed", fusion_GGE, weight.view(heads, width, -1))
         moved = None if bias is None else torch.einsum("hje,je->he", fusion_GGE, bias.view(heads, width)).flatten()
     return fused_GED.flatten(0, 1), moved
-
-
-def _whole(tensor: Any) -> Tensor:
-    """The whole of a tensor that may be sharded over ranks, with its gradient."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
 
 
 def _put(parameter: Any, value: Tensor) -> None:

@@ -29,7 +29,7 @@ POLL = 0.05  # seconds between two looks at the processes
 
 
 class Ended(Exception):
-    """The ranks have ended, and have said why."""
+    """The ranks have ended, and have reported why."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -146,7 +146,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signalled: Callable[[], 
         waited = patient_until is not None and time.monotonic() > patient_until
         if signalled() and failed and (0 in ended or waited):
             if ended.get(0) == Interrupted.exit_code:
-                raise Ended(Interrupted.exit_code)  # rank 0 has said it
+                raise Ended(Interrupted.exit_code)  # rank 0 has reported it
             raise Interrupted("stopped", where=f"rank {min(failed)}", next="the same command continues")
         if failed and not signalled() and (causes or waited):
             _raise(*min((causes or failed).items()))

@@ -39,7 +39,7 @@ from kvfold.machine import best_device, device_memory
 from kvfold.progress import SILENT, Progress, task
 from kvfold.report.comparison import ROW, TIMES
 from kvfold.report.folder import Run
-from kvfold.report.page import check_page, write_page
+from kvfold.report.page import check_page, render, write_page
 from kvfold.settings import differing
 from kvfold.text.pairs import check_text
 from kvfold.text.tokens import token_file
@@ -91,7 +91,7 @@ def compare(
     work = _Work(teacher, settings, tests, records, name, overwrite, progress)
     made = [work.row(each) for each in rows]
     made = [work.times(list(zip(rows, made, strict=True))), *made]
-    write_page(Run(out, tuple(made), (), {}, None), out / PAGE)
+    write_page(lambda: render(Run(out, tuple(made), (), {}, None)), out / PAGE)
     return made
 
 

@@ -215,8 +215,8 @@ class Fields:
 
     def check_alias(self, alias: str, name: str) -> None:
         """Raise UnsupportedModel if two names of one field have different values: transformers takes the last."""
-        said, own = self.config.get(alias), self.config.get(name)
-        if alias in self.config and (type(said) is not type(own) or said != own):
+        stated, own = self.config.get(alias), self.config.get(name)
+        if alias in self.config and (type(stated) is not type(own) or stated != own):
             raise self.refusal(
                 f"{alias} is another name of {name} and has another value",
                 got=repr(self.config[alias]),
@@ -245,8 +245,8 @@ def check_names(fields: Fields) -> None:
 
 
 def _labels(fields: Fields) -> int:
-    said = fields.get("id2label")
-    return len(said) if said is not None else int(fields.get("num_labels", 2))
+    stated = fields.get("id2label")
+    return len(stated) if stated is not None else int(fields.get("num_labels", 2))
 
 
 def check_parts(fields: Fields, expected: Iterable[str] = ()) -> None:
@@ -326,8 +326,8 @@ def check_rope(fields: Fields, head_dim: int, rotated: float = 1.0, *, partial: 
     fields.check({key: _ROPE[key] for key in ("rope_theta", "original_max_position_embeddings")})
     fields.check({"partial_rotary_factor": part.or_null})
     rope.check({"partial_rotary_factor": part})
-    said = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", rotated))
-    head_dim = int(head_dim * said)
+    stated = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", rotated))
+    head_dim = int(head_dim * stated)
     for key, value in rope.config.items():
         if isinstance(value, dict):
             raise rope.refusal(f"{key} holds a rotation for one type of layer, and this architecture has one for all")

@@ -53,8 +53,8 @@ def read_kinds(config: Json, sites: Sites) -> Sites:
     """The inverse: the sites of a decoder with what these fields say. Raises UnsupportedModel."""
     found = _read_crossing(config, sites)
     for kind, name in _names(str(config["model_type"])).items():
-        said, those = config.get(name), [site for site in found if site.kind == kind]
-        counts = said if isinstance(said, list) else [said] * len(those)
+        stated, those = config.get(name), [site for site in found if site.kind == kind]
+        counts = stated if isinstance(stated, list) else [stated] * len(those)
         if len(counts) != len(those):
             raise UnsupportedModel(f"config.json: {name} has {len(counts)} numbers for {len(those)} decoder layers")
         for site, count in zip(those, counts, strict=True):
@@ -81,10 +81,10 @@ def _read_crossing(config: Json, sites: Sites) -> Sites:
     """The sites without the cross-attentions that a student does not have; those that fade are marked."""
     layers = sum(site.kind == "cross" for site in sites)
     for name in (CROSSING, FADING):
-        said = config.get(name)
-        if said is not None and not (said and said == sorted({each for each in said if 0 <= each < layers})):
+        stated = config.get(name)
+        if stated is not None and not (stated and stated == sorted({each for each in stated if 0 <= each < layers})):
             raise UnsupportedModel(
-                f"config.json: {name} must name layers in ascending order", got=said, allowed=f"0 to {layers - 1}"
+                f"config.json: {name} must name layers in ascending order", got=stated, allowed=f"0 to {layers - 1}"
             )
     kept, fading = config.get(CROSSING), config.get(FADING) or ()
     return {

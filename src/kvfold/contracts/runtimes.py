@@ -180,11 +180,11 @@ def _read_layers(config: Json, sites: Sites) -> Sites:
             )
         Fields(changes, part=f"{PER_LAYER}.{layer}.").check({HEADS: WIDTH.needed})
         found[Site(int(layer))] = replace(found[Site(int(layer))], num_key_value_heads=changes[HEADS])
-    said = list(range(len(sites))) if config.get(SOURCES) is None else config[SOURCES]
-    if len(said) != len(sites):
-        raise UnsupportedModel(f"config.json: {SOURCES} must name a layer for each of {len(sites)}", got=repr(said))
-    for layer, source in enumerate(said):
-        if not 0 <= source <= layer or said[source] != source:
+    stated = list(range(len(sites))) if config.get(SOURCES) is None else config[SOURCES]
+    if len(stated) != len(sites):
+        raise UnsupportedModel(f"config.json: {SOURCES} must name a layer for each of {len(sites)}", got=repr(stated))
+    for layer, source in enumerate(stated):
+        if not 0 <= source <= layer or stated[source] != source:
             raise UnsupportedModel(f"config.json: layer {layer} cannot read keys and values of layer {source}")
         mine, theirs = found[Site(layer)], found[Site(source)]
         if (mine.num_key_value_heads, mine.window) != (theirs.num_key_value_heads, theirs.window):
@@ -193,7 +193,7 @@ def _read_layers(config: Json, sites: Sites) -> Sites:
                 "and differs from it in key/value heads or window"
             )
     return {
-        site: replace(attention, source=None if said[site.layer] == site.layer else said[site.layer])
+        site: replace(attention, source=None if stated[site.layer] == site.layer else stated[site.layer])
         for site, attention in found.items()
     }
 
@@ -256,17 +256,17 @@ def _linear_fields(shape: Shape) -> dict[str, Any]:
 
 
 def _read_linear(config: Json, sites: Sites) -> Sites:
-    said = Fields(config).inside(SETTINGS)
-    said.check(_LINEAR_FIELDS)
-    if other := sorted(set(said.config) - set(_LINEAR_FIELDS)):
-        raise said.refusal(f"{other[0]} is not known", allowed=", ".join(_LINEAR_FIELDS))
-    linear, kinds = Linear(**said.config), config.get(TYPES) or [LINEAR_LAYER] * len(sites)
+    stated = Fields(config).inside(SETTINGS)
+    stated.check(_LINEAR_FIELDS)
+    if other := sorted(set(stated.config) - set(_LINEAR_FIELDS)):
+        raise stated.refusal(f"{other[0]} is not known", allowed=", ".join(_LINEAR_FIELDS))
+    linear, kinds = Linear(**stated.config), config.get(TYPES) or [LINEAR_LAYER] * len(sites)
     if any(attention.window is not None for attention in sites.values()):
         raise UnsupportedModel(
             "config.json: sliding_window bounds the cache of layers that are linear", next="set it to null"
         )
     if problem := _contradiction(linear, next(iter(sites.values())).head_dim):
-        raise said.refusal(problem)
+        raise stated.refusal(problem)
     return {
         site: with_linear(attention, linear) if kinds[site.layer] == LINEAR_LAYER else attention
         for site, attention in sites.items()

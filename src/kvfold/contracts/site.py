@@ -205,6 +205,11 @@ class Shape:
         more = sum(attention.parameters - self.sites[site].parameters for site, attention in changed.items())
         return replace(self, sites={**self.sites, **changed}, parameters=self.parameters + more)
 
+    def with_heads(self, heads: Mapping[Site, int]) -> Shape:
+        """The same model with these numbers of key/value heads."""
+        changed = {site: replace(self.sites[site], num_key_value_heads=count) for site, count in heads.items()}
+        return self.with_sites(changed)
+
     def without(self, removed: Collection[Site]) -> Shape:
         """The same model without these attentions and the norms of their branches."""
         fewer = sum(self.sites[site].parameters + self.sites[site].beside for site in removed)

@@ -39,6 +39,6 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": f"vLLM {vllm.__version__}, transformers {importlib.metadata.version('transformers')}",
         "answers": [list(each.token_ids) for each in made],
-        "logits": [[[[n, said.logprob] for n, said in step.items()] for step in each.logprobs] for each in made],
+        "logits": [[[[n, stated.logprob] for n, stated in step.items()] for step in each.logprobs] for each in made],
         "cache_bytes_per_token": sum(engine.collective_rpc(allocated)) / tokens,
     }

@@ -48,8 +48,8 @@ _QUANTISED = ("quantization_config", "compression_config", "quant_config", "quan
 def _quantised(config: Json) -> str | None:
     """How the weights are quantised, also those of nested configs; None if they are not."""
     for name in _QUANTISED:
-        if said := config.get(name):
-            kind = said.get("quant_method") or said.get("quant_type") if isinstance(said, Mapping) else said
+        if stated := config.get(name):
+            kind = stated.get("quant_method") or stated.get("quant_type") if isinstance(stated, Mapping) else stated
             return kind if isinstance(kind, str) else f"by its {name}"
     parts = (each for each in config.values() if isinstance(each, Mapping))
     return next((kind for each in parts if (kind := _quantised(each))), None)

@@ -51,10 +51,10 @@ def check_experts(fields: Fields, default: int, chosen: int) -> None:
     The defaults are those of the architecture, for all experts and for the chosen ones.
     """
     fields.check(dict.fromkeys(NAMES, EXPERTS))
-    said = {name: fields.config[name] for name in NAMES if name in fields.config}
-    if len(set(said.values())) > 1:
+    stated = {name: fields.config[name] for name in NAMES if name in fields.config}
+    if len(set(stated.values())) > 1:
         raise fields.refusal(
-            f"{' and '.join(said)} are names of one number and differ", got=str(said), next="remove all but one"
+            f"{' and '.join(stated)} are names of one number and differ", got=str(stated), next="remove all but one"
         )
     most, few = experts_of(fields.config, default), fields.config.get("num_experts_per_tok", chosen)
     if few > most:

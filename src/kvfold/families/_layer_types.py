@@ -42,10 +42,10 @@ def check_rotations(fields: Fields) -> None:
     """Refuse `rope_parameters` that are not one mapping for each type of layer, with UnsupportedModel."""
     thetas = ("rope_theta", "rope_local_base_freq")
     fields.check({"rope_parameters": _MAPPING, "rope_scaling": _MAPPING, **dict.fromkeys(thetas, number(1, 1e15))})
-    said = Fields(fields.get("rope_parameters", {}), fields.where, f"{fields.part}rope_parameters.")
-    if other := sorted(said.config.keys() - set(KINDS)):
-        raise said.refusal(f"{other[0]} is not a type of layer", allowed=", ".join(KINDS))
-    said.check(dict.fromkeys(KINDS, _MAPPING))
+    stated = Fields(fields.get("rope_parameters", {}), fields.where, f"{fields.part}rope_parameters.")
+    if other := sorted(stated.config.keys() - set(KINDS)):
+        raise stated.refusal(f"{other[0]} is not a type of layer", allowed=", ".join(KINDS))
+    stated.check(dict.fromkeys(KINDS, _MAPPING))
 
 
 def rotations_of(config: Json, types: Sequence[str], full: float, sliding: float, older: str = "") -> dict[str, Any]:
@@ -55,13 +55,13 @@ def rotations_of(config: Json, types: Sequence[str], full: float, sliding: float
     and a field named `older` for the base of the others. `full` and `sliding` are the bases where config.json is
     silent.
     """
-    said = config.get("rope_parameters") or {}
+    stated = config.get("rope_parameters") or {}
     whole = {
         "rope_theta": config.get("rope_theta", full),
-        **(said.get(FULL) or {}),
+        **(stated.get(FULL) or {}),
         **(config.get("rope_scaling") or {}),
     }
-    near = {"rope_theta": config.get(older, sliding), **(said.get(SLIDING) or {})}
+    near = {"rope_theta": config.get(older, sliding), **(stated.get(SLIDING) or {})}
     fields = {
         kind: {"rope_parameters": each, "rope_scaling": None, "rope_theta": each["rope_theta"]}
         for kind, each in ((FULL, whole), (SLIDING, near))

@@ -34,9 +34,9 @@ def check_siglip(fields: Fields) -> None:
 
 def siglip_parameters(config: Json) -> int:
     """The parameters of the vision model."""
-    said = {**_STATED, **config}
-    width, inner, patch = (int(said[name]) for name in ("hidden_size", "intermediate_size", "patch_size"))
-    patches = (said["image_size"] // patch) ** 2
-    embeddings = said["num_channels"] * patch**2 * width + width + patches * width
+    stated = {**_STATED, **config}
+    width, inner, patch = (int(stated[name]) for name in ("hidden_size", "intermediate_size", "patch_size"))
+    patches = (stated["image_size"] // patch) ** 2
+    embeddings = stated["num_channels"] * patch**2 * width + width + patches * width
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width  # attention, MLP, LayerNorms
-    return int(embeddings + said["num_hidden_layers"] * layer + 2 * width)
+    return int(embeddings + stated["num_hidden_layers"] * layer + 2 * width)

@@ -72,8 +72,8 @@ def _adopt(config: Json) -> dict[str, Any]:
                 f"{name}: stock deepseek_v3 has no biases in its MLP", got=True, next="choose elitekv"
             )
     silent = {"max_position_embeddings": 2048, **_SILENT[config["model_type"]]}
-    said = {name: config[name] for name in _SAME if name in config}
-    return silent | {name: value for name, value in said.items() if value is not None or name in _ENDS}
+    stated = {name: config[name] for name in _SAME if name in config}
+    return silent | {name: value for name, value in stated.items() if value is not None or name in _ENDS}
 
 
 FAMILY = decoder(

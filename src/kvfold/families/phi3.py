@@ -18,8 +18,8 @@ _QKV, _GATED = Packed("qkv_proj.weight"), Packed("mlp.gate_up_proj.weight", ("ga
 def _check(fields: Fields) -> None:
     """Refuse rotations that transformers' class refuses, and `yarn`, which it reads as `longrope`."""
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    said = fields.get(name, {})
-    kind = said.get("rope_type", said.get("type", "default")) if isinstance(said, Mapping) else "default"
+    stated = fields.get(name, {})
+    kind = stated.get("rope_type", stated.get("type", "default")) if isinstance(stated, Mapping) else "default"
     if kind not in ("default", "longrope", "su"):  # the last has a remedy of its own
         raise fields.refusal(f"{name}.rope_type is not one of this architecture", got=kind, allowed="default, longrope")
 

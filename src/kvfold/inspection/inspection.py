@@ -17,7 +17,6 @@ from kvfold.convert.conversion import settled
 from kvfold.convert.settings import ConvertSettings
 from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
-from kvfold.disk.output import disk_errors, replacing
 from kvfold.disk.record import Record
 from kvfold.errors import OutputError, SettingError
 from kvfold.inspection.heads import measured, questions
@@ -26,7 +25,7 @@ from kvfold.inspection.suggestion import fewest, recall_heads, suggested
 from kvfold.methods import gqa
 from kvfold.progress import SILENT, Progress
 from kvfold.report.inspection import KIND
-from kvfold.report.page import render_inspection
+from kvfold.report.page import check_page, render_inspection, write_page
 from kvfold.report.reading import record_fault
 from kvfold.settings import differing
 
@@ -74,6 +73,8 @@ def inspect(
     asked = {**asdict(settings), **compared}
     path = record.path_of(folder, KIND, name, identity)
     record.check_replaceable(path)
+    page = Path(out) / path.with_suffix(".html").name
+    check_page(page)
     made = None if overwrite else record.existing(path, hashes, asked)
     if made is None:
         metrics = _measured(source, calibration, settings, progress)
@@ -84,11 +85,7 @@ def inspect(
         if fault := record_fault(made):
             raise OutputError(f"the record there is damaged: {fault}", where=path, next="add --overwrite")
         progress.say(f"{path}: inspected already")
-    page = Path(out) / path.with_suffix(".html").name
-    with disk_errors(page):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(page) as sibling:
-            sibling.write_text(render_inspection(made), encoding="utf-8")
+    write_page(lambda: render_inspection(made), page)
     progress.say(f"page: {page}")
     return made
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvfold.contracts.per_layer import PerSite
-from kvfold.contracts.requests import Answers, FoldedKL, FoldedRecall
+from kvfold.contracts.requests import Answers, FoldedRecall
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Shape
+from kvfold.methods.gqa import COSTS
 from kvfold.solve import budget as budgets
 
 NAMED = 5  # heads that are named as those that copy
 COPIES = 0.1  # nats: a head or a fold that raises the loss of copying by less is not named
 STEPS = 16  # halvings of the budget of a mix
-BOTH: Sequence[budgets.Cost] = (FoldedKL, FoldedRecall)
+BOTH = COSTS["both"]
 
 
 def suggested(shape: Shape, answers: Answers, loss: float) -> dict[str, Any]:

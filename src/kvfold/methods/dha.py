@@ -26,7 +26,7 @@ where tokens are few (docs/methods/dha.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
@@ -36,7 +36,7 @@ from kvfold.contracts.per_layer import PerSite
 from kvfold.contracts.requests import Answers, AttentionGram, InputGram, QueryGram, Question
 from kvfold.contracts.runtimes import SEPARATE
 from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
-from kvfold.contracts.stages import Learner, Stage
+from kvfold.contracts.stages import GUIDED, Learner, Stage
 from kvfold.errors import SettingError, choices
 from kvfold.settings import check_range, setting
 from kvfold.solve import budget as budgets
@@ -53,7 +53,6 @@ LIMITS: Sequence[Limit] = (
 )
 WARM = 0.7  # share of the fusion stage in which the threshold of the spread falls to 0
 STEEP = 10.0  # learning rate of the multipliers, as a multiple of that of the weights
-LOSSES: Mapping[str, float] = {"kl": 1.0, "ce": 0.3}
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class DHA(Method[Config]):
 
     def final(self, config: Config, shape: Shape) -> Shape:
         """The model with fewer key/value heads. For `auto`: the budget spread evenly over layers."""
-        return _folded(shape, _heads(config, shape))
+        return shape.with_heads(_heads(config, shape))
 
     def stages(self, config: Config) -> Sequence[Stage]:
         """Search, for plain heads; fusion; and training of plain heads."""
@@ -168,9 +167,9 @@ class DHA(Method[Config]):
         rates = {"fusion": config.fusion_rate, "multiplier": STEEP * config.fusion_rate}
         last = 1 - search - config.fusion
         stages = (
-            Stage("search", search, LOSSES, trainable=("fusion",), rates=rates, finish="search"),
-            Stage("fusion", config.fusion, LOSSES, rates=rates, scheduled=True, finish="fusion"),
-            Stage("after", last, LOSSES, rates=dict.fromkeys(rates, 0.0)),
+            Stage("search", search, GUIDED, trainable=("fusion",), rates=rates, finish="search"),
+            Stage("fusion", config.fusion, GUIDED, rates=rates, scheduled=True, finish="fusion"),
+            Stage("after", last, GUIDED, rates=dict.fromkeys(rates, 0.0)),
         )
         return [stage for stage in stages if stage.share > 0 or stage.finish]
 
@@ -210,7 +209,7 @@ class DHA(Method[Config]):
         groups = {site: student.map(site, "k").groups() for site in student.shape.sites}
         counts = {site: len(heads) for site, heads in groups.items()}
         return Trained(
-            _folded(student.shape, counts),
+            student.shape.with_heads(counts),
             {site: _plain(student, site, heads) for site, heads in groups.items()},
             {
                 "kv_heads": PerSite.of(counts).spelled(),
@@ -225,15 +224,7 @@ def _all(shape: Shape) -> dict[Site, int]:
 
 def _heads(config: Config, shape: Shape) -> dict[Site, int]:
     """Heads to keep at each site. Of `auto`, before the search: as even as the budget allows."""
-    if config.kv_heads == AUTO:
-        return budgets.alike(config.budget or 1, shape)
-    return config.kv_heads.by_site(shape.cached_sites, "kv_heads", "dha")
-
-
-def _folded(shape: Shape, heads: Mapping[Site, int]) -> Shape:
-    return shape.with_sites(
-        {site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()}
-    )
+    return budgets.asked(config.kv_heads, config.budget, shape, where="dha")
 
 
 def _chosen(student: Learner, config: Config) -> dict[Site, Groups]:

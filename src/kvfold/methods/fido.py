@@ -12,7 +12,7 @@ many layers, those whose removal costs most: the KL to the teacher without one b
 
 Cached per encoder token: `2 G E` elements in each layer that keeps cross-attention, nothing in the others. Chain `gqa`
 or `crosslatent` behind it for fewer per layer. It is lossless at `cross_every 1`. Repair refits o of self-attention
-and the MLP of a layer to the teacher's residual stream behind the branch that is gone. What a branch said of the
+and the MLP of a layer to the teacher's residual stream behind the branch that is gone. What a branch added from the
 input is lost to its layer: quality comes back in uptraining. With `fade`, the student begins as the teacher itself, and
 a gate takes the branches from 1 to 0 in the first part of uptraining, which then removes them.
 """
@@ -27,8 +27,8 @@ from pydantic.dataclasses import dataclass
 
 from kvfold.contracts.method import Method, Student, Trained
 from kvfold.contracts.requests import Answers, ConvertedKL, Question
-from kvfold.contracts.site import Roles, Shape, Site, SiteTensors
-from kvfold.contracts.stages import Learner, Stage
+from kvfold.contracts.site import REPAIRABLE, Roles, Shape, Site, SiteTensors
+from kvfold.contracts.stages import GUIDED, Learner, Stage
 from kvfold.errors import SettingError
 from kvfold.settings import setting
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AUTO = "auto"
-REPAIRED = ("q", "o", "gate", "up", "down")
-LOSSES = {"kl": 1.0, "ce": 0.3}  # the default of uptraining with a teacher
 REMOVE = "remove the faded branches"
 
 
@@ -158,15 +156,15 @@ class FiDO(Method[Config]):
 
     def repairs(self, config: Config) -> Sequence[str]:
         """Everything, unless the student begins as the teacher."""
-        return () if config.fade else REPAIRED
+        return () if config.fade else REPAIRABLE
 
     def stages(self, config: Config) -> Sequence[Stage]:
         """With `fade`, a part in which the gate falls, and the rest without the branches."""
         if not config.fade:
             return ()
         return (
-            Stage("fade", config.fade, LOSSES, scheduled=True, finish=REMOVE),
-            Stage("sparse", 1 - config.fade, LOSSES),
+            Stage("fade", config.fade, GUIDED, scheduled=True, finish=REMOVE),
+            Stage("sparse", 1 - config.fade, GUIDED),
         )
 
     def during(self, stage: str, student: Learner, share: float, config: Config) -> Tensor | None:

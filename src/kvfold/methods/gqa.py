@@ -122,9 +122,7 @@ class Config:
 
 def heads_by_site(config: Config, shape: Shape) -> dict[Site, int]:
     """Heads to keep at each site that has a cache. Of `auto`, unmeasured: as even as the budget allows."""
-    if config.kv_heads == AUTO:
-        return budgets.alike(config.budget or 1, shape)
-    return config.kv_heads.by_site(shape.cached_sites, "kv_heads", "gqa")
+    return budgets.asked(config.kv_heads, config.budget, shape, where="gqa")
 
 
 class GQA(Method[Config]):
@@ -192,8 +190,7 @@ class GQA(Method[Config]):
     def student(self, config: Config, shape: Shape) -> Student:
         """The model with fewer key/value heads. For `auto`: the budget spread evenly over layers."""
         heads = heads_by_site(config, shape)
-        changed = {site: replace(shape.sites[site], num_key_value_heads=count) for site, count in heads.items()}
-        return Student(shape.with_sites(changed))
+        return Student(shape.with_heads(heads))
 
     def fold(self, group: Mapping[Site, SiteTensors], answers: Answers, config: Config) -> Folded:
         """Make each group one head, by weights or by moments; what each merged group lost, and which lost nothing.

@@ -80,20 +80,20 @@ def _folds_suggested(found: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _facts(record: Record) -> list[str]:
-    found, said = record.metrics, []
+    found, facts = record.metrics, []
     if "predicted" in found and not _folds_suggested(found):
-        said.append(_nothing(found["predicted"], record.settings["loss"]))
+        facts.append(_nothing(found["predicted"], record.settings["loss"]))
     if layers := found.get("copying"):
         it = "copies: fold it last" if len(layers) == 1 else "copy: fold them last"
-        said.append(f"{_layers(layers)} {it}.")
+        facts.append(f"{_layers(layers)} {it}.")
     if "recall_heads" in found:
         named = [f"{layer}.{head}" for layer, head, _ in found["recall_heads"]]
-        said.append(
+        facts.append(
             f"Heads that copy (layer.head): {', '.join(named)}."
             if named
             else "No head copies: without any one of them the loss of copying hardly rises."
         )
-    return [*said, *filter(None, [_same(record)])]
+    return [*facts, *filter(None, [_same(record)])]
 
 
 def commands(record: Record) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ def report(run_dir: str | Path, *, out: str | Path | None = None, progress: Prog
     out. Raises DataError if there is nothing to report, and OutputError if the page cannot be written.
     """
     run = collect(run_dir, progress)
-    page = write_page(run, Path(out) if out is not None else run.folder / "report.html")
+    page = write_page(lambda: render(run), Path(out) if out is not None else run.folder / "report.html")
     with disk_errors(page):
         write_cards(run)
     return page
 
 
-def write_page(run: Run, page: Path) -> Path:
-    """Write the page of a run and return its path. Raises OutputError if it cannot be written."""
+def write_page(rendered: Callable[[], str], page: Path) -> Path:
+    """Write a page and return its path. Raises OutputError, before it is rendered, if it cannot be written there."""
     check_page(page)
-    text = render(run)
+    text = rendered()
     with disk_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
         with replacing(page) as sibling:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kvfold.contracts.cache import root_elements
 from kvfold.contracts.per_layer import PerSite, divisors
@@ -79,6 +79,13 @@ def check_divides(kv_heads: PerSite, shape: Shape, *, where: str) -> None:
                 where=where,
                 next=f"choose {choices(divisors(have))}",
             )
+
+
+def asked(kv_heads: PerSite | Literal["auto"], budget: float | None, shape: Shape, *, where: str) -> Heads:
+    """The head counts that are asked for at each site that has a cache. Of `auto`, unmeasured: `alike`."""
+    if kv_heads == "auto":
+        return alike(budget or 1, shape)
+    return kv_heads.by_site(shape.cached_sites, "kv_heads", where)
 
 
 def alike(budget: float, shape: Shape) -> Heads:

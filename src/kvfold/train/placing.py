@@ -94,8 +94,10 @@ def compile_errors(compiled: bool) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        said = " ".join(str(error).split("\n\n")[0].split())
-        raise SettingError(f"torch.compile failed: {said}", where="compile", next="train without --compile") from error
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise SettingError(
+            f"torch.compile failed: {reason}", where="compile", next="train without --compile"
+        ) from error
 
 
 def place(
@@ -244,8 +246,3 @@ def shard(
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank: all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -41,7 +41,7 @@ from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
 from kvfold.text.tokens import TokenFile
 from kvfold.train import losses
 from kvfold.train.loop import Work, parameter_groups, train, train_into
-from kvfold.train.placing import blocks_of, place_fresh, whole
+from kvfold.train.placing import blocks_of, place_fresh
 from kvfold.train.settings import PretrainSettings
 
 END = "<|endoftext|>"  # token 0: between documents, and before the first
@@ -131,7 +131,7 @@ def _train(run: _Run, settings: PretrainSettings, work: Path, name: str, inputs:
     # state_dict of a T5 holds its one embedding three times
     tied = getattr(model, "all_tied_weights_keys", {})
     found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    state = {name: whole(tensor.detach()).cpu() for name, tensor in found.items()}
+    state = {name: ranks.whole(tensor.detach()).cpu() for name, tensor in found.items()}
     if not ranks.current().main:
         return
     shutil.copytree(run.tokenizer, work, dirs_exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvfold import methods
@@ -65,12 +65,14 @@ def check_shares(stages: Sequence[Stage]) -> None:
         raise SettingError("the shares of the stages do not add up to 1", where="uptrain", got=f"{total:g}")
 
 
+def spelled_losses(losses: Mapping[str, float]) -> str:
+    """A sum of losses as the setting `loss` spells it."""
+    return "+".join(f"{'' if weight == 1 else f'{weight:g}'}{name}" for name, weight in losses.items())
+
+
 def formula(stages: Sequence[Stage]) -> str:
     """The losses of stages as the setting `loss` or `stages` spells them."""
-    formulas = [
-        "+".join(f"{'' if weight == 1 else f'{weight:g}'}{name}" for name, weight in stage.losses.items())
-        for stage in stages
-    ]
+    formulas = [spelled_losses(stage.losses) for stage in stages]
     if len(stages) == 1:
         return formulas[0]
     return ",".join(f"{formula}:{stage.share:g}" for formula, stage in zip(formulas, stages, strict=True))
@@ -124,19 +126,22 @@ def learner(source: Checkpoint, model: nn.Module) -> Learner:
     return Learner(model, source.shape, source.family.tensor)
 
 
+def _own(source: Checkpoint) -> tuple[Method[Any], Any]:
+    """The method whose stages these are: only those of a method are scheduled or have a finish."""
+    made = method_of(source)
+    assert made is not None
+    return made
+
+
 def finish_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], None]:
     """The end of a stage: `Method.end` with this name."""
-    made = method_of(source)
-    assert made is not None  # only the stages of a method have a finish
-    method, config = made
+    method, config = _own(source)
     return lambda: method.end(name, learner(source, model), config)
 
 
 def schedule_of(source: Checkpoint, model: nn.Module, name: str) -> Schedule:
     """`Method.during` of the stage of this name, as a function of the share that is done."""
-    made = method_of(source)
-    assert made is not None  # only the stages of a method are scheduled
-    method, config = made
+    method, config = _own(source)
     return lambda share: method.during(name, learner(source, model), share, config)
 
 

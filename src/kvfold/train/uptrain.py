@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvfold import hf, ranks
 from kvfold.contracts.method import Student, Trained
-from kvfold.contracts.stages import Stage
+from kvfold.contracts.stages import GUIDED, Stage
 from kvfold.disk.checkpoint import Checkpoint, save_model, save_tensors
 from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
@@ -35,7 +35,7 @@ from kvfold.text.tokens import TokenFile
 from kvfold.train import losses as objectives
 from kvfold.train.levels import Start, check_levels, lower_level
 from kvfold.train.loop import Objective, Work, parameter_groups, train, train_into
-from kvfold.train.placing import place, whole
+from kvfold.train.placing import place
 from kvfold.train.settings import UptrainSettings
 from kvfold.train.stages import (
     GUIDED_LOSSES,
@@ -51,10 +51,8 @@ from kvfold.train.stages import (
     parameters_of,
     rates_of,
     schedule_of,
+    spelled_losses,
 )
-
-GUIDED = "kl+0.3ce"  # the default with a teacher: better than either loss alone (docs/log.md)
-
 
 # --- the run -------------------------------------------------------------------------------------------------------
 
@@ -82,9 +80,10 @@ def uptrain(
     settings.pass_rows(ranks.current().world)
     check_text(settings.data, paired=source.family.encoder_decoder)
     amount = training_tokens(settings, source)
-    guide = _teacher(source, settings, teacher)
+    own = _stages(source, settings)
+    guide = _teacher(source, settings, own, teacher)
     check_apart(out, {"teacher": guide and guide.path})
-    stages = _stages(source, settings) or [settings.single("ce" if guide is None else GUIDED)]
+    stages = own or [settings.single("ce" if guide is None else spelled_losses(GUIDED))]
     check_shares(stages)
     if settings.data == "self":  # the teacher writes the text
         (guide or source).require_finite(progress)
@@ -241,9 +240,9 @@ def _stored(source: Checkpoint, model: nn.Module, kept: Collection[int]) -> Iter
         if id(tensor) in kept:
             found = {each: source.read(each) for each in source.forms(stored, tuple(tensor.shape)) if each in source}
             if stored in products:
-                found = {each: value.float() + products[stored](whole) for each, value in found.items()}
+                found = {each: value.float() + products[stored](ranks.whole) for each, value in found.items()}
         else:
-            found = source.as_stored({stored: whole(tensor.detach())})
+            found = source.as_stored({stored: ranks.whole(tensor.detach())})
         for each, value in found.items():
             if each not in written:  # a tied parameter has two names
                 written.add(each)
@@ -295,13 +294,14 @@ def _stages(source: Checkpoint, settings: UptrainSettings) -> list[Stage]:
     return [dataclasses.replace(stage, losses=asked[0].losses) if asked else stage for stage in own]
 
 
-def _teacher(source: Checkpoint, settings: UptrainSettings, given: str | Path | None) -> Checkpoint | None:
+def _teacher(
+    source: Checkpoint, settings: UptrainSettings, asked: Sequence[Stage], given: str | Path | None
+) -> Checkpoint | None:
     """The teacher: the one that is given, or the root of the lineage; None if nothing needs one.
 
     Raises SettingError if it is needed and there is none, or if its vocabulary differs; CheckpointError if the root
     of the lineage is not found.
     """
-    asked = _stages(source, settings)
     needed = needs_teacher(asked)
     if asked and not needed and settings.data != "self":
         return None
