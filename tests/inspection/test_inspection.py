@@ -110,6 +110,11 @@ def test_without_ablations_one_pass_remains(known: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert "most alike keys" in printed.out
     assert "inspected already" in printed.err
+    page_path = next(Path("inspection").glob("*.html"))
+    page_path.write_text("somebody else's")
+    assert run_command(["inspect", *arguments]) == 2
+    assert "was not written by kvfold" in capsys.readouterr().err
+    assert page_path.read_text() == "somebody else's"
     assert run_command(["inspect", *arguments, "--name", "other", "--records", "run"]) == 0
     assert advice(record.read_all("run")[0])
     assert "other" in report("run").read_text()
