@@ -151,7 +151,7 @@ def _backends() -> str:
     """gloo for tensors of the CPU, and nccl for those of GPUs."""
     import torch
 
-    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "cpu:gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
 
 
 @contextmanager

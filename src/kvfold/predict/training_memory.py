@@ -191,8 +191,12 @@ def remedies(rank: Rank) -> Iterator[tuple[str, Rank]]:
         *((f"--gpus {count}", {"gpus": count}) for count in (2**n for n in range(1, 11))),
     ):
         made = replace(rank, **changes)  # type: ignore[arg-type]
-        known = (made.gpus < rank.gpus, rank.checkpointing == "block" and "selective" in flag)
-        if made == rank or any(known) or (rank.offload in PARAMETERS and made.offload == "activations"):
+        less = (  # than there is already
+            made.gpus < rank.gpus,
+            rank.checkpointing == "block" and made.checkpointing == "selective",
+            rank.offload in PARAMETERS and made.offload == "activations",
+        )
+        if made == rank or any(less):
             continue
         rank, name = made, flag.split()[0]
         flags = [each for each in flags if each.split()[0] != name] + [flag]
@@ -212,18 +216,19 @@ def _memory(student: _Model, teacher: _Model, rank: Rank) -> RankMemory:
     tables = 0 if rank.converted_only else 1
     theirs = teacher.frozen_bytes(own, tables, rank.bf16) if rank.kl else 0
     tokens = rank.rows * rank.length
-    several, offloaded = rank.gpus > 1 or rank.offload in PARAMETERS, rank.offload in PARAMETERS
+    offloaded = rank.offload in PARAMETERS
+    sharded = rank.gpus > 1 or offloaded
     root = (4 * student.root if not rank.converted_only else student.frozen_bytes(student.root, 1, rank.bf16)) + (
         teacher.frozen_bytes(teacher.root, 1, rank.bf16) if rank.kl and tables else 0
     )
     block = max(student.block, teacher.block if rank.kl else 0)
     copies = 2 * trained if rank.bf16 else 0  # of trained matrices, which autocast keeps in one process
-    gathered = root + 2 * product * block if several else copies
+    gathered = root + 2 * product * block if sharded else copies
     gathered += (root + 4 * block) // rank.gpus if offloaded else 0  # the rank's rows, before they are gathered
     # gradients of a block as products make them, and in fp32 where ranks sum them
     part = trained // shape.num_layers if rank.converted_only else student.block
-    summed = max((product + 4) * part, 0 if rank.converted_only else 8 * student.root) if several else 0
-    if several and rank.passes > 1 and 4 * trained < rank.device_bytes / ACCUMULATED:
+    summed = max((product + 4) * part, 0 if rank.converted_only else 8 * student.root) if sharded else 0
+    if sharded and rank.passes > 1 and 4 * trained < rank.device_bytes / ACCUMULATED:
         summed += 4 * trained
     whole = student.token_bytes(rank.bf16)
     moved = rank.offload in ACTIVATIONS

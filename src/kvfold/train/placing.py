@@ -239,16 +239,16 @@ def shard(
         reduce_dtype=torch.float32 if narrow else None,
         cast_forward_inputs=False,  # autocast does it
     )
-    apart = CPUOffloadPolicy(pin_memory=best_device() != "cpu") if settings.offload in PARAMETERS else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=best_device() != "cpu") if settings.offload in PARAMETERS else OffloadPolicy()
     shared, single, done = set(map(id, both)), set(map(id, alone)), set[int]()
     for block in blocks:
         common = [module for module in block.modules() if id(module) in shared - done]
         done |= set(map(id, common))
         if common:
-            fully_shard(common if len(common) > 1 else common[0], mesh=mesh, mp_policy=policy, offload_policy=apart)
+            fully_shard(common if len(common) > 1 else common[0], mesh=mesh, mp_policy=policy, offload_policy=offload)
         for module in (*(each for each in block.modules() if id(each) in single), block):
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=apart)
-    fully_shard(root, mesh=mesh, offload_policy=apart)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(root, mesh=mesh, offload_policy=offload)
 
 
 def local(tensor: Tensor) -> Tensor:
