@@ -98,7 +98,7 @@ class Training:
         """Rows of the plan's table."""
         fits = "no, whatever the flags" if self.fits_with is None else f"with {self.fits_with}"
         parts = {name: value for name, value in vars(self.memory).items() if name != "host"}
-        host = [("  and of the host, for each", "", size(self.memory.host))] if self.memory.host else []
+        host = [("  memory of the host, for each", "", size(self.memory.host))] if self.memory.host else []
         return [
             (f"uptraining on {self.gpus} x {device}, memory of each", "", size(self.memory_bytes)),
             *((f"  {name}", "", size(value)) for name, value in parts.items()),
