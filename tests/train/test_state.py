@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvfold.convert.conversion import convert
 from kvfold.errors import Interrupted, OutputError, TrainingError
 from kvfold.progress import Progress, Silent
 from kvfold.train import state as states
 from kvfold.train.loop import Work, parameter_groups, train
 from kvfold.train.settings import UptrainSettings
 from kvfold.train.state import Position, State
-from kvfold.train.uptrain import uptrain
 from plug import Plug
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -63,7 +59,9 @@ class Rows:
         return torch.full((1, 1), float(step))
 
 
-def _train(folder: Path, steps: int, every: int, progress: Progress, seen: list[Tensor], nan: int | None = None) -> None:
+def _train(
+    folder: Path, steps: int, every: int, progress: Progress, seen: list[Tensor], nan: int | None = None
+) -> None:
     """Train a vector towards the number of the step; `seen` gets its value before each. At step `nan`, the loss is."""
     model = nn.Module()
     weight = nn.Parameter(torch.zeros(3))
@@ -196,7 +194,9 @@ def test_a_full_disk_is_one_line_at_a_later_step(disk: Disk, tmp_path: Path, mon
     with pytest.raises(OutputError, match=r"the disk is full; free some space; the same command continues") as caught:
         _train(tmp_path, 9, 2, Plug(3, full), seen)
     assert str(tmp_path) in str(caught.value)
-    assert len(seen) in (5, 6), "the state of step 4 could not be written, and that of step 6 finds it out at the latest"
+    assert len(seen) in (5, 6), (
+        "the state of step 4 could not be written, and that of step 6 finds it out at the latest"
+    )
     assert _step(tmp_path) == 2
     assert torch.equal(_weight(tmp_path, "state-a"), seen[2])
     assert not list((tmp_path / "state-b").iterdir())
