@@ -287,8 +287,8 @@ def background() -> bool:
 class _Plan(HuggingFaceStorageWriter):
     """DCP's writer of safetensors without the writing: it keeps the offsets of what the plan gives to this rank.
 
-    DCP's own writer makes the bytes of the whole file in memory and holds Python's interpreter lock meanwhile, and
-    `async_save` runs its collectives in a thread.
+    DCP's own writer makes the bytes of the whole file in memory and holds Python's interpreter lock meanwhile: in a
+    thread, it would stop the training. `async_save` would also run collectives in that thread.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
