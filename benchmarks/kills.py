@@ -52,7 +52,7 @@ def made(folder: Path) -> list[str]:
 
 def command(words: list[str], log: Path) -> None:
     """Run the command as one of the ranks, with states in the background."""
-    state.background = lambda: True
+    state.background = lambda content: True
     with log.open("a") as lines:
         os.dup2(lines.fileno(), sys.stderr.fileno())
     sys.exit(run_command(words))

@@ -171,7 +171,7 @@ def test_wherever_the_machine_fails_a_command_ends_in_one_line(
 def test_a_training_whose_disk_was_full_goes_on_to_the_same_weights(
     tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, background: bool
 ) -> None:
-    monkeypatch.setattr(state, "background", lambda: background)
+    monkeypatch.setattr(state, "background", lambda content: background)
     teacher, settings = tiny_checkpoint(), UptrainSettings(data=str(text), **QUICK)
     token_file(text, teacher)  # the cache is warm: what is full is the disk of the run
     with (

@@ -227,7 +227,7 @@ from kvfold.train.uptrain import UptrainSettings, uptrain
 
 student, settings, ends, outs = arguments[0], UptrainSettings(**json.loads(arguments[1])), arguments[2], arguments[3:]
 write, files = state.save_file, []
-state.background = lambda: True
+state.background = lambda content: True
 
 def save_file(tensors, file, metadata):
     files.append(file)

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     made = Disk()
-    monkeypatch.setattr(states, "background", lambda: True)
+    monkeypatch.setattr(states, "background", lambda content: True)
     monkeypatch.setattr(states, "save_file", made.write)
     return made
 
@@ -85,6 +86,14 @@ def _step(folder: Path) -> int | None:
 def _weight(folder: Path, slot: str) -> Tensor:
     (file,) = (folder / slot).iterdir()
     return load_file(file)["weight"]
+
+
+def test_a_state_in_the_memory_of_the_host_is_not_copied() -> None:
+    """AdamW keeps the number of its steps there, whatever the device."""
+    here: Any = SimpleNamespace(device=torch.device("cpu"))
+    there: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert not states.background({"weight": here, "weight/step": here})
+    assert states.background({"weight": there, "weight/step": here})
 
 
 def test_training_goes_on_while_a_state_is_written(disk: Disk, tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def child(kind, step):
     if kind == "slot":
         state.save_file = torn(state.save_file, die)
     elif kind == "writing":
-        state.background = lambda: True
+        state.background = lambda content: True
         state.save_file = torn(state.save_file, lambda: time.sleep(600))
     elif kind == "marker":
         state.write_json = lambda path, value: die()

@@ -2,10 +2,10 @@
 
 They lie in a folder that others may have touched, so a damaged file is one clear error.
 
-On GPUs, training goes on while a state is written: between two steps it is copied into host memory, and a thread of
-each rank writes the copy. On CPUs, the step waits for the write. A copy would take 12 bytes for each trained parameter
-out of the memory that training uses, and the thread would take the cores that training uses. Two ranks that train the
-demo (3M parameters) wait for 0.2 s, once in five minutes.
+Training goes on while a state is written that lies on a GPU: between two steps it is copied into the memory of the
+host, and a thread of each rank writes the copy. If it lies in the memory of the host (on CPUs, or offloaded), the step
+waits for the write. There a copy would take another 12 bytes for each trained parameter, and on CPUs the thread would
+take the cores that training uses. Two ranks that train the demo (3M parameters) wait for 0.2 s, once in five minutes.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class State:
     def save(
         self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, *, wait: bool = False
     ) -> None:
-        """Begin to write the state into the slot that is not in use; with `wait`, and on a CPU, also `finish`.
+        """Begin to write the state into the slot that is not in use; with `wait`, or outside of GPUs, also `finish`.
 
         A save that is still pending is finished first. If the new one were skipped instead, a slow disk would let a
         kill lose more steps than the settings allow.
@@ -142,7 +142,7 @@ class State:
         with disk_errors(self.folder):
             slot = ranks.broadcast_object(self._free_slot() if ranks.current().main else None)
             offsets = self._planned(content, self.folder / slot)
-        later = background()
+        later = background(content)
         tensors: Any = {name: local(content[name]).contiguous() for name in offsets}
         if later:
             tensors = self._stager.stage(tensors)
@@ -279,9 +279,9 @@ def _load_old(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     optimizer.load_state_dict(content["optimizer"])
 
 
-def background() -> bool:
-    """Whether training goes on while a state is written."""
-    return best_device() == "cuda"
+def background(content: Mapping[str, Tensor]) -> bool:
+    """Whether training goes on while these tensors are written: they lie on GPUs. All ranks have the same answer."""
+    return any(each.device.type == "cuda" for each in content.values())
 
 
 class _Plan(HuggingFaceStorageWriter):
