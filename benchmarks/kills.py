@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py [--kills 50] [--seed 0] [--results results]
 
-A model of 48,000 parameters saves its state in every step. At a random moment of its start, its training, a save or its
-end, a random rank is killed, and the other within a second, as `--gpus` does it. The same command then continues, until
-the run is complete; then another begins. Each must end with the weights of the run that nobody killed, byte for byte,
-and with its losses.
+A model of 48,000 parameters saves its state in every step, while training goes on, as on GPUs. At a random moment of
+its start, its training, a save or its end, a random rank is killed, and the other within a second, as `--gpus` does it.
+The same command then continues, until the run is complete; then another begins. Each must end with the weights of the
+run that nobody killed, byte for byte, and with its losses.
 
 Each rank is a process of its own that runs `kvfold uptrain` with the variables of torchrun.
 """
@@ -28,6 +28,7 @@ from kvfold.cli.main import run_command
 from kvfold.convert.conversion import convert
 from kvfold.disk import record
 from kvfold.families import all_families
+from kvfold.train import state
 from kvfold.train.pretrain import PretrainSettings, pretrain
 from ranked import PATIENCE, ended, start
 
@@ -50,7 +51,8 @@ def made(folder: Path) -> list[str]:
 
 
 def command(words: list[str], log: Path) -> None:
-    """Run the command as one of the ranks."""
+    """Run the command as one of the ranks, with states in the background."""
+    state.background = lambda content: True
     with log.open("a") as lines:
         os.dup2(lines.fileno(), sys.stderr.fileno())
     sys.exit(run_command(words))

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -32,6 +31,7 @@ from kvfold.progress import SILENT
 from kvfold.report import report
 from kvfold.text import tokens
 from kvfold.text.tokens import text_facts, token_file
+from kvfold.train import state
 from kvfold.train.uptrain import UptrainSettings, uptrain
 
 Make = Callable[..., Path]
@@ -167,10 +167,11 @@ def test_wherever_the_machine_fails_a_command_ends_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("limit", [30_000, 110_000])
+@pytest.mark.parametrize(("limit", "background"), [(30_000, False), (30_000, True), (110_000, False)])
 def test_a_training_whose_disk_was_full_goes_on_to_the_same_weights(
-    tiny_checkpoint: Make, text: Path, tmp_path: Path, limit: int
+    tiny_checkpoint: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, background: bool
 ) -> None:
+    monkeypatch.setattr(state, "background", lambda content: background)
     teacher, settings = tiny_checkpoint(), UptrainSettings(data=str(text), **QUICK)
     token_file(text, teacher)  # the cache is warm: what is full is the disk of the run
     with (
@@ -235,16 +236,16 @@ def test_a_second_ctrl_c_during_a_save_loses_nothing(
 ) -> None:
     teacher = tiny_checkpoint()
     settings = UptrainSettings(data=str(text), **QUICK)
-    save, saves = safetensors.torch.save, iter(range(10))
+    saves = iter(range(10))
 
-    def pressed(*given: Any, **more: Any) -> bytes:
-        """The bytes of a slot; while those of the second are made, Ctrl-C is pressed twice."""
+    def pressed(*given: Any) -> None:
+        """Write a slot; while the second is written, Ctrl-C is pressed twice."""
         if next(saves) == 1:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return save(*given, **more)
+        save_file(*given)
 
-    monkeypatch.setattr(safetensors.torch, "save", pressed)
+    monkeypatch.setattr(state, "save_file", pressed)
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         uptrain(teacher, tmp_path / "out", settings)
     monkeypatch.undo()

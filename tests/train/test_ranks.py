@@ -17,6 +17,7 @@ from kvfold.errors import Interrupted
 from kvfold.families import all_families
 from kvfold.progress import Silent
 from kvfold.train.pretrain import PretrainSettings, pretrain
+from kvfold.train.state import State
 from kvfold.train.uptrain import UptrainSettings, uptrain
 from processes import on_ranks, start_ranks
 
@@ -215,3 +216,78 @@ class _Stop(Silent):
         self.left -= note.startswith("loss")
         if self.left == 0:
             raise Interrupted("pulled the plug")
+
+
+BEHIND = """
+import errno, time
+
+from kvfold.progress import Silent
+from kvfold.train import state
+from kvfold.train.uptrain import UptrainSettings, uptrain
+
+student, settings, ends, outs = arguments[0], UptrainSettings(**json.loads(arguments[1])), arguments[2], arguments[3:]
+write, files = state.save_file, []
+state.background = lambda content: True
+
+def save_file(tensors, file, metadata):
+    files.append(file)
+    if ranks.current().rank == 1 and ends == "full" and len(files) == 2:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(tensors, file, metadata)
+    while ranks.current().rank == 1 and ends == "late" and not Path(outs[0] + ".later").exists():
+        time.sleep(0.01)
+
+state.save_file = save_file
+
+class At(Silent):
+    left = 4
+
+    def advance(self, amount, note=""):
+        self.left -= note.startswith("loss")
+        if self.left == 0 and ends == "late":
+            os._exit(len(files))
+
+def command():
+    for out in outs:
+        uptrain(student, out, settings, progress=At())
+"""
+
+
+@pytest.mark.slow
+def test_a_state_counts_once_every_rank_has_written_it(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Killed while one of two ranks still writes; then the disk of that rank is full; then nothing goes wrong."""
+    student = convert(tiny_checkpoint("llama", num_hidden_layers=1), tmp_path / "student", "gqa", {"kv_heads": 1})
+    options = {
+        "data": str(text),
+        "sequence_length": 16,
+        "batch_size": 4,
+        "tokens": 8 * 64,
+        "log_every": 1,
+        "checkpoint_steps": 2,
+        "precision": "fp32",
+    }
+    given, cut, whole = [student, json.dumps(options)], tmp_path / "cut", tmp_path / "whole"
+    state = State(tmp_path / "cut.partial")
+
+    running = start_ranks(BEHIND, [*given, "late", cut])
+    _, said = running[0].communicate()
+    assert running[0].returncode == 1, said  # at step 4, after one file
+    assert state.position() is None
+    cut.with_name("cut.later").touch()
+    running[1].communicate()
+    assert state.position() is None
+
+    running = start_ranks(BEHIND, [*given, "full", cut])
+    for _, said in [each.communicate() for each in running]:
+        line = said.splitlines()[-1]
+        assert f"OutputError: {cut}.partial: the disk is full; free some space" in line, said
+    done = state.position()
+    assert done is not None
+    assert done.step == 2
+
+    on_ranks(BEHIND, [*given, "", cut, whole])
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [line["loss"] for line in _lines(cut)] == [line["loss"] for line in _lines(whole)]
+    assert len(_lines(cut)) == 8

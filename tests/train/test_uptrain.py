@@ -291,7 +291,7 @@ def test_a_signal_saves_the_last_step(student: Path, text: Path, tmp_path: Path,
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -322,25 +322,30 @@ class At(Silent):
         if note and self.step == 0:
             die()
 
-def torn(save):
-    def half(content, storage_writer):
-        save(content, storage_writer=storage_writer)
-        (file,) = Path(storage_writer.path).iterdir()
+def torn(save, then):
+    def half(tensors, file, metadata):
+        save(tensors, file, metadata)
         os.truncate(file, file.stat().st_size // 2)
-        die()
+        then()
     return half
 
 def child(kind, step):
-    progress = At(step if kind == "step" else 0)
+    progress = At(step)
     if kind == "slot":
-        state.state_dict_saver.save = torn(state.state_dict_saver.save)
+        state.save_file = torn(state.save_file, die)
+    elif kind == "writing":
+        state.background = lambda content: True
+        state.save_file = torn(state.save_file, lambda: time.sleep(600))
     elif kind == "marker":
         state.write_json = lambda path, value: die()
     elif kind == "commit":
         output.Output.commit = lambda self: die()
     uptrain(student, out, settings, progress=progress)
 
-ENDS = [("step", 1), ("step", 3), ("slot", 0), ("marker", 0), ("step", 3), ("slot", 0), ("commit", 0), ("", 0)]
+ENDS = [
+    ("step", 1), ("step", 3), ("slot", 0), ("marker", 0), ("writing", 4), ("step", 3), ("slot", 0), ("commit", 0),
+    ("", 0),
+]
 for kind, step in ENDS:
     pid = os.fork()
     if not pid:
@@ -369,6 +374,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not(student: Path,
         "step killed 2",
         "slot killed 2",  # half of the other slot is written
         "marker killed 2",  # all of it, and the marker not yet turned
+        "writing killed 2",  # the state of step 4 is being written while step 5 is computed
         "step killed 4",
         "slot killed 4",
         "commit killed None",  # everything is written but the name

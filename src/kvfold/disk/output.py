@@ -115,11 +115,16 @@ def dropped_on_error(output: Output, worth: str, futile: tuple[type[Exception], 
 def flush(folder: Path) -> None:
     """Write every file of a folder through to the disk: a rename must not become durable before the contents."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_file(path)
+
+
+def flush_file(path: Path) -> None:
+    """Write a file, or the names in a folder, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:

@@ -168,6 +168,7 @@ def train(
     total = sum(work.steps for work in works) * settings.step_tokens
     with (
         closing(Log(folder, position.step) if ranks.current().main else NoLog()) as log,
+        closing(state),
         task(progress, "train", total, "tokens"),
     ):
         progress.advance(position.tokens)
@@ -178,6 +179,7 @@ def train(
                     state.load(root.student, run.optimizer)
                     resumed = False
                 run.all()
+            state.finish()
         log.write({"done": True, **{name: getattr(position, name) for name in ("step", "tokens", "seconds")}})
     return position
 
@@ -213,7 +215,7 @@ class _Run:
         self.optimizer = make_optimizer(self.work.groups(), self.settings)
         self.saved = self.started = self.noted = time.monotonic()
         self.first = self.noted_step = self.position.step
-        self.asked = {"stop": False, "save": False}  # of all ranks, by any
+        self.asked = {"stop": False, "save": False, "writing": False}  # of all ranks, by any
 
     def all(self) -> None:
         """Run the remaining steps, then end the stretch."""
@@ -227,12 +229,14 @@ class _Run:
             position.seconds = round(before + time.monotonic() - self.started, 3)
             self.note(measured)
             if self.asked["stop"] or (ranks.current().world == 1 and self.stopped()):
-                self.save()
+                self.save(wait=True)
                 raise Interrupted(
                     f"stopped at step {position.step}; the state is saved",
                     where=self.state.folder,
                     next="the same command continues",
                 )
+            if not self.asked["writing"]:
+                self.state.finish()
             steps = settings.checkpoint_steps
             if self.asked["save"] or (steps and position.step % steps == 0):
                 self.save()
@@ -285,9 +289,10 @@ class _Run:
         return {"loss": loss, **parts, "lr": lr, "grad_norm": float(norm)}
 
     def ask(self) -> None:
-        """Read what this rank asks of all after this step."""
+        """Read what this rank asks of all after this step, and whether it is still writing a state."""
         minutes = (time.monotonic() - self.saved) / 60
-        self.asked = {"stop": self.stopped(), "save": minutes >= self.settings.checkpoint_minutes}
+        due = minutes >= self.settings.checkpoint_minutes
+        self.asked = {"stop": self.stopped(), "save": due, "writing": self.state.writing}
 
     def guard(self, loss: float, norm: float) -> None:
         """Raise TrainingError before the weights change if the loss is not finite or has risen far."""
@@ -304,7 +309,7 @@ class _Run:
             else:
                 position.smooth, position.lowest = smooth, lowest
         if what:
-            self.save()
+            self.save(wait=True)
             raise TrainingError(
                 f"{what} at step {position.step + 1}",
                 where=self.state.folder,
@@ -331,7 +336,7 @@ class _Run:
         pace = (position.step - self.first) * self.settings.step_tokens / (now - self.started)
         self.progress.advance(self.settings.step_tokens, f"loss {measured['loss']:.3f}, {pace:,.0f} tokens/s")
 
-    def save(self) -> None:
-        """Save the state after the last whole step."""
-        self.state.save(self.position, self.root.student, self.optimizer)
+    def save(self, *, wait: bool = False) -> None:
+        """Save the state after the last whole step; with `wait`, the marker names it before this returns."""
+        self.state.save(self.position, self.root.student, self.optimizer, wait=wait)
         self.saved = time.monotonic()
