@@ -21,6 +21,7 @@ from kvfold.contracts.site import Shape, Site
 from kvfold.contracts.stages import Learner
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint
+from kvfold.disk.lineage import queries_since_root
 from kvfold.errors import SettingError
 from kvfold.families import all_families
 from kvfold.methods import dha
@@ -330,3 +331,35 @@ def test_settings_that_the_stages_decide_are_refused(
             SettingError, match=f"the stages of the method decide what trains, and {name} does not apply"
         ):
             uptrain(student, tmp_path / "out", settings_of(text, **{name: value}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("servable", [True, False])
+def test_what_was_handed_over_is_repaired_towards_the_root_teacher(
+    servable: bool, tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """By the command for a copy, whose teacher is that of the source; q knows the order of the teacher's heads."""
+    teacher = tiny_checkpoint("llama", num_attention_heads=8, head_dim=8, num_key_value_heads=4)
+    settings = {"kv_heads": 2, "servable": servable, "search": 0.5, "fusion": 0.5}
+    student = convert(teacher, tmp_path / "student", "dha", settings)
+    trained = uptrain(student, tmp_path / "trained", settings_of(text, learning_rate=1e-5))
+    handed = Checkpoint.open(trained)
+    source = Checkpoint.open(teacher)
+    order = queries_since_root(handed)
+    for site in source.shape.sites:
+        ours, theirs = (each.roles(site).roles["q"].unflatten(0, (8, 8)) for each in (handed, source))
+        torch.testing.assert_close(ours, theirs[order[site]], rtol=0, atol=1e-3)
+    ids_BT = torch.tensor([hf.load_tokenizer(teacher)(text.read_text()[:1024])["input_ids"]]).view(8, -1)
+
+    def read(folder: Path) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = hf.load(folder)(ids_BT).logits
+        return found
+
+    lost = [torch.dist(read(trained), read(teacher))]
+    for roles in (("o", "down"), ("q", "o", "down")):
+        options = ConvertSettings(calibration=str(text), calibration_tokens=2000, repair=roles)
+        repaired = convert(trained, tmp_path / "-".join(roles), "identity", options=options)
+        assert Checkpoint.open(repaired).shape == handed.shape
+        lost.append(torch.dist(read(repaired), read(teacher)))
+    assert max(lost[1:]) < lost[0] / 4

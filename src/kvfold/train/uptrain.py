@@ -22,9 +22,9 @@ from kvfold import hf, ranks
 from kvfold.contracts.method import Student, Trained
 from kvfold.contracts.stages import GUIDED, Stage
 from kvfold.disk.checkpoint import Checkpoint, save_model, save_tensors
-from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
+from kvfold.disk.lineage import descend, needed_root, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
-from kvfold.errors import CheckpointError, SettingError
+from kvfold.errors import SettingError
 from kvfold.inputs import LARGEST
 from kvfold.predict.student_config import student_config
 from kvfold.predict.training_memory import training_flops
@@ -305,15 +305,10 @@ def _teacher(
     needed = needs_teacher(asked)
     if asked and not needed and settings.data != "self":
         return None
-    found = Checkpoint.open(given) if given is not None else root_teacher(source)
-    if found is None and source.root_hash() == source.hash() and any(stage.finish for stage in asked):
+    otherwise = "add --teacher PATH, or train without one (--loss ce)"
+    found = Checkpoint.open(given) if given is not None else needed_root(source, next=otherwise)
+    if found is None and any(stage.finish for stage in asked):
         found = source  # what the stages will change is still the teacher
-    if found is None and source.root_hash() != source.hash():
-        raise CheckpointError(
-            f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
-            where=source.path,
-            next="add --teacher PATH, or train without one (--loss ce)",
-        )
     if found is None and needed:
         raise SettingError(
             f"loss {needed} needs a teacher, but {source.name} is not a student",
