@@ -226,6 +226,35 @@ def test_a_run_that_stops_in_any_stage_ends_as_if_it_had_not(
 
 
 @pytest.mark.slow
+def test_fusion_ends_when_the_spread_has_vanished_and_plain_heads_get_its_tokens(
+    tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    teacher = tiny_checkpoint("llama")
+    shares = {"kv_heads": 1, "search": 0.0, "fusion": 0.75, "tolerance": 0.1}
+    student = convert(teacher, tmp_path / "student", "dha", shares)
+    settings = settings_of(text, learning_rate=5e-4, schedule="cosine", tokens=60 * 64)
+    whole = uptrain(student, tmp_path / "whole", settings)
+    stages = [line["stage"] for line in lines_of(whole)]
+    fused = stages.count("fusion")
+    assert stages == ["fusion"] * fused + ["after"] * (60 - fused)
+    assert 0 < fused < 45
+    rates = [line["lr"] for line in lines_of(whole)[fused:]]
+    assert rates[-1] < 0.1 * max(rates), "the schedule of the last stage knows of its new steps"
+
+    for steps in (fused - 1, 1, 1, 20):  # before the last step of the fusion, after it, and in plain heads
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            uptrain(student, tmp_path / "cut", replace(settings, checkpoint_steps=1), progress=Plug(steps + 1))
+    cut = uptrain(student, tmp_path / "cut", settings)
+    assert [line["stage"] for line in lines_of(cut)] == stages
+    ours, theirs = load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    never = convert(teacher, tmp_path / "never", "dha", {**shares, "tolerance": 0.0})
+    stages = [line["stage"] for line in lines_of(uptrain(never, tmp_path / "out", settings))]
+    assert stages == ["fusion"] * 45 + ["after"] * 15
+
+
+@pytest.mark.slow
 def test_a_budget_goes_to_the_layers_whose_heads_are_apart(
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ The method has three stages of uptraining, whose shares of the tokens are settin
     search   the weights alone train, over all heads of a layer. Heads whose weights stay alike share a group; groups
              are of one size, with the smallest sum of distances `1/G sum_j (omega_hj - omega_h'j)^2` within them
     fusion   the weights of a group are drawn together: the loss has the term `lambda max(spread - t, 0)` of an
-             augmented Lagrangian for each map, lambda rises by gradient ascent, and t falls from 1 to 0
+             augmented Lagrangian for each map, lambda rises by gradient ascent, and t falls from 1 to 0; it ends
+             when the spread has vanished
     after    the mean of a group stands for its heads, and plain heads train on
 
 `init align` starts from heads that are rotated towards one another (arXiv 2412.20677), which changes nothing that the
@@ -83,6 +84,11 @@ class Config:
         "from 1 to 0.",
     )
     fusion_rate: float = setting(100.0, "Learning rate of the fusion weights, as a multiple of the model's.")
+    tolerance: float = setting(
+        1e-3,
+        "Spread of every map, 1 at the start, below which the lagrangian's fusion ends; the tokens that are left train "
+        "plain heads. 0: never.",
+    )
     servable: bool = setting(
         True,
         "Keys and values share their groups, as engines require. Without: each has its own, in transformers alone.",
@@ -101,7 +107,7 @@ class Config:
                 next="choose gqa",
             )
         refuse(shape, "dha", LIMITS)
-        check_range(self, "dha", 0, 1, "search", "fusion")
+        check_range(self, "dha", 0, 1, "search", "fusion", "tolerance")
         check_range(self, "dha", 1, 1e6, "fusion_rate")
         if self.search + self.fusion > 1:
             raise SettingError(
@@ -230,13 +236,17 @@ class DHA(Method[Config]):
         """Lower the threshold of every map's spread, or the factor of its differences, from 1 to 0."""
         import torch
 
-        left = max(0.0, 1 - share / WARM)
-        maps = [student.map(site, role) for site in student.shape.sites for role in "kv"]
+        left, maps = max(0.0, 1 - share / WARM), _maps(student)
         if config.constraint == "lagrangian":
             return torch.stack([each.constraint(left) for each in maps]).sum()
         for each in maps:
             each.apart.fill_(left)
         return None
+
+    def settled(self, stage: str, student: Learner, config: Config) -> bool:
+        """Whether the weights of every group have become one. The schedule sets when they do, and is never early."""
+        spreads = (each.spread().item() for each in _maps(student))
+        return config.constraint == "lagrangian" and all(spread < config.tolerance for spread in spreads)
 
     def end(self, finish: str, student: Learner, config: Config) -> None:
         """After the search, join the heads of groups; after the fusion, let one head stand for each."""
@@ -245,9 +255,8 @@ class DHA(Method[Config]):
                 for role in part:
                     student.map(site, role).join(groups)
             return
-        for site in student.shape.sites:
-            for role in "kv":
-                student.map(site, role).hand_over()
+        for each in _maps(student):
+            each.hand_over()
 
     def trained(self, student: Learner, config: Config) -> Trained:
         """The plain heads, one for each group, and the query heads in the order of the groups of keys."""
@@ -272,6 +281,11 @@ class DHA(Method[Config]):
 
 def _all(shape: Shape) -> dict[Site, int]:
     return {site: shape.sites[site].num_key_value_heads for site in shape.cached_sites}
+
+
+def _maps(student: Learner) -> list[Any]:
+    """The fused maps of keys and values."""
+    return [student.map(site, role) for site in student.shape.sites for role in "kv"]
 
 
 def _parts(config: Config) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ from kvfold.train.stages import (
     parameters_of,
     rates_of,
     schedule_of,
+    settled_of,
     spelled_losses,
 )
 
@@ -378,6 +379,7 @@ def _works(
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
                 rises=stage.scheduled,
+                settled=settled_of(source, model, stage.name) if stage.scheduled and stage is not stages[-1] else None,
             )
         )
         done = end
