@@ -25,6 +25,12 @@ pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 4
 ELITE = {"rope_chunks": 1, "latent_dim": 12, "samples": 200}
 APART_EARLY = {"kv_heads": 2, "value_heads": 1, "servable": False, "search": 0.0, "fusion": 0.9, "fusion_rate": 10}
+DECOUPLED = {
+    "model_type": "kvfold_llama",
+    "architectures": ["KvfoldLlamaForCausalLM"],
+    "num_key_value_heads": 2,
+    "value_heads": [[0, 1, 1, 0], None, [0, 1, 2, 3], [0, 0, 0, 0]],
+}
 CROSSED = {"kv_heads": "self=2,cross=1"}
 TIED = {"tie_word_embeddings": True}
 APART = {"stages": "attention:0.5,kl:0.5", "attention_inputs": "teacher"}
@@ -49,6 +55,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
         {**APART_EARLY, "tolerance": 1.0},
         {"learning_rate": 3e-3, "schedule": "constant"},
     ),
+    "decoupled": ("llama", DECOUPLED, "identity", {}, {"checkpointing": "selective"}),
     "fading": ("t5", {}, "fido", {"cross_every": 2, "fade": 0.5}, {}),
     "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
     "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),

@@ -181,7 +181,7 @@ def _in_vllm(
     if source.family.encoder_decoder:
         raise UnsupportedModel("vLLM has no encoder-decoders of text", where=source.path, next="use ctranslate2")
     if source.shape.decoupled:
-        raise UnsupportedModel(f"vLLM {ONE_GROUPING}", where=source.path, next="set servable true for dha")
+        raise UnsupportedModel(f"vLLM {ONE_GROUPING}", where=source.path, next="make the student without --no-servable")
     latent = MLA.holds(source.shape)
     biased = latent and source.config.get("attention_bias")  # vLLM's own class has no such bias
     options = {"model_impl": "transformers"} if biased else {}

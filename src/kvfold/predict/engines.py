@@ -274,7 +274,7 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
     if shape.owners:
         return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
     if shape.decoupled:
-        return Refusal(f"it {ONE_GROUPING}", next="set servable true for dha")
+        return Refusal(f"it {ONE_GROUPING}", next="make the student without --no-servable")
     return _kept(shape) or (_of_ct2 if engine == "CTranslate2" else _of_gguf)(config, shape) or _of_ropes(shape)
 
 
