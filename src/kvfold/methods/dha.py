@@ -262,16 +262,11 @@ class DHA(Method[Config]):
         """The plain heads, one for each group, and the query heads in the order of the groups of keys."""
         sites = student.shape.sites
         groups: dict[Map, Groups] = {(site, role): student.map(site, role).groups() for site in sites for role in "kv"}
+        names = {"k": ("kv_heads", "groups")} | ({} if config.servable else {"v": ("value_heads", "value_groups")})
         found: dict[str, Any] = {}
-        for role, name in zip("kv", ("", "value_"), strict=True):
-            own = {site: groups[site, role] for site in sites}
-            counts = PerSite.of({site: len(heads) for site, heads in own.items()})
-            found |= {
-                f"{name or 'kv_'}heads": counts.spelled(),
-                f"{name}groups": {str(site): own[site] for site in sites},
-            }
-            if config.servable:
-                break
+        for role, (count, listed) in names.items():
+            found[count] = PerSite.of({site: len(groups[site, role]) for site in sites}).spelled()
+            found[listed] = {str(site): groups[site, role] for site in sites}
         return Trained(
             _with_groups(student.shape, groups),
             {site: _plain(student, site, groups[site, "k"], groups[site, "v"]) for site in sites},
