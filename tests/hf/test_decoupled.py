@@ -21,7 +21,7 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError, UnsupportedModel
 from kvfold.export.exporting import export
 from kvfold.export.serve_check import serve_check
-from kvfold.families import family_of
+from kvfold.families import all_families, family_of
 from kvfold.predict.plan import plan
 from tolerance import assert_same
 
@@ -128,3 +128,16 @@ def test_a_config_that_groups_values_unevenly_is_refused(values: Any, match: str
     config = json.loads((saved / "config.json").read_text()) | {"value_heads": values}
     with pytest.raises(UnsupportedModel, match=match):
         family_of(config).shape(config)
+
+
+def test_value_heads_go_neither_with_shared_layers_nor_with_every_architecture(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    with pytest.raises(UnsupportedModel, match="value_heads does not go with kv_source_layers"):
+        family_of(config).shape(config | {"per_layer_config": None, "kv_source_layers": [0, 0, 2, 2]})
+    stablelm = {
+        **all_families()["stablelm"].tiny(),
+        "model_type": "kvfold_stablelm",
+        "value_heads": config["value_heads"],
+    }
+    with pytest.raises(UnsupportedModel, match="value_heads does not go with kvfold_stablelm"):
+        family_of(stablelm).shape(stablelm)

@@ -204,10 +204,14 @@ def _read_layers(config: Json, sites: Sites) -> Sites:
 
 def _read_values(config: Json, sites: Sites) -> Sites:
     """Sites with the value heads that their query heads read: as many query heads read each."""
-    stated = config.get(VALUES) or [None] * len(sites)
-    if len(stated) != len(sites) or (config.get(VALUES) and config.get(SOURCES)):
-        allowed = f"a list or null for each of {len(sites)} layers, which do not share keys and values"
-        raise UnsupportedModel(f"config.json: {VALUES} of {len(stated)} layers", allowed=allowed)
+    stated = config.get(VALUES)
+    if not stated:
+        return sites
+    if config.get(SOURCES) or stock_type(config) not in DECOUPLED.models:
+        other = SOURCES if config.get(SOURCES) else config["model_type"]
+        raise UnsupportedModel(f"config.json: {VALUES} does not go with {other}")
+    if len(stated) != len(sites):
+        raise UnsupportedModel(f"config.json: {VALUES} of {len(stated)} layers", allowed=f"{len(sites)}, or null")
     for (site, attention), heads in zip(sites.items(), stated, strict=True):
         readers = Counter(heads)
         if heads is not None and (
