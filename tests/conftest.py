@@ -124,9 +124,10 @@ def _build(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> Non
     config = changed(all_families()[family].tiny(), changes)
     kept = transformers.AutoConfig.for_model(**config)
     kept.architectures = config["architectures"]
-    ours = str(config["architectures"][0]).startswith("Kvfold")
+    named = str(config["architectures"][0])
+    own = hf.encoder_decoder if kept.is_encoder_decoder else hf.per_layer
     with torch.random.fork_rng(devices=[]):
-        model = getattr(hf.encoder_decoder if ours else transformers, config["architectures"][0])(kept)
+        model = getattr(own if named.startswith("Kvfold") else transformers, named)(kept)
     _draw(model, seed, 0.1).to(getattr(torch, config["dtype"])).save_pretrained(folder)
 
 
@@ -171,7 +172,8 @@ def _reshape(folder: Path, shard_size: int | None, form: str) -> None:
 
 @pytest.fixture(scope="session")
 def layered_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A checkpoint whose layers have these key/value heads, and read those of `sources`. Made once: not to be changed.
+    """A checkpoint whose layers have these key/value heads, and read those of `sources`, or have the value heads of
+    `values`. Made once: not to be changed.
 
     `layered_checkpoint("qwen2", (4, 2, 1, 2), tie_word_embeddings=True)`. Greedy answers of it never end.
     """
@@ -180,8 +182,14 @@ def layered_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
     made: dict[str, Path] = {}
 
-    def make(family: str, heads: Sequence[int], sources: Sequence[int] | None = None, **changes: Any) -> Path:
-        key = json.dumps([family, heads, sources, changes], sort_keys=True)
+    def make(
+        family: str,
+        heads: Sequence[int],
+        sources: Sequence[int] | None = None,
+        values: Sequence[tuple[int, ...] | None] = (None,) * 4,
+        **changes: Any,
+    ) -> Path:
+        key = json.dumps([family, heads, sources, values, changes], sort_keys=True)
         if key not in made:
             config = {**all_families()[family].tiny(), **changes, "eos_token_id": None}
             shape = family_of(config).shape(config)
@@ -189,6 +197,7 @@ def layered_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
                 site: replace(
                     each,
                     num_key_value_heads=heads[site.layer],
+                    value_heads=values[site.layer],
                     source=None if sources is None or sources[site.layer] == site.layer else sources[site.layer],
                 )
                 for site, each in shape.sites.items()

@@ -71,18 +71,20 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
 
 def heads_by_layer(records: Sequence[Record]) -> Iterator[str]:
     """The key/value heads of each layer that training chose within each budget, drawn, of the first seed."""
-    found: dict[float, list[list[list[int]]]] = {}
+    found: dict[tuple[float, str], list[list[list[int]]]] = {}
     for record in (each for each in records if each.kind == "evaluate" and "budget" in row_of(each, {})):
-        step = (record.metrics.get("made_by") or [{}])[-1]
-        if groups := step.get("found", {}).get("groups"):
-            found.setdefault(float(row_of(record, {})["budget"]), list(groups.values()))
+        chosen = (record.metrics.get("made_by") or [{}])[-1].get("found", {})
+        kinds = {", keys": "groups", ", values": "value_groups"} if "value_groups" in chosen else {"": "groups"}
+        for kind, name in kinds.items():
+            if name in chosen:
+                found.setdefault((float(row_of(record, {})["budget"]), kind), list(chosen[name].values()))
     if found:
         columns = sorted(found.items())
         lines = [
             [str(layer), *(_drawn(len(groups[layer]), sum(map(len, groups[layer]))) for _, groups in columns)]
             for layer in range(len(columns[0][1]))
         ]
-        yield markdown((["layer", *(f"{budget:.0%} of the bytes" for budget, _ in columns)], lines))
+        yield markdown((["layer", *(f"{budget:.0%} of the bytes{kind}" for (budget, kind), _ in columns)], lines))
 
 
 def _drawn(heads: int, whole: int) -> str:

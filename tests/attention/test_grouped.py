@@ -218,3 +218,17 @@ def test_a_sink_takes_what_a_row_that_sees_nothing_has() -> None:
     made = grouped_attention(q, k, v, mask=mask, sinks_H=torch.zeros(4, dtype=torch.float64))
     assert bool((made[:, :, 1] == 0).all())
     assert bool(made.isfinite().all())
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0, "sinks_H": torch.linspace(-1, 1, 8)}])
+@pytest.mark.parametrize("value_heads", [(0, 1, 2, 3, 0, 1, 2, 3), (1, 1, 0, 0, 0, 1, 0, 1)])
+def test_values_may_be_grouped_apart_from_keys(
+    tokens: int, masked: bool, more: dict[str, Any], value_heads: tuple[int, ...]
+) -> None:
+    q, k, _ = _inputs((2, 8, 2, tokens, 11, 16))
+    v = _inputs((2, 8, 1 + max(value_heads), tokens, 11, 16), seed=1)[2]
+    mask = torch.ones(2, 1, 1, 11, dtype=torch.bool)
+    mask[0, ..., :3] = False
+    _agree((q, k, v), mask=mask if masked else None, causal=True, value_heads=value_heads, **more)

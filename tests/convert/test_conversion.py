@@ -430,6 +430,22 @@ def test_any_method_can_be_repaired(
     assert read_json(student / MANIFEST)["steps"][0]["calibration"]
 
 
+def test_a_copy_of_a_student_is_repaired_towards_its_root_teacher(
+    tiny_checkpoint: Make, tmp_path: Path, calibrated: Callable[..., ConvertSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
+    teacher = tiny_checkpoint(num_hidden_layers=2)
+    student = convert(teacher, tmp_path / "student", "gqa", {"kv_heads": 2, "init": "mean"})
+    options = calibrated(repair=("o", "down"))
+    repaired = convert(student, tmp_path / "repaired", "identity", options=options)
+    at_once = convert(teacher, tmp_path / "at once", "gqa", {"kv_heads": 2, "init": "mean"}, options=options)
+    assert Checkpoint.open(repaired).hash() == Checkpoint.open(at_once).hash()
+    teacher.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="its teacher 'teacher' is not found; put it where it was"):
+        convert(student, tmp_path / "again", "identity", options=options)
+    assert not (tmp_path / "again").exists()
+
+
 def test_invalid_repairs(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_checkpoint()
     with pytest.raises(SettingError, match="convert: 'v' cannot be repaired; allowed: q, o, gate, up or down, or none"):

@@ -253,6 +253,11 @@ def test_the_heads_that_training_chose_are_drawn_by_layer() -> None:
         ["1", "██", "████"],
     ]
     assert "| layer | 25% of the bytes | 50% of the bytes |" in table
+    groups = {"groups": {"layer 0": [[0], [1]]}, "value_groups": {"layer 0": [[0, 1]]}}
+    apart = told(evaluated("dha/e", 2.6, method="dha", budget=0.5), {**made_by("uptrain", 300), "found": groups})
+    table = with_tables(marked, [apart])
+    assert "| layer | 50% of the bytes, keys | 50% of the bytes, values |" in table
+    assert "| 0 | ██ | █░ |" in table
     assert with_tables(marked, [evaluated("dha/d", 2.0)]) == marked
 
 

@@ -102,6 +102,17 @@ def test_a_student_takes_its_code_along(
     assert Checkpoint.open(out).hash() != Checkpoint.open(student).hash()  # of another config.json
 
 
+@pytest.mark.slow
+def test_value_heads_of_their_own_take_their_code_along(
+    forks: Any, layered_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_contained, "subprocess", forks)
+    student = layered_checkpoint("llama", (2, 4, 1, 2), None, ((0, 1, 1, 0), None, (0, 1, 2, 3), (1, 0, 1, 0)))
+    out = export(student, tmp_path / "decoupled", "transformers", QUICK)
+    assert found(out)["same_tokens"] == found(out)["tokens"] > 0
+    assert found(out)["max_difference"] < 1e-3
+
+
 def test_a_student_that_needs_no_code_is_not_given_any(tiny_checkpoint: Make, tmp_path: Path) -> None:
     student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 2})
     with pytest.raises(UnsupportedModel, match="which transformers loads without kvfold; it needs no code: copy it"):

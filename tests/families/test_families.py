@@ -15,7 +15,7 @@ from examples import paired, read
 from kvfold import hf
 from kvfold.contracts.cache import grouped_cache
 from kvfold.contracts.family import Family, with_fields
-from kvfold.contracts.runtimes import LAYERS
+from kvfold.contracts.runtimes import DECOUPLED, LAYERS
 from kvfold.contracts.site import Attention, Site
 from kvfold.errors import UnsupportedModel
 from kvfold.families import all_families, family_of
@@ -45,6 +45,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         )
         for name in DECODERS
+    },
+    **{
+        f"{name}, decoupled": (
+            name,
+            {
+                "model_type": f"kvfold_{name}",
+                "num_key_value_heads": 2,
+                "per_layer_config": {"3": {"num_key_value_heads": 1}},
+                "value_heads": [[0, 1, 1, 0], None, [0, 1, 2, 3], [1, 0, 0, 1]],
+            },
+        )
+        for name in DECODERS
+        if name in DECOUPLED.models
     },
     **{
         f"{model_type}, latent": (

@@ -45,6 +45,13 @@ ENDLESS = {"eos_token_id": None}  # every generation is as long as it was asked 
 FREE = {"encoder_no_repeat_ngram_size": 0}  # a rule of Blenderbot's that transformers applies to no assistant
 WIDTH = 32  # of the tiny models
 WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+DECOUPLED = {
+    **WINDOWED,
+    "model_type": "kvfold_mistral",
+    "architectures": ["KvfoldMistralForCausalLM"],
+    "num_key_value_heads": 2,
+    "value_heads": [[0, 1, 0, 1], None, [0, 1, 2, 3], [0, 0, 0, 0]],
+}
 LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 GROUPED_T5 = {
     "model_type": "kvfold_t5",
@@ -65,6 +72,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "windowed": ("llama", WINDOWED),
     "biased": ("llama", {"attention_bias": True}),
     "grouped": ("llama", {"num_key_value_heads": 2}),
+    "decoupled": ("llama", DECOUPLED),
     "tied": ("qwen2", {"tie_word_embeddings": True}),
     "t5-grouped": ("t5", GROUPED_T5),
     "t5-wide": ("t5", {"feed_forward_proj": "relu", "d_kv": 16, "num_layers": 5, "num_decoder_layers": 3}),

@@ -25,6 +25,13 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 STEPS = 4
 ELITE = {"rope_chunks": 1, "latent_dim": 12, "samples": 200}
+APART_EARLY = {"kv_heads": 2, "value_heads": 1, "servable": False, "search": 0.0, "fusion": 0.9, "fusion_rate": 10}
+DECOUPLED = {
+    "model_type": "kvfold_llama",
+    "architectures": ["KvfoldLlamaForCausalLM"],
+    "num_key_value_heads": 2,
+    "value_heads": [[0, 1, 1, 0], None, [0, 1, 2, 3], [0, 0, 0, 0]],
+}
 CROSSED = {"kv_heads": "self=2,cross=1"}
 TIED = {"tie_word_embeddings": True}
 APART = {"stages": "attention:0.5,kl:0.5", "attention_inputs": "teacher"}
@@ -42,6 +49,14 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, An
     "state": ("llama", {}, "supra", {"preset": "hybrid", "window": 4, "sinks": 2, "keep_layers": 1}, {}),
     "compiled": ("llama", {}, "gqa", {"kv_heads": 1}, {"compile": True}),
     "fused": ("qwen2", {}, "dha", {"kv_heads": 2, "search": 0.25, "fusion": 0.5}, {}),
+    "fused apart": (
+        "llama",
+        {},
+        "dha",
+        {**APART_EARLY, "tolerance": 1.0},
+        {"learning_rate": 3e-3, "schedule": "constant"},
+    ),
+    "decoupled": ("llama", DECOUPLED, "identity", {}, {"checkpointing": "selective"}),
     "fading": ("t5", {}, "fido", {"cross_every": 2, "fade": 0.5}, {}),
     "experts": ("qwen3_moe", {}, "gqa", {"kv_heads": 1}, {"optimizer": "adamw"}),
     "t5": ("t5", {}, "gqa", CROSSED, {"checkpointing": "block"}),
@@ -100,6 +115,7 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(
         one, two = _lines(tmp_path / f"{name} one"), _lines(tmp_path / f"{name} two")
         assert len(one) == len(two) == STEPS
         for ours, theirs in zip(one, two, strict=True):
+            assert theirs["stage"] == ours["stage"], (name, ours["step"])
             for key in ("loss", "lr"):
                 assert theirs[key] == pytest.approx(ours[key], rel=1e-5), (name, ours["step"], key)
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3), (name, ours["step"])

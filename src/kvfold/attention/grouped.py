@@ -7,11 +7,13 @@ Query heads of a group read the same keys. When one token is decoded, they becom
 
 Gemma's models cap their logits z softly, before the mask: `c tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2).
 gpt-oss's have a sink: each query head has one more logit, of its own, whose value is 0 (arXiv 2508.10925, section 2.2).
+Decoupled heads (arXiv 2406.06567) group values apart from keys: query head h reads the value head `value_heads[h]`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +33,22 @@ def grouped_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    value_heads: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention of grouped heads, `o_BHTE`. On a CPU the keys and values of a group are never repeated in memory.
 
     `mask` broadcasts to (B, H, T, S): bool (True: visible) or float (added to the logits). `causal` aligns the last
     query with the last key, also when S > T. The default `scale` is 1 / sqrt(E). The output of a query that sees no key
-    is 0. With a `softcap` or with sinks all logits are in memory at once: no fused kernel has them.
+    is 0. With a `softcap` or with sinks all logits are in memory at once: no fused kernel has them. With `value_heads`
+    keys and values are repeated too, unless one token is decoded.
     """
     heads, tokens, width = q_BHTE.shape[1:]
-    groups, keys = k_BGSE.shape[1:3]
     scale = 1 / math.sqrt(width) if scale is None else scale
+    if value_heads is not None and tokens == 1:
+        return _written_out(q_BHTE, k_BGSE, v_BGSE, mask, scale, softcap, sinks_H, dropout, value_heads)
+    if value_heads is not None:
+        k_BGSE, v_BGSE = k_BGSE.repeat_interleave(heads // k_BGSE.shape[1], dim=1), v_BGSE[:, value_heads]
+    groups, keys = k_BGSE.shape[1:3]
     plain = softcap is None and sinks_H is None
     if tokens == 1 and not dropout and plain:
         return _decode(q_BHTE, k_BGSE, v_BGSE, mask, scale)
@@ -130,6 +138,7 @@ def _written_out(
     softcap: float | None,
     sinks_H: Tensor | None,
     dropout: float,
+    value_heads: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention with all logits in memory, its softmax in float32 at least. Heads of a group are rows of one matrix."""
     batch, heads, tokens, width = q_BHTE.shape
@@ -141,7 +150,12 @@ def _written_out(
     p_BHTS = masked_softmax(logits_BHTS, mask, wide, sinks_H).to(v_BGSE.dtype)
     if dropout:
         p_BHTS = torch.dropout(p_BHTS, dropout, train=True)
-    return (p_BHTS.reshape(*q_BGXE.shape[:3], -1) @ v_BGSE).reshape(batch, heads, tokens, v_BGSE.shape[-1])
+    if value_heads is not None:
+        order_H = torch.tensor(value_heads, device=p_BHTS.device).argsort(stable=True)
+        p_BHTS = p_BHTS[:, order_H]
+    p_BGXS = p_BHTS.reshape(batch, v_BGSE.shape[1], -1, p_BHTS.shape[-1])
+    o_BHTE = (p_BGXS @ v_BGSE).reshape(batch, heads, tokens, v_BGSE.shape[-1])
+    return o_BHTE if value_heads is None else o_BHTE[:, order_H.argsort()]
 
 
 def reference(
@@ -154,6 +168,7 @@ def reference(
     scale: float | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    value_heads: Sequence[int] | None = None,
 ) -> Tensor:
     """The textbook: one head after the other, all logits at once. Same arguments and result as `grouped_attention`."""
     heads, tokens, keys = q_BHTE.shape[1], q_BHTE.shape[2], k_BGSE.shape[2]
@@ -177,5 +192,6 @@ def reference(
         weights_BTS = logits_BTS.softmax(-1)
         if sinks_H is not None:  # sum exp z / (sum exp z + exp s)
             weights_BTS = weights_BTS * (logits_BTS.logsumexp(-1, keepdim=True) - sinks_H[head]).sigmoid()
-        outputs.append(torch.einsum("bts,bse->bte", weights_BTS, v_BGSE[:, head // group]))
+        value = head // group if value_heads is None else value_heads[head]
+        outputs.append(torch.einsum("bts,bse->bte", weights_BTS, v_BGSE[:, value]))
     return torch.stack(outputs, dim=1)

@@ -105,12 +105,13 @@ def default_context(shape: Shape) -> int:
 def cached_by(shape: Shape) -> dict[str, Any]:
     """The cache of a model, as records keep it: dtype, bytes per token at the default context, key/value heads.
 
-    For an encoder-decoder, the bytes of a decoder token and an encoder token. `kv_heads` is None if sites differ.
+    For an encoder-decoder, the bytes of a decoder token and an encoder token. `kv_heads` is None if sites differ, or
+    keys and values do.
     """
     context = default_context(shape)
     encoded = (shape.encoder_positions or context) if any(site.kind == "cross" for site in shape.sites) else 0
     whole = grouped_cache(shape).bytes(context, itemsize=DTYPE_BYTES[shape.dtype], encoder_tokens=encoded)
-    heads = {attention.num_key_value_heads for attention in shape.sites.values()}
+    heads = {count for each in shape.sites.values() for count in (each.num_key_value_heads, each.num_value_heads)}
     return {
         "dtype": shape.dtype,
         "bytes_per_token": whole / context,

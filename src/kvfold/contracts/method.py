@@ -160,6 +160,14 @@ class Method(Generic[C]):
         """
         return None
 
+    def settled(self, stage: str, student: Learner, config: C) -> bool:
+        """Whether a `scheduled` stage is over before its share of the steps, which the stage after it then gets.
+
+        It is asked before each step, on all ranks, and decides by weights and buffers alone, so that a resumed run
+        ends the stage at the same step.
+        """
+        return False
+
     def end(self, finish: str, student: Learner, config: C) -> None:
         """Change the model at the end of a stage that names a `finish`.
 

@@ -111,7 +111,7 @@ def fields(shape: Shape, runtimes: Iterable[Runtime], end: str) -> dict[str, Any
 
 # --- decoders -------------------------------------------------------------------------------------------------------
 
-PER_LAYER, SOURCES = "per_layer_config", "kv_source_layers"
+PER_LAYER, SOURCES, VALUES = "per_layer_config", "kv_source_layers", "value_heads"
 PLANES, WIDTHS = "rope_chunks", "latent_dims"
 TYPES, SETTINGS = "layer_types", "linear_attention"
 
@@ -154,7 +154,8 @@ def _one_or_all(shape: Shape) -> bool:
 def _heads_by_layer(shape: Shape) -> dict[str, Any]:
     """The commonest number of heads, the larger of two, for all layers, and those of the others in `per_layer_config`.
 
-    `kv_source_layers` names the owner of each layer's keys and values, where layers share.
+    `kv_source_layers` names the owner of each layer's keys and values, where layers share, and `value_heads` the value
+    head of each query head, in layers that group them apart from key heads.
     """
     heads = {site.layer: attention.num_key_value_heads for site, attention in shape.sites.items()}
     times = Counter(heads.values())
@@ -165,11 +166,13 @@ def _heads_by_layer(shape: Shape) -> dict[str, Any]:
     if shape.owners:
         sources = {site.layer: attention.source for site, attention in shape.sites.items()}
         found[SOURCES] = [layer if source is None else source for layer, source in sources.items()]
+    if shape.decoupled:
+        found[VALUES] = [None if each.value_heads is None else [*each.value_heads] for each in shape.sites.values()]
     return found
 
 
 def _read_layers(config: Json, sites: Sites) -> Sites:
-    """Sites with the heads of `per_layer_config` and the owners of `kv_source_layers`."""
+    """Sites with the heads of `per_layer_config`, the owners of `kv_source_layers`, and `value_heads`."""
     found = dict(sites)
     for layer, changes in (config.get(PER_LAYER) or {}).items():
         if not str(layer).isdecimal() or int(layer) >= len(sites):
@@ -192,9 +195,35 @@ def _read_layers(config: Json, sites: Sites) -> Sites:
                 f"config.json: layer {layer} reads keys and values of layer {source}, "
                 "and differs from it in key/value heads or window"
             )
-    return {
+    found = {
         site: replace(attention, source=None if stated[site.layer] == site.layer else stated[site.layer])
         for site, attention in found.items()
+    }
+    return _read_values(config, found)
+
+
+def _read_values(config: Json, sites: Sites) -> Sites:
+    """Sites with the value heads that their query heads read: as many query heads read each."""
+    stated = config.get(VALUES)
+    if not stated:
+        return sites
+    if config.get(SOURCES) or stock_type(config) not in DECOUPLED.models:
+        other = SOURCES if config.get(SOURCES) else config["model_type"]
+        raise UnsupportedModel(f"config.json: {VALUES} does not go with {other}")
+    if len(stated) != len(sites):
+        raise UnsupportedModel(f"config.json: {VALUES} of {len(stated)} layers", allowed=f"{len(sites)}, or null")
+    for (site, attention), heads in zip(sites.items(), stated, strict=True):
+        readers = Counter(heads)
+        if heads is not None and (
+            len(heads) != attention.num_attention_heads
+            or set(readers) != set(range(len(readers)))
+            or len(set(readers.values())) > 1
+        ):
+            allowed = f"a value head for each of {attention.num_attention_heads} query heads, each read by as many"
+            raise UnsupportedModel(f"config.json: {VALUES} of {site}", got=repr(heads), allowed=allowed)
+    return {
+        site: replace(attention, value_heads=None if heads is None else tuple(heads))
+        for (site, attention), heads in zip(sites.items(), stated, strict=True)
     }
 
 
@@ -316,7 +345,7 @@ STOCK = Runtime(
     SEPARATE | _FUSED | {"gemma3", "internlm3"},
     lambda shape: True,
     _heads,
-    partial(_without, (PER_LAYER, SOURCES), "builds all layers alike in"),
+    partial(_without, (PER_LAYER, SOURCES, VALUES), "builds all layers alike in"),
 )
 LAYERS = Runtime(
     "layers that differ in their key/value heads",
@@ -329,6 +358,7 @@ LAYERS = Runtime(
     {
         PER_LAYER: Rule(dict[str, dict[str, Any]], "a mapping of layers to fields").or_null,
         SOURCES: Rule(list[int], "a list of whole numbers").or_null,
+        VALUES: Rule(list[list[int] | None], "a list of lists of whole numbers").or_null,
     },
 )
 SHARING = replace(
@@ -336,6 +366,9 @@ SHARING = replace(
     name="layers that share keys and values",
     models=LAYERS.models - {"phi3", "gpt_bigcode", "stablelm"},  # whose layers hand nothing on to attention
     holds=lambda shape: bool(shape.owners),
+)
+DECOUPLED = replace(
+    SHARING, name="value heads that are grouped apart from key heads", holds=lambda shape: shape.decoupled
 )
 IN_VLLM = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Stock architectures of the students of `LAYERS` and `SHARING` that the plug-in of vLLM registers."""
@@ -370,7 +403,7 @@ MLA = Runtime(
 )
 ABSORBED = replace(MLA, prefix=OWN, stem="Kvfold")
 """kvfold's own classes for the same config.json, which attend to the latent as it is: for models in memory alone."""
-DECODERS = (MLA, LINEAR, LATENT, SHARING, LAYERS, STOCK)
+DECODERS = (MLA, LINEAR, LATENT, DECOUPLED, SHARING, LAYERS, STOCK)
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Attention:
     softcap: float | None = None  # c in logits `c tanh(z / c)`; None: no cap
     norm_offset: float = 0.0  # added to the weights of norms, here and behind attention and MLP: 1 in Gemma's
     sinks: bool = False  # each query head has one more logit, whose value is 0: a role (H,)
+    value_heads: tuple[int, ...] | None = None  # the value head of each query head; None: that of its key head
     source: int | None = None  # layer whose keys and values it reads, with that layer's head count; None: its own
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # role shapes of other runtimes
     without: frozenset[str] = frozenset()  # roles that another runtime does not have
@@ -99,13 +100,18 @@ class Attention:
         """Query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def num_value_heads(self) -> int:
+        """Heads of values: as many as of keys, unless their groups are others."""
+        return self.num_key_value_heads if self.value_heads is None else 1 + max(self.value_heads)
+
     def roles(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the site's tensors by role, as a checkpoint stores them (out, in).
 
         A site that reads another layer's keys and values has no roles for its own.
         """
-        wide, narrow = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        rows = {"q": wide, "k": narrow, "v": narrow, "o": self.hidden_size}
+        wide = self.num_attention_heads * self.head_dim
+        rows = {"q": wide, **self._widths, "o": self.hidden_size}
         columns = {"q": self.hidden_size, "k": self.input_width, "v": self.input_width, "o": wide}
         shapes: dict[str, tuple[int, ...]] = {role: (out, columns[role]) for role, out in rows.items()}
         shapes |= {f"{role}_bias": (rows[role],) for role in rows if role in self.biases}
@@ -144,8 +150,11 @@ class Attention:
     @property
     def cached(self) -> Mapping[str, int]:
         """Elements per token in the cache, by name."""
-        width = self.num_key_value_heads * self.head_dim
-        return {"k": width, "v": width} if self.kept is None else self.kept
+        return self._widths if self.kept is None else self.kept
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        return {"k": self.num_key_value_heads * self.head_dim, "v": self.num_value_heads * self.head_dim}
 
     @property
     def cached_elements(self) -> int:
@@ -190,6 +199,11 @@ class Shape:
     def fused(self) -> bool:
         """Whether torch's fused attention computes every site: it has no soft caps, and ignores sinks."""
         return all(attention.softcap is None and not attention.sinks for attention in self.sites.values())
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether some layer groups its value heads apart from its key heads."""
+        return any(attention.value_heads is not None for attention in self.sites.values())
 
     @property
     def owners(self) -> dict[int, int]:

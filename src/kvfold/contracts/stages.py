@@ -26,7 +26,7 @@ class Stage:
     trainable: tuple[str, ...] = ()  # roles; empty: every parameter
     converted: bool = False  # train only the attention that the conversion changed
     rates: Mapping[str, float] = field(default_factory=dict)  # role -> factor of the learning rate; 0: does not train
-    scheduled: bool = False  # `Method.during` is called before each forward pass
+    scheduled: bool = False  # `Method.during` is called before each forward pass, and `Method.settled` before each step
     finish: str | None = None  # passed to `Method.end` when the stage is over
     taught: bool = False  # each attention reads the teacher's input of that attention, with the loss `attention` alone
 

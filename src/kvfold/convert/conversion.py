@@ -22,7 +22,7 @@ from kvfold.convert.calibration import Calibration
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.tensors import Job
 from kvfold.disk.checkpoint import Checkpoint, Writer, content_hash
-from kvfold.disk.lineage import descend
+from kvfold.disk.lineage import descend, needed_root, queries_since_root
 from kvfold.disk.output import (
     MANIFEST,
     REPAIRED,
@@ -69,6 +69,10 @@ def convert(
     started, dst, chosen = time.monotonic(), Path(dst), methods.get(method)
     source, config, options = settled(src, dst, method, settings or {}, options)
     calibration = Calibration.prepare(source, method, chosen.needs(config, source.shape), options, progress)
+    teacher = source
+    if options.repair and not chosen.groups(config, source.shape):  # a copy: the teacher of the source is meant
+        otherwise = "put it where it was, or beside the student"
+        teacher = needed_root(source, progress, next=otherwise) or source
     # without calibration nothing is left to resolve: `8` and `self=8` are the same student
     known = spelled(config if calibration else chosen.resolve(config, source.shape, {}))
     asked = {"method": method, **known, **options.identity()}
@@ -90,7 +94,7 @@ def convert(
             answers = calibration.answers(source, chosen, config, progress) if calibration else {}
             resolved = chosen.resolve(config, source.shape, answers)
             job = Job.plan(source, chosen, resolved, answers, options.dtype, output.work / FOUND)
-            hashed = _write(source, method, job, output, options, calibration, progress)
+            hashed = _write(source, teacher, method, job, output, options, calibration, progress)
             # only now: until then, stopped work would start from repaired tensors and repair them again
             shutil.rmtree(output.work / REPAIRED, ignore_errors=True)
             repaired = {"repaired_by": asdict(options.repairing)} if calibration and options.repair else {}
@@ -161,6 +165,7 @@ def _complete(source: Checkpoint, dst: Path, asked: Mapping[str, Any]) -> bool:
 
 def _write(
     source: Checkpoint,
+    teacher: Checkpoint,
     method: str,
     job: Job,
     output: Output,
@@ -168,7 +173,7 @@ def _write(
     calibration: Calibration | None,
     progress: Progress,
 ) -> str:
-    """Write and repair the student, without its manifest, and return its content hash."""
+    """Write the student, repair it towards its teacher, without its manifest, and return its content hash."""
     config = student_config(source.config, source.family, source.shape, job.student, method=method, dtype=options.dtype)
     size, resumed = options.shard_size, output.resumed
     carry_over(source.path, output.work)
@@ -186,7 +191,7 @@ def _write(
         if calibration and options.repair:
             from kvfold.repair.layers import repair_in_place  # loads transformers
 
-            text, queries = calibration.tokens, job.queries()
-            repair_in_place(source, output, options.repair, text, options.repairing, writer, queries, progress)
+            text, queries = calibration.tokens, job.queries() if teacher is source else queries_since_root(source)
+            repair_in_place(teacher, output, options.repair, text, options.repairing, writer, queries, progress)
         writer.close()
     return content_hash(config, job.specs, writer.digests)

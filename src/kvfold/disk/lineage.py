@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvfold.contracts.site import QUERIES, Site
 from kvfold.disk.checkpoint import FORMAT, Checkpoint
 from kvfold.disk.record_commit import versions
 from kvfold.errors import CheckpointError
@@ -95,6 +96,33 @@ def root_teacher(student: Checkpoint, progress: Progress = SILENT) -> Checkpoint
         if found.hash(progress) == root["hash"]:
             return found
     return None
+
+
+def needed_root(student: Checkpoint, progress: Progress = SILENT, *, next: str) -> Checkpoint | None:
+    """The root teacher of a student; None of a checkpoint that is none. Raises CheckpointError if it is not found."""
+    found = root_teacher(student, progress)
+    if found is None and student.lineage is not None and student.root_hash() != student.hash():
+        raise CheckpointError(
+            f"its teacher {student.lineage['root']['name']!r} is not found", where=student.path, next=next
+        )
+    return found
+
+
+def queries_since_root(student: Checkpoint) -> dict[Site, list[int]]:
+    """The root teacher's query heads in the student's order, at the sites where a step reordered them."""
+    order: dict[Site, list[int]] = {}
+    for step in (student.lineage or {}).get("steps", []):
+        found = step.get("found") or {}
+        for site, attention in student.shape.sites.items():
+            moved = (found.get("sites") or {}).get(str(site), {}).get(QUERIES)
+            if groups := (found.get("groups") or {}).get(str(site)):  # of key/value heads, whose readers move with them
+                heads = [head for group in groups for head in group]
+                readers = attention.num_attention_heads // len(heads)
+                moved = [head * readers + reader for head in heads for reader in range(readers)]
+            if moved:
+                before = order.get(site, range(len(moved)))
+                order[site] = [before[head] for head in moved]
+    return order
 
 
 def vocabulary_difference(student: Checkpoint, teacher: Checkpoint) -> str | None:

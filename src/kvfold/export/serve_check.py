@@ -21,6 +21,7 @@ from kvfold.export.engine import Engine
 from kvfold.export.engine_process import Answered, EngineProcess
 from kvfold.export.gguf import LlamaCpp
 from kvfold.export.settings import ServeSettings
+from kvfold.predict.engines import ONE_GROUPING
 from kvfold.progress import SILENT, Progress, task
 
 TEXT = """The harbour lay quiet in the early light, and only two of the boats had their lamps lit. Anna counted the
@@ -179,6 +180,8 @@ def _in_vllm(
 
     if source.family.encoder_decoder:
         raise UnsupportedModel("vLLM has no encoder-decoders of text", where=source.path, next="use ctranslate2")
+    if source.shape.decoupled:
+        raise UnsupportedModel(f"vLLM {ONE_GROUPING}", where=source.path, next="make the student without --no-servable")
     latent = MLA.holds(source.shape)
     biased = latent and source.config.get("attention_bias")  # vLLM's own class has no such bias
     options = {"model_impl": "transformers"} if biased else {}

@@ -46,7 +46,7 @@ def forward(
     """transformers' attention signature -> `(o_BTHE, None)`: no attention weights are computed.
 
     The mask includes a sliding window. `position_bias` (1, H, T, S) is added to the logits, `softcap` caps them, and
-    `s_aux` (H,) are the logits of sinks.
+    `s_aux` (H,) are the logits of sinks. A module with `value_heads` groups its value heads apart from its key heads.
     """
     tokens = query_BHTE.shape[2]
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
@@ -66,6 +66,7 @@ def forward(
         dropout=dropout,
         softcap=softcap,
         sinks_H=s_aux,
+        value_heads=getattr(module, "value_heads", None),
     )
     return o_BHTE.transpose(1, 2).contiguous(), None
 

@@ -1,10 +1,12 @@
-"""Decoders whose layers differ in their key/value heads, or share keys and values: `kvfold_llama` and others.
+"""Decoders whose layers differ in their key/value heads, share keys and values, or group their value heads apart.
 
-transformers' configs have fields for both (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`; `kv_source_layers`:
-`[0, 0, 2, 2]`, the layer whose keys and values each layer reads), and its caches support both, but its models of these
-architectures build all layers alike. In the classes here, a layer that differs gets a stock attention built from its
-own config, and a layer that shares gets a `SharedAttention`. Modules and tensor names are those of the stock classes.
-Importing this module registers the classes with transformers' Auto classes.
+transformers' configs have fields for the first two (`per_layer_config`: `{"3": {"num_key_value_heads": 2}}`;
+`kv_source_layers`: `[0, 0, 2, 2]`, the layer whose keys and values each layer reads), and its caches support both, but
+its models of these architectures build all layers alike. In the classes here, a layer that differs gets a stock
+attention built from its own config, and a layer that shares gets a `SharedAttention`. `value_heads` has the value head
+of each query head of a layer that groups them apart from its key heads (`kvfold.hf.decoupled`), and null for others.
+Modules and tensor names are those of the stock classes. Importing this module registers the classes with transformers'
+Auto classes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.hf.bigcode import GroupedAttention
+from kvfold.hf.decoupled import decouple
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant
 from kvfold.hf.subclass import attentions, register_decoders
 
@@ -46,7 +49,7 @@ class _Sources:
 
 
 class _OwnLayers:
-    """In front of a stock model class: gives each layer the key/value heads and the source of the config."""
+    """In front of a stock model class: gives each layer the heads and the source of the config."""
 
     own_attention: type[SharedAttention | GroupedAttention]
 
@@ -67,16 +70,19 @@ class _OwnLayers:
             config.per_layer_config = differing or None
         model: Any = self
         modes, sources = config.kv_sharing_modes or [None] * len(heads), config.kv_source_layers
-        layers = zip(attentions(model), config.per_layer_config, modes, strict=True)
-        for number, ((path, attention), own, mode) in enumerate(layers):
+        apart = config.value_heads or [None] * len(heads)
+        layers = zip(attentions(model), config.per_layer_config, modes, apart, strict=True)
+        for number, ((path, attention), own, mode, value_heads) in enumerate(layers):
             stock: Any = type(attention)
             if issubclass(self.own_attention, GroupedAttention):  # the stock one ignores numbers of heads
                 stock = self.own_attention
             elif mode is not None:
                 stock = partial(self.own_attention, source=sources[number])
-            elif own.num_key_value_heads == common:
+            elif own.num_key_value_heads == common and value_heads is None:
                 continue
             made = stock(own, number)
+            if value_heads is not None:
+                decouple(made, value_heads)
             made.config = config  # `own` is a copy, which `set_attn_implementation` would not reach
             model.base_model.set_submodule(path, made)
         if config.kv_sharing_modes is not None:
@@ -93,11 +99,15 @@ class _OwnLayers:
         super().activation_checkpointing_enable(settings, *args, **kwargs)  # type: ignore[misc]
 
 
-_FIELDS = {"kv_source_layers": None, "__annotations__": {"kv_source_layers": list[int] | None}}
+_FIELDS = {
+    "kv_source_layers": None,
+    "value_heads": None,
+    "__annotations__": {"kv_source_layers": list[int] | None, "value_heads": list[list[int] | None] | None},
+}
 
 register_decoders(
     __name__,
-    "with key/value heads of each layer's own, or another layer's",
+    "with heads of each layer's own, or another layer's",
     LAYERS,
     _OwnLayers,
     lambda stock: GroupedAttention if stock == "gpt_bigcode" else SharedAttention,

@@ -8,6 +8,7 @@ from typing_extensions import override
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from kvfold.hf.shared_layers import SharedAttention
+from kvfold.predict.engines import ONE_GROUPING
 
 
 class Decoder(TransformersForCausalLM):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -20,6 +21,8 @@ class Decoder(TransformersForCausalLM):  # type: ignore[misc]  # vLLM is not ins
     @override
     def recursive_replace(self) -> None:
         """Turn the attentions into stock ones, which vLLM recognises, before it replaces their modules."""
+        if self.config.value_heads:
+            raise ValueError(f"vLLM {ONE_GROUPING}, and this student groups them apart")
         consumers: dict[type, type] = {}
         for attention in self.model.modules():
             if isinstance(attention, SharedAttention):

@@ -57,6 +57,12 @@ def check(name: str, config: Any, shape: Shape) -> None:
                 where=name,
                 next="convert the checkpoint that it was made from",
             )
+        if shape.sites[site].value_heads is not None:
+            raise SettingError(
+                f"{site} groups its value heads apart from its key heads",
+                where=name,
+                next="convert the checkpoint that it was made from",
+            )
     config.check(shape)
     student = get(name).student(config, shape)
     if student.model_type is None:

@@ -1,7 +1,8 @@
 """identity: the control. Nothing is converted.
 
 The student is the teacher: `q, k, v, o` are copied, the cache keeps `2 G E` elements per token and layer, and every
-setting is lossless. Uptrained on the same tokens as a student, it shows what more training alone gains.
+setting is lossless. Uptrained on the same tokens as a student, it shows what more training alone gains. A copy of a
+student with `--repair o,down` is refitted to the root teacher, such as heads that `dha` has handed over.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The engines that load a student, and what was tested of each.
 
 A student with its source's architecture loads in every engine that knows the architecture. If its layers differ in
-their key/value heads, the engine must take a number for each layer. If its layers share keys and values, or it needs
-another of kvfold's own classes, it loads in transformers with kvfold installed.
+their key/value heads, the engine must take a number for each layer. If its layers share keys and values, or group their
+value heads apart from their key heads, or it needs another of kvfold's own classes, it loads in transformers with
+kvfold installed.
 
 `refusal` decides for the engines that kvfold exports to, so a plan lists exactly what an export writes.
 """
@@ -22,6 +23,10 @@ from kvfold.errors import UnsupportedModel, plain
 
 NOT_RUN = "not run with"
 """Begins what is said of an engine whose support of an architecture was read, and not tried."""
+
+
+ONE_GROUPING = "reads the value head of a query's own key head"
+"""Why no engine but transformers loads layers that group their value heads apart from their key heads."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,18 @@ def engines(student: Student, config: Mapping[str, Any]) -> tuple[Engine, ...]:
     if own is not None or kept is not None or shape.layer_sparse:
         sparse = "cross-attention in some layers alone" if shape.layer_sparse else own
         what = sparse if kept is None else f"attention that keeps {' and '.join(kept)}"
-        ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
-        rest = (Engine(known.name, False, f"does not know {what}", "no") for known in _KNOWN[1:])
-        return (ours, *rest)
+        return _ours_alone(f"does not know {what}")
+    if shape.decoupled:
+        return _ours_alone(ONE_GROUPING)
     if shape.owners:
         return _sharing(shape.model_type)
     return tuple(_engine(known, shape, config) for known in _table(student))
+
+
+def _ours_alone(why: str) -> tuple[Engine, ...]:
+    """The engines for a student that only transformers loads."""
+    ours = Engine("transformers", True, "with kvfold installed", "loaded in the tests")
+    return (ours, *(Engine(known.name, False, why, "no") for known in _KNOWN[1:]))
 
 
 def _engine(known: _Known, shape: Shape, config: Mapping[str, Any]) -> Engine:
@@ -262,6 +273,8 @@ def refusal(engine: str, config: Mapping[str, Any], shape: Shape) -> Refusal | N
         return Refusal("its architecture is not supported", shape.model_type, allowed)
     if shape.owners:
         return Refusal("its layers share keys and values", f"{len(shape.owners)} owners", "a cache for each layer")
+    if shape.decoupled:
+        return Refusal(f"it {ONE_GROUPING}", next="make the student without --no-servable")
     return _kept(shape) or (_of_ct2 if engine == "CTranslate2" else _of_gguf)(config, shape) or _of_ropes(shape)
 
 

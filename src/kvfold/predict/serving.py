@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,7 +103,8 @@ class Serving:
 
     def _of_heads(self, student: Shape) -> Iterator[str]:
         parallel = self.tensor_parallel
-        for heads in sorted({site.num_key_value_heads for key, site in student.sites.items() if key.kind != "encoder"}):
+        cached = [student.sites[site] for site in student.cached_sites]
+        for heads in sorted({count for site in cached for count in (site.num_key_value_heads, site.num_value_heads)}):
             named = f"{heads} key/value head{'s' if heads > 1 else ''}"
             if heads < parallel:
                 yield (
@@ -163,7 +164,15 @@ def _heads(shape: Shape) -> str:
     for site, attention in shape.sites.items():
         if site.kind != "encoder":
             kinds.setdefault(site.kind, set()).add(attention.num_key_value_heads)
-    counts = {kind: f"{min(n)} to {max(n)}" if len(n) > 1 else str(min(n)) for kind, n in kinds.items()}
+    counts = {kind: _range(n) for kind, n in kinds.items()}
     heads = next(iter(counts.values())) if len(counts) == 1 else ", ".join(f"{kind} {n}" for kind, n in counts.items())
+    if shape.decoupled:
+        values = [attention.num_value_heads for attention in shape.sites.values()]
+        return f"{heads} of keys, {_range(values)} of values"
     owners = sum(attention.source is None for attention in shape.sites.values())
     return f"{heads}, in {owners} of {len(shape.sites)} layers" if shape.owners else heads
+
+
+def _range(numbers: Collection[int]) -> str:
+    """`8`, or `1 to 8`."""
+    return f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else str(min(numbers))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvfold.contracts.family import MLP, Family, Json
-from kvfold.contracts.site import Shape
+from kvfold.contracts.site import Attention, Shape
 from kvfold.errors import SettingError
 from kvfold.formats import size
 
@@ -139,18 +139,23 @@ class _Model:
         """What a block keeps of a token."""
         site = next(iter(self.shape.sites.values()))
         width, wide = self.shape.hidden_size, site.num_attention_heads * site.head_dim
-        narrow, inner = site.num_key_value_heads * site.head_dim, (4 if self.matrices == 3 else 2) * self.inner
+        narrow, inner = _narrow(site), (4 if self.matrices == 3 else 2) * self.inner
         if bf16:
-            return 26 * width + 6 * wide + 4 * narrow + 2 * inner
-        return 4 * (6 * width + 3 * wide + 2 * narrow + inner)
+            return 26 * width + 6 * wide + 2 * narrow + 2 * inner
+        return 4 * (6 * width + 3 * wide + narrow + inner)
 
     def product_bytes(self, bf16: bool) -> int:
         """The outputs of a block's products of a token."""
         site = next(iter(self.shape.sites.values()))
-        wide, narrow = site.num_attention_heads * site.head_dim, site.num_key_value_heads * site.head_dim
+        wide = site.num_attention_heads * site.head_dim
         return (2 if bf16 else 4) * (
-            2 * wide + 2 * narrow + 2 * self.shape.hidden_size + (self.matrices - 1) * self.inner
+            2 * wide + _narrow(site) + 2 * self.shape.hidden_size + (self.matrices - 1) * self.inner
         )
+
+
+def _narrow(site: Attention) -> int:
+    """Outputs of the maps of keys and values."""
+    return (site.num_key_value_heads + site.num_value_heads) * site.head_dim
 
 
 def _model(family: Family, config: Json, shape: Shape) -> _Model:

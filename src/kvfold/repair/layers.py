@@ -89,7 +89,7 @@ def repair(
 
 
 def repair_in_place(
-    source: Checkpoint,
+    teacher: Checkpoint,
     output: Output,
     roles: Sequence[str],
     tokens: TokenFile | Corpus,
@@ -107,7 +107,7 @@ def repair_in_place(
     folder.mkdir(exist_ok=True)
     writer.index()
     student = Checkpoint(output.work, output.path.name)
-    ranks.everywhere(_repair_into, folder, source, student, roles, tokens, settings, queries, progress=progress)
+    ranks.everywhere(_repair_into, folder, teacher, student, roles, tokens, settings, queries, progress=progress)
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
             writer.replace(name, tensor)
@@ -115,7 +115,7 @@ def repair_in_place(
 
 def _repair_into(
     folder: Path,
-    source: Checkpoint,
+    teacher: Checkpoint,
     student: Checkpoint,
     roles: Sequence[str],
     tokens: TokenFile | Corpus,
@@ -132,7 +132,7 @@ def _repair_into(
         except SafetensorError as error:
             raise damaged(path) from error
     ranks.barrier()  # before rank 0 writes the next one
-    layers = repair(source, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
+    layers = repair(teacher, student, roles, tokens, settings, queries=queries, done=done, progress=progress)
     for number, tensors in enumerate(layers):
         if number >= len(done) and ranks.current().main:
             path = folder / f"{number:05d}.safetensors"

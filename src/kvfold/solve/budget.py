@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from kvfold.contracts.cache import root_elements
 from kvfold.contracts.per_layer import PerSite, divisors
@@ -20,6 +20,7 @@ from kvfold.errors import SettingError, choices
 
 Heads = dict[Site, int]
 Cost = type[FoldedKL] | type[FoldedRecall]
+K = TypeVar("K")  # what has a number of heads: a site, or one map of it
 
 NAMES: Mapping[Cost, str] = {FoldedKL: "kl", FoldedRecall: "rise"}  # of a cost in answers and in kvfold.json
 KL: Sequence[Cost] = (FoldedKL,)
@@ -68,14 +69,14 @@ def refuse(budget: float | None, *, where: str, setting: str, value: object) -> 
         )
 
 
-def check_divides(kv_heads: PerSite, shape: Shape, *, where: str) -> None:
+def check_divides(kv_heads: PerSite, shape: Shape, *, where: str, setting: str = "kv_heads") -> None:
     """Raise SettingError for a head count that does not divide the source's, naming what does."""
-    for site, heads in kv_heads.by_site(shape.cached_sites, "kv_heads", where).items():
+    for site, heads in kv_heads.by_site(shape.cached_sites, setting, where).items():
         have = shape.sites[site].num_key_value_heads
         if have % heads:
             kind = "query" if have == shape.sites[site].num_attention_heads else "key/value"
             raise SettingError(
-                f"kv_heads {heads} does not divide the {have} {kind} heads of {site}",
+                f"{setting} {heads} does not divide the {have} {kind} heads of {site}",
                 where=where,
                 next=f"choose {choices(divisors(have))}",
             )
@@ -108,16 +109,25 @@ def cheapest(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost
 
 def cheapest_mix(budget: float, shape: Shape, price_of: Callable[[Site, int], float]) -> Heads:
     """The head counts of the smallest sum of prices within the budget; among equal sums, those of the fewest bytes."""
+    options = [(site, count) for site in shape.cached_sites for count in choices_of(shape, site)]
+    sizes = {option: elements(shape, dict([option])) for option in options}
+    return cheapest_of(sizes, price_of, room(budget, shape))
+
+
+def cheapest_of(sizes: Mapping[tuple[K, int], int], price_of: Callable[[K, int], float], limit: int) -> dict[K, int]:
+    """One count for each key, of the smallest sum of prices at a sum of `sizes` within the limit.
+
+    Among equal sums of prices, those of the smallest size.
+    """
     import numpy as np  # a plan works without
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    sites = shape.cached_sites
-    options = [(site, count) for site in sites for count in choices_of(shape, site)]
-    prices_N = np.array([_steps(price_of(site, count)) for site, count in options])
-    sizes_N = np.array([elements(shape, {site: count}) for site, count in options])
+    options = list(sizes)
+    prices_N = np.array([_steps(price_of(*option)) for option in options])
+    sizes_N = np.array(list(sizes.values()))
     unit = int(np.gcd.reduce(sizes_N))
-    one_each_LN = np.array([[owner == site for owner, _ in options] for site in sites])
-    limits = [LinearConstraint(one_each_LN, 1, 1), LinearConstraint(sizes_N // unit, ub=room(budget, shape) // unit)]
+    one_each_KN = np.array([[owner == key for owner, _ in options] for key in dict.fromkeys(key for key, _ in options)])
+    limits = [LinearConstraint(one_each_KN, 1, 1), LinearConstraint(sizes_N // unit, ub=limit // unit)]
     for goal_N in (prices_N, sizes_N // unit):  # whole numbers: the second solution keeps the first one's price
         found = milp(
             goal_N,
@@ -128,7 +138,7 @@ def cheapest_mix(budget: float, shape: Shape, price_of: Callable[[Site, int], fl
         )
         taken_N = found.x.round()
         limits.append(LinearConstraint(goal_N, ub=goal_N @ taken_N + 0.5))
-    return {site: count for (site, count), taken in zip(options, taken_N, strict=True) if taken}
+    return {key: count for (key, count), taken in zip(options, taken_N, strict=True) if taken}
 
 
 def uniform(budget: float, shape: Shape, answers: Answers, costs: Sequence[Cost] = KL) -> Heads:

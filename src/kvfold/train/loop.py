@@ -56,6 +56,7 @@ class Work:
     objective: Objective
     groups: Callable[[], list[dict[str, Any]]]  # parameters, their `share` of the learning rate, `weight_decay`
     finish: Callable[[], None] | None = None  # changes the model at the end of the stretch
+    settled: Callable[[], bool] | None = None  # ends the stretch before its steps, which the next one gets
     rises: bool = False  # what is scheduled may raise the loss, which then stops the run only if it is not finite
 
 
@@ -221,7 +222,7 @@ class _Run:
         """Run the remaining steps, then end the stretch."""
         settings, position = self.settings, self.position
         before = position.seconds
-        while position.stage_step < self.work.steps:
+        while position.stage_step < self.steps and not (self.work.settled and self.work.settled()):
             with compile_errors(settings.compile):
                 measured = self.step()
             position.step, position.stage_step = position.step + 1, position.stage_step + 1
@@ -242,7 +243,16 @@ class _Run:
                 self.save()
         if self.work.finish:
             self.work.finish()
+        position.spared = self.steps - position.stage_step
+        if position.spared:
+            done = f"{self.work.name} has settled after {position.stage_step:,} of {self.steps:,} steps"
+            self.progress.say(f"{done}; the next stage gets the others")
         position.stage, position.stage_step, position.smooth, position.lowest = position.stage + 1, 0, None, None
+
+    @property
+    def steps(self) -> int:
+        """Steps of this stretch: its own, and those that the stretch before did not need."""
+        return self.work.steps + self.position.spared
 
     def step(self) -> dict[str, float]:
         """One optimiser step, and what the log says of it; the gradient norm is that before clipping."""
@@ -252,13 +262,13 @@ class _Run:
         batch = self.tokens.batch(
             position.step, seed=settings.seed, batch_size=settings.batch_size, length=settings.sequence_length
         )
-        lr = settings.learning_rate * rate(settings, position.stage_step, self.work.steps)
+        lr = settings.learning_rate * rate(settings, position.stage_step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
         device, here = best_device(), ranks.current()
         passes = batch.split(settings.pass_rows(here.world))
         own = [passes[number] for number in here.share(len(passes))]
-        done = position.stage_step / self.work.steps
+        done = position.stage_step / self.steps
         loss = 0.0
         parts: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -320,7 +330,7 @@ class _Run:
     def note(self, measured: Mapping[str, float]) -> None:
         """Report the step to the log and to the progress bar."""
         position, now = self.position, time.monotonic()
-        if position.step % self.settings.log_every == 0 or position.stage_step == self.work.steps:
+        if position.step % self.settings.log_every == 0 or position.stage_step == self.steps:
             speed = (position.step - self.noted_step) * self.settings.step_tokens / (now - self.noted)
             self.noted, self.noted_step = now, position.step
             self.log.write(

@@ -145,6 +145,12 @@ def schedule_of(source: Checkpoint, model: nn.Module, name: str) -> Schedule:
     return lambda share: method.during(name, learner(source, model), share, config)
 
 
+def settled_of(source: Checkpoint, model: nn.Module, name: str) -> Callable[[], bool]:
+    """`Method.settled` of the stage of this name."""
+    method, config = _own(source)
+    return lambda: method.settled(name, learner(source, model), config)
+
+
 def _names(source: Checkpoint, role: str, parameters: Iterable[str]) -> set[str]:
     """The parameters of a role, over all sites, or those of this name that a method added."""
     of_sites = {source.family.tensor(site, role) for site in source.shape.sites}

@@ -58,6 +58,7 @@ class Position:
 
     stage: NonNegativeInt = 0
     stage_step: NonNegativeInt = 0  # steps done in this stage
+    spared: NonNegativeInt = 0  # steps that the stage before left to this one
     step: NonNegativeInt = 0  # steps done in all
     tokens: NonNegativeInt = 0
     seconds: FiniteFloat = 0.0

@@ -22,9 +22,9 @@ from kvfold import hf, ranks
 from kvfold.contracts.method import Student, Trained
 from kvfold.contracts.stages import GUIDED, Stage
 from kvfold.disk.checkpoint import Checkpoint, save_model, save_tensors
-from kvfold.disk.lineage import descend, root_teacher, vocabulary_difference
+from kvfold.disk.lineage import descend, needed_root, vocabulary_difference
 from kvfold.disk.output import Output, check_apart
-from kvfold.errors import CheckpointError, SettingError
+from kvfold.errors import SettingError
 from kvfold.inputs import LARGEST
 from kvfold.predict.student_config import student_config
 from kvfold.predict.training_memory import PARAMETERS, training_flops
@@ -51,6 +51,7 @@ from kvfold.train.stages import (
     parameters_of,
     rates_of,
     schedule_of,
+    settled_of,
     spelled_losses,
 )
 
@@ -306,15 +307,10 @@ def _teacher(
     needed = needs_teacher(asked)
     if asked and not needed and settings.data != "self":
         return None
-    found = Checkpoint.open(given) if given is not None else root_teacher(source)
-    if found is None and source.root_hash() == source.hash() and any(stage.finish for stage in asked):
+    otherwise = "add --teacher PATH, or train without one (--loss ce)"
+    found = Checkpoint.open(given) if given is not None else needed_root(source, next=otherwise)
+    if found is None and any(stage.finish for stage in asked):
         found = source  # what the stages will change is still the teacher
-    if found is None and source.root_hash() != source.hash():
-        raise CheckpointError(
-            f"its teacher {(source.lineage or {})['root']['name']!r} is not found",
-            where=source.path,
-            next="add --teacher PATH, or train without one (--loss ce)",
-        )
     if found is None and needed:
         raise SettingError(
             f"loss {needed} needs a teacher, but {source.name} is not a student",
@@ -384,6 +380,7 @@ def _works(
                 ),
                 finish=None if stage.finish is None else finish_of(source, model, stage.finish),
                 rises=stage.scheduled,
+                settled=settled_of(source, model, stage.name) if stage.scheduled and stage is not stages[-1] else None,
             )
         )
         done = end
