@@ -156,7 +156,7 @@ class _Sentences:
         # byte-level tokenizers have other ids for a word without the blank that stands before it in a passage
         return {
             "question": " ".join([*sentence[before], settings.blank, *sentence[behind]]),
-            "answers": [answer],
+            "answers": [answer.lower()],
             "target": f" {answer}",
             "ctxs": [{"title": "", "text": " ".join(self.sentences[each])} for each in shown],
         }
