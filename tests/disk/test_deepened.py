@@ -110,6 +110,21 @@ def test_uptraining_trains_the_layers_that_are_added(tiny_checkpoint: Make, text
         assert trained.read(f"decoder.block.{layer}.layer.0.SelfAttention.o.weight").abs().max() > 0
 
 
+def test_repair_uses_the_layers_that_are_added(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    source = tiny_checkpoint("t5")
+    (tmp_path / "text.txt").write_text(
+        "Whan that Aprille with his shoures soote, the droghte of March hath perced. " * 60
+    )
+    how = {"calibration": str(tmp_path / "text.txt"), "effort": "quick", "calibration_tokens": 4000}
+    given, lost = {"cross_every": 4, "decoder_layers": 8}, []
+    for number, repair in enumerate(((), ("o",))):
+        made = convert(source, tmp_path / str(number), "fido", given, options=ConvertSettings(**how, repair=repair))
+        lost.append(float((logits(hf.load(made)) - logits(hf.load(source))).square().mean()))
+    assert lost[1] < lost[0]
+    added = Checkpoint.open(tmp_path / "1").read("decoder.block.4.layer.0.SelfAttention.o.weight")
+    assert added.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "match"),
     [
