@@ -34,7 +34,9 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["t5", "umt5", "m2m_100", "whisper"])
+@pytest.mark.parametrize(
+    "name", ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("umt5", "m2m_100", "whisper"))]
+)
 def test_a_deeper_student_computes_what_its_source_does(name: str, tiny_checkpoint: Make, tmp_path: Path) -> None:
     family, changes = paired().get(name, (name, {}))
     source = tiny_checkpoint(family, tokenizer=False, **changes)
@@ -92,6 +94,7 @@ def test_a_view_is_another_model_and_survives_pickling(tiny_checkpoint: Make) ->
     assert all(torch.equal(again.read(name), view.read(name)) for name in view.names())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_uptraining_trains_the_layers_that_are_added(tiny_checkpoint: Make, text: Path, tmp_path: Path) -> None:
     source = tiny_checkpoint("t5")
@@ -110,6 +113,7 @@ def test_uptraining_trains_the_layers_that_are_added(tiny_checkpoint: Make, text
         assert trained.read(f"decoder.block.{layer}.layer.0.SelfAttention.o.weight").abs().max() > 0
 
 
+@pytest.mark.slow
 def test_repair_uses_the_layers_that_are_added(tiny_checkpoint: Make, tmp_path: Path) -> None:
     source = tiny_checkpoint("t5")
     (tmp_path / "text.txt").write_text(
