@@ -20,6 +20,7 @@ A mark names a table and its runs; each run of docs/generate.py writes the table
     inspection     how well inspections predicted: losses of folds, and the heads that copy
     compared       a teacher and its students beside quantisation, pruning and others
     levels         uptraining on two levels of depth beside one of the same FLOPs
+    readers        readers of passages: right answers, time by part of the model, bytes of a passage
     pivot          a benchmark's rows: `pivot RUN: LIST LINE COLUMN CELL` names a list in its metrics and fields of the
                    list's rows; COLUMN may be several between commas
 
@@ -47,6 +48,7 @@ from pages.inspection import inspection_tables
 from pages.kept import goal_tables, kept_tables, short_tables
 from pages.levels import levels_tables
 from pages.miniature import compare, front, of_runs
+from pages.readers import reader_tables
 from pages.serving import serving_tables
 from pages.students import bare_name
 
@@ -304,4 +306,5 @@ KINDS: Mapping[str, Callable[..., Iterator[str]]] = {
     "inspection": inspection_tables,
     "compared": compared_tables,
     "levels": levels_tables,
+    "readers": reader_tables,
 }

@@ -47,8 +47,33 @@ def test_the_answer_stands_in_one_passage_whose_words_the_question_repeats(told:
         assert left.strip() in texts[holding[0]]
         assert right.strip() in texts[holding[0]]
         assert answer not in question.lower().split()
+        assert str(each["target"]).lower() == f" {answer}"
+        assert f"{each['target']} " in texts[holding[0]].replace(".", " "), "the target is what a reader can copy"
         places.add(holding[0])
     assert len(places) > 1, "the passage that holds the answer stands anywhere"
+
+
+def test_several_words_may_be_left_out(told: Path, tmp_path: Path) -> None:
+    settings = ClozeSettings(**{**vars(SMALL), "passages": 1, "gap": 3})
+    for each in records(cloze(told, tmp_path / "q.jsonl", settings)):
+        filled = str(each["question"]).replace(f" {settings.blank}", str(each["target"]))
+        assert filled.replace(".", "") in each["ctxs"][0]["text"].replace(".", "")  # type: ignore[index]
+        assert len(str(each["target"]).split()) == 3
+
+
+def test_shuffled_sentences_have_the_same_words_in_another_order(told: Path, tmp_path: Path) -> None:
+    def words(shuffle: bool) -> list[list[str]]:
+        settings = ClozeSettings(**{**vars(SMALL), "records": 40, "passages": 1, "shuffle": shuffle})
+        made = records(cloze(told, tmp_path / f"{shuffle}.jsonl", settings))
+        return [each["ctxs"][0]["text"].split() for each in made]  # type: ignore[index]
+
+    plain, shuffled = words(False), words(True)
+    assert plain != shuffled
+    assert {tuple(sorted(each)) for each in shuffled} <= {tuple(sorted(each)) for each in map(list, _sentences(told))}
+
+
+def _sentences(told: Path) -> list[list[str]]:
+    return [sentence.split() for sentence in told.read_text().replace("noon. ", "noon.|").splitlines()[0].split("|")]
 
 
 def test_it_follows_from_text_and_seed(told: Path, tmp_path: Path) -> None:
@@ -63,7 +88,7 @@ def test_what_cannot_be_made_is_one_line(told: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few sentences"):
         cloze(told, tmp_path / "q.jsonl", ClozeSettings(**{**vars(SMALL), "passages": 61}))
     with pytest.raises(SettingError, match="passages"):
-        ClozeSettings(passages=1)
+        ClozeSettings(passages=0)
     assert not (tmp_path / "q.jsonl").exists()
     cloze(told, tmp_path / "q.jsonl", SMALL)
     with pytest.raises(OutputError, match="--overwrite"):

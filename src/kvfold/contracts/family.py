@@ -93,6 +93,7 @@ class Family:
     spellings: Mapping[str, str] = field(default_factory=dict)  # first part of a name in older files -> in the model
     dropped: Callable[[Json], tuple[str, ...]] = lambda config: ()  # prefixes of tensors that a student leaves out
     adopt: Callable[[Json], Json] | None = None  # config.json of a source in another architecture -> in this one
+    depth: str = ""  # field of config.json with the number of decoder layers, where layers can be added
     rehouse: Callable[[Json], Rehoused] | None = None  # of one whose config.json cannot say what students need
     body_of: Callable[[Json], Body] | None = None  # where the body depends on config.json; None: `body`
 

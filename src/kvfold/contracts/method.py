@@ -101,6 +101,13 @@ class Method(Generic[C]):
         """Small settings that change this shape. The contract tests convert with them."""
         return self.lossless(shape)
 
+    def decoder_layers(self, config: C) -> int | None:
+        """The decoder layers that the source has when it is converted, if more than its own.
+
+        Shapes, tensors and answers of calibration are then those of the deeper model, which computes the same.
+        """
+        return None
+
     # --- calibration
 
     def needs(self, config: C, shape: Shape) -> Sequence[Question]:

@@ -22,6 +22,7 @@ from kvfold.convert.calibration import Calibration
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.tensors import Job
 from kvfold.disk.checkpoint import Checkpoint, Writer, content_hash
+from kvfold.disk.deepened import Deepened
 from kvfold.disk.lineage import descend, needed_root, queries_since_root
 from kvfold.disk.output import (
     MANIFEST,
@@ -114,7 +115,7 @@ def convert(
             (output.work / FOUND).unlink(missing_ok=True)
             write_json(output.work / MANIFEST, {**lineage, "hash": hashed})
             output.commit()
-            remember(source.hash(), source.path)
+            remember(source.origin.hash(), source.path)
     except KeyboardInterrupt:
         raise Interrupted("stopped", where=dst, next="the same command continues") from None
     return output.path
@@ -136,6 +137,8 @@ def settled(
     student_config(made.config, made.family, made.shape, made.student, method=method, dtype=options.dtype)
     if made.family.name != source.family.name:
         source = Rehoused(source)
+    if made.shape.num_layers != source.shape.num_layers:
+        source = Deepened(source, made.shape.num_layers)
     carried(source.path)  # raises for a link out of its folder
     repair = options.repair
     if repair is None:
@@ -177,7 +180,7 @@ def _write(
     config = student_config(source.config, source.family, source.shape, job.student, method=method, dtype=options.dtype)
     size, resumed = options.shard_size, output.resumed
     carry_over(source.path, output.work)
-    if config == source.config:  # byte for byte
+    if config == source.origin.config:  # byte for byte
         shutil.copyfile(source.path / "config.json", output.work / "config.json")
     else:
         write_json(output.work / "config.json", config)

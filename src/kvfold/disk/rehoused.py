@@ -1,4 +1,4 @@
-"""A checkpoint read as the same function in another stock architecture, which has the fields that a student needs."""
+"""A checkpoint read as the same function under other names, or in another architecture, which a student needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from kvfold.contracts.family import Expressed
+from kvfold.contracts.family import Rehoused as Made
 from kvfold.disk.checkpoint import Checkpoint, TensorSpec
 from kvfold.disk.shards import Stored
 from kvfold.families import source_family
@@ -17,26 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Rehoused(Checkpoint):
-    """A view of a checkpoint under the names of another architecture; tensors are made when they are read.
+class View(Checkpoint):
+    """A view of a checkpoint with another config.json; tensors are made of the checkpoint's when they are read.
 
-    Its identity and its lineage are the source's, which `origin` is. Raises UnsupportedModel where the source's
-    function has no form in that architecture.
+    Its identity and its lineage are the source's, which `origin` is.
     """
 
-    def __init__(self, origin: Checkpoint) -> None:
-        assert origin.family.rehouse is not None
-        made = origin.family.rehouse(origin.config)
+    def __init__(self, origin: Checkpoint, made: Made) -> None:
         self._origin, self.path, self.name, self.lineage = origin, origin.path, origin.name, origin.lineage
         self.config: dict[str, Any] = dict(made.config)
         self.family = source_family(self.config, where=origin.path)
         self.shape = replace(self.family.shape(self.config), root_elements=origin.shape.root_elements)
         self.digests, self._flaws, self.buffers, self.spelled = {}, {}, origin.buffers, {}
         self._stored = {name: self._view(each) for name, each in made.tensors.items()}
-
-    @override
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rehoused, (self._origin,)
 
     @property
     def origin(self) -> Checkpoint:
@@ -61,3 +55,18 @@ class Rehoused(Checkpoint):
     def require_finite(self, progress: Progress = SILENT) -> None:
         """Refuse weights of the source that are NaN or infinite, with CheckpointError."""
         self.origin.require_finite(progress)
+
+
+class Rehoused(View):
+    """A view in another stock architecture, which has the fields that a student needs.
+
+    Raises UnsupportedModel where the source's function has no form in that architecture.
+    """
+
+    def __init__(self, origin: Checkpoint) -> None:
+        assert origin.family.rehouse is not None
+        super().__init__(origin, origin.family.rehouse(origin.config))
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rehoused, (self._origin,)

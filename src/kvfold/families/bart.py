@@ -124,4 +124,5 @@ FAMILY = Family(
     body=_body({"model_type": "bart"}),
     body_of=_body,
     encoder_decoder=True,
+    depth="decoder_layers",
 )

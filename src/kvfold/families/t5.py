@@ -164,4 +164,5 @@ FAMILY = Family(
     body=BODY,
     body_of=_body,
     encoder_decoder=True,
+    depth="num_decoder_layers",
 )

@@ -97,5 +97,6 @@ FAMILY = Family(
     body=replace(BODY, embedding="model.decoder.embed_tokens"),
     examples=("openai/whisper-small", "openai/whisper-large-v3-turbo", "distil-whisper/distil-large-v3"),
     encoder_decoder=True,
+    depth="decoder_layers",
     audio=True,
 )

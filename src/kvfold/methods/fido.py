@@ -10,6 +10,9 @@ as in the authors' code (google/flaxformer, architectures/fido): of 24 layers, k
 keep self-attention, its relative bias and the MLP, and lose the branch with its norms. `cross_layers auto` keeps as
 many layers, those whose removal costs most: the KL to the teacher without one branch alone, on calibration text.
 
+`decoder_layers` adds layers to the source first ("asymmetric scaling", here deeper and not wider): each computes
+nothing until uptraining trains it (`kvfold.disk.deepened`).
+
 Cached per encoder token: `2 G E` elements in each layer that keeps cross-attention, nothing in the others. Chain `gqa`
 or `crosslatent` behind it for fewer per layer. It is lossless at `cross_every 1`. Repair refits o of self-attention
 and the MLP of a layer to the teacher's residual stream behind the branch that is gone. What a branch added from the
@@ -48,6 +51,9 @@ class Config:
         None,
         "Layers that keep it, such as 5,11, instead of every K-th; `auto`: as many, those whose removal costs most on "
         "calibration text.",
+    )
+    decoder_layers: int | None = setting(
+        None, "Decoder layers of the student: those that are added compute nothing until uptraining. Default: as many."
     )
     fade: float = setting(
         0.0, "Share of uptraining in which a gate fades the other branches, which are then removed; 0: removed at once."
@@ -117,6 +123,10 @@ class FiDO(Method[Config]):
             return Student(shape.with_sites({site: replace(shape.sites[site], fades=True) for site in removed}))
         return Student(shape.without(removed))
 
+    def decoder_layers(self, config: Config) -> int | None:
+        """As the settings say."""
+        return config.decoder_layers
+
     def notes(self, config: Config, shape: Shape) -> Sequence[str]:
         """Say what is not chosen yet, and what only uptraining removes."""
         notes = []
@@ -124,6 +134,8 @@ class FiDO(Method[Config]):
             notes.append(
                 f"cross_layers auto: the plan keeps every {config.cross_every}th; the conversion measures which"
             )
+        if config.decoder_layers is not None:
+            notes.append("decoder_layers: an added layer computes nothing until it is trained")
         if config.fade:
             notes.append("fade: this student caches as much as its source until uptraining has removed the branches")
         return notes
@@ -144,7 +156,7 @@ class FiDO(Method[Config]):
         if config.cross_layers == AUTO and answers:
             costs = _costs(answers)
             kept = sorted(sorted(costs, key=lambda layer: (-costs[layer], -layer))[: len(kept)])
-        return Config(cross_layers=_spelled(kept), fade=config.fade)
+        return Config(cross_layers=_spelled(kept), decoder_layers=config.decoder_layers, fade=config.fade)
 
     def found(self, config: Config, shape: Shape, answers: Answers) -> Mapping[str, Any]:
         """The cost of removing each cross-attention alone, where `auto` chose by it."""

@@ -14,6 +14,7 @@ from kvfold import methods
 from kvfold.contracts.family import Family, with_fields, without_code
 from kvfold.contracts.method import Method, Student
 from kvfold.contracts.site import Shape
+from kvfold.disk.deepened import deeper
 from kvfold.errors import UnsupportedModel
 from kvfold.families import all_families, source_family
 from kvfold.settings import decode
@@ -21,7 +22,7 @@ from kvfold.settings import decode
 
 @dataclass(frozen=True)
 class Draft:
-    """A source in the architecture that its student needs, a method with its settings, and the student."""
+    """A source with the architecture and layers that its student needs, a method with its settings, and the student."""
 
     config: Mapping[str, Any]
     family: Family
@@ -39,6 +40,10 @@ def draft(config: Mapping[str, Any], family: Family, shape: Shape, method: str, 
     """
     chosen = methods.get(method)
     settings = decode(chosen.Config, given, method)
+    layers = chosen.decoder_layers(settings)
+    if layers is not None and layers != shape.num_layers:
+        config = deeper(config, family, shape, layers, method)
+        shape = replace(family.shape(config), root_elements=shape.root_elements)
     other, there, refused = config, shape, None
     if family.rehouse is not None:
         try:

@@ -30,6 +30,7 @@ from kvfold.evaluate.settings import BenchSettings, EvaluateSettings
 from kvfold.families import family_of
 from kvfold.inputs import read_text
 from kvfold.predict.plan import Plan, PlanSettings, plan, read_source
+from kvfold.predict.student_config import draft
 from kvfold.progress import SILENT, Progress
 from kvfold.report import report
 from kvfold.report.folder import RECIPE
@@ -189,7 +190,8 @@ def _check(work: _Run, rows: Sequence[Cell], *, planned: bool = True) -> None:
             _plan(work, cell)
         elif isinstance(made := (work.recipe.pretrain or {})["config"], Mapping):
             name, own = _method(_chain(cell.convert)[0])
-            methods.check(name, decode(methods.get(name).Config, own, name), family_of(dict(made)).shape(dict(made)))
+            family = family_of(dict(made))
+            draft(dict(made), family, family.shape(dict(made)), name, own)
         if cell.uptrain is not None:
             _uptraining(work, {**cell.uptrain, "seed": cell.seed})
     evaluation = {**work.recipe.evaluate, "data": work.recipe.heldout}

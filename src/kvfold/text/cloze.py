@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 COMMON, FEW = 0.02, 20  # a word in more than this share of the sentences, and in more than a few, tells little
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_MARKS = ".,;:!?()\"'“”‘’"
 _WORD = re.compile(r"[a-z]+", re.IGNORECASE)
 
 
@@ -42,14 +43,16 @@ class ClozeSettings:
     passages: int = setting(20, "Passages of a question, one of which holds its answer.")
     words: int = setting(24, "Longest sentence, in words; the shortest has half of them.")
     around: int = setting(4, "Words of the question on each side of the blank.")
+    gap: int = setting(1, "Words that are left out: the one that is asked for, and those behind it.")
     blank: str = setting("___", "What stands for the word; <extra_id_0> is the sentinel of a T5.")
     occurrences: int = setting(50, "Sentences that hold an answer, at least: the words of answers are frequent ones.")
+    shuffle: bool = setting(False, "Shuffle the words of each sentence first, so that only reading gives the answer.")
     seed: int = setting(0, "Seed of the sentences that are asked about, and of the order of passages.")
 
     def __post_init__(self) -> None:
         """Raise SettingError for values out of range."""
-        check_range(self, "questions", 1, MOST, "records", "around", "occurrences")
-        check_range(self, "questions", 2, MOST, "passages", "words")
+        check_range(self, "questions", 1, MOST, "records", "passages", "around", "gap", "occurrences")
+        check_range(self, "questions", 2, MOST, "words")
         check_range(self, "questions", 0, SEEDS - 1, "seed")
 
 
@@ -95,6 +98,8 @@ def cloze(
 
 def _sentences(text: str | Path, settings: ClozeSettings) -> list[list[str]]:
     """The sentences of a text that are neither short nor long, as words; each is there once."""
+    import numpy as np
+
     found: dict[str, list[str]] = {}
     for document in read_texts(text):
         for paragraph in document.splitlines():
@@ -104,12 +109,15 @@ def _sentences(text: str | Path, settings: ClozeSettings) -> list[list[str]]:
                     found.setdefault(" ".join(words), words)
     if len(found) < settings.passages:
         raise DataError("has too few sentences", where=text, got=len(found), allowed=f"{settings.passages} or more")
+    if settings.shuffle:
+        generator = np.random.default_rng(settings.seed)
+        return [[words[at] for at in generator.permutation(len(words))] for words in found.values()]
     return list(found.values())
 
 
 def _bare(word: str) -> str:
     """A word without punctuation, in lower case; empty for numbers and formulas."""
-    bare = word.strip(".,;:!?()\"'“”‘’").lower()
+    bare = word.strip(_MARKS).lower()
     return bare if _WORD.fullmatch(bare) else ""
 
 
@@ -131,21 +139,25 @@ class _Sentences:
         sentence, words = self.sentences[number], self.words[number]
         known = [
             at
-            for at, word in enumerate(words)
+            for at, word in enumerate(words[: len(words) - settings.gap + 1])
             if word in self.places and self.of[word] >= settings.occurrences and words.count(word) == 1
         ]
         if not known:
             return None
         at = min(known, key=lambda place: (self.of[words[place]], place))  # the rarest
-        first, last = max(0, at - settings.around), at + settings.around + 1
-        asked = {word for word in [*words[first:at], *words[at + 1 : last]] if word}
-        others = self._alike(number, asked, words[at], settings.passages - 1)
+        end = at + settings.gap
+        before, behind = slice(max(0, at - settings.around), at), slice(end, end + settings.around)
+        asked = {word for word in [*words[before], *words[behind]] if word}
+        others = self._alike(number, asked, words[at], settings.passages - 1) if settings.passages > 1 else []
         if len(others) < settings.passages - 1:
             return None
         shown = generator.permutation([number, *others])
+        answer = " ".join(sentence[at:end]).strip(_MARKS)
+        # byte-level tokenizers have other ids for a word without the blank that stands before it in a passage
         return {
-            "question": " ".join([*sentence[first:at], settings.blank, *sentence[at + 1 : last]]),
-            "answers": [words[at]],
+            "question": " ".join([*sentence[before], settings.blank, *sentence[behind]]),
+            "answers": [answer.lower()],
+            "target": f" {answer}",
             "ctxs": [{"title": "", "text": " ".join(self.sentences[each])} for each in shown],
         }
 
