@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvfold.contracts.site import Shape
@@ -62,7 +63,8 @@ def _of(records: Sequence[Record], run: str) -> list[Any]:
 
 
 def _predicted(_: object) -> str:
-    columns = ["source", "key/value heads", "trained", *(f"{count} GPU{'s' * (count > 1)}" for count in GPUS)]
+    counts = (f"{count} GPU{'s' * (count > 1)}" for count in GPUS)
+    columns = ["source", "key/value heads", "trained", *counts, "1 GPU, offloaded"]
     return markdown((columns, list(_rows())), words=3)
 
 
@@ -110,6 +112,9 @@ def _rows() -> Iterator[list[str]]:
         teacher: Shape = family.shape(config)
         student = family.shape({**config, "num_key_value_heads": heads})
         for converted_only, trained in ((False, "everything"), (True, "converted attention")):
-            ranks = (Rank(gpus=count, checkpointing="block", converted_only=converted_only) for count in GPUS)
-            found = (rank_memory(family, config, student, teacher, rank).total / 1e9 for rank in ranks)
-            yield [name, f"{config['num_key_value_heads']} to {heads}", trained, *(f"{each:,.0f} GB" for each in found)]
+            one = Rank(checkpointing="block", converted_only=converted_only)
+            ranks = (*(replace(one, gpus=count) for count in GPUS), replace(one, offload="both"))
+            found = [rank_memory(family, config, student, teacher, rank) for rank in ranks]
+            cells = [f"{each.total / 1e9:,.0f} GB" for each in found]
+            cells[-1] += f", host {found[-1].host / 1e9:,.0f} GB"
+            yield [name, f"{config['num_key_value_heads']} to {heads}", trained, *cells]

@@ -10,10 +10,12 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Item = TypeVar("Item")
@@ -105,6 +107,16 @@ def device_memory(device: str) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def host_empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in the memory of the host: pinned where a GPU computes and the system permits it, for faster copies."""
+    import torch
+
+    if best_device() == "cuda":
+        with suppress(RuntimeError):  # a limit of pinned memory
+            return torch.empty(size, dtype=dtype, pin_memory=True)
+    return torch.empty(size, dtype=dtype)
 
 
 def best_device() -> str:

@@ -107,7 +107,7 @@ def current() -> Ranks:
 
 @contextmanager
 def joined(ranks: Ranks) -> Iterator[None]:
-    """A context in which the ranks form a process group: gloo for tensors of the CPU, and nccl for those of GPUs.
+    """A context in which the ranks form a process group.
 
     Each rank uses the GPU of its local rank. One rank forms no group. After an error the group is left as it is: the
     process must end. Raises SettingError as `check_local` does, and if the ranks cannot connect.
@@ -127,7 +127,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
     try:
         store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=JOINING))
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo",
+            _backends(),
             store=PrefixStore("ranks", store),
             rank=ranks.rank,
             world_size=ranks.world,
@@ -145,6 +145,29 @@ def joined(ranks: Ranks) -> Iterator[None]:
     dist.barrier()  # rank 0 holds the store, and leaves last
     dist.destroy_process_group()
     _joined.ranks, _joined.store = Ranks(), None
+
+
+def _backends() -> str:
+    """gloo for tensors of the CPU, and nccl for those of GPUs."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
+
+
+@contextmanager
+def single() -> Iterator[None]:
+    """A context in which a process without other ranks has a process group of its own, which sharding needs."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
+
+    if dist.is_initialized():  # that of several ranks, or of a context around this one
+        yield
+        return
+    dist.init_process_group(_backends(), store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def lead(command: Callable[[], None]) -> None:

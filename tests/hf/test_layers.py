@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from kvfold import ranks
 from kvfold.contracts.site import Site
 from kvfold.disk import spool as spools
 from kvfold.disk.checkpoint import Checkpoint
@@ -289,6 +290,17 @@ def test_small_spools_are_in_memory_and_give_it_back(monkeypatch: pytest.MonkeyP
         assert torch.equal(third.read(0), torch.ones(1, 4, 3))
     third.close()  # twice
     assert Spool._held == 0
+
+
+def test_beside_a_gpu_spools_take_a_share_of_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "device_memory", lambda device: 64 << 30)
+    assert spools.budget() == spools.MEMORY
+    monkeypatch.setattr(spools, "best_device", lambda: "cuda")
+    assert spools.budget() == 16 << 30
+    monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(3, 16, 3, 8))
+    assert spools.budget() == 2 << 30
+    monkeypatch.setattr(spools, "device_memory", lambda device: 1 << 30)
+    assert spools.budget() == spools.MEMORY
 
 
 def test_a_spool_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

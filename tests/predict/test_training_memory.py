@@ -84,6 +84,24 @@ def test_parameters_teacher_and_moments_are_counted() -> None:
     assert _memory(Rank(kl=False)).teacher == 0
 
 
+def test_what_is_offloaded_is_counted_on_the_host() -> None:
+    shape = LLAMA.shape(WIDE)
+    student, teacher = _folded(shape).parameters, shape.parameters
+    plain = Rank(rows=4, length=64, bf16=False, checkpointing="block")
+    for gpus in (1, 4):
+        here = replace(plain, gpus=gpus)
+        before, after = _memory(here), _memory(replace(here, offload="parameters"))
+        assert (before.host, after.host) == (0, (16 * student + 4 * teacher) // gpus)
+        assert (after.parameters, after.teacher, after.moments) == (0, 0, 0)
+        assert (after.activations, after.logits) == (before.activations, before.logits)
+    inputs = 4 * 128 * 4 * 64  # of a block
+    before, after = _memory(plain), _memory(replace(plain, offload="activations"))
+    assert (after.host, before.activations - after.activations) == (4 * inputs, (4 - 2) * inputs)
+    assert before == replace(after, host=0, activations=before.activations)
+    both = _memory(replace(plain, offload="both"))
+    assert both.host == _memory(replace(plain, offload="parameters")).host + after.host
+
+
 def test_remedies_need_less_and_less() -> None:
     rank = Rank(rows=8, length=512, bf16=True)
     totals = [_memory(rank).total, *(_memory(each).total for _, each in remedies(rank))]
@@ -110,6 +128,14 @@ def test_a_plan_says_what_makes_it_fit(tmp_path: Path) -> None:
     assert fitting.training.fits_with == ""
     assert ("  fits", "", "yes") in fitting.rows()
     assert plan(tmp_path, settings={"kv_heads": 8}).training is None
+    narrow = plan(tmp_path, settings={"kv_heads": 8}, options=replace(options, memory_share=0.2)).training
+    assert narrow is not None
+    assert narrow.fits_with == "--checkpointing block --converted-only --offload both"
+    offloaded = replace(options, memory_share=0.2, checkpointing="block", converted_only=True, offload="both")
+    there = plan(tmp_path, settings={"kv_heads": 8}, options=offloaded).training
+    assert there is not None
+    assert there.fits_with == ""
+    assert [value for name, _, value in there.rows("H100") if "of the host" in name] == ["33.8 GiB"]
 
 
 WATCHED = """

@@ -48,7 +48,7 @@ def measure_attention(
     total = sum(map(Tensor.numel, parts.values())) * shape.num_layers
     found: dict[Site, Measures] = {}
     with (
-        hf.Layers(source, device=device, attention=hf.WATCHED) as layers,
+        hf.Layers(source, device=device, attention=hf.WATCHED, in_turn=shape.num_layers) as layers,
         task(progress, "reading attention", total, "tokens"),
         torch.inference_mode(),
     ):

@@ -177,7 +177,9 @@ def read(
     own = _share(rows)
     mine = [len(ids_T) for ids_T in rows[own]]
     with (
-        hf.Layers(source, dtype=settings.dtype, device=device, attention=hf.WATCHED, lengths=mine) as layers,
+        hf.Layers(
+            source, dtype=settings.dtype, device=device, attention=hf.WATCHED, lengths=mine, in_turn=needed
+        ) as layers,
         _Pass(layers, rows, own, settings) as work,
         torch.inference_mode(),
         task(progress, "calibrating", total * needed, "tokens"),

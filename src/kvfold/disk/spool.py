@@ -1,8 +1,8 @@
 """A spool: the hidden states of rows of text between two layers of a model that is read layer by layer.
 
-Its size is known in advance. Small spools are in memory, the others on disk. The file is in kvfold's cache folder and
-has no name there, so the system frees it when the process ends. It is read and written, not mapped: a full disk is then
-an error and not a crash.
+Its size is known in advance. Spools that fit into `budget` are in memory, the others on disk. The file is in kvfold's
+cache folder and has no name there, so the system frees it when the process ends. It is read and written, not mapped: a
+full disk is then an error and not a crash.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvfold import ranks
 from kvfold.disk.output import cache_folder, disk_errors, free_bytes
 from kvfold.errors import OutputError
+from kvfold.machine import best_device, device_memory, host_empty
 
 MEMORY = 384 << 20  # bytes of all open spools that are in memory: a disk takes a third of the time of a small model
+HOST_SHARE = (
+    4  # beside a GPU, spools may take 1/4 of the host's memory; PyTorch may round what it pins up to twice that
+)
 
 
 def spool_bytes(tokens: int, width: int, dtype: str = "float32") -> int:
@@ -39,6 +44,16 @@ def check_room(needed: int) -> None:
             allowed=f"{free:,}",
             next="use less text, or set KVFOLD_CACHE to a folder with more room",
         )
+
+
+def budget() -> int:
+    """Bytes of all open spools that may be in memory: few where the processor computes, whose memory the model needs.
+
+    Beside a GPU, pinned memory of the host saves most of the time in which hidden states are copied (not measured).
+    """
+    if best_device() == "cpu":
+        return MEMORY
+    return max(MEMORY, device_memory("cpu") // HOST_SHARE // ranks.current().local_world)
 
 
 class Spool:
@@ -64,8 +79,8 @@ class Spool:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by this context
         self._held_N: Tensor | None = None
-        if Spool._held + self.bytes <= MEMORY:
-            self._held_N = torch.empty(self._starts[-1] * width, dtype=self.dtype)
+        if Spool._held + self.bytes <= budget():
+            self._held_N = host_empty((self._starts[-1] * width,), self.dtype)
             Spool._held += self.bytes
         self._written: set[int] = set()
 

@@ -63,10 +63,11 @@ def _compute_buffers(owner: Any, module: nn.Module, device: str | torch.device, 
         )
 
 
-def fill(model: Any, source: Checkpoint, *, device: str = "cpu") -> None:
+def fill(model: Any, source: Checkpoint, *, device: str = "cpu", held: str | None = None) -> None:
     """Read the parameters that are on the meta device, each in its own dtype; other tensors move to `device`.
 
-    Of a sharded parameter only the rows of this rank are read. Tied parameters stay tied.
+    `held` is the device of parameters, if it is another. Of a sharded parameter only the rows of this rank are read.
+    Tied parameters stay tied.
     """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -77,12 +78,12 @@ def fill(model: Any, source: Checkpoint, *, device: str = "cpu") -> None:
         stored = [name for name in map(unadapted, known) if _is_stored(source, name, parameter)]
         if not stored:
             raise CheckpointError(f"has no tensor {known[0]}", where=source.path)
-        state |= dict.fromkeys(known, _read(source, stored[0], parameter, device))
+        state |= dict.fromkeys(known, _read(source, stored[0], parameter, held or device))
     model.load_state_dict(state, strict=False, assign=True)
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.device.type != torch.device(device).type:
-                tensor.data = tensor.data.to(device)
+    for tensors, place in ((model.parameters(), held or device), (model.buffers(), device)):
+        for tensor in tensors:
+            if tensor.device.type != torch.device(place).type:
+                tensor.data = tensor.data.to(place)
 
 
 def _is_stored(source: Checkpoint, name: str, parameter: Tensor) -> bool:

@@ -29,7 +29,15 @@ from kvfold.predict.engines import Engine, engines
 from kvfold.predict.roofline import Hardware, HardwareName, hardware
 from kvfold.predict.serving import Served, Serving
 from kvfold.predict.student_config import Draft, draft, student_config
-from kvfold.predict.training_memory import Checkpointing, Rank, Training, training, training_flops
+from kvfold.predict.training_memory import (
+    Checkpointing,
+    Offload,
+    Rank,
+    Training,
+    check_offload,
+    training,
+    training_flops,
+)
 from kvfold.settings import MOST, check_range, setting
 
 TRAINING_BYTES = 4 + 4 + 4  # on disk per parameter: float32 weights and the two moments of AdamW
@@ -67,11 +75,13 @@ class PlanSettings:
     checkpointing: Checkpointing = setting(
         "none", "Activations that are computed again in the backward pass, as in uptrain, for --gpus."
     )
+    offload: Offload = setting("none", "What is in the memory of the host, as in uptrain, for --gpus.")
     converted_only: bool = setting(False, "Train only the attention that the conversion changed, for --gpus.")
 
     def __post_init__(self) -> None:
         """Check the settings. Raises SettingError."""
         counts = ("context", "encoder_context", "batch", "tensor_parallel", "pretraining_tokens", "tokens")
+        check_offload(self.offload, self.checkpointing, "plan")
         check_range(self, "plan", 1, MOST, "gpus", "micro_batch", "sequence_length")
         check_range(self, "plan", 1, LARGEST, *counts)
         for name in ("memory_share", "utilisation", "alpha"):
@@ -372,6 +382,7 @@ def _trained_on(options: PlanSettings, gpus: int, device: Hardware, made: Draft,
         rows=options.micro_batch,
         length=options.sequence_length,
         checkpointing=options.checkpointing,
+        offload=options.offload,
         converted_only=options.converted_only,
         bf16=device.name != "local" or best_precision() == "bf16",
         kl=options.kl,

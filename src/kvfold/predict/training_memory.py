@@ -7,7 +7,8 @@ frozen weights once. Of a token, a block keeps for its gradient (D hidden, H and
     bf16    26 D + 6 H E + 4 G E + 2 m I             the residual stream stays fp32; each product has a copy in bf16
 
 with m = 4 of a gated MLP and 2 of another. Checkpointing keeps of each block its input alone (4 D), or with it the
-outputs of products, and computes one block again.
+outputs of products, and computes one block again. Offloaded inputs, parameters, gradients and moments are in the
+memory of the host; of parameters, what is gathered is copied to the device first, in fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Literal
 
 from kvfold.contracts.family import MLP, Family, Json
 from kvfold.contracts.site import Shape
+from kvfold.errors import SettingError
 from kvfold.formats import size
 
 CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
@@ -25,6 +27,20 @@ CHUNKS = 7  # of them at a time: logits of both models, their logarithms, probab
 ACCUMULATED = 8  # whole gradients stay on a rank between passes where they take less than 1/8 of its memory
 
 Checkpointing = Literal["none", "selective", "block"]
+Offload = Literal["none", "activations", "parameters", "both"]
+ACTIVATIONS: tuple[Offload, ...] = ("activations", "both")  # the choices that offload them
+PARAMETERS: tuple[Offload, ...] = ("parameters", "both")
+
+
+def check_offload(offload: Offload, checkpointing: Checkpointing, where: str | None = None) -> None:
+    """Raise SettingError where activations are offloaded and no block is checkpointed."""
+    if offload in ACTIVATIONS and checkpointing == "none":
+        raise SettingError(
+            "the activations that are offloaded are the inputs of checkpointed blocks",
+            where=where,
+            got=f"offload {offload}, and checkpointing none",
+            next="add --checkpointing block, or give --offload parameters",
+        )
 
 
 def training_flops(tokens: int, student: Shape, teacher: Shape | None) -> float:
@@ -41,6 +57,7 @@ class Rank:
     passes: int = 1  # in a step
     length: int = 2048
     checkpointing: Checkpointing = "none"
+    offload: Offload = "none"
     converted_only: bool = False
     bf16: bool = True
     kl: bool = True
@@ -58,10 +75,11 @@ class RankMemory:
     gradients: int  # of the rank, and of one block before they are summed over the ranks
     activations: int
     logits: int
+    host: int  # what is offloaded: in the memory of the host, for each rank
 
     @property
     def total(self) -> int:
-        """The peak. Activations go while gradients come."""
+        """The peak on the device. Activations go while gradients come."""
         work = max(self.gradients, self.activations + self.logits)
         return self.parameters + self.teacher + self.moments + self.gathered + work
 
@@ -79,9 +97,12 @@ class Training:
     def rows(self, device: str) -> list[tuple[str, str, str]]:
         """Rows of the plan's table."""
         fits = "no, whatever the flags" if self.fits_with is None else f"with {self.fits_with}"
+        parts = {name: value for name, value in vars(self.memory).items() if name != "host"}
+        host = [("  memory of the host, for each", "", size(self.memory.host))] if self.memory.host else []
         return [
             (f"uptraining on {self.gpus} x {device}, memory of each", "", size(self.memory_bytes)),
-            *((f"  {name}", "", size(value)) for name, value in vars(self.memory).items()),
+            *((f"  {name}", "", size(value)) for name, value in parts.items()),
+            *host,
             ("  fits", "", "yes" if self.fits_with == "" else fits),
         ]
 
@@ -165,10 +186,17 @@ def remedies(rank: Rank) -> Iterator[tuple[str, Rank]]:
         ("--checkpointing selective", {"checkpointing": "selective"}),
         ("--checkpointing block", {"checkpointing": "block"}),
         ("--converted-only", {"converted_only": True}),
+        ("--offload activations", {"offload": "activations"}),
+        ("--offload both", {"offload": "both"}),
         *((f"--gpus {count}", {"gpus": count}) for count in (2**n for n in range(1, 11))),
     ):
         made = replace(rank, **changes)  # type: ignore[arg-type]
-        if made == rank or (made.gpus < rank.gpus) or (rank.checkpointing == "block" and "selective" in flag):
+        less = (  # than there is already
+            made.gpus < rank.gpus,
+            rank.checkpointing == "block" and made.checkpointing == "selective",
+            rank.offload in PARAMETERS and made.offload == "activations",
+        )
+        if made == rank or any(less):
             continue
         rank, name = made, flag.split()[0]
         flags = [each for each in flags if each.split()[0] != name] + [flag]
@@ -188,35 +216,43 @@ def _memory(student: _Model, teacher: _Model, rank: Rank) -> RankMemory:
     tables = 0 if rank.converted_only else 1
     theirs = teacher.frozen_bytes(own, tables, rank.bf16) if rank.kl else 0
     tokens = rank.rows * rank.length
-    several = rank.gpus > 1
+    offloaded = rank.offload in PARAMETERS
+    sharded = rank.gpus > 1 or offloaded
     root = (4 * student.root if not rank.converted_only else student.frozen_bytes(student.root, 1, rank.bf16)) + (
         teacher.frozen_bytes(teacher.root, 1, rank.bf16) if rank.kl and tables else 0
     )
     block = max(student.block, teacher.block if rank.kl else 0)
     copies = 2 * trained if rank.bf16 else 0  # of trained matrices, which autocast keeps in one process
-    gathered = root + 2 * product * block if several else copies
+    gathered = root + 2 * product * block if sharded else copies
+    gathered += (root + 4 * block) // rank.gpus if offloaded else 0  # the rank's rows, before they are gathered
     # gradients of a block as products make them, and in fp32 where ranks sum them
     part = trained // shape.num_layers if rank.converted_only else student.block
-    summed = max((product + 4) * part, 0 if rank.converted_only else 8 * student.root) if several else 0
-    if several and rank.passes > 1 and 4 * trained < rank.device_bytes / ACCUMULATED:
+    summed = max((product + 4) * part, 0 if rank.converted_only else 8 * student.root) if sharded else 0
+    if sharded and rank.passes > 1 and 4 * trained < rank.device_bytes / ACCUMULATED:
         summed += 4 * trained
     whole = student.token_bytes(rank.bf16)
+    moved = rank.offload in ACTIVATIONS
+    inputs = 4 * shape.hidden_size * shape.num_layers  # of blocks
+    held = 2 * 4 * shape.hidden_size if moved else inputs  # that of a block, and the copy of the next
     kept = {
         "none": whole * shape.num_layers,
-        "selective": (4 * shape.hidden_size + student.product_bytes(rank.bf16)) * shape.num_layers + whole,
-        "block": 4 * shape.hidden_size * shape.num_layers + whole,
+        "selective": held + student.product_bytes(rank.bf16) * shape.num_layers + whole,
+        "block": held + whole,
     }[rank.checkpointing]
     ends = 5 * 4 * shape.hidden_size  # hidden states of both models behind their last norm, and a gradient
     chunk = min(tokens, max(1, CHUNK_BYTES // (4 * shape.vocab_size)))
     table = 0 if rank.converted_only else 8 * student.table  # the gradient of the output matrix, and its scaled copy
+    shares = [each // rank.gpus for each in (parameters, theirs, 8 * trained, 4 * trained)]
+    there = [0] * len(shares) if offloaded else shares
     return RankMemory(
-        parameters=parameters // rank.gpus,
-        teacher=theirs // rank.gpus,
-        moments=8 * trained // rank.gpus,
+        parameters=there[0],
+        teacher=there[1],
+        moments=there[2],
         gathered=gathered,
-        gradients=4 * trained // rank.gpus + summed,
+        gradients=there[3] + summed,
         activations=(kept + ends) * tokens,
         logits=4 * CHUNKS * chunk * shape.vocab_size + table,
+        host=sum(shares) - sum(there) + (inputs * tokens if moved else 0),
     )
 
 

@@ -71,7 +71,8 @@ class Rows:
         """A model whose layers run one by one on these rows."""
         device = best_device()
         if isinstance(self.tokens, TokenFile):
-            return hf.Layers(source, device=device, attention=hf.WATCHED, lengths=self.lengths)
+            every = source.shape.num_layers
+            return hf.Layers(source, device=device, attention=hf.WATCHED, lengths=self.lengths, in_turn=every)
         return hf.PairedLayers(source, self.encoded, device=device, attention=hf.WATCHED)
 
     def embed(self, model: Model, row: int, count: int) -> Tensor:

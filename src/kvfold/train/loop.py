@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from kvfold import ranks
 from kvfold.disk.output import Output, damaged, disk_errors, dropped_on_error, open_output
 from kvfold.errors import Interrupted, TrainingError
 from kvfold.machine import best_device, best_precision, describe, multiplies_bf16
+from kvfold.predict.training_memory import PARAMETERS
 from kvfold.progress import Progress, task
 from kvfold.train.levels import LEVELS
 from kvfold.train.placing import Root, compile_errors, local
@@ -101,7 +102,8 @@ def train_into(
         progress.say(f"{out} is complete: it was trained from this {source} with these settings")
         return output.path
     if not output.written():
-        with disk_errors(output.work), dropped_on_error(output, STATE):
+        group = ranks.single() if settings.offload in PARAMETERS else nullcontext()
+        with disk_errors(output.work), dropped_on_error(output, STATE), group:
             make(settings, output)
     State(output.work).remove()
     shutil.rmtree(output.work / LEVELS, ignore_errors=True)

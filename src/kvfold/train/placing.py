@@ -4,6 +4,10 @@ Models are built on the meta device, sharded with FSDP2 (`fully_shard`), and the
 no rank ever holds more than its rows. Of a block, parameters are gathered while it computes. Masters, gradients and
 moments are fp32 and stay sharded; with bf16 products, parameters are gathered in bf16 and gradients summed in fp32.
 The residual stream is fp32, as under autocast in one process.
+
+Offloading is that of PyTorch and transformers: `CPUOffloadPolicy`, under which a process without other ranks shards
+over itself, and `save_on_cpu` around checkpointed blocks. On a CPU both leave everything where it is. Neither was run
+on a GPU here.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -28,7 +32,7 @@ from kvfold.contracts.site import Shape
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.errors import SettingError
 from kvfold.machine import best_device, device_memory
-from kvfold.predict.training_memory import ACCUMULATED
+from kvfold.predict.training_memory import ACCUMULATED, ACTIVATIONS, PARAMETERS
 from kvfold.train.settings import TrainSettings
 
 T = TypeVar("T")
@@ -77,7 +81,9 @@ def prepare(model: nn.Module, settings: TrainSettings, blocks: Sequence[nn.Modul
         if settings.checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT))
         whole: Any = model
-        whole.activation_checkpointing_enable(options)
+        # pinned memory needs an accelerator
+        offload = settings.offload in ACTIVATIONS and best_device() != "cpu"
+        whole.activation_checkpointing_enable(options, offload=offload)
     if settings.compile:
         for block in blocks:
             block.compile()
@@ -137,16 +143,17 @@ def place(
             both = _share(student, teacher, lambda name, form: source.forms(name, form).keys() <= set(equal))
         blocks += blocks_of(teacher, guide.family, guide.shape)
     shard(root, blocks, settings, both, [student.get_submodule(path) for path in matched])
-    hf.fill(student, source, device=device)
+    held = "cpu" if settings.offload in PARAMETERS else device
+    hf.fill(student, source, device=device, held=held)
     if teacher is not None and guide is not None:
-        hf.fill(teacher, guide, device=device)
+        hf.fill(teacher, guide, device=device, held=held)
     return root
 
 
 def place_fresh(model: nn.Module, blocks: Sequence[nn.Module], settings: TrainSettings) -> Root:
     """A model with random weights on this rank. Every rank holds the whole for a moment: one seed decides all."""
     prepare(model, settings, blocks)
-    root = Root(model.to(best_device()))
+    root = Root(model if settings.offload in PARAMETERS else model.to(best_device()))
     shard(root, blocks, settings)
     return root
 
@@ -224,7 +231,7 @@ def shard(
     alone: Sequence[nn.Module] = (),
 ) -> None:
     """Shard a root over the ranks: of each of `blocks` what is in `both` models, what stands `alone`, and the rest."""
-    if ranks.current().world == 1:
+    if ranks.current().world == 1 and settings.offload not in PARAMETERS:
         return
     mesh, narrow = mesh_of(settings), settings.precision == "bf16"
     policy = MixedPrecisionPolicy(
@@ -232,15 +239,16 @@ def shard(
         reduce_dtype=torch.float32 if narrow else None,
         cast_forward_inputs=False,  # autocast does it
     )
+    offload = CPUOffloadPolicy(pin_memory=best_device() != "cpu") if settings.offload in PARAMETERS else OffloadPolicy()
     shared, single, done = set(map(id, both)), set(map(id, alone)), set[int]()
     for block in blocks:
         common = [module for module in block.modules() if id(module) in shared - done]
         done |= set(map(id, common))
         if common:
-            fully_shard(common if len(common) > 1 else common[0], mesh=mesh, mp_policy=policy)
+            fully_shard(common if len(common) > 1 else common[0], mesh=mesh, mp_policy=policy, offload_policy=offload)
         for module in (*(each for each in block.modules() if id(each) in single), block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(root, mesh=mesh, offload_policy=offload)
 
 
 def local(tensor: Tensor) -> Tensor:

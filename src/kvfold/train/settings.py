@@ -15,7 +15,7 @@ from kvfold.disk.output import fingerprint, standing
 from kvfold.errors import SettingError
 from kvfold.inputs import LARGEST
 from kvfold.machine import Precision, best_precision
-from kvfold.predict.training_memory import Checkpointing
+from kvfold.predict.training_memory import Checkpointing, Offload, check_offload
 from kvfold.settings import MOST, SEEDS, check_range, differing, setting
 from kvfold.train.stages import parse_loss, parse_stages
 
@@ -27,6 +27,7 @@ _NOT_WEIGHTS = (  # settings that no weight depends on
     "checkpoint_steps",
     "log_every",
     "checkpointing",
+    "offload",
     "replicas",
 )
 
@@ -73,6 +74,11 @@ class TrainSettings:
         "Activations that are computed again in the backward pass: those of a block, with or without the outputs of "
         "its matrix products.",
     )
+    offload: Offload = setting(
+        "none",
+        "What is in the memory of the host: activations (the inputs of checkpointed blocks), parameters (also "
+        "gradients and the optimiser's states, whose step the processor computes), or both.",
+    )
     replicas: int = setting(1, "Copies of the model; each is sharded over ranks / replicas ranks.")
     checkpoint_minutes: float = setting(5.0, "Minutes between two saved states.")
     checkpoint_steps: int | None = setting(None, "Steps between two saved states, besides the minutes. Default: none.")
@@ -90,6 +96,7 @@ class TrainSettings:
         check_positive(self, None, "learning_rate", "clip")
         if 1 in (self.beta1, self.beta2):
             raise SettingError("beta1 and beta2 must be less than 1", got=f"{self.beta1:g} and {self.beta2:g}")
+        check_offload(self.offload, self.checkpointing)
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise SettingError(
                 "micro_batch must divide batch_size", got=f"{self.micro_batch}, and a batch of {self.batch_size}"

@@ -27,7 +27,7 @@ from kvfold.disk.output import Output, check_apart
 from kvfold.errors import CheckpointError, SettingError
 from kvfold.inputs import LARGEST
 from kvfold.predict.student_config import student_config
-from kvfold.predict.training_memory import training_flops
+from kvfold.predict.training_memory import PARAMETERS, training_flops
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, Pairs, check_text, read_tokens
@@ -282,6 +282,7 @@ def _stages(source: Checkpoint, settings: UptrainSettings) -> list[Stage]:
         "trainable": settings.trainable,
         "converted_only": settings.converted_only,
         "levels": settings.levels if settings.levels > 1 else None,
+        "offload": settings.offload if settings.offload in PARAMETERS else None,
     }
     for name, value in fixed.items():
         if value:
