@@ -20,7 +20,7 @@ from kvfold import hf
 from kvfold.calibrate import CalibrationSettings, sensitivity
 from kvfold.calibrate.decoder import calibrate
 from kvfold.calibrate.sensitivity import measure
-from kvfold.contracts.requests import FoldedKL, Question
+from kvfold.contracts.requests import FoldedKL, Question, UniformKL
 from kvfold.contracts.site import Site
 from kvfold.convert.conversion import ConvertSettings, convert
 from kvfold.disk.checkpoint import Checkpoint, Writer
@@ -28,6 +28,7 @@ from kvfold.errors import CheckpointError, Interrupted
 from kvfold.methods import gqa
 from kvfold.progress import Silent
 from kvfold.report.card import card
+from kvfold.solve.budget import uniform_folds
 from kvfold.text.pairs import PairFile, batched
 from kvfold.text.tokens import TokenFile
 
@@ -82,15 +83,21 @@ def textbook_kl(teacher: Path, student: Path, ids_BT: Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SOURCES)
-def test_it_is_the_kl_of_a_student_with_one_layer_folded(tiny_checkpoint: Make, tmp_path: Path, family: str) -> None:
+def test_it_is_the_kl_of_a_student_with_one_or_all_layers_folded(
+    tiny_checkpoint: Make, tmp_path: Path, family: str
+) -> None:
     teacher = tiny_checkpoint(family, tokenizer=False, num_hidden_layers=3, **SOURCES[family])
     source, tokens = Checkpoint.open(teacher), token_file()
-    found = measure(source, METHOD, AUTO, folds(source), {}, tokens, SETTINGS)
-    have = source.shape.sites[Site(0)].num_key_value_heads
-    assert set(found) == set(folds(source))
+    sites, have = tuple(source.shape.cached_sites), source.shape.sites[Site(0)].num_key_value_heads
+    together = [UniformKL(sites, count) for count, _ in uniform_folds(source.shape)]
+    assert [each.heads for each in together] == {2: [1], 4: [1, 2]}[have]
+    asked = [*folds(source), *together]
+    found = measure(source, METHOD, AUTO, asked, {}, tokens, SETTINGS)
+    assert set(found) == set(asked)
     for number, (question, answer) in enumerate(found.items()):
         heads = [have] * 3
-        heads[question.site.layer] = question.heads
+        for site in question.sites:
+            heads[site.layer] = question.heads  # type: ignore[union-attr]
         settings = {"kv_heads": "/".join(map(str, heads)), "init": "mean"}
         student = convert(teacher, tmp_path / f"{number}", "gqa", settings)
         expected = textbook_kl(teacher, student, rows(tokens))

@@ -1,4 +1,4 @@
-"""Sensitivity: what it costs to convert one site alone, or a few sites that share, and to lose one head.
+"""Sensitivity: what it costs to convert one site alone, a few that share, or all alike, and to lose one head.
 
 The method converts these sites. The teacher then runs with the new tensors in place of its own, and computes the same
 as the student: a shared head is repeated for each head that it stands for, and a site without keys and values reads
@@ -48,10 +48,12 @@ from kvfold.contracts.requests import (
     Answers,
     ConvertedKL,
     CrossGram,
+    Folded,
     FoldedKL,
     FoldedRecall,
     HeadKL,
     Question,
+    UniformKL,
 )
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -213,7 +215,7 @@ def _measure(
 
 
 def _order(question: Alone) -> tuple[tuple[Site, ...], int]:
-    return question.sites, -question.heads if isinstance(question, FoldedKL | FoldedRecall) else 0
+    return question.sites, -question.heads if isinstance(question, Folded) else 0
 
 
 def _key(question: Alone) -> str:
@@ -221,6 +223,8 @@ def _key(question: Alone) -> str:
         return f"{question.site}, head {question.head}"
     if isinstance(question, ConvertedKL):
         return " with ".join(map(str, question.sites))
+    if isinstance(question, UniformKL):
+        return f"{len(question.sites)} sites, {question.heads} heads"
     return f"{question.site}, {question.heads} heads"
 
 
@@ -228,12 +232,12 @@ def _sites(question: Question) -> set[Site]:
     """The sites that a question is about."""
     if isinstance(question, CrossGram):
         return {question.first, question.second}
-    return set(question.sites) if isinstance(question, ConvertedKL) else {question.site}
+    return set(question.sites) if isinstance(question, ConvertedKL | UniformKL) else {question.site}
 
 
 def _config(method: Method[Any], config: Any, question: Alone, shape: Shape) -> Any:
     """The settings that convert these sites alone."""
-    if isinstance(question, FoldedKL | FoldedRecall):
+    if isinstance(question, Folded):
         return method.with_heads(config, question.heads)
     return method.alone(config, shape, question.sites)
 
@@ -242,7 +246,7 @@ def _common(method: Method[Any], config: Any, question: Alone, shape: Shape) -> 
     """The settings that all questions of a kind share; None for the ablation of a head, which nothing converts."""
     if isinstance(question, Ablated):
         return None
-    one = replace(question, heads=1) if isinstance(question, FoldedKL | FoldedRecall) else ConvertedKL(())
+    one = replace(question, heads=1) if isinstance(question, Folded) else ConvertedKL(())
     return _config(method, config, one, shape)
 
 
@@ -345,7 +349,7 @@ class _Kind:
 KINDS = (  # in this order, because folds may be weighed by the KL of their heads
     _Kind(HeadKL, "kl", partial(_copied, count=COPIED[HeadKL]), _kl),
     _Kind(FoldedRecall, "rise", partial(_copied, count=COPIED[FoldedRecall]), _rise, SPAN),
-    _Kind(FoldedKL | ConvertedKL, "kl", spread, _kl),
+    _Kind(FoldedKL | ConvertedKL | UniformKL, "kl", spread, _kl),
     _Kind(AblatedKL, "kl", partial(spread, most=HEAD_TOKENS), _kl),
     _Kind(AblatedRecall, "rise", partial(_copied, count=COPIED[AblatedRecall]), _rise, SPAN),
 )

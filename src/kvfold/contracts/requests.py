@@ -102,6 +102,14 @@ class FoldedKL(_OneSite):
 
 
 @dataclass(frozen=True)
+class UniformKL(_Number):
+    """KL to the teacher in nats per token with all of these sites at `heads` key/value heads: `kl`."""
+
+    sites: tuple[Site, ...]
+    heads: int
+
+
+@dataclass(frozen=True)
 class ConvertedKL(_Number):
     """KL to the teacher in nats per token with these sites alone converted, together: `kl`. See `Method.alone`."""
 
@@ -171,8 +179,11 @@ class Computed:
 Ablated = HeadKL | AblatedKL | AblatedRecall
 """What is measured with the outputs of one key/value head's readers replaced by their means."""
 
-Alone = FoldedKL | ConvertedKL | FoldedRecall | Ablated
-"""What is measured by changing a few sites of the teacher and no others."""
+Folded = FoldedKL | FoldedRecall | UniformKL
+"""What is measured with sites at fewer key/value heads. See `Method.with_heads`."""
+
+Alone = Folded | ConvertedKL | Ablated
+"""What is measured by changing some sites of the teacher and no others."""
 
 COPIED: Mapping[type, int] = {HeadKL: 384, FoldedRecall: 768, AblatedRecall: 1536}  # a KL has less noise than a loss
 """Tokens of the rows whose ends repeat their beginnings, on which these are measured."""

@@ -20,6 +20,7 @@ from kvfold.contracts.requests import (
     QueryGram,
     Question,
     SampledPairs,
+    UniformKL,
 )
 from kvfold.contracts.site import Shape, Site
 from kvfold.disk.checkpoint import Checkpoint
@@ -48,6 +49,7 @@ def questions(shape: Shape, ablations: Sequence[str]) -> list[Question]:
     if "folds" in ablations:
         fewer = [(site, count) for site in shape.cached_sites for count in budget.choices_of(shape, site)[:-1]]
         asked += [cost(site, count) for cost in FOLDS for site, count in fewer]
+        asked += [UniformKL(tuple(shape.cached_sites), count) for count, _ in budget.uniform_folds(shape)]
     return asked
 
 

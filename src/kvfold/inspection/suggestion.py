@@ -1,12 +1,18 @@
-"""Which fold an inspection suggests: from the costs of each layer alone, as `--kv-heads auto` adds them up."""
+"""Which fold an inspection suggests, and what it predicts that folds cost.
+
+The KL of a uniform fold is measured, with all layers folded. That of a mix is the sum of what its layers cost alone,
+by which `--kv-heads auto` chooses, times the ratio of the two for uniform folds, because folds of a deep model cost
+more together than alone. The ratio is interpolated linearly in the sum.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvfold.contracts.per_layer import PerSite
-from kvfold.contracts.requests import Answers, FoldedRecall
+from kvfold.contracts.requests import Answers, FoldedRecall, UniformKL
 from kvfold.contracts.runtimes import LAYERS
 from kvfold.contracts.site import Shape
 from kvfold.methods.gqa import COSTS
@@ -25,15 +31,36 @@ def suggested(shape: Shape, answers: Answers, loss: float) -> dict[str, Any]:
     is none for a model without classes for one.
     """
     whole = {site: shape.sites[site].num_key_value_heads for site in shape.cached_sites}
-    folds = [heads for heads in budgets.everywhere(shape) if heads != whole]
-    uniform = next((heads for heads in folds if budgets.price(shape, answers, heads) <= loss), None)
+    folds = budgets.uniform_folds(shape)
+    uniform = next((heads for _, heads in folds if predicted_kl(shape, answers, heads) <= loss), None)
     mix = _mix(shape, answers, loss, uniform, whole) if shape.model_type in LAYERS.models else uniform
     return {
-        "predicted": {str(next(iter(heads.values()))): _costs(shape, answers, heads) for heads in folds},
+        "predicted": {str(count): _costs(shape, answers, heads) for count, heads in folds},
         "uniform": uniform and _costs(shape, answers, uniform),
         "mix": None if mix in (uniform, whole) or mix is None else _costs(shape, answers, mix),
-        "copying": _copying(shape, answers, uniform or folds[0]) if folds else [],
+        "copying": _copying(shape, answers, uniform or folds[0][1]) if folds else [],
     }
+
+
+def predicted_kl(shape: Shape, answers: Answers, heads: budgets.Heads) -> float:
+    """The predicted KL of a fold, in nats per token before repair."""
+    sites, points = tuple(shape.cached_sites), []
+    for count, each in budgets.uniform_folds(shape):
+        alone = budgets.price(shape, answers, each)
+        if alone:
+            points.append((alone, float(answers[UniformKL(sites, count)]["kl"]) / alone))
+    alone = budgets.price(shape, answers, heads)
+    return alone * _interpolated(sorted(points), alone) if points else alone
+
+
+def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The value at a place, on the line between the points beside it; beyond the points, that of the outer one."""
+    xs, ys = zip(*points, strict=True)
+    after = bisect(xs, at)
+    if after in (0, len(xs)):
+        return float(ys[min(after, len(xs) - 1)])
+    share = (at - xs[after - 1]) / (xs[after] - xs[after - 1])
+    return float(ys[after - 1] + share * (ys[after] - ys[after - 1]))
 
 
 def _copying(shape: Shape, answers: Answers, heads: budgets.Heads) -> list[int]:
@@ -54,7 +81,7 @@ def _mix(
     for _ in range(STEPS):
         middle = (low + high) / 2
         found = budgets.cheapest(middle, shape, answers, BOTH)
-        if budgets.price(shape, answers, found) <= loss:
+        if predicted_kl(shape, answers, found) <= loss:
             best, high = found, middle
         else:
             low = middle
@@ -65,7 +92,8 @@ def _costs(shape: Shape, answers: Answers, heads: budgets.Heads) -> dict[str, An
     return {
         "kv_heads": PerSite.of(heads).spelled(),
         "cache": round(budgets.part(shape, heads), 4),
-        **{budgets.NAMES[cost]: round(budgets.price(shape, answers, heads, [cost]), 5) for cost in BOTH},
+        "kl": round(predicted_kl(shape, answers, heads), 5),
+        "rise": round(budgets.price(shape, answers, heads, [FoldedRecall]), 5),
     }
 
 

@@ -153,6 +153,12 @@ def everywhere(shape: Shape) -> list[Heads]:
     return [dict.fromkeys(shape.cached_sites, count) for count in divisors(common)]
 
 
+def uniform_folds(shape: Shape) -> list[tuple[int, Heads]]:
+    """Each number of heads that every site can keep and not all have, ascending, with the head counts."""
+    whole = {site: choices_of(shape, site)[-1] for site in shape.cached_sites}
+    return [(next(iter(heads.values())), heads) for heads in everywhere(shape) if heads != whole]
+
+
 def price(shape: Shape, answers: Answers, heads: Mapping[Site, int], costs: Sequence[Cost] = KL) -> float:
     """The predicted costs of a mix in nats per token, added up. A fold that helps counts nothing: that is noise."""
     folded = [(site, count) for site, count in heads.items() if count < choices_of(shape, site)[-1]]
