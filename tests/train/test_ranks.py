@@ -24,6 +24,7 @@ from processes import on_ranks, start_ranks
 pytestmark = pytest.mark.usefixtures("alone")
 
 STEPS = 4
+EIGHT = {"sequence_length": 16, "batch_size": 4, "tokens": 8 * 64, "log_every": 1, "precision": "fp32"}  # steps
 ELITE = {"rope_chunks": 1, "latent_dim": 12, "samples": 200}
 APART_EARLY = {"kv_heads": 2, "value_heads": 1, "servable": False, "search": 0.0, "fusion": 0.9, "fusion_rate": 10}
 DECOUPLED = {
@@ -191,16 +192,7 @@ def test_a_state_continues_on_as_many_ranks_bit_for_bit_and_on_others_within_rou
     tiny_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     student = convert(tiny_checkpoint("llama"), tmp_path / "student", "gqa", {"kv_heads": 1})
-    options = {
-        "data": str(text),
-        "sequence_length": 16,
-        "batch_size": 4,
-        "tokens": 8 * 64,
-        "log_every": 1,
-        "checkpoint_steps": 3,
-        "converted_only": True,
-        "precision": "fp32",
-    }
+    options = {**EIGHT, "data": str(text), "checkpoint_steps": 3, "converted_only": True}
     for each in start_ranks(STOPPED, [student, json.dumps(options), tmp_path]):
         each.communicate()
     kept = {path.name: load_file(path) for path in (tmp_path / "cut.partial" / "state-a").iterdir()}
@@ -275,15 +267,7 @@ def test_a_state_counts_once_every_rank_has_written_it(
 ) -> None:
     """Killed while one of two ranks still writes; then the disk of that rank is full; then nothing goes wrong."""
     student = convert(tiny_checkpoint("llama", num_hidden_layers=1), tmp_path / "student", "gqa", {"kv_heads": 1})
-    options = {
-        "data": str(text),
-        "sequence_length": 16,
-        "batch_size": 4,
-        "tokens": 8 * 64,
-        "log_every": 1,
-        "checkpoint_steps": 2,
-        "precision": "fp32",
-    }
+    options = {**EIGHT, "data": str(text), "checkpoint_steps": 2}
     given, cut, whole = [student, json.dumps(options)], tmp_path / "cut", tmp_path / "whole"
     state = State(tmp_path / "cut.partial")
 

@@ -22,9 +22,7 @@ from kvfold.errors import OutputError
 from kvfold.machine import best_device, device_memory, host_empty
 
 MEMORY = 384 << 20  # bytes of all open spools that are in memory: a disk takes a third of the time of a small model
-HOST_SHARE = (
-    4  # beside a GPU, spools may take 1/4 of the host's memory; PyTorch may round what it pins up to twice that
-)
+HOST_SHARE = 4  # beside a GPU, spools may take 1/4 of the host's memory; PyTorch may pin twice what it is asked for
 
 
 def spool_bytes(tokens: int, width: int, dtype: str = "float32") -> int:

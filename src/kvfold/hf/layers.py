@@ -34,9 +34,11 @@ class Layers:
     `attention` is as in `hf.load`. `lengths` are the lengths of the rows that will be read; they are needed if layers
     share keys and values. `in_turn` is the number of layers that will be opened one after the other: where a GPU
     computes, the next of them is read ahead into the memory of the host. With either, `Layers` must be used as a
-    context manager. Raises CheckpointError if the tensors
-    are not exactly those of the architecture, SettingError for an unknown `dtype`, and UnsupportedModel if anything
-    between the layers, or behind them but the last norm, changes the hidden states.
+    context manager.
+
+    Raises CheckpointError if the tensors are not exactly those of the architecture, SettingError for an unknown
+    `dtype`, and UnsupportedModel if anything between the layers, or behind them but the last norm, changes the hidden
+    states.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The plug-in of vLLM (entry point `vllm.general_plugins`): students whose layers differ in their heads, or share them.
 
-vLLM's backend for transformers' classes reads `per_layer_config` and allocates the cache of each layer by it. It is
-told here that kvfold's classes exist, and which layers share. Tested with vLLM 0.32 and transformers 5.19.
+vLLM's backend for transformers' classes reads `per_layer_config` and allocates the cache of each layer by it. This
+module registers kvfold's classes with it, and says which layers share. Tested with vLLM 0.32 and transformers 5.19.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ more together than alone. The ratio is interpolated linearly in the sum.
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,23 +43,15 @@ def suggested(shape: Shape, answers: Answers, loss: float) -> dict[str, Any]:
 
 def predicted_kl(shape: Shape, answers: Answers, heads: budgets.Heads) -> float:
     """The predicted KL of a fold, in nats per token before repair."""
-    sites, points = tuple(shape.cached_sites), []
+    import numpy as np
+
+    sites, ratios = tuple(shape.cached_sites), dict[float, float]()  # of what was measured to its sum, by the sum
     for count, each in budgets.uniform_folds(shape):
-        alone = budgets.price(shape, answers, each)
-        if alone:
-            points.append((alone, float(answers[UniformKL(sites, count)]["kl"]) / alone))
+        if summed := budgets.price(shape, answers, each):
+            ratios[summed] = float(answers[UniformKL(sites, count)]["kl"]) / summed
     alone = budgets.price(shape, answers, heads)
-    return alone * _interpolated(sorted(points), alone) if points else alone
-
-
-def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The value at a place, on the line between the points beside it; beyond the points, that of the outer one."""
-    xs, ys = zip(*points, strict=True)
-    after = bisect(xs, at)
-    if after in (0, len(xs)):
-        return float(ys[min(after, len(xs) - 1)])
-    share = (at - xs[after - 1]) / (xs[after] - xs[after - 1])
-    return float(ys[after - 1] + share * (ys[after] - ys[after - 1]))
+    sums = sorted(ratios)
+    return alone * float(np.interp(alone, sums, [ratios[each] for each in sums])) if sums else alone
 
 
 def _copying(shape: Shape, answers: Answers, heads: budgets.Heads) -> list[int]:
