@@ -281,7 +281,7 @@ def test_threads_wait_briefly_unless_the_user_says_otherwise(monkeypatch: pytest
             monkeypatch.setenv(name, given.get(name, ""))
             if name not in given:
                 monkeypatch.delenv(name)
-        machine.prepare_threads()
+        machine.prepare_torch()
         return [os.environ.get(name) for name in names]
 
     assert after() == [None, machine.SPINS, "2"]
@@ -289,6 +289,17 @@ def test_threads_wait_briefly_unless_the_user_says_otherwise(monkeypatch: pytest
     assert after(GOMP_SPINCOUNT="7") == [None, "7", "2"]
     monkeypatch.setattr(machine, "cores", lambda: 64)
     assert after() == [None, machine.SPINS, None]
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_large_tensors_have_huge_pages_unless_the_user_says_otherwise(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    machine.prepare_torch()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (given or "1")
 
 
 def test_the_device_is_asked_of_the_machine_alone() -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from kvfold.machine import prepare_threads
+from kvfold.machine import prepare_torch
 from kvfold.ranks import current, reports
 
 INTERRUPTED = 130
@@ -18,7 +18,7 @@ def main() -> None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, _leave)  # during imports and after the command, when there is nothing to save
-    prepare_threads()
+    prepare_torch()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for terminals without UTF-8
     from kvfold.cli.console import silence

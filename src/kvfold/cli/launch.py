@@ -108,7 +108,7 @@ def _launch(words: Sequence[str], count: int) -> None:
         "MASTER_PORT": str(_free_port()),
         LAUNCHER: str(reading),
     }
-    if environment.get("OMP_NUM_THREADS", str(cores())) == str(cores()):  # not set, or by `prepare_threads`
+    if environment.get("OMP_NUM_THREADS", str(cores())) == str(cores()):  # not set, or by `prepare_torch`
         environment["OMP_NUM_THREADS"] = str(max(1, cores() // count))
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarded(processes) as signalled:

@@ -22,7 +22,8 @@ from kvfold.contracts.site import Attention, Shape
 from kvfold.errors import SettingError
 from kvfold.formats import size
 
-CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32: large enough for the matmuls, small beside a model
+CHUNK_BYTES = 32 << 20  # of one chunk's logits in fp32, small beside a model
+CHUNK_TOKENS = 512  # of a chunk at least: each reads and writes the whole gradient of the output matrix
 CHUNKS = 7  # of them at a time: logits of both models, their logarithms, probabilities, the gradient
 ACCUMULATED = 8  # whole gradients stay on a rank between passes where they take less than 1/8 of its memory
 
@@ -30,6 +31,11 @@ Checkpointing = Literal["none", "selective", "block"]
 Offload = Literal["none", "activations", "parameters", "both"]
 ACTIVATIONS: tuple[Offload, ...] = ("activations", "both")  # the choices that offload them
 PARAMETERS: tuple[Offload, ...] = ("parameters", "both")
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits training computes at a time."""
+    return max(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary))
 
 
 def check_offload(offload: Offload, checkpointing: Checkpointing, where: str | None = None) -> None:
@@ -245,7 +251,7 @@ def _memory(student: _Model, teacher: _Model, rank: Rank) -> RankMemory:
         "block": held + whole,
     }[rank.checkpointing]
     ends = 5 * 4 * shape.hidden_size  # hidden states of both models behind their last norm, and a gradient
-    chunk = min(tokens, max(1, CHUNK_BYTES // (4 * shape.vocab_size)))
+    chunk = min(tokens, chunk_tokens(shape.vocab_size))
     table = 0 if rank.converted_only else 8 * student.table  # the gradient of the output matrix, and its scaled copy
     shares = [each // rank.gpus for each in (parameters, theirs, 8 * trained, 4 * trained)]
     there = [0] * len(shares) if offloaded else shares

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from kvfold import hf, ranks
 from kvfold.contracts.runtimes import stock_type
-from kvfold.predict.training_memory import CHUNK_BYTES
+from kvfold.predict.training_memory import chunk_tokens
 from kvfold.text.pairs import UNSEEN, Pairs, start_id
 
 ENCODED = ("key_value_states", "encoder_hidden_states")  # names of the encoder's output in cross-attentions
@@ -119,7 +119,7 @@ def token_losses(
         ce=weights.get("ce", 0.0),
         kl=weights.get("kl", 0.0),
         temperature=temperature,
-        chunk=chunk or max(1, CHUNK_BYTES // (4 * vocabulary)),
+        chunk=chunk or chunk_tokens(vocabulary),
         teacher=None if teacher is None else (teacher[0].detach().flatten(0, -2).to(dtype), teacher[1]),
         softcap=head.softcap,
         targets=targets or h_ND.shape[0],
