@@ -93,3 +93,23 @@ def test_what_cannot_be_made_is_one_line(told: Path, tmp_path: Path) -> None:
     cloze(told, tmp_path / "q.jsonl", SMALL)
     with pytest.raises(OutputError, match="--overwrite"):
         cloze(told, tmp_path / "q.jsonl", SMALL)
+
+
+def test_only_questions_are_overwritten(told: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.jsonl"
+    first = cloze(told, out, SMALL).read_bytes()
+    other = ClozeSettings(**{**vars(SMALL), "seed": 1})
+    assert cloze(told, out, other, overwrite=True).read_bytes() != first
+    kept = out.read_bytes()
+    with pytest.raises(OutputError, match="the text itself"):
+        cloze(out, out, SMALL, overwrite=True)
+    assert out.read_bytes() == kept
+    (tmp_path / "link.jsonl").symlink_to(out)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "mine"}\n')
+    for name in ("link.jsonl", "folder", "empty", "bytes", "rows.jsonl", "text.txt"):
+        with pytest.raises(OutputError, match="holds no questions"):
+            cloze(told, tmp_path / name, SMALL, overwrite=True)
+    assert (tmp_path / "rows.jsonl").read_text() == '{"text": "mine"}\n'

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from kvfold.errors import DataError, OutputError
 from kvfold.progress import SILENT, Progress, task
 from kvfold.settings import MOST, SEEDS, check_range, setting
 from kvfold.text.documents import read_texts
+from kvfold.text.questions import is_question
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -66,13 +68,14 @@ def cloze(
 ) -> Path:
     """Write a `.jsonl` of questions about a text, with passages (`kvfold.text.questions`), and return its path.
 
-    Raises DataError for a text with too few sentences, OutputError if `out` exists and is not overwritten.
+    Raises DataError for a text with too few sentences, OutputError if `out` exists and is not overwritten. Only a file
+    of questions is.
     """
     import numpy as np  # not loaded for the help of the command
 
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise OutputError("exists", where=out, next="give another path, or --overwrite")
+    if os.path.lexists(out):
+        _check_replaceable(out, text, overwrite)
     sentences = _sentences(text, settings)
     found = _Sentences(sentences)
     order = np.random.default_rng(settings.seed).permutation(len(sentences))
@@ -94,6 +97,26 @@ def cloze(
         with replacing(out) as sibling:
             sibling.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return out
+
+
+def _check_replaceable(out: Path, text: str | Path, overwrite: bool) -> None:
+    """Refuse to replace anything but questions. Raises OutputError."""
+    if not overwrite:
+        raise OutputError("exists", where=out, next="give another path, or --overwrite")
+    if out.is_symlink() or not out.is_file() or not _holds_question(out):
+        raise OutputError("is there and holds no questions: it is not replaced", where=out, next="give another path")
+    if os.path.exists(text) and out.samefile(text):
+        raise OutputError("is the text itself: it is not replaced", where=out, next="give another path")
+
+
+def _holds_question(path: Path) -> bool:
+    """Whether the first line of a file is a question with passages."""
+    with disk_errors(path), path.open("rb") as file:
+        first = file.readline()
+    try:
+        return is_question(json.loads(first))
+    except ValueError:
+        return False
 
 
 def _sentences(text: str | Path, settings: ClozeSettings) -> list[list[str]]:
