@@ -55,6 +55,7 @@ from kvfold.progress import Silent
 
 STEP = {"batch": 8, "heads": 32, "width": 64, "context": 4096, "kv_heads": (32, 16, 8, 4, 2, 1)}
 QUICK_STEP = {**STEP, "batch": 2, "context": 1024}
+QUICK_PLACE = (512, 2)  # context and batch of whole models
 MODEL = {
     "hidden_size": 512,
     "intermediate_size": 512,
@@ -183,16 +184,17 @@ def steps(given: argparse.Namespace) -> Record:
 # --- whole models ----------------------------------------------------------------------------------------------------
 
 
-def models(given: argparse.Namespace, name: str, students: Students, room: Path) -> Record:
+def models(given: argparse.Namespace, name: str, students: Students, place: tuple[int, int], room: Path) -> Record:
     """A random multi-head model and its students by `kvfold bench`; this machine's bandwidth is measured anew."""
     os.environ["KVFOLD_CACHE"] = str(room / "cache")
     config = {**all_families()["llama"].tiny(), **MODEL}
     teacher = room / "multi-head"
     hf.build(config, seed=0).save_pretrained(teacher)  # type: ignore[operator]
     made = [convert(teacher, room / label, method, settings) for label, (method, settings) in students.items()]
+    context, batch = QUICK_PLACE if given.quick else place
     settings = BenchSettings(
-        context=(512,) if given.quick else (4096,),
-        batch=(2,) if given.quick else (8,),
+        context=(context,),
+        batch=(batch,),
         repeats=2 if given.quick else 5,
         fp8=False,
     )
@@ -214,11 +216,14 @@ def main() -> None:
         for dtype in AGREE:
             print(dtype, made.metrics[dtype])
         print(made.metrics["target"], record.write(made, given.results))
-    for part, name, students in (("models", "decode-model", HEADS), ("latents", "decode-mla", LATENTS)):
+    for part, name, students, place in (
+        ("models", "decode-model", HEADS, (4096, 8)),
+        ("latents", "decode-mla", LATENTS, (2048, 4)),  # a prompt of 4096 x 8 tokens takes more than 24 GB
+    ):
         if given.only not in (None, part):
             continue
         with tempfile.TemporaryDirectory(prefix="kvfold-") as room:
-            whole = models(given, name, students, Path(room))
+            whole = models(given, name, students, place, Path(room))
         for row in [*whole.metrics["rows"], *whole.metrics["ratios"]]:
             print(row)
         print(record.write(whole, given.results))
