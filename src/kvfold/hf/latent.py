@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.contracts.runtimes import ABSORBED, LATENT, stock_type
@@ -58,8 +59,11 @@ class _Attention(Replacement):
             heads_BTHE, weights = o_BHTE.transpose(1, 2), None
         else:
             k_BGSE, v_BGSE = written_out(rotated_BSM, latent_BSR, *ups, shared=self.shared)
+            # PyTorch's kernels that never hold all logits want keys and values of one width
+            v_BGSE = pad(v_BGSE, (0, max(0, k_BGSE.shape[-1] - value)))
             function = implementation(self, name)
             heads_BTHE, weights = function(q_BHTE, k_BGSE, v_BGSE, mask, sliding_window=self.sliding_window, **kwargs)
+            heads_BTHE = heads_BTHE[..., :value]
         return self.o_proj(heads_BTHE.flatten(2).contiguous()), weights
 
 
