@@ -218,7 +218,7 @@ def main() -> None:
         print(made.metrics["target"], record.write(made, given.results))
     for part, name, students, place in (
         ("models", "decode-model", HEADS, (4096, 8)),
-        ("latents", "decode-mla", LATENTS, (2048, 4)),  # a prompt of 4096 x 8 tokens takes more than 24 GB
+        ("latents", "decode-mla", LATENTS, (2048, 4)),  # smaller: a prompt writes out the keys and values of all heads
     ):
         if given.only not in (None, part):
             continue

@@ -59,8 +59,8 @@ class _Attention(Replacement):
             heads_BTHE, weights = o_BHTE.transpose(1, 2), None
         else:
             k_BGSE, v_BGSE = written_out(rotated_BSM, latent_BSR, *ups, shared=self.shared)
-            # PyTorch's kernels that never hold all logits want keys and values of one width
-            v_BGSE = pad(v_BGSE, (0, max(0, k_BGSE.shape[-1] - value)))
+            if (wider := k_BGSE.shape[-1] - value) > 0:  # PyTorch's kernels that hold no logits want one width
+                v_BGSE = pad(v_BGSE, (0, wider))
             function = implementation(self, name)
             heads_BTHE, weights = function(q_BHTE, k_BGSE, v_BGSE, mask, sliding_window=self.sliding_window, **kwargs)
             heads_BTHE = heads_BTHE[..., :value]
