@@ -128,6 +128,37 @@ def test_a_plan_names_the_sizes_that_have_kernels(tiny_checkpoint: Callable[...,
     assert known.after.cache_bytes_per_token == 4 * 4 * (512 + 64)
 
 
+@pytest.mark.parametrize(
+    ("heads", "hidden", "found"),
+    [
+        (32, 4096, {"rope_dim": 64, "latent_dim": 512}),  # Llama-2-7B: 8,192 numbers a layer
+        (8, 4096, {"rope_dim": 64, "latent_dim": 512}),  # Llama-3-8B: 2,048
+        (3, 1536, {"rope_dim": 64, "latent_dim": 256}),  # 768: 576 are more than half of it, 320 are not
+        (2, 512, {"ratio": 0.25}),  # 512: 320 are more than half of it
+        (8, 384, {"rope_dim": 64, "latent_dim": 256}),  # 2,048, and a latent of 512 is wider than its input
+    ],
+)
+def test_sizes_that_are_left_out_are_those_with_kernels(heads: int, hidden: int, found: dict[str, Any]) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": hidden, "head_dim": 128}
+    shape = shape_of(**config)
+    filled = mla.METHOD.filled(mla.Config(), shape)
+    assert {name: value for name in ("ratio", "rope_dim", "latent_dim") if (value := getattr(filled, name))} == found
+    filled.check(shape)
+    for given in ({"ratio": 0.5}, {"rope_dim": 4}, {"latent_dim": 4}, {"planes": "/".join(["1"] * 64)}):
+        assert mla.METHOD.filled(mla.Config(**given), shape) == mla.Config(**given)
+
+
+def test_a_conversion_needs_no_sizes(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """`convert SRC DST --method mla --calibration TEXT` writes what transformers loads, a quarter of the cache here."""
+    teacher = tiny_checkpoint("llama")
+    student = convert(teacher, tmp_path / "student", "mla", {}, options=replace(read(tmp_path), repair=()))
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert type(model).__module__ == "transformers.models.deepseek_v3.modeling_deepseek_v3"
+    assert model.config.qk_rope_head_dim + model.config.kv_lora_rank == 16 == 64 // 4
+    named = plan(teacher, "mla", {}).after
+    assert named.cache_bytes_per_token == plan(teacher, "mla", {"ratio": 0.25}).after.cache_bytes_per_token
+
+
 # --- its rotation ---------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,10 @@ class Method(Generic[C]):
 
     # --- what comes out, from the shape alone
 
+    def filled(self, config: C, shape: Shape) -> C:
+        """Settings with the sizes that were left out, where the method has defaults for them."""
+        return config
+
     def student(self, config: C, shape: Shape) -> Student:
         """The student's shape, known before any tensor is read."""
         raise NotImplementedError

@@ -21,8 +21,10 @@ norm is computed in float32. It loses most where heads need different positions 
 of a Llama. A bias of queries, which the stock class lacks, becomes a column behind a latent of them: the input itself
 and a constant (`q_lora_rank` is the model's width and 1).
 
-`ratio` sets the cache as a part of the root teacher's. Both sizes are the same in all layers, because config.json has
-one number for each: those of the least expected error, in sum over layers.
+`ratio` sets the cache as a part of the root teacher's. Without any size, the widths are 512 + 64 or 256 + 64, for which
+engines have kernels: the wider of them that is at most half of that cache. Where neither is, the ratio is a quarter.
+Both sizes are the same in all layers, because config.json has one number for each: under a ratio, those of the least
+expected error, in sum over layers.
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
 STOCK = "deepseek_v3"
 SOURCES = ("llama", "mistral", "qwen2", "internlm3", "helium", "ernie4_5")
 _SCALINGS = ("default", "linear", "llama3", "yarn")
+_WAYS = ("chosen", "even", "folded")
+_RATIO = 0.25
+_DEFAULT = f"the wider of {WITH_KERNELS} that is at most half of the cache, or else {_RATIO:g}"
 
 LIMITS: Sequence[Limit] = (
     ("keys are not rotated, and one key of the student is", lambda _, attention: attention.rope is None),
@@ -64,7 +69,9 @@ class Config:
     """How wide the latent and the rotated key are, and how both are chosen."""
 
     ratio: float | None = setting(
-        None, "Cache bytes as a fraction of the root teacher's, e.g. 0.25, instead of --rope-dim and --latent-dim."
+        None,
+        "Cache bytes as a fraction of the root teacher's, e.g. 0.25, instead of --rope-dim and --latent-dim. "
+        f"Without all three: {_DEFAULT}.",
     )
     rope_dim: int | None = setting(None, "Width of the rotated key of all heads, even, e.g. 64. Default: from --ratio.")
     latent_dim: int | None = setting(None, "Width of the latent of all else, e.g. 512. Default: from --ratio.")
@@ -144,7 +151,7 @@ def _kind(attention: Attention) -> str:
 
 def _counts(config: Config, attention: Attention) -> list[int] | None:
     """The components of each plane that `planes` names by number; None if it names a way. Raises SettingError."""
-    if config.planes in ("chosen", "even", "folded"):
+    if config.planes in _WAYS:
         return None
     parts, planes = config.planes.split("/"), _rope(attention).dims // 2
     most = attention.num_key_value_heads
@@ -213,6 +220,17 @@ class MLA(Method[Config]):
 
     without_text: ClassVar = {"planes": "even", "metric": "weights"}
     published: ClassVar = ({"planes": "folded", "metric": "inputs"},)
+
+    def filled(self, config: Config, shape: Shape) -> Config:
+        """Both sizes where engines have kernels for such, or else a ratio. Planes by number need sizes of their own."""
+        attention, half = _first(shape), layer_elements(0.5, shape)
+        sized = any(each is not None for each in (config.ratio, config.rope_dim, config.latent_dim))
+        if sized or config.planes not in _WAYS or attention.rope is None:
+            return config
+        for width, rotated in KERNELS:
+            if width + rotated <= half and width <= attention.hidden_size + 1 and rotated <= widest(config, attention):
+                return replace(config, rope_dim=rotated, latent_dim=width)
+        return replace(config, ratio=_RATIO)
 
     def needs(self, config: Config, shape: Shape) -> Sequence[Question]:
         """The moments of the metric, and what each component saves."""

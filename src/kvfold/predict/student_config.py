@@ -51,6 +51,7 @@ def draft(config: Mapping[str, Any], family: Family, shape: Shape, method: str, 
             there = replace(source_family(other).shape(other), root_elements=shape.root_elements)
         except UnsupportedModel as error:
             refused = error
+    settings = chosen.filled(settings, there)
     methods.check(method, settings, there)
     student = chosen.student(settings, there)
     if student.shape == there:  # a copy, which needs no other architecture
