@@ -82,8 +82,10 @@ def _measured(study: Study) -> str:
     record = study.everyone[0].records[0]
     settings, questions = record.settings, record.settings.get("lm_eval_limit")
     tasks = f", {questions:,} questions of each task" if questions and record.metrics.get("lm_eval") else ""
+    controls = [f" {row.name.capitalize()} ({row.schooling})." for row in study.rows if row.role == "control"]
     devices = dict.fromkeys(tables.plain(each.device) for row in study.everyone for each in row.records)
-    return f"On `{bare_name(settings.get('data'))}`{tasks}, in {settings['dtype']}, on {' or '.join(devices)}."
+    measured = f"On `{bare_name(settings.get('data'))}`{tasks}, in {settings['dtype']}, on {' or '.join(devices)}."
+    return measured + "".join(controls)
 
 
 def goal_tables(records: Sequence[Record]) -> Iterator[str]:
