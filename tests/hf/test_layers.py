@@ -252,13 +252,13 @@ def test_a_model_that_scales_behind_its_layers_is_refused(
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """No spool is small enough for memory."""
-    monkeypatch.setattr(spools, "MEMORY", 0)
+    monkeypatch.setattr(spools, "SPOOLED", 0)
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_a_spool_gives_back_what_was_written(dtype: str, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spools, "MEMORY", memory)
+    monkeypatch.setattr(spools, "SPOOLED", memory)
     lengths = [4, 4, 4, 2]
     rows = [torch.randn(length, 3).to(getattr(torch, dtype)) for length in lengths]
     with Spool(lengths, 3, dtype) as spool:
@@ -282,7 +282,7 @@ def test_rows_of_one_length_make_a_batch() -> None:
 
 
 def test_small_spools_are_in_memory_and_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spools, "MEMORY", 2 * spool_bytes(4, 3))
+    monkeypatch.setattr(spools, "SPOOLED", 2 * spool_bytes(4, 3))
     monkeypatch.setattr(Spool, "_held", 0)
     with Spool([4], 3), Spool([4], 3), Spool([4], 3) as third:
         assert Spool._held == 2 * third.bytes
@@ -294,13 +294,13 @@ def test_small_spools_are_in_memory_and_give_it_back(monkeypatch: pytest.MonkeyP
 
 def test_beside_a_gpu_spools_take_a_share_of_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spools, "device_memory", lambda device: 64 << 30)
-    assert spools.budget() == spools.MEMORY
+    assert spools.budget() == spools.SPOOLED
     monkeypatch.setattr(spools, "best_device", lambda: "cuda")
     assert spools.budget() == 16 << 30
     monkeypatch.setattr(ranks, "current", lambda: ranks.Ranks(3, 16, 3, 8))
     assert spools.budget() == 2 << 30
     monkeypatch.setattr(spools, "device_memory", lambda device: 1 << 30)
-    assert spools.budget() == spools.MEMORY
+    assert spools.budget() == spools.SPOOLED
 
 
 def test_a_spool_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

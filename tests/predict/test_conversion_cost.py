@@ -16,7 +16,10 @@ from kvfold import hf
 from kvfold.contracts.effort import EFFORTS, RepairSettings
 from kvfold.contracts.requests import COPIED, FoldedKL, FoldedRecall, HeadKL, InputGram, QueryGram
 from kvfold.contracts.site import REPAIRABLE, Site
+from kvfold.convert.conversion import ConvertSettings, convert
+from kvfold.disk import spool
 from kvfold.disk.checkpoint import Checkpoint
+from kvfold.predict import conversion_cost as conversion_cost_module
 from kvfold.predict.conversion_cost import ConversionCost, Speeds, Work, conversion_cost, directions
 
 Make = Callable[..., Path]
@@ -70,6 +73,52 @@ def test_a_forward_pass_of_an_encoder_decoder_is_what_torch_counts(tiny_checkpoi
     wide = own.num_attention_heads * own.head_dim
     assert found.stages["o"].products == 2 * 2 * 2 * rows * written * wide * (wide + own.hidden_size)
     assert found.memory > 2 * 4 * teacher.shape.parameters  # both models whole
+
+
+@pytest.mark.parametrize("roles", [(), ("o",), ("q", "o", "down"), ("o", "gate", "up", "down"), REPAIRABLE])
+def test_hidden_states_in_memory_are_those_of_a_conversion(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roles: tuple[str, ...]
+) -> None:
+    """Against the spools that a conversion opens: the most bytes of those that are open at once."""
+    made, close = spool.Spool.__init__, spool.Spool.close
+    opened: dict[int, int] = {}
+    most = 0
+
+    def counted(self: spool.Spool, *given: Any, **named: Any) -> None:
+        nonlocal most
+        made(self, *given, **named)
+        opened[id(self)] = self.bytes
+        most = max(most, sum(opened.values()))
+
+    def closed(self: spool.Spool) -> None:
+        opened.pop(id(self), None)
+        close(self)
+
+    monkeypatch.setattr(spool.Spool, "__init__", counted)
+    monkeypatch.setattr(spool.Spool, "close", closed)
+    source = Checkpoint.open(tiny_checkpoint("llama"))
+    (tmp_path / "text.txt").write_text("Whan that Aprille with his shoures soote " * 40)
+    options = ConvertSettings(
+        calibration=str(tmp_path / "text.txt"),
+        calibration_tokens=256,
+        **{"calibration_length": LENGTH, "repair_length": LENGTH, "repair_q_tokens": 128, "repair_inner_tokens": 192},
+        repair=roles,
+    )
+    convert(source.path, tmp_path / "student", "gqa", {"kv_heads": 2}, options=options)
+    found = []
+    student = Checkpoint.open(tmp_path / "student").shape
+    for in_memory in (0, 1 << 40):
+        monkeypatch.setattr(conversion_cost_module, "SPOOLED", in_memory)
+        found.append(
+            conversion_cost(
+                *(source.family, source.config, source.shape, student, (), roles),
+                RepairSettings(LENGTH, 128, 192),
+                tokens=256,
+                length=LENGTH,
+            ).memory
+        )
+    assert not opened
+    assert found[1] - found[0] == most
 
 
 def test_requests_and_regressions_are_their_products(teacher: Checkpoint) -> None:

@@ -13,6 +13,10 @@ EffortName = Literal["quick", "standard", "thorough"]
 
 CORRUPTED = 0.15  # the share of a text that span corruption makes targets of: T5's value
 
+SPOOLED = 384 << 20
+"""Bytes of the text's hidden states that are in memory beside a processor; the others are on disk. A disk takes a third
+of the time of a small model."""
+
 Q_STEPS, INNER_STEPS = 6, 3
 """Conjugate gradients of a repair at most: of q, and of gate and up. Each step rereads their tokens."""
 

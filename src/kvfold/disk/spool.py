@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from kvfold import ranks
+from kvfold.contracts.effort import SPOOLED
 from kvfold.disk.output import cache_folder, disk_errors, free_bytes
 from kvfold.errors import OutputError
 from kvfold.machine import best_device, device_memory, host_empty
 
-MEMORY = 384 << 20  # bytes of all open spools that are in memory: a disk takes a third of the time of a small model
 HOST_SHARE = 4  # beside a GPU, spools may take 1/4 of the host's memory; PyTorch may pin twice what it is asked for
 
 
@@ -50,8 +50,8 @@ def budget() -> int:
     Beside a GPU, pinned memory of the host saves most of the time in which hidden states are copied (not measured).
     """
     if best_device() == "cpu":
-        return MEMORY
-    return max(MEMORY, device_memory("cpu") // HOST_SHARE // ranks.current().local_world)
+        return SPOOLED
+    return max(SPOOLED, device_memory("cpu") // HOST_SHARE // ranks.current().local_world)
 
 
 class Spool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, RepairSettings
+from kvfold.contracts.effort import INNER_STEPS, Q_STEPS, SPOOLED, RepairSettings
 from kvfold.contracts.family import MLP, Family, Json
 from kvfold.contracts.requests import COPIED, Alone, InputGram, Question, Request, SampledPairs
 from kvfold.contracts.site import Attention, Shape, Site
@@ -22,6 +22,7 @@ STOPPED = 4  # steps of q after which its tolerance stops it
 FOLD = 70  # operations of a fit, over the cube of the width
 BASE_BYTES = 450 * 10**6  # of a process that has loaded PyTorch and transformers
 BATCH = 4096  # tokens that pass through a layer together
+STREAMS = 3  # hidden states before a layer, of both models, and after it; and one after each of its attentions
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def conversion_cost(
     held = source.parameters if encoded else round(attention + mlp.parameters)  # of each model
     memory = BASE_BYTES + 2 * 4 * held + sum(each.bytes(source) for each in asked)
     memory += 4 * BATCH * (8 * hidden + 6 * mlp.wide) + 8 * 6 * max(mlp.wide, hidden) ** 2
+    memory += min(SPOOLED, max(spooled(layer, mlp, roles, repair, repaired) for layer in layers))
     counted = {name: work for name, work in stages.items() if work != Work()}
     return ConversionCost(tokens, read.passes, counted, memory, encoded=encoded)
 
@@ -209,6 +211,30 @@ def _measured(question: Question, shape: Shape, mlp: _Mlp, text: _Text, tokens: 
     above = sum(read.run(site, shape.sites[site]) for site in shape.cached_sites if site.layer >= first)
     rest = (shape.num_layers - first) * mlp.run + 2 * shape.vocab_size * shape.hidden_size
     return Work(passes=above + tokens * rest)
+
+
+def spooled(
+    layer: Sequence[tuple[Site, Attention, Attention | None]],
+    mlp: _Mlp,
+    roles: Sequence[str],
+    settings: RepairSettings,
+    text: _Text,
+) -> int:
+    """Bytes of the hidden states that are kept at once while a layer is repaired, or else asked."""
+    hidden, tokens, most = mlp.hidden, text.tokens, 0
+    for site, _, after in layer:
+        if after is not None and "q" in roles and "q" in after.roles():
+            heads, keys = after.num_attention_heads, after.num_key_value_heads
+            numbers = hidden + (keys + heads) * after.head_dim + heads * text.keys(site)
+            most = max(most, min(tokens, settings.q_tokens) * numbers)
+    if maps := {"gate", "up", "down"} & set(
+        roles
+    ):  # the stream between attention and MLP, and inputs of both its parts
+        inner = len(maps - {"down"})
+        kept = min(tokens, settings.inner_tokens) * (hidden + inner * mlp.wide) if inner else 0
+        most = max(most, tokens * (2 * hidden + mlp.wide) + kept)
+    streams = STREAMS + len({site.kind for site, *_ in layer}) if roles else 1
+    return 4 * (streams * tokens * hidden + most)
 
 
 def _repair(
