@@ -590,10 +590,9 @@ def test_every_parameter_learns_also_with_checkpointing(pair: Pair) -> None:
         # softmax does not feel a bias of keys: its gradient is the sum of numbers that cancel, and all of it rounding
         if name.endswith("k_proj.bias"):
             return largest
-        if name.endswith("_a_layernorm.weight"):  # each sums, over outputs of the projection that follows, products
-            after = name.replace(
-                "_a_layernorm", "_b_proj"
-            )  # of its weight and gradient; those of a bias's column cancel
+        # a norm's weight sums products of the next projection's weights and gradients: those of a bias's column cancel
+        if name.endswith("_a_layernorm.weight"):
+            after = name.replace("_a_layernorm", "_b_proj")
             summed = weights[after] * plain[after] / weights[name]
             return max(float(summed.abs().max()), float(plain[name].abs().max()))
         # nor does cross-attention feel much of queries where the encoder's tokens are much alike

@@ -223,10 +223,11 @@ class MLA(Method[Config]):
 
     def filled(self, config: Config, shape: Shape) -> Config:
         """Both sizes where engines have kernels for such, or else a ratio. Planes by number need sizes of their own."""
-        attention, half = _first(shape), layer_elements(0.5, shape)
+        attention = _first(shape)
         sized = any(each is not None for each in (config.ratio, config.rope_dim, config.latent_dim))
         if sized or config.planes not in _WAYS or attention.rope is None:
             return config
+        half = layer_elements(0.5, shape)
         for width, rotated in KERNELS:
             if width + rotated <= half and width <= attention.hidden_size + 1 and rotated <= widest(config, attention):
                 return replace(config, rope_dim=rotated, latent_dim=width)

@@ -124,7 +124,7 @@ def conversion_cost(
     held = source.parameters if encoded else round(attention + mlp.parameters)  # of each model
     memory = BASE_BYTES + 2 * 4 * held + sum(each.bytes(source) for each in asked)
     memory += 4 * BATCH * (8 * hidden + 6 * mlp.wide) + 8 * 6 * max(mlp.wide, hidden) ** 2
-    memory += min(SPOOLED, max(spooled(layer, mlp, roles, repair, repaired) for layer in layers))
+    memory += min(SPOOLED, max(_spooled(layer, mlp, roles, repair, repaired) for layer in layers))
     counted = {name: work for name, work in stages.items() if work != Work()}
     return ConversionCost(tokens, read.passes, counted, memory, encoded=encoded)
 
@@ -213,7 +213,7 @@ def _measured(question: Question, shape: Shape, mlp: _Mlp, text: _Text, tokens: 
     return Work(passes=above + tokens * rest)
 
 
-def spooled(
+def _spooled(
     layer: Sequence[tuple[Site, Attention, Attention | None]],
     mlp: _Mlp,
     roles: Sequence[str],
@@ -227,10 +227,9 @@ def spooled(
             heads, keys = after.num_attention_heads, after.num_key_value_heads
             numbers = hidden + (keys + heads) * after.head_dim + heads * text.keys(site)
             most = max(most, min(tokens, settings.q_tokens) * numbers)
-    if maps := {"gate", "up", "down"} & set(
-        roles
-    ):  # the stream between attention and MLP, and inputs of both its parts
-        inner = len(maps - {"down"})
+    # of the MLP: the stream before it and the inputs of both its parts, and for gate and up their inputs and slopes
+    if {"gate", "up", "down"} & set(roles):
+        inner = len({"gate", "up"} & set(roles))
         kept = min(tokens, settings.inner_tokens) * (hidden + inner * mlp.wide) if inner else 0
         most = max(most, tokens * (2 * hidden + mlp.wide) + kept)
     streams = STREAMS + len({site.kind for site, *_ in layer}) if roles else 1
