@@ -78,7 +78,7 @@ class _Seen:
     def __init__(self) -> None:
         self.advanced: list[float] = []
 
-    def start(self, what: str, total: float, unit: str) -> None: ...
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None: ...
 
     def advance(self, amount: float, note: str = "") -> None:
         self.advanced.append(amount)

@@ -10,8 +10,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Where a stage reports its progress, one task at a time."""
 
-    def start(self, what: str, total: float, unit: str) -> None:
-        """Begin a task of `total` units (`tokens`, `bytes`, `layers`, ...)."""
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
+        """Begin a task of `total` units (`tokens`, `bytes`, `layers`, ...), or continue it after `done` of them."""
 
     def advance(self, amount: float, note: str = "") -> None:
         """Add `amount` units to what is done, and show `note` beside the bar."""
@@ -26,7 +26,7 @@ class Progress(Protocol):
 class Silent:
     """A progress that shows nothing."""
 
-    def start(self, what: str, total: float, unit: str) -> None:
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
         """Show nothing."""
 
     def advance(self, amount: float, note: str = "") -> None:
@@ -43,9 +43,9 @@ SILENT: Progress = Silent()
 
 
 @contextmanager
-def task(progress: Progress, what: str, total: float, unit: str) -> Iterator[None]:
-    """A context in which a task of `total` units runs; it stops with the context, complete or not."""
-    progress.start(what, total, unit)
+def task(progress: Progress, what: str, total: float, unit: str, done: int = 0) -> Iterator[None]:
+    """A context in which a task of `total` units runs, after `done` of them; it stops with the context."""
+    progress.start(what, total, unit, done)
     try:
         yield
     finally:

@@ -319,7 +319,7 @@ def test_progress_counts_tokens_of_every_layer(teacher: Checkpoint) -> None:
     events: list[Any] = []
 
     class Listener(Silent):
-        def start(self, what: str, total: float, unit: str) -> None:
+        def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
             events.append(total)
 
         def advance(self, amount: float, note: str = "") -> None:

@@ -196,7 +196,7 @@ def test_answers_are_kept_whatever_the_budget(
     events: list[Any] = []
 
     class Listener(Silent):
-        def start(self, what: str, total: float, unit: str) -> None:
+        def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
             events.append(total)
 
         def advance(self, amount: float, note: str = "") -> None:

@@ -62,8 +62,8 @@ class Listener:
     def __init__(self) -> None:
         self.total, self.done, self.lines = 0.0, 0.0, list[str]()
 
-    def start(self, what: str, total: float, unit: str) -> None:
-        self.total, self.done = total, 0.0
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
+        self.total, self.done = total, done
 
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
@@ -472,8 +472,8 @@ class CtrlC(Listener):
         super().__init__()
         self.moment, self.repairing, self.layers = moment, False, 0
 
-    def start(self, what: str, total: float, unit: str) -> None:
-        super().start(what, total, unit)
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
+        super().start(what, total, unit, done)
         self.repairing = what == "repairing"
         self._press("start")
 

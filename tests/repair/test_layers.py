@@ -360,7 +360,7 @@ def test_nothing_is_left_on_the_disk_and_layers_are_counted(
     events: list[Any] = []
 
     class Listener(Silent):
-        def start(self, what: str, total: float, unit: str) -> None:
+        def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
             events.append((what, total, unit))
 
         def advance(self, amount: float, note: str = "") -> None:

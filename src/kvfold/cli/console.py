@@ -77,7 +77,7 @@ class Bars(Progress):
         self._bar: Bar | None = None
 
     @override
-    def start(self, what: str, total: float, unit: str) -> None:
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
         self.stop()
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
@@ -89,7 +89,7 @@ class Bars(Progress):
             TextColumn("{task.fields[note]}", markup=False),
             console=ERR,
         )
-        self._bar.add_task(plain(what, LONGEST), total=total, unit=unit, note="")
+        self._bar.add_task(plain(what, LONGEST), total=total, completed=done, unit=unit, note="")
         self._bar.start()
 
     @override
@@ -114,13 +114,14 @@ class Lines(Progress):
 
     def __init__(self) -> None:
         self._what = self._unit = ""
-        self._total = self._done = 0.0
+        self._total = self._first = self._done = 0.0
         self._began = self._shown = 0.0
 
     @override
-    def start(self, what: str, total: float, unit: str) -> None:
+    def start(self, what: str, total: float, unit: str, done: int = 0) -> None:
         self.stop()
-        self._what, self._total, self._unit, self._done = what, total, unit, 0.0
+        self._what, self._total, self._unit = what, total, unit
+        self._first = self._done = done
         self._began = self._shown = time.monotonic()
         self.say(f"{what}: {quantity(total, unit)}")
 
@@ -128,9 +129,9 @@ class Lines(Progress):
     def advance(self, amount: float, note: str = "") -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._shown >= QUIET_SECONDS and self._done:
+        if now - self._shown >= QUIET_SECONDS and self._done > self._first:
             self._shown = now
-            left = (now - self._began) * (self._total - self._done) / self._done
+            left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
             self.say(f"{self._what}: {self._done / max(self._total, 1e-9):.0%}, {left:.0f} s left {note}".rstrip())
 
     @override

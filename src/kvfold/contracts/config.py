@@ -158,7 +158,7 @@ RESERVED = frozenset(
         *("default_theta", "dict_dtype_to_str", "extra_config_files", "extra_files", "from_dict"),
         *("from_json_file", "from_pretrained", "get_config_dict", "get_mtp_config", "get_text_config"),
         *("ignore_keys_at_rope_validation", "is_custom_code", "is_heterogeneous", "is_remote_code"),
-        *("keys_to_ignore_at_inference", "kv_sharing_modes", "nested_rope_parameter_keys"),
+        *("keys_to_ignore_at_inference", "kv_sharing_modes", "make_models", "nested_rope_parameter_keys"),
         *("per_layer_attributes", "push_to_hub", "register_for_auto_class", "rotary", "save_pretrained"),
         *("serialize_explicit_per_layer_config", "standardize_rope_params", "sub_configs"),
         *("sub_configs_defaults", "to_dict", "to_diff_dict", "to_json_file", "to_json_string", "update"),

@@ -14,7 +14,7 @@ stream. The branches of `fading_cross_attention_layers` are multiplied by the de
 If the config has a `cross_latent_dim`, every cross-attention is a `LatentCrossAttention`. The first one computes the
 latent of the encoder's output and caches it; the others read it. It is stored in the cross-attention cache as the keys
 of its layer, a single head, with values of width 0, so that growing and static caches, beam search and assisted
-generation work unchanged. Importing this module registers the classes with transformers.
+generation work unchanged. Importing this module registers the classes with transformers; they are made when needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.attention.latent import absorbed_attention, absorbs
@@ -43,7 +43,7 @@ from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
 from kvfold.families._encoder_decoder import END
 from kvfold.hf.shared_layers import STATES, hand_out
-from kvfold.hf.subclass import derive
+from kvfold.hf.subclass import awaited, derive, derive_config
 
 
 class _Replacing:
@@ -293,27 +293,37 @@ SHARING = ("t5", "mt5", "t5gemma")
 ENCODED = ("key_value_states", "encoder_hidden_states")
 """The names of the encoder's output in stock attentions."""
 
-_derived = partial(derive, __name__, "with fewer key/value heads in the decoder, or a latent")
+_ABOUT = "with fewer key/value heads in the decoder, or a latent"
 
 
-def _register(model_type: str, name: str) -> None:
-    ours = PAIRS.model_type(model_type)
-    config = _derived(getattr(transformers, f"{name}Config"), f"Kvfold{name}Config", model_type=ours)
-    AutoConfig.register(ours, config)
+def _derive_models(model_type: str, name: str, config: type) -> None:
+    """Derive the model classes of one architecture and register them for their config class."""
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
     crossed = getattr(module, f"{name}Attention", None) or getattr(module, f"{name}CrossAttention")  # T5Gemma's
     looked_at = next(each for each in ENCODED if each in signature(crossed.forward).parameters)
     named: dict[str, Any] = {"looked_at": looked_at, "architecture": module, "scales_first": model_type == "whisper"}
     front = () if model_type in SHARING else (GroupedAttention,)
+    derived = partial(derive, __name__, _ABOUT)
     classes: dict[str, Any] = {
         "config_class": config,
-        "grouped_attention": _derived(crossed, f"Kvfold{name}Attention", *front, **named) if front else None,
-        "latent_attention": _derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, *front, **named),
+        "grouped_attention": derived(crossed, f"Kvfold{name}Attention", *front, **named) if front else None,
+        "latent_attention": derived(crossed, f"KvfoldLatent{name}Attention", LatentCrossAttention, *front, **named),
     }
     headed = AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
     for stock, auto in ((f"{name}Model", AutoModel), (PAIRS_STOCK.architecture(model_type, END), headed)):
-        auto.register(config, _derived(getattr(transformers, stock), f"Kvfold{stock}", _Fewer, **classes))
+        auto.register(config, derived(getattr(transformers, stock), f"Kvfold{stock}", _Fewer, **classes))
+
+
+def _register(model_type: str, name: str) -> None:
+    stock, ours = getattr(transformers, f"{name}Config"), PAIRS.model_type(model_type)
+    parts = [f"Latent{name}Attention", f"{name}Model", PAIRS_STOCK.architecture(model_type, END)]
+    if model_type not in SHARING:
+        parts.append(f"{name}Attention")
+    makes, make = [f"Kvfold{part}" for part in parts], partial(_derive_models, model_type, name)
+    derive_config(__name__, _ABOUT, stock, f"Kvfold{name}Config", makes=makes, make=make, model_type=ours)
 
 
 for _model_type in sorted(PAIRS.models):
     _register(_model_type, STEMS[_model_type])
+
+__getattr__ = partial(awaited, __name__)

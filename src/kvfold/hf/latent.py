@@ -12,6 +12,7 @@ with `SharedLatentAttention`; `kvfold.hf.load` builds it for checkpoints of the 
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.nn.functional import pad
 from kvfold.attention.latent import absorbed_attention, absorbs, chosen, turn, written_out
 from kvfold.contracts.runtimes import ABSORBED, LATENT, stock_type
 from kvfold.hf.attention import NAME, ROUNDINGS, implementation
-from kvfold.hf.subclass import Replacement, attentions, register_decoders
+from kvfold.hf.subclass import Replacement, attentions, awaited, register_decoders
 from kvfold.solve.rope import rotate
 
 
@@ -211,3 +212,5 @@ class _SavedAsStock:
 ABOUT = "with latent keys and values"
 register_decoders(__name__, ABOUT, LATENT, _Latent, lambda stock: LatentAttention)
 register_decoders(__name__, ABOUT, ABSORBED, _Latent, lambda stock: SharedLatentAttention, config=(_SavedAsStock,))
+
+__getattr__ = partial(awaited, __name__)

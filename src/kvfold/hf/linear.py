@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from kvfold.contracts.runtimes import LINEAR, LINEAR_LAYER
 from kvfold.errors import SettingError
 from kvfold.hf.attention import ROUNDINGS, implementation
 from kvfold.hf.linear_cache import LinearLayer
-from kvfold.hf.subclass import Replacement, attentions, register_decoders
+from kvfold.hf.subclass import Replacement, attentions, awaited, register_decoders
 
 SEEN = "kvfold_seen"
 """The keyword that passes the padding mask of a batch through a forward: `(B, S)`, False for padding."""
@@ -341,3 +342,5 @@ register_decoders(
     config=(_Settings,),
     fields=_FIELDS,
 )
+
+__getattr__ = partial(awaited, __name__)

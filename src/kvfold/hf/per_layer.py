@@ -18,7 +18,7 @@ from kvfold.contracts.runtimes import LAYERS
 from kvfold.hf.bigcode import GroupedAttention
 from kvfold.hf.decoupled import decouple
 from kvfold.hf.shared_layers import SharedAttention, hand_out, refuse_reentrant
-from kvfold.hf.subclass import attentions, register_decoders
+from kvfold.hf.subclass import attentions, awaited, register_decoders
 
 _HEADS = "num_key_value_heads"
 
@@ -114,3 +114,5 @@ register_decoders(
     config=(_Sources,),
     fields=_FIELDS,
 )
+
+__getattr__ = partial(awaited, __name__)

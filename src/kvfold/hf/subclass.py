@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from threading import RLock
+from typing import Any, Self
 
 import transformers
 from torch import nn
@@ -15,6 +17,13 @@ from kvfold.contracts.runtimes import Runtime, stock_type
 from kvfold.contracts.site import Site
 from kvfold.contracts.stock import stock_class
 from kvfold.families import all_families
+
+_AUTO = {"Model": AutoModel, "ForCausalLM": AutoModelForCausalLM}
+
+_MAKING = RLock()
+
+_AWAITED: dict[tuple[str, str], Callable[[], None]] = {}
+"""Module and name of model classes -> what makes them."""
 
 
 def derive(module: str, about: str, stock: type, name: str, *before: type, **fields: Any) -> type:
@@ -32,6 +41,48 @@ def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
     for layer in range(model.config.num_hidden_layers):
         path = family.module(Site(layer)).removeprefix(f"{model.base_model_prefix}.")
         yield path, model.base_model.get_submodule(path)
+
+
+def derive_config(
+    module: str,
+    about: str,
+    stock: type,
+    name: str,
+    *before: type,
+    makes: Sequence[str],
+    make: Callable[[type], None],
+    **fields: Any,
+) -> type:
+    """A subclass of a stock config class, registered with transformers; `make` derives and registers its models.
+
+    The models are made with the first config, or when one of their names, `makes`, is looked up in `module`: the
+    stock models of all architectures together take two seconds to import, and a process needs few of them.
+    """
+    once = cache(lambda: make(config))
+    config = derive(module, about, stock, name, _Awaited, *before, make_models=staticmethod(once), **fields)
+    _AWAITED.update(dict.fromkeys(((module, each) for each in makes), once))
+    AutoConfig.register(fields["model_type"], config)
+    return config
+
+
+def awaited(module: str, name: str) -> Any:
+    """The `__getattr__` of a module whose model classes are made when they are needed."""
+    if (make := _AWAITED.get((module, name))) is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    with _MAKING:
+        make()
+    return vars(sys.modules[module])[name]
+
+
+class _Awaited:
+    """In front of a config class: its models are made and registered before the first config is."""
+
+    make_models: Callable[[], None]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        with _MAKING:
+            cls.make_models()
+        return super().__new__(cls)
 
 
 def register_decoders(
@@ -52,26 +103,45 @@ def register_decoders(
     subclass of the stock one because a model recognises its attentions by that class when it returns attention weights.
     """
     for stock in sorted(runtime.models):
-        model = getattr(transformers, stock_class(stock, "Model"))
-        named = {"model_type": runtime.model_type(stock), **fields}
         base = getattr(transformers, stock_class(stock, "Config"))
-        settings = derive(module, about, base, runtime.architecture(stock, "Config"), *config, **named)
-        AutoConfig.register(runtime.model_type(stock), settings)
-        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
-            register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
-        recorded = model._can_record_outputs["attentions"]
-        own = derive(
+        derive_config(
             module,
             about,
-            getattr(recorded, "target_class", recorded),
-            runtime.architecture(stock, "Attention"),
-            attention(stock),
-            architecture=sys.modules[model.__module__],
+            base,
+            runtime.architecture(stock, "Config"),
+            *config,
+            makes=[runtime.architecture(stock, end) for end in ("Attention", *_AUTO)],
+            make=partial(_register_decoder, module, about, runtime, front, attention, stock),
+            model_type=runtime.model_type(stock),
+            **fields,
         )
-        for end, auto in (("Model", AutoModel), ("ForCausalLM", AutoModelForCausalLM)):
-            classes = {"config_class": settings, "own_attention": own}
-            base = getattr(transformers, stock_class(stock, end))
-            auto.register(settings, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
+
+
+def _register_decoder(
+    module: str,
+    about: str,
+    runtime: Runtime,
+    front: type,
+    attention: Callable[[str], type],
+    stock: str,
+    config: type,
+) -> None:
+    """Derive the model classes of one architecture and register them for their config class."""
+    model = getattr(transformers, stock_class(stock, "Model"))
+    if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:  # names on disk, such as those of experts
+        register_checkpoint_conversion_mapping(runtime.model_type(stock), mapping, overwrite=True)
+    recorded = model._can_record_outputs["attentions"]
+    own = derive(
+        module,
+        about,
+        getattr(recorded, "target_class", recorded),
+        runtime.architecture(stock, "Attention"),
+        attention(stock),
+        architecture=sys.modules[model.__module__],
+    )
+    for end, auto in _AUTO.items():
+        base, classes = getattr(transformers, stock_class(stock, end)), {"config_class": config, "own_attention": own}
+        auto.register(config, derive(module, about, base, runtime.architecture(stock, end), front, **classes))
 
 
 class Replacement(nn.Module):

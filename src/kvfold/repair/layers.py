@@ -81,11 +81,12 @@ def repair(
     """
     check_roles(teacher.family, roles)
     layers = teacher.shape.num_layers
-    with ExitStack() as stack, task(progress, "repairing", layers, "layers"):
+    with ExitStack() as stack, task(progress, "repairing", layers, "layers", len(done)):
         work = _Pass(teacher, student, roles, tokens, settings, queries, stack)
         for number in range(layers):
             yield work.layer(number, done[number] if number < len(done) else None)
-            progress.advance(1)
+            if number >= len(done):
+                progress.advance(1)
 
 
 def repair_in_place(

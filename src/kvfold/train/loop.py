@@ -170,9 +170,8 @@ def train(
     with (
         closing(Log(folder, position.step) if ranks.current().main else NoLog()) as log,
         closing(state),
-        task(progress, "train", total, "tokens"),
+        task(progress, "train", total, "tokens", position.tokens),
     ):
-        progress.advance(position.tokens)
         with _signals() as stopped, torch.random.fork_rng():
             for work in works[position.stage :]:
                 run = _Run(root, work, tokens, settings, state, position, log, progress, stopped)
