@@ -21,9 +21,11 @@ from kvfold.disk import record
 from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import root_teacher
 from kvfold.errors import CheckpointError, DataError, GateMissed, OutputError, SettingError
+from kvfold.evaluate import evaluation, loss
 from kvfold.evaluate.checks import check_same
 from kvfold.evaluate.evaluation import EvaluateSettings, evaluate, teacher_of
 from kvfold.evaluate.lm_eval import Harness
+from kvfold.evaluate.recall import Recall
 from kvfold.progress import Silent
 from kvfold.text.tokens import token_file
 
@@ -172,6 +174,72 @@ def test_a_record_of_another_checkpoint_is_not_overwritten_unasked(
     evaluate(student, settings, records=tmp_path / "records", overwrite=True)
     (found,) = records_in(tmp_path)
     assert found.hashes["student"] == Checkpoint.open(teacher).hash()
+
+
+def test_a_stopped_evaluation_measures_only_what_is_missing(
+    pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "whole")
+    calls: list[str] = []
+    measure, score = Recall.measure, loss.score
+
+    def stopped(self: Recall, model: Any, *, what: str, **others: Any) -> dict[str, Any]:
+        calls.append(what)
+        if calls.count("teacher: recall") == 1 and what == "teacher: recall":
+            raise KeyboardInterrupt
+        return measure(self, model, what=what, **others)
+
+    def counted(*given: Any, **others: Any) -> Any:
+        calls.append("loss")
+        return score(*given, **others)
+
+    monkeypatch.setattr(Recall, "measure", stopped)
+    monkeypatch.setattr(loss, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records")
+    assert [each.suffix for each in (tmp_path / "records").iterdir()] == [".partial"]
+    assert record.read_all(tmp_path / "records") == []
+    again = evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records")
+    assert calls == ["loss", "student: recall", "teacher: recall", "teacher: recall", "loss"]  # the last over fp8
+    assert again.metrics == whole.metrics
+    assert [each.suffix for each in (tmp_path / "records").iterdir()] == [".json"]
+
+
+def test_measurements_of_other_code_or_with_overwrite_are_not_used(
+    pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any, **others: Any) -> None:
+        raise KeyboardInterrupt
+
+    def scores(**others: Any) -> int:
+        calls: list[None] = []
+
+        def counted(*given: Any, **inner: Any) -> Any:
+            calls.append(None)
+            return score(*given, **inner)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loss, "score", counted)
+            patched.setattr(Recall, "measure", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records", **others)
+        return len(calls)
+
+    score = loss.score
+    assert (scores(), scores(), scores(overwrite=True)) == (1, 0, 1)
+    monkeypatch.setattr(evaluation, "versions", lambda: {"kvfold": "another"})
+    assert scores() == 1
+
+
+def test_a_file_with_the_name_of_unfinished_measurements_is_refused(
+    pair: tuple[Path, Path], settings: EvaluateSettings, tmp_path: Path
+) -> None:
+    made = evaluate(pair[0], settings, teacher=pair[1], records=tmp_path)
+    other = record.path_of(tmp_path, "evaluate", made.name, made.identity).with_suffix(".partial")
+    other.write_text("mine")
+    with pytest.raises(OutputError, match="is there and is no unfinished evaluation: it is not replaced"):
+        evaluate(pair[0], settings, teacher=pair[1], records=tmp_path, overwrite=True)
+    assert other.read_text() == "mine"
 
 
 def test_a_model_against_itself(tiny_checkpoint: Make, settings: EvaluateSettings, tmp_path: Path) -> None:

@@ -107,15 +107,15 @@ def write(record: Record, folder: str | Path) -> Path:
     return path
 
 
-def check_replaceable(path: Path) -> None:
-    """Refuse to replace anything but a record. Raises OutputError."""
+def check_replaceable(path: Path, mark: str = "kvfold_record", what: str = "record") -> None:
+    """Refuse to replace anything but a record, or another JSON object with the key `mark`. Raises OutputError."""
     if not os.path.lexists(path):
         return
     found = read_json(path)
     if path.is_file() and not path.is_symlink() and not path.stat().st_size:  # what a power cut leaves of a record
         return
-    if path.is_symlink() or not (isinstance(found, dict) and "kvfold_record" in found):
-        raise OutputError("is there and is no record: it is not replaced", where=path, next="move it away")
+    if path.is_symlink() or not (isinstance(found, dict) and mark in found):
+        raise OutputError(f"is there and is no {what}: it is not replaced", where=path, next="move it away")
 
 
 def check_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kvfold import hf, ranks
 from kvfold.evaluate import loss, reader, squad
+from kvfold.evaluate.finished import Finished
 from kvfold.evaluate.settings import EvaluateSettings
 from kvfold.progress import SILENT, Progress, task
 from kvfold.text.pairs import UNSEEN, Corpus, PairFile, Row, batched
@@ -130,6 +131,7 @@ def measure(
     tokenizer_dir: str | Path,
     read: Corpus,
     settings: EvaluateSettings,
+    finished: Finished,
     *,
     length: int,
     progress: Progress = SILENT,
@@ -141,7 +143,8 @@ def measure(
     """
     with torch.inference_mode():
         rows = list(read.rows(length, settings.seed))
-        sums = score(models, rows, batch_size=settings.batch_size, progress=progress)
+        run = partial(score, models, rows, batch_size=settings.batch_size, progress=progress)
+        sums = finished.sums("loss", run)
     own = {who: loss.summary(sums, who, 0) for who in models}
     answered: list[dict[str, str]] = []
     if isinstance(read, PairFile) and not read.sounds and settings.answers and settings.beams:
@@ -150,12 +153,13 @@ def measure(
         answered = [{"input": given, "target": target} for given, target in pairs[: settings.samples]]
         for who, model in models.items():
             for beams in sorted(settings.beams):
-                texts = answers(model, tokenizer, read, settings, beams=beams, length=length, progress=progress)
+                answer = partial(answers, model, tokenizer, read, settings, beams=beams, length=length)
+                texts = finished.once(f"{who}: answers, {beams} beams", partial(answer, progress=progress))
                 for name, value in judge(texts, targets, read.answers[: settings.answers]).items():
                     own[who].setdefault(name, {})[str(beams)] = value
                 if beams == min(settings.beams):
                     answered = [{**row, who: text} for row, text in zip(answered, texts, strict=False)]
         if read.answers:
             for who, model in models.items():
-                own[who] |= reader.measure(model, read, settings, length=length)
+                own[who] |= reader.measure(model, read, settings, length=length)  # times, which one run compares
     return loss.metrics(own, sums) | ({"answered": answered} if answered else {})

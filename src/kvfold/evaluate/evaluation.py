@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from kvfold.disk.checkpoint import Checkpoint
 from kvfold.disk.lineage import root_teacher, steps_since_root
 from kvfold.disk.output import fingerprint
 from kvfold.disk.record import Record
+from kvfold.disk.record_commit import versions
 from kvfold.errors import CheckpointError, DataError, GateMissed
 from kvfold.evaluate import encoder_decoder, gate, loss, recall, samples
 from kvfold.evaluate.checks import LONGEST, check_same, find_tasks, for_models, read_control
+from kvfold.evaluate.finished import Finished
 from kvfold.evaluate.lm_eval import Harness
 from kvfold.evaluate.settings import EvaluateSettings
-from kvfold.machine import best_device
+from kvfold.machine import best_device, describe
 from kvfold.progress import SILENT, Progress
 from kvfold.settings import differing
 from kvfold.text.pairs import Corpus, check_text, corpus
@@ -84,14 +87,17 @@ def evaluate(
     else:
         models = {"student": model} | ({"teacher": other} if other else {})
         known = _known_scores(settings, hashes["teacher"], Path(records))
-        metrics = _measure(settings, models, text, known, progress)
+        finished = Finished.beside(path, fingerprint([asked, hashes, versions(), describe()]), overwrite=overwrite)
+        before = sum(finished.seconds.values())
+        metrics = _measure(settings, models, text, known, finished, progress)
         if steps := steps_since_root(model):
             metrics["made_by"] = steps
         metrics["cache"] = {who: cached_by(each.shape) for who, each in models.items()}
         made = _make(name, asked, settings, metrics, control)
-        seconds = round(time.monotonic() - began, 2)
+        seconds = round(before + time.monotonic() - began, 2)
         made = replace(made, hashes=hashes, identity=identity, wall_seconds=seconds)
         path = record.write(made, records)
+        finished.remove()
     if made.status == "failed":
         raise CheckpointError(f"{made.error}", where=made.name, next=f"the weights are damaged; see {path}")
     if made.status == "gate_missed":
@@ -142,29 +148,35 @@ def _measure(
     checkpoints: Mapping[str, Checkpoint],
     text: _Text,
     known: Mapping[str, Any] | None,
+    finished: Finished,
     progress: Progress,
 ) -> dict[str, Any]:
     """All metrics. Text and tasks are checked before a model is loaded; `known` are the teacher's scores of tasks."""
     path = checkpoints["student"].path
     if text.corpus:
-        return ranks.everywhere(_measure_pairs, checkpoints, text.corpus, settings, progress=progress)
+        return ranks.everywhere(_measure_pairs, checkpoints, text.corpus, settings, finished, progress=progress)
     harness = find_tasks(settings)
     tokenizer = hf.load_tokenizer(path)
     rows = _rows(tokenizer, text.ids_N, settings, progress)
     prompts_BT = samples.prompts(text.ids_N, settings.samples) if settings.samples else None
     text_bytes = len(samples.decode(tokenizer, text.ids_N[1:]).encode())
     most = checkpoints["student"].shape.max_positions
-    tests = _Tests(settings, tokenizer, text.ids_N, rows, harness, most, known, text_bytes, prompts_BT)
+    tests = _Tests(settings, tokenizer, text.ids_N, rows, harness, most, known, text_bytes, prompts_BT, finished)
     return ranks.everywhere(_measure_text, checkpoints, tests, progress=progress)
 
 
 def _measure_pairs(
-    checkpoints: Mapping[str, Checkpoint], read: Corpus, settings: EvaluateSettings, *, progress: Progress
+    checkpoints: Mapping[str, Checkpoint],
+    read: Corpus,
+    settings: EvaluateSettings,
+    finished: Finished,
+    *,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The metrics of encoder-decoders, on all ranks."""
     models, path = _load(checkpoints, settings), checkpoints["student"].path
     length = settings.sequence_length or LONGEST
-    return encoder_decoder.measure(models, path, read, settings, length=length, progress=progress)
+    return encoder_decoder.measure(models, path, read, settings, finished, length=length, progress=progress)
 
 
 def _measure_text(checkpoints: Mapping[str, Checkpoint], tests: _Tests, *, progress: Progress) -> dict[str, Any]:
@@ -190,6 +202,7 @@ class _Tests:
     known: Mapping[str, Any] | None  # scores that the teacher has of these tasks
     text_bytes: int
     prompts_BT: Tensor | None  # of samples
+    finished: Finished
     progress: Progress = SILENT
 
     @torch.inference_mode()
@@ -198,7 +211,7 @@ class _Tests:
 
         A student is also measured without each part of its attention that can be removed.
         """
-        sums = self._score(models)
+        sums = self._score(models, "loss")
         own = {who: loss.summary(sums, who, self.text_bytes) | self._rest(model, who) for who, model in models.items()}
         student = models["student"]
         if self.settings.fp8 and len(models) == 1:
@@ -208,33 +221,36 @@ class _Tests:
             with ExitStack() as stack:
                 for model in models.values():
                     stack.enter_context(hf.with_attention(model, hf.QUANTISED["fp8"][0]))
-                rounded = self._score(models)
+                rounded = self._score(models, "fp8 cache: loss")
             for who in models:
                 own[who]["loss_fp8_cache"] = loss.summary(rounded, who, 0)["loss"]
         without = {}
         for part in hf.removable(student):
             with hf.without(student, part):
-                without[part] = {**self._loss(student), **self._recall(student, f"without {part}")}
+                without[part] = {**self._loss(student, f"without {part}"), **self._recall(student, f"without {part}")}
         return loss.metrics(own, sums) | ({"without": without} if without else {})
 
     def _quantised(self, model: Any, name: str) -> dict[str, Any]:
         """The same of a model over a quantised cache, with the bits of a cached number."""
         attention, bits = hf.QUANTISED[name]
         with hf.with_attention(model, attention):
-            return {"bits": bits, **self._loss(model), **self._rest(model, f"{name} cache")}
+            return {"bits": bits, **self._loss(model, f"{name} cache"), **self._rest(model, f"{name} cache")}
 
-    def _score(self, models: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _score(self, models: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         settings = self.settings
         length, stride = settings.sequence_length or LONGEST, settings.stride or LONGEST
-        batch_size, progress = settings.batch_size, self.progress
-        return loss.score(models, self.ids_N, length=length, stride=stride, batch_size=batch_size, progress=progress)
+        sizes = {"length": length, "stride": stride, "batch_size": settings.batch_size}
+        score = partial(loss.score, models, self.ids_N, **sizes, progress=self.progress)
+        return self.finished.sums(name, score)
 
-    def _loss(self, model: Any) -> dict[str, Any]:
-        return {"loss": loss.summary(self._score({"student": model}), "student", 0)["loss"]}
+    def _loss(self, model: Any, who: str) -> dict[str, Any]:
+        return {"loss": loss.summary(self._score({"student": model}, f"{who}: loss"), "student", 0)["loss"]}
 
     def _recall(self, model: Any, who: str) -> dict[str, Any]:
-        batch_size = self.settings.batch_size
-        return self.rows.measure(model, batch_size=batch_size, what=f"{who}: recall", progress=self.progress)
+        what, batch_size = f"{who}: recall", self.settings.batch_size
+        measure = partial(self.rows.measure, model, batch_size=batch_size, what=what, progress=self.progress)
+        found: dict[str, Any] = self.finished.once(what, measure)
+        return found
 
     def _rest(self, model: Any, who: str) -> dict[str, Any]:
         """Recall and tasks."""
@@ -243,10 +259,13 @@ class _Tests:
             return found
         if who == "teacher" and self.known:
             return {**found, "lm_eval": self.known}
-        self.progress.say(f"{who}: lm-eval, {', '.join(self.harness.tasks)}")
+        run = partial(self._tasks, self.harness, model, who)
+        return {**found, "lm_eval": self.finished.once(f"{who}: lm-eval", run)}
+
+    def _tasks(self, harness: Harness, model: Any, who: str) -> dict[str, Any]:
+        self.progress.say(f"{who}: lm-eval, {', '.join(harness.tasks)}")
         batch_size, most = self.settings.batch_size, self.max_length
-        scores = self.harness.run(model, self.tokenizer, batch_size=batch_size, max_length=most, progress=self.progress)
-        return {**found, "lm_eval": scores}
+        return harness.run(model, self.tokenizer, batch_size=batch_size, max_length=most, progress=self.progress)
 
 
 def _known_scores(settings: EvaluateSettings, teacher: str | None, records: Path) -> Mapping[str, Any] | None:
