@@ -199,7 +199,9 @@ def test_a_stopped_evaluation_measures_only_what_is_missing(
         evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records")
     assert [each.suffix for each in (tmp_path / "records").iterdir()] == [".partial"]
     assert record.read_all(tmp_path / "records") == []
-    again = evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records")
+    told = Listener()
+    again = evaluate(pair[0], settings, teacher=pair[1], records=tmp_path / "records", progress=told)
+    assert "continuing after loss, student: recall" in told.lines
     assert calls == ["loss", "student: recall", "teacher: recall", "teacher: recall", "loss"]  # the last over fp8
     assert again.metrics == whole.metrics
     assert [each.suffix for each in (tmp_path / "records").iterdir()] == [".json"]

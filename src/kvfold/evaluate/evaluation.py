@@ -89,6 +89,8 @@ def evaluate(
         known = _known_scores(settings, hashes["teacher"], Path(records))
         finished = Finished.beside(path, fingerprint([asked, hashes, versions(), describe()]), overwrite=overwrite)
         before = sum(finished.seconds.values())
+        if finished.found:
+            progress.say(f"continuing after {', '.join(finished.found)}")
         metrics = _measure(settings, models, text, known, finished, progress)
         if steps := steps_since_root(model):
             metrics["made_by"] = steps
