@@ -21,7 +21,7 @@ from kvfold.evaluate.evaluation import EvaluateSettings
 from kvfold.families import all_families
 from kvfold.progress import SILENT
 from kvfold.run.recipe import Recipe, cells, read_recipe
-from kvfold.run.runner import _spent, run
+from kvfold.run.runner import _made, _spent, run
 from kvfold.settings import decode
 from kvfold.train.pretrain import PretrainSettings
 from kvfold.train.settings import TrainSettings
@@ -122,6 +122,21 @@ def test_a_row_says_what_the_matrix_sets_in_its_training(tmp_path: Path) -> None
     assert spent == [
         {"tokens": "1M", "loss_name": None, "varied": f"learning rate {rate:g}"} for rate in (1e-3, 2e-3)
     ] + [{"alpha": 0.01, "tokens": "1M", "loss_name": "ce", "varied": "learning rate 0.003"}]
+
+
+def test_a_row_says_what_the_matrix_sets_in_its_conversion(tmp_path: Path) -> None:
+    text = "name: a\nsource: b\ndata: c\nheldout: d\nconvert: {method: gqa, kv_heads: 1, calibration: x/one.txt}\n"
+    base = {"method": "gqa", "kv_heads": 1}
+    recipe = read_recipe(_recipe(tmp_path, text))
+    assert [_made(cell.convert, recipe) for cell in cells(recipe)] == [base]
+    recipe = read_recipe(_recipe(tmp_path, text + "matrix:\n- {}\n- {convert.calibration: [y/two.txt, self]}\n"))
+    made = [_made(cell.convert, recipe) for cell in cells(recipe)]
+    assert made == [{**base, "calibration": text} for text in ("one.txt", "two.txt", "self")]
+    recipe = read_recipe(
+        _recipe(tmp_path, text + "matrix:\n- {convert.dtype: [float32, bfloat16], convert.kv_heads: 2}\n")
+    )
+    made = [_made(cell.convert, recipe) for cell in cells(recipe)]
+    assert made == [{"method": "gqa", "kv_heads": 2, "dtype": dtype} for dtype in ("float32", "bfloat16")]
 
 
 def test_a_recipe_may_extend_another(tmp_path: Path) -> None:

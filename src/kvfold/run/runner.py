@@ -322,9 +322,7 @@ def _cell(work: _Run, cell: Cell, reference: str) -> Path:
     for each in _chain(cell.convert):
         out = work.folder / "converted" / _label(each)
         converted = convert(converted, out, *_method(each), options=_options(each), **work.how)
-    name, settings = _method(cell.convert)
-    named = {key: cell.convert[key] for key in RECORDED if key in cell.convert and (key, cell.convert[key]) != FIRST}
-    row = {"role": "student", "method": name, **settings, **named, **_before(cell.convert), "alpha": 0}
+    row = {"role": "student", **_made(cell.convert, recipe), "alpha": 0}
     if recipe.finetune is not None:
         return _tuned_cell(work, cell, Path(converted), row, reference)
     last, label = cell.uptrain is None, f"{_label(cell.convert)}/converted"
@@ -367,10 +365,18 @@ def _control(work: _Run, cell: Cell, settings: Mapping[str, Any]) -> Path:
     return record.path_of(work.records, made.kind, made.name, made.identity)
 
 
+def _made(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The conversion of a row, for tables: its method, and the settings that are recorded or that the matrix varies."""
+    name, own = _method(settings)
+    varied = sorted(_varied(recipe, "convert") - {"method", AFTER, *own, *RECORDED})
+    given = {**settings, "calibration": _text(settings)}
+    named = {key: given[key] for key in (*RECORDED, *varied) if key in settings and (key, given[key]) != FIRST}
+    return {"method": name, **own, **named, **_before(settings)}
+
+
 def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The uptraining of a row, for tables: its tokens, its loss, and the settings that the matrix varies."""
-    varied = {key.partition(".")[2] for grid in recipe.matrix for key in grid if key.startswith("uptrain.")}
-    others = sorted(varied - {"alpha", "tokens", "loss", "stages"} & settings.keys())
+    others = sorted(_varied(recipe, "uptrain") - {"alpha", "tokens", "loss", "stages"} & settings.keys())
     named = {key: settings[key] for key in ("alpha", "tokens") if settings.get(key) is not None}
     if "alpha" in named:
         named["alpha"] = float(named["alpha"])  # YAML may quote it
@@ -379,13 +385,23 @@ def _spent(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return named | {"loss_name": settings.get("stages") or settings.get("loss")}
 
 
+def _varied(recipe: Recipe, section: str) -> set[str]:
+    """The settings of a section that the matrix varies."""
+    return {key.removeprefix(f"{section}.") for grid in recipe.matrix for key in grid if key.startswith(f"{section}.")}
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    """The calibration text of a conversion, without its folder; nothing without one."""
+    return Path(str(settings.get("calibration", ""))).name
+
+
 def _label(settings: Mapping[str, Any]) -> str:
     """The folder of a conversion; of several, in their order."""
     labels = []
     for each in _chain(settings):
         given = {key: value for key, value in each.items() if key not in ("method", AFTER) and (key, value) != FIRST}
         if "calibration" in given:
-            given["calibration"] = Path(str(given["calibration"])).name
+            given["calibration"] = _text(given)
         labels.append("_".join([_method(each)[0], *(f"{key}-{value}" for key, value in sorted(given.items()))]))
     return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_then_".join(labels))
 
