@@ -34,7 +34,7 @@ KNOWN = {  # defaults under `DEFAULTS = 1`
     PretrainSettings: {**COMMON, "learning_rate": 0.003, "schedule": "wsd", "tokenizer_data": ()},
     UptrainSettings: {
         **COMMON,
-        "learning_rate": 0.001,
+        "learning_rate": None,  # 0.001, unless the model is wide
         "schedule": "cosine",
         "alpha": None,
         "pretraining_tokens": None,
@@ -54,6 +54,18 @@ def test_a_default_that_changes_raises_defaults(settings: Any) -> None:
     found = {each.name: each.default for each in dataclasses.fields(settings)}
     changed = [name for name, value in KNOWN[settings].items() if found[name] != value]
     assert (changed, DEFAULTS) == ([], 1), "raise DEFAULTS in train/settings.py, and write the new defaults here"
+
+
+def test_a_wide_model_has_another_learning_rate_and_identity() -> None:
+    plain = UptrainSettings("text", tokens=100)
+    assert (plain.rated(256).peak, plain.rated(257).peak, plain.peak) == (1e-3, 2e-4, 1e-3)
+    assert (
+        plain.rated(256).identity() == plain.identity() == UptrainSettings("text", 100, learning_rate=1e-3).identity()
+    )
+    assert plain.rated(257).identity() == {**plain.identity(), "learning_rate": 2e-4}
+    given = UptrainSettings("text", tokens=100, learning_rate=5e-4)
+    assert given.rated(4096) == given
+    assert UptrainSettings("text", tokens=100, optimizer="adafactor").rated(4096).peak == 1e-3
 
 
 def test_what_decides_the_weights_is_the_identity() -> None:

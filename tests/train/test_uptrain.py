@@ -445,6 +445,17 @@ def test_a_loss_that_diverges_stops(student: Path, text: Path, tmp_path: Path) -
         _train_on([2.0, math.inf], tmp_path / "infinite", student, text, rises=True)
 
 
+@pytest.mark.parametrize(("narrow", "rate"), [(256, 1e-3), (1, 2e-4)])
+def test_the_default_learning_rate_is_that_of_the_width(
+    student: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: int, rate: float
+) -> None:
+    monkeypatch.setattr("kvfold.train.settings.NARROW", narrow)
+    settings = _settings(text, learning_rate=None, loss="ce", schedule="constant", warmup=0.0, log_every=1)
+    out = uptrain(student, tmp_path / "out", settings)
+    assert {line["lr"] for line in _log(out) if "lr" in line} == {rate}
+    assert json.loads((out / "kvfold.json").read_text())["steps"][-1]["settings"]["learning_rate"] == rate
+
+
 def test_a_learning_rate_that_is_too_high_is_an_error(student: Path, text: Path, tmp_path: Path) -> None:
     settings = _settings(text, learning_rate=1e30, loss="ce", warmup=0.0)
     with pytest.raises(TrainingError, match="at step 2"):

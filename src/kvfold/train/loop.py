@@ -78,9 +78,9 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> tor
     clips them at 1, keeps second moments by row and column, and has no first moment.
     """
     if settings.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+        return torch.optim.Adafactor(groups, lr=settings.peak)
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.peak, betas=betas, fused=True)
 
 
 def train_into(
@@ -261,7 +261,7 @@ class _Run:
         batch = self.tokens.batch(
             position.step, seed=settings.seed, batch_size=settings.batch_size, length=settings.sequence_length
         )
-        lr = settings.learning_rate * rate(settings, position.stage_step, self.steps)
+        lr = settings.peak * rate(settings, position.stage_step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
         device, here = best_device(), ranks.current()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from kvfold.contracts.site import Shape
 from kvfold.contracts.stages import Stage
@@ -20,6 +20,9 @@ from kvfold.settings import MOST, SEEDS, check_range, differing, setting
 from kvfold.train.stages import parse_loss, parse_stages
 
 DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
+RATE = 1e-3  # the peak learning rate of narrow models, and of Adafactor, which scales it by the weights
+WIDE_RATE = 2e-4  # of others: SmolLM2 loses more at 5e-4 than at half of it (docs/smollm2.md)
+NARROW = 256
 RANK = 65_536  # the largest of LoRA factors: wider than any model
 _NOT_WEIGHTS = (  # settings that no weight depends on
     "data",
@@ -50,7 +53,9 @@ class TrainSettings:
     micro_batch: int | None = setting(
         None, "Sequences in one forward pass of a rank. Default: its share of --batch-size."
     )
-    learning_rate: float = setting(1e-3, "Peak learning rate. A model of 135M parameters keeps most at 1e-4 to 2e-4.")
+    learning_rate: float | None = setting(
+        None, "Peak learning rate. Default: 0.001; for AdamW and models wider than 256, 0.0002."
+    )
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", "Learning-rate schedule; wsd is warmup-stable-decay."
     )
@@ -130,9 +135,22 @@ class TrainSettings:
                 allowed=f"1 to {shape.max_positions}",
             )
 
+    def rated(self, width: int) -> Self:
+        """The settings with a learning rate, for a model of this width."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=RATE if width <= NARROW or self.optimizer == "adafactor" else WIDE_RATE)
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate."""
+        return RATE if self.learning_rate is None else self.learning_rate
+
     def identity(self) -> dict[str, Any]:
         """The settings that differ from their default and that the weights depend on."""
         found = {name: value for name, value in differing(self).items() if name not in _NOT_WEIGHTS}
+        if found.get("learning_rate") == RATE:  # was the default of all models
+            del found["learning_rate"]
         return {"defaults": DEFAULTS, **found}
 
 

@@ -78,6 +78,7 @@ def uptrain(
     reads = {"student": source.path, "teacher": teacher, "root teacher": source.root_path, "data": settings.data}
     check_apart(out, reads)
     settings.check_length(source.shape, "uptrain")
+    settings = settings.rated(source.shape.hidden_size)
     settings.pass_rows(ranks.current().world)
     check_text(settings.data, paired=source.family.encoder_decoder)
     amount = training_tokens(settings, source)
