@@ -68,6 +68,12 @@ def test_a_wide_model_has_another_learning_rate_and_identity() -> None:
     assert UptrainSettings("text", tokens=100, optimizer="adafactor").rated(4096).peak == 1e-3
 
 
+def test_the_default_rate_of_a_student_is_not_that_of_pretraining() -> None:
+    same = PretrainSettings(tokens=100).identity()
+    assert PretrainSettings(tokens=100, learning_rate=3e-3).identity() == same
+    assert PretrainSettings(tokens=100, learning_rate=1e-3).identity() == {**same, "learning_rate": 1e-3}
+
+
 def test_what_decides_the_weights_is_the_identity() -> None:
     plain = UptrainSettings("text", tokens=100)
     assert plain.identity() == {"defaults": DEFAULTS, "tokens": 100}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kvfold.contracts.site import Shape
 from kvfold.contracts.stages import Stage
@@ -21,7 +21,7 @@ from kvfold.train.stages import parse_loss, parse_stages
 
 DEFAULTS = 1  # raised when the default of a training setting changes: identities leave out what has its default
 RATE = 1e-3  # the peak learning rate of narrow models, and of Adafactor, which scales it by the weights
-WIDE_RATE = 2e-4  # of others: SmolLM2 loses more at 5e-4 than at half of it (docs/smollm2.md)
+WIDE_RATE = 2e-4  # of others: SmolLM2 loses less at 2e-4 than at 5e-4 (docs/smollm2.md)
 NARROW = 256
 RANK = 65_536  # the largest of LoRA factors: wider than any model
 _NOT_WEIGHTS = (  # settings that no weight depends on
@@ -135,12 +135,6 @@ class TrainSettings:
                 allowed=f"1 to {shape.max_positions}",
             )
 
-    def rated(self, width: int) -> Self:
-        """The settings with a learning rate, for a model of this width."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=RATE if width <= NARROW or self.optimizer == "adafactor" else WIDE_RATE)
-
     @property
     def peak(self) -> float:
         """The peak learning rate."""
@@ -149,8 +143,6 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that differ from their default and that the weights depend on."""
         found = {name: value for name, value in differing(self).items() if name not in _NOT_WEIGHTS}
-        if found.get("learning_rate") == RATE:  # was the default of all models
-            del found["learning_rate"]
         return {"defaults": DEFAULTS, **found}
 
 
@@ -216,6 +208,19 @@ class UptrainSettings(TrainSettings):
                 where="uptrain",
                 next="give --stages attention:0.1,kl:0.9",
             )
+
+    def rated(self, width: int) -> UptrainSettings:
+        """The settings with a learning rate, for a model of this width."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=RATE if width <= NARROW or self.optimizer == "adafactor" else WIDE_RATE)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that differ from their default and that the weights depend on."""
+        found = super().identity()
+        if found.get("learning_rate") == RATE:  # was the default of all models
+            del found["learning_rate"]
+        return found
 
     def asked(self) -> list[Stage]:
         """The stages of `stages` or `loss`; empty if the method chooses."""
