@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from kvfold import hf
+from kvfold.hf import subclass
 
 
 def python(code: str, *given: str) -> str:
@@ -54,6 +55,11 @@ import sys, torch
 print(type(torch.load(sys.argv[1] + "/model", weights_only=False)).__name__)
 """
     assert python(code, str(tmp_path)).strip() == type(model).__name__
+
+
+def test_every_class_that_is_made_when_needed_has_its_name() -> None:
+    for module, name in subclass._AWAITED:
+        assert getattr(sys.modules[module], name).__name__ == name
 
 
 def test_a_name_that_no_class_has_is_no_attribute() -> None:

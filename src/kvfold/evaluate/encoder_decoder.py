@@ -153,8 +153,8 @@ def measure(
         answered = [{"input": given, "target": target} for given, target in pairs[: settings.samples]]
         for who, model in models.items():
             for beams in sorted(settings.beams):
-                answer = partial(answers, model, tokenizer, read, settings, beams=beams, length=length)
-                texts = finished.once(f"{who}: answers, {beams} beams", partial(answer, progress=progress))
+                ask = partial(answers, model, tokenizer, read, settings, beams=beams, length=length, progress=progress)
+                texts = finished.once(f"{who}: answers, {beams} beams", ask)
                 for name, value in judge(texts, targets, read.answers[: settings.answers]).items():
                     own[who].setdefault(name, {})[str(beams)] = value
                 if beams == min(settings.beams):

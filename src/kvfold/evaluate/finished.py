@@ -28,8 +28,8 @@ INPUTS = "kvfold_measures"
 class Finished:
     """Measurements by name, in a file that only an evaluation of the same inputs reads."""
 
-    path: Path | None = None  # None: they are kept in memory
-    inputs: str = ""  # a fingerprint of all that the measurements depend on
+    path: Path
+    inputs: str  # a fingerprint of all that the measurements depend on
     found: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # that each of them took
 
@@ -53,7 +53,7 @@ class Finished:
         found = measure()
         if json.loads(json_text(found)) == found:  # a number that is not finite is measured again
             self.found[name], self.seconds[name] = found, time.monotonic() - began
-            if self.path is not None and ranks.current().main:
+            if ranks.current().main:
                 with disk_errors(self.path):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(self.path, {INPUTS: self.inputs, "found": self.found, "seconds": self.seconds})
@@ -66,5 +66,4 @@ class Finished:
 
     def remove(self) -> None:
         """Delete the file: the record has it all."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ from kvfold.errors import UnsupportedModel
 from kvfold.families import family_of
 from kvfold.families._encoder_decoder import END
 from kvfold.hf.shared_layers import STATES, hand_out
-from kvfold.hf.subclass import awaited, derive, derive_config
+from kvfold.hf.subclass import awaited, derive, register_config
 
 
 class _Replacing:
@@ -296,7 +296,7 @@ ENCODED = ("key_value_states", "encoder_hidden_states")
 _ABOUT = "with fewer key/value heads in the decoder, or a latent"
 
 
-def _derive_models(model_type: str, name: str, config: type) -> None:
+def _register_models(model_type: str, name: str, config: type) -> None:
     """Derive the model classes of one architecture and register them for their config class."""
     module = sys.modules[getattr(transformers, f"{name}Model").__module__]
     crossed = getattr(module, f"{name}Attention", None) or getattr(module, f"{name}CrossAttention")  # T5Gemma's
@@ -319,8 +319,8 @@ def _register(model_type: str, name: str) -> None:
     parts = [f"Latent{name}Attention", f"{name}Model", PAIRS_STOCK.architecture(model_type, END)]
     if model_type not in SHARING:
         parts.append(f"{name}Attention")
-    makes, make = [f"Kvfold{part}" for part in parts], partial(_derive_models, model_type, name)
-    derive_config(__name__, _ABOUT, stock, f"Kvfold{name}Config", makes=makes, make=make, model_type=ours)
+    makes, make = [f"Kvfold{part}" for part in parts], partial(_register_models, model_type, name)
+    register_config(__name__, _ABOUT, stock, f"Kvfold{name}Config", makes=makes, make=make, model_type=ours)
 
 
 for _model_type in sorted(PAIRS.models):

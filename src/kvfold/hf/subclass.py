@@ -43,7 +43,7 @@ def attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield path, model.base_model.get_submodule(path)
 
 
-def derive_config(
+def register_config(
     module: str,
     about: str,
     stock: type,
@@ -52,8 +52,8 @@ def derive_config(
     makes: Sequence[str],
     make: Callable[[type], None],
     **fields: Any,
-) -> type:
-    """A subclass of a stock config class, registered with transformers; `make` derives and registers its models.
+) -> None:
+    """Derive a config class and register it with transformers; `make` does so with its models.
 
     The models are made with the first config, or when one of their names, `makes`, is looked up in `module`: the
     stock models of all architectures together take two seconds to import, and a process needs few of them.
@@ -62,7 +62,6 @@ def derive_config(
     config = derive(module, about, stock, name, _Awaited, *before, make_models=staticmethod(once), **fields)
     _AWAITED.update(dict.fromkeys(((module, each) for each in makes), once))
     AutoConfig.register(fields["model_type"], config)
-    return config
 
 
 def awaited(module: str, name: str) -> Any:
@@ -104,7 +103,7 @@ def register_decoders(
     """
     for stock in sorted(runtime.models):
         base = getattr(transformers, stock_class(stock, "Config"))
-        derive_config(
+        register_config(
             module,
             about,
             base,
